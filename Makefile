@@ -1,0 +1,57 @@
+# make train    set up .venv, build charlm, train on the names that ship, print the table and samples
+# make test     the same set-up, then the tests
+# make lint     ruff and clang-format, nothing changed; `make format` applies them
+# make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
+# make clean    remove the build products; .venv stays. `make distclean` removes .venv and trained models too
+#
+# Needed: python3 (>= 3.10, with its headers), make, g++. Every target is quick the second time: the stamp
+# files in .venv are newer than what they were made from.
+
+PYTHON ?= python3
+OUT ?= out
+
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: train test lint format build clean distclean
+
+train: $(VENV)/built
+	$(BIN)/charlm train -o $(OUT) --overwrite
+
+test: $(VENV)/dev $(VENV)/built
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/built
+
+clean:
+	rm -rf build dist *.egg-info charlm/_C.*.so charlm/_build_config.json $(VENV)/built
+	rm -rf .pytest_cache .hypothesis .ruff_cache
+	find charlm tests scripts -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) $(OUT)
+
+$(VENV)/runtime: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/runtime
+	$(PIP) install -r requirements-dev.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/runtime setup.py pyproject.toml charlm/_version.py $(CXX_FILES)
+	$(PIP) install --no-build-isolation --editable .
+	touch $@

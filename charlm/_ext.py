@@ -1,0 +1,74 @@
+"""Loads the compiled module charlm._C, or, with CHARLM_BACKEND=reference, nothing.
+
+There is no silent fallback: a module that is missing, was built with another torch, or cannot run the
+instruction set asked for is an ImportError that names its cure. This is the only try/except of an import.
+
+Environment
+    CHARLM_BACKEND   "extension" (default) or "reference": every op in plain torch, nothing is loaded
+    CHARLM_CPU_ISA   the instruction set to use, one of _C.supported_isas(); default: the fastest of them
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+CONFIG_PATH = Path(__file__).with_name("_build_config.json")
+BUILD_COMMAND = "pip install --no-build-isolation ."
+BACKENDS = ("extension", "reference")
+
+
+def read_build_config() -> dict[str, Any] | None:
+    """What setup.py wrote beside the module it built; None where nothing was built."""
+    return json.loads(CONFIG_PATH.read_text(encoding="utf-8")) if CONFIG_PATH.exists() else None
+
+
+def chosen_backend() -> str:
+    """CHARLM_BACKEND, checked; "extension" when it is unset or empty."""
+    name = os.environ.get("CHARLM_BACKEND") or "extension"
+    if name not in BACKENDS:
+        raise ImportError(f"CHARLM_BACKEND={name!r} is unknown: it is one of {', '.join(BACKENDS)}")
+    return name
+
+
+def load_extension() -> ModuleType:
+    """charlm._C, for the torch that is running, with the instruction set that CHARLM_CPU_ISA asks for."""
+    config = read_build_config()
+    if config is None:
+        raise ImportError(
+            f"charlm's kernels are not built in {CONFIG_PATH.parent}. In charlm's source folder: "
+            f"{BUILD_COMMAND} (add -e to run from the source folder itself). "
+            "To run without them, in plain torch: CHARLM_BACKEND=reference"
+        )
+    if config["torch"] != torch.__version__:
+        raise ImportError(
+            f"charlm was built with torch {config['torch']}, but torch {torch.__version__} is running. "
+            f"Rebuild it, in charlm's source folder: {BUILD_COMMAND}"
+        )
+    try:
+        module = importlib.import_module("charlm._C")
+    except ImportError as error:
+        raise ImportError(
+            f"charlm's kernels cannot be loaded ({error}). Rebuild them, in charlm's source folder: "
+            f"{BUILD_COMMAND} To run without them, in plain torch: CHARLM_BACKEND=reference"
+        ) from error
+    isa = os.environ.get("CHARLM_CPU_ISA")
+    if isa:
+        supported = module.supported_isas()
+        if isa not in supported:
+            raise ImportError(
+                f"CHARLM_CPU_ISA={isa!r}: this machine can run {', '.join(supported)} "
+                f"(compiled: {', '.join(module.compiled_isas())})"
+            )
+        module.set_cpu_isa(isa)
+    return module
+
+
+BACKEND = chosen_backend()
+_C = load_extension() if BACKEND == "extension" else None
