@@ -1,0 +1,278 @@
+"""What users import: `embedding` and `cross_entropy`, with torch's names, argument order, defaults and results.
+
+A call goes straight to the dispatcher through the compiled module; under torch.compile and torch.export it goes
+through `torch.ops.charlm`, which those can record. A tensor on a device for which there is no kernel takes
+`charlm.reference`, and so does everything under CHARLM_BACKEND=reference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import _ext, reference
+from .reference import CrossEntropyOutput
+
+__all__ = ["CrossEntropyOutput", "cross_entropy", "embedding"]
+
+_C = _ext._C
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of `weight`, one for each index: `out[..., :] = weight[input[...], :]`. The arguments of `F.embedding`.
+
+    Since one-hot(i) @ C only picks row i of C, the row is copied and the matmul never happens; the gradient sums, for
+    each row, the gradients of the places where it was picked, in an order that does not depend on the threads.
+
+    Args:
+        input: indices, any shape (*), any integer dtype (uint8 included), each in [0, V).
+        weight: (V, D), any dtype and strides.
+        padding_idx: a row whose gradient is zero, in [-V, V). The output at this index is the row itself.
+        max_norm: first scale every row that is looked up and whose p-norm is larger down to this norm, in `weight`
+            itself. Nothing is written if an index is out of range.
+        norm_type: p of that norm.
+        scale_grad_by_freq: divide a row's gradient by the number of times its index occurs in `input`.
+        sparse: give `weight` a sparse COO gradient.
+
+    Returns:
+        (*, D), the dtype of `weight`. Differentiable with respect to `weight`, to any order.
+
+    Raises:
+        IndexError: an index outside [0, V); the text names the index, its position and V.
+        RuntimeError: indices that are not integers (bool included), a weight that is not 2-D, and, in backward,
+            `sparse` together with `scale_grad_by_freq`.
+        AssertionError: `padding_idx` outside [-V, V).
+
+    Example:
+        >>> embedding(torch.tensor([2, 0], dtype=torch.uint8), torch.eye(3))
+        tensor([[0., 0., 1.],
+                [1., 0., 0.]])
+    """
+    if has_torch_function_variadic(input, weight):
+        return handle_torch_function(
+            embedding,
+            (input, weight),
+            input,
+            weight,
+            padding_idx=padding_idx,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+        )
+    if not _has_kernel(weight):
+        return reference.embedding(
+            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
+    row = -1
+    if padding_idx is not None:
+        num_embeddings = weight.size(0)
+        if not -num_embeddings <= padding_idx < num_embeddings:
+            raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
+        row = padding_idx % num_embeddings
+    if max_norm is not None:
+        with torch.no_grad():
+            # embedding_renorm_ scales rows until it meets a bad index: look all of them up first.
+            _embedding(weight, input, row, scale_grad_by_freq, sparse)
+            torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
+    return _embedding(weight, input, row, scale_grad_by_freq, sparse)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    all_ignored: str = "nan",
+    inplace: str | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predicted_tokens: bool = False,
+    return_token_accuracy: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """Softmax cross-entropy in nats, between logits and class indices or class probabilities: `F.cross_entropy`.
+
+    With logits x of C classes (dimension 1, or 0 of a 1-d input), n over targets and c over classes::
+
+        z      = softcap * tanh(logit_scale * x / softcap)       or, without softcap, logit_scale * x
+        lse_n  = log sum_c exp z_nc
+        logp   = z - lse
+
+    and, with token weight t_n, class weight w_c (each 1 if not given) and e = label_smoothing, for class indices y_n::
+
+        loss_n = t_n * [ (1 - e) * w_y * -logp_ny + e/C * sum_c w_c * -logp_nc + lse_square_scale * w_y * lse_n**2 ]
+        loss_n = 0                                                            where y_n == ignore_index
+        mean   = sum_n loss_n / sum_{n not ignored} t_n * w_y
+
+    for class probabilities p_nc, with p' = (1 - e) * p + e/C::
+
+        loss_n = t_n * [ sum_c w_c * p'_nc * -logp_nc + lse_square_scale * lse_n**2 ]
+        mean   = sum_n loss_n / sum_n t_n
+
+    Arithmetic and sums are in float32 (float64 for float64) and each result is rounded once. The forward keeps two
+    numbers per target, never a softmax; the backward makes the gradient from the logits once the gradient of the loss
+    is known, so that a GradScaler's factor comes before the rounding to float16. Same bits for any number of threads.
+
+    Sources: label smoothing, Szegedy et al. 2016; the z-loss `lse_square_scale`, Chowdhery et al. 2022 (PaLM, sec. 5);
+    `softcap`, Gemma Team 2024 (Gemma 2, sec. 2).
+
+    Args:
+        input: logits, (C), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16, any strides.
+        target: class indices, () or (1), (N), (N, d1, ...), any integer dtype, each in [0, C) or `ignore_index`; or
+            class probabilities, the shape of `input` and a floating dtype.
+        weight: (C), a weight for each class; the dtype of `input` if the targets are class indices.
+        size_average, reduce: deprecated by torch; they override `reduction`.
+        ignore_index: class indices of this value count for nothing. Indices are widened to int64 before they are
+            compared: the uint8 index 156 is not -100.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: e, in [0, 1].
+        lse_square_scale: factor of the z-loss.
+        softcap: bound of the logits, > 0.
+        logit_scale: factor of the logits, an inverse temperature.
+        token_weight: a weight for each target; the shape of `target`, or of `input` without the class dimension.
+        all_ignored: a mean over no target at all is "nan", as torch's, or "zero".
+        inplace: what may become of the logits' memory, to save a tensor of their size.
+
+            None: it is never touched. "backward": it is intact until backward, which writes the gradient over it.
+            "forward": the call itself turns it into the gradient, in one pass ("mean" and "sum" only; float16 waits
+            for backward, since the scale of the loss must be known first). A plain read afterwards sees the gradient.
+            A leaf that requires grad is refused before anything is written; another differentiable use of the logits
+            after the call, or of a tensor that they are a view of, a second backward and a double backward raise a
+            RuntimeError, and so does an operation upstream that needs the logits' old value (exp, tanh). Without grad
+            nothing is written. Under autocast the float32 copy of half logits is what is written over. torch.compile
+            breaks the graph here; with fullgraph=True, and in torch.export, it refuses.
+        return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: see `CrossEntropyOutput`. The
+            entropy is `lse_n - sum_c softmax(z)_nc * z_nc`; a reduced token accuracy is the share of the targets not
+            ignored whose arg max is right (for probabilities, their own arg max is the target).
+
+    Returns:
+        The loss, () or one value per target with "none"; `CrossEntropyOutput` if any `return_*` is set. The loss has
+        the dtype of `input`, promoted with `target` and `weight` for probabilities; float32 under autocast.
+        Differentiable: the loss with respect to `input`, to probability targets, and with them to `weight`. The other
+        results carry no gradient; `token_weight` must not require one.
+
+    Raises:
+        IndexError: a class index outside [0, C) that is not `ignore_index`; the text names it, its position and C.
+        ValueError: batch sizes that differ; an unknown `reduction`, `all_ignored` or `inplace`; `softcap` <= 0;
+            `inplace="forward"` with reduction "none".
+        RuntimeError: other shapes or dtypes that do not fit (bool targets among them), and a `weight` beside class
+            indices, or a `token_weight`, that requires grad.
+        NotImplementedError: logits that are not of a floating dtype.
+
+    Example:
+        >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
+        tensor(1.3863)
+    """
+    overridden = has_torch_function_variadic(input, target, weight, token_weight)
+    if overridden or not _has_kernel(input):
+        arguments = {
+            "weight": weight,
+            "size_average": size_average,
+            "ignore_index": ignore_index,
+            "reduce": reduce,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "lse_square_scale": lse_square_scale,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "token_weight": token_weight,
+            "all_ignored": all_ignored,
+            "inplace": inplace,
+            "return_lse": return_lse,
+            "return_entropy": return_entropy,
+            "return_predicted_tokens": return_predicted_tokens,
+            "return_token_accuracy": return_token_accuracy,
+        }
+        if overridden:
+            tensors = (input, target, weight, token_weight)
+            return handle_torch_function(cross_entropy, tensors, input, target, **arguments)
+        return reference.cross_entropy(input, target, **arguments)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0, got {softcap}")
+    if all_ignored not in _ALL_IGNORED:
+        raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    options = (
+        _reduction.get_enum(reduction),
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        softcap or 0.0,
+        logit_scale,
+        all_ignored == "zero",
+    )
+    if not (return_lse or return_entropy or return_predicted_tokens or return_token_accuracy):
+        return _loss(inplace, input, target, weight, token_weight, options)
+    # Before the loss, which may write over the logits.
+    lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_metrics.default(
+        input.detach(), target.detach(), *options
+    )
+    return CrossEntropyOutput(
+        _loss(inplace, input, target, weight, token_weight, options),
+        lse if return_lse else None,
+        entropy if return_entropy else None,
+        predicted_tokens if return_predicted_tokens else None,
+        token_accuracy if return_token_accuracy else None,
+    )
+
+
+_ALL_IGNORED = ("nan", "zero")
+_INPLACE = (
+    {}
+    if _C is None
+    else {
+        "backward": _C.cross_entropy_inplace_backward,
+        "forward": _C.cross_entropy_inplace_forward,
+    }
+)
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    """False sends the call to the reference. What is no tensor gets its TypeError from the compiled module."""
+    return _C is not None and (not isinstance(tensor, Tensor) or tensor.is_cpu or tensor.is_meta)
+
+
+def _embedding(
+    weight: Tensor, input: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
+) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.charlm.embedding.default(weight, input, padding_idx, scale_grad_by_freq, sparse)
+    return _C.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
+
+
+def _loss(
+    inplace: str | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    options: tuple[int, int, float, float, float, float, bool],
+) -> Tensor:
+    if inplace is None:
+        if torch.compiler.is_compiling():
+            return torch.ops.charlm.cross_entropy.default(input, target, weight, token_weight, *options)[0]
+        return _C.cross_entropy(input, target, weight, token_weight, *options)
+    if inplace not in _INPLACE:
+        raise ValueError(f'inplace must be None, "backward" or "forward", got {inplace!r}')
+    # A function that torch.compile cannot trace: it breaks the graph, and the call runs as it does in eager mode.
+    return _INPLACE[inplace](input, target, weight, token_weight, *options)

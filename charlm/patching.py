@@ -1,0 +1,157 @@
+"""Swap torch's embedding and cross-entropy for ours, for a program or for one model, and back.
+
+`patch_torch` exchanges two attributes of `torch.nn.functional`; `patch_model` changes the class of a model's
+own modules. Both leave every parameter, and so every optimizer and checkpoint, as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.utils import parametrize
+
+from . import functional, nn
+
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "embedding": functional.embedding,
+    "cross_entropy": functional.cross_entropy,
+}
+_MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch.nn.Embedding: nn.Embedding,
+    torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
+}
+
+
+class _PatchedFunctions:
+    """The swapped attributes of `torch.nn.functional`, shared by every `TorchPatch` that is active.
+
+    The first patch saves what it finds and the last one puts it back, so patches may end in any order.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_active = 0
+        self._found: dict[str, Callable[..., Any]] = {}
+
+    def acquire(self) -> None:
+        with self._lock:
+            if self._n_active == 0:
+                self._found = {name: getattr(torch.nn.functional, name) for name in _FUNCTIONS}
+                for name, function in _FUNCTIONS.items():
+                    setattr(torch.nn.functional, name, function)
+            self._n_active += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._n_active -= 1
+            if self._n_active == 0:
+                for name, function in self._found.items():
+                    setattr(torch.nn.functional, name, function)
+
+
+_patched_functions = _PatchedFunctions()
+
+
+class TorchPatch:
+    """What `patch_torch` returns: a patch in force, to be ended by `undo()` or by leaving a `with` block.
+
+    Entering it again after its end puts it in force again; blocks of one patch may nest.
+    """
+
+    def __init__(self) -> None:
+        self._active = False
+        self._depth = 0
+        self._apply()
+
+    def _apply(self) -> None:
+        if not self._active:
+            _patched_functions.acquire()
+            self._active = True
+
+    def undo(self) -> None:
+        """Ends this patch; does nothing if it has ended. Patches that others hold stay in force."""
+        if self._active:
+            self._active = False
+            _patched_functions.release()
+
+    def __enter__(self) -> TorchPatch:
+        self._apply()
+        self._depth += 1
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.undo()
+
+
+def patch_torch() -> TorchPatch:
+    """Makes `F.embedding` and `F.cross_entropy` of torch ours, from this call on, in the whole process.
+
+    `torch.nn.Embedding` and `torch.nn.CrossEntropyLoss` look these functions up at each call, so models built
+    before and after, their subclasses and third-party code follow. Out of reach are a name bound earlier by
+    `from torch.nn.functional import cross_entropy`, graphs that torch.jit or torch.export has already
+    recorded, and `torch.embedding`. Patches nest; when the last one ends, what the first one found is back.
+
+    Returns:
+        A `TorchPatch`: `with patch_torch(): ...`, or `patch = patch_torch()` and later `patch.undo()`.
+
+    Example:
+        >>> with patch_torch():
+        ...     loss = torch.nn.CrossEntropyLoss()(torch.zeros(1, 4), torch.tensor([2]))  # by charlm's kernel
+        >>> loss
+        tensor(1.3863)
+    """
+    return TorchPatch()
+
+
+def patch_model(model: ModuleT) -> ModuleT:
+    """Turns every `torch.nn.Embedding` and `torch.nn.CrossEntropyLoss` of `model` into ours, in place.
+
+    Only the class of a module changes: it remains the same object, with the same Parameters (tied ones stay
+    tied), buffers, hooks, parametrizations, names and training flag. Subclasses stay as they are, since they
+    may have a `forward` of their own; a `forward` set on the module itself also stays. Doing it twice changes
+    nothing.
+
+    Args:
+        model: any module, also a bare `torch.nn.Embedding`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(27, 10), torch.nn.Linear(10, 27))
+        >>> type(patch_model(model)[0])
+        <class 'charlm.nn.Embedding'>
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"patch_model takes a torch.nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        ours = _MODULES.get(parametrize.type_before_parametrizations(module))
+        if ours is not None:
+            module.__class__ = (
+                _parametrized(type(module), ours) if parametrize.is_parametrized(module) else ours
+            )
+    return model
+
+
+def _parametrized(found: type, ours: type[torch.nn.Module]) -> type:
+    """The class that torch made for one parametrized module, with its properties, but derived from ours."""
+    namespace = {
+        name: value for name, value in vars(found).items() if name not in ("__dict__", "__weakref__")
+    }
+    return type(f"Parametrized{ours.__name__}", (ours,), namespace)

@@ -1,0 +1,409 @@
+"""Every op in plain torch, with the signature of `charlm.functional`: the tests' oracle, and the fallback.
+
+What each op means is written here once, as a formula and as a few lines of torch that anyone can check. The
+kernels are judged against these functions in float64; a tensor on a device for which charlm has no kernel,
+and `CHARLM_BACKEND=reference`, run them as they are. torch differentiates them to any order, in both modes.
+
+Without an extra both call the function of torch itself, so torch's semantics hold by construction. torch's
+originals are bound when this module is imported, so `charlm.patch_torch()` cannot make the reference call the
+kernels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+from torch.nn.functional import cross_entropy as _torch_cross_entropy
+from torch.nn.functional import embedding as _torch_embedding
+
+_INDEX_DTYPES = frozenset(
+    {
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    }
+)
+_INT64_MAX = torch.iinfo(torch.int64).max
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What `cross_entropy` returns when any `return_*` is set; a field that was not asked for is None.
+
+    loss:             () or, with reduction "none", one value per target; differentiable.
+    lse:              one log-sum-exp per target, in nats; float32 (float64 for float64 logits).
+    entropy:          one entropy of the predicted distribution per target, in nats; dtype as `lse`.
+    predicted_tokens: one arg max per target; int64.
+    token_accuracy:   float32; () or, with reduction "none", 1 or 0 per target.
+
+    Only `loss` carries a gradient.
+    """
+
+    loss: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+    token_accuracy: Tensor | None = None
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a table: `out[..., :] = weight[input[...], :]`. Same arguments as `F.embedding`.
+
+    Args:
+        input: indices, any shape (*), any integer dtype; each in [0, V). Never negative.
+        weight: (V, D), any floating dtype; a view with any strides.
+        padding_idx: a row whose gradient is zero, in [-V, V). The output at this index is the row itself.
+        max_norm: first scale every row that is looked up and whose p-norm is larger down to this norm, in
+            `weight` itself. Nothing is written if an index is out of range.
+        norm_type: p of that norm.
+        scale_grad_by_freq: divide a row's gradient by the number of times its index occurs in `input`.
+        sparse: give `weight` a sparse COO gradient.
+
+    Returns:
+        (*, D), the dtype of `weight`.
+
+    Raises:
+        IndexError: an index outside [0, V); the text names the index, its position and V.
+        RuntimeError: indices that are not integers (bool included), a weight that is not 2-D, and, in
+            backward, `sparse` together with `scale_grad_by_freq`.
+        AssertionError: `padding_idx` outside [-V, V).
+
+    Example:
+        >>> weight = torch.eye(3)
+        >>> embedding(torch.tensor([2, 0]), weight)
+        tensor([[0., 0., 1.],
+                [1., 0., 0.]])
+    """
+    index = _widened(input, "indices")
+    try:
+        if max_norm is not None:
+            # embedding_renorm_ writes until it meets a bad index: look all of them up before.
+            with torch.no_grad():
+                _torch_embedding(index, weight)
+        return _torch_embedding(index, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    except IndexError:
+        _raise_if_out_of_range(input, index, weight.size(0), "index", "embeddings")
+        raise
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    all_ignored: str = "nan",
+    inplace: str | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predicted_tokens: bool = False,
+    return_token_accuracy: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """Softmax cross-entropy, in nats, of logits and class indices or class probabilities: `F.cross_entropy`.
+
+    With logits x of C classes (dimension 1, or 0 of a 1-d input), n over targets and c over classes::
+
+        z      = softcap * tanh(logit_scale * x / softcap)       or, without softcap, logit_scale * x
+        lse_n  = log sum_c exp z_nc
+        logp   = z - lse
+
+    and, with token weight t_n, class weight w_c (each 1 if not given) and e = label_smoothing, for class
+    indices y_n::
+
+        loss_n = t_n * [ (1 - e) * w_y * -logp_ny + e/C * sum_c w_c * -logp_nc
+                         + lse_square_scale * w_y * lse_n**2 ]
+        loss_n = 0                                                  where y_n == ignore_index
+        mean   = sum_n loss_n / sum_{n not ignored} t_n * w_y
+
+    for class probabilities p_nc, with p' = (1 - e) * p + e/C::
+
+        loss_n = t_n * [ sum_c w_c * p'_nc * -logp_nc + lse_square_scale * lse_n**2 ]
+        mean   = sum_n loss_n / sum_n t_n
+
+    Sources: label smoothing, Szegedy et al. 2016; the z-loss `lse_square_scale`, Chowdhery et al. 2022 (PaLM,
+    sec. 5); `softcap`, Gemma Team 2024 (Gemma 2, sec. 2).
+
+    Args:
+        input: logits, (C), (N, C) or (N, C, d1, ...), a floating dtype, any strides.
+        target: class indices, () or (1), (N), (N, d1, ...), any integer dtype, each in [0, C) or
+            `ignore_index`; or class probabilities, the shape of `input` and a floating dtype.
+        weight: (C), a weight for each class; the dtype of `input` if the targets are class indices.
+        size_average, reduce: deprecated by torch; they override `reduction`.
+        ignore_index: class indices of this value count for nothing. Indices are widened to int64 before
+            they are compared: the uint8 index 156 is not -100. Beside probabilities only a negative one.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: e, in [0, 1].
+        lse_square_scale: factor of the z-loss.
+        softcap: bound of the logits, > 0.
+        logit_scale: factor of the logits, an inverse temperature.
+        token_weight: a weight for each target; the shape of `input` without the class dimension.
+        all_ignored: a mean over no target at all is "nan", as torch's, or "zero".
+        inplace: None, "backward" or "forward". The reference checks the value, then works out of place.
+        return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: see `CrossEntropyOutput`.
+            The entropy is `lse_n - sum_c softmax(z)_nc * z_nc`; a reduced token accuracy is the share of the
+            targets not ignored whose arg max is right (for probabilities, their own arg max is the target).
+
+    Returns:
+        The loss, () or one value per target with "none"; `CrossEntropyOutput` if any `return_*` is set. The
+        loss has the dtype of `input`, promoted with `target` and `weight` for probabilities; float32 under
+        autocast.
+        Differentiable: the loss with respect to `input`, to probability targets, and with them to `weight`.
+
+    Raises:
+        IndexError: a class index outside [0, C) that is not `ignore_index`; the text names it, where it
+            stands and C.
+        ValueError: batch sizes that differ; an unknown `reduction`, `all_ignored` or `inplace`;
+            `softcap` <= 0; `inplace="forward"` with reduction "none".
+        RuntimeError: other shapes or dtypes that do not fit (bool targets among them), and a `weight` beside
+            class indices, or a `token_weight`, that requires grad.
+
+    Example:
+        >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
+        tensor(1.3863)
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
+    _check_options(reduction, softcap, all_ignored, inplace)
+
+    index = _widened(target, "targets", ignore_index)
+    wants_output = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
+    plain_loss = (
+        lse_square_scale == 0
+        and softcap is None
+        and logit_scale == 1
+        and token_weight is None
+        and all_ignored == "nan"
+    )
+    try:
+        if plain_loss:
+            loss = _torch_cross_entropy(
+                input,
+                index,
+                weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+            )
+            if not wants_output:
+                return loss
+            z = _computed(input)
+        else:
+            z = _transformed(input, softcap, logit_scale)
+            loss = _weighted_loss(
+                input,
+                z,
+                index,
+                weight,
+                ignore_index,
+                reduction,
+                label_smoothing,
+                lse_square_scale,
+                token_weight,
+                all_ignored,
+            )
+    except IndexError:
+        if input.dim() > 0:
+            n_classes = input.size(_class_dim(input))
+            _raise_if_out_of_range(target, index, n_classes, "target", "classes", ignore_index)
+        raise
+    if not wants_output:
+        return loss
+    z = z.detach()
+    class_dim = _class_dim(z)
+    shape = _loss_shape(input, index)
+    predicted = (
+        z.argmax(class_dim).reshape(shape) if return_predicted_tokens or return_token_accuracy else None
+    )
+    return CrossEntropyOutput(
+        loss,
+        z.logsumexp(class_dim).reshape(shape) if return_lse else None,
+        _entropy(z, class_dim).reshape(shape) if return_entropy else None,
+        predicted if return_predicted_tokens else None,
+        _token_accuracy(input, predicted, index, ignore_index, reduction, all_ignored)
+        if return_token_accuracy
+        else None,
+    )
+
+
+def _weighted_loss(
+    input: Tensor,
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    lse_square_scale: float,
+    token_weight: Tensor | None,
+    all_ignored: str,
+) -> Tensor:
+    """The loss with extras: torch's own, of each target and on the transformed logits z, then the mean."""
+    is_index = target.shape != input.shape
+    autocast = torch.is_autocast_enabled(input.device.type)
+    result_dtype = input.dtype if is_index else torch.promote_types(input.dtype, target.dtype)
+    if weight is not None:
+        if is_index and weight.dtype != input.dtype and not autocast:
+            raise RuntimeError(f"expected scalar type {input.dtype} for weight but found {weight.dtype}")
+        if not is_index:
+            result_dtype = torch.promote_types(result_dtype, weight.dtype)
+        weight = weight.to(torch.promote_types(z.dtype, weight.dtype))
+    if autocast:
+        result_dtype = torch.promote_types(result_dtype, torch.float32)
+    if not is_index:
+        target = target.to(torch.promote_types(z.dtype, target.dtype))
+
+    loss = _torch_cross_entropy(
+        z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )  # (), (N) or (N, d1, ...)
+    valid = (target != ignore_index).reshape(loss.shape) if is_index else None
+    # The weight that one target has in a mean; class weights count there for class indices only, as in torch.
+    share = torch.ones_like(loss, requires_grad=False)
+    if is_index and weight is not None:
+        share = weight[torch.where(valid, target.reshape(loss.shape), 0)]
+    if lse_square_scale != 0:
+        square = lse_square_scale * z.logsumexp(_class_dim(z)).square().reshape(loss.shape)
+        loss = loss + (torch.where(valid, square * share, 0) if is_index else square)
+    if token_weight is not None:
+        if token_weight.numel() != loss.numel() or token_weight.shape not in (loss.shape, target.shape):
+            raise RuntimeError(
+                f"token_weight must hold one weight for each target, shape {tuple(loss.shape)}, "
+                f"got {tuple(token_weight.shape)}"
+            )
+        if torch.is_grad_enabled() and token_weight.requires_grad:
+            raise RuntimeError("the derivative for 'token_weight' is not implemented")
+        token_weight = token_weight.to(share.dtype).reshape(loss.shape)
+        share = share * token_weight
+        loss = loss * token_weight
+
+    if reduction == "none":
+        return loss.to(result_dtype)
+    total = loss.sum()
+    if reduction == "sum":
+        return total.to(result_dtype)
+    total_share = (torch.where(valid, share, 0) if is_index else share).sum()
+    if all_ignored == "zero":
+        # 0 / 1 rather than 0 / 0: the gradient is zero as well, and no value has to be read back from the
+        # device.
+        counted = valid.any() if is_index else torch.tensor(loss.numel() > 0, device=loss.device)
+        total_share = torch.where(counted, total_share, 1)
+    return (total / total_share).to(result_dtype)
+
+
+def _computed(input: Tensor) -> Tensor:
+    """The logits in the dtype of the arithmetic: float32 for float16 and bfloat16, else their own."""
+    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+
+
+def _transformed(input: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    z = _computed(input)
+    if logit_scale != 1:
+        z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z
+
+
+def _entropy(z: Tensor, class_dim: int) -> Tensor:
+    p = z.softmax(class_dim)
+    # A class of probability 0 adds nothing, even where z = -inf.
+    return z.logsumexp(class_dim) - torch.where(p == 0, 0, p * z).sum(class_dim)
+
+
+def _token_accuracy(
+    input: Tensor,
+    predicted: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    reduction: str,
+    all_ignored: str,
+) -> Tensor:
+    if target.shape == input.shape:
+        target = target.argmax(_class_dim(input))
+        valid = torch.ones_like(predicted, dtype=torch.bool)
+    else:
+        valid = (target != ignore_index).reshape(predicted.shape)
+    right = ((predicted == target.reshape(predicted.shape)) & valid).float()
+    if reduction == "none":
+        return right
+    count = valid.sum()
+    return right.sum() / (count.clamp(min=1) if all_ignored == "zero" else count)
+
+
+def _class_dim(input: Tensor) -> int:
+    return 0 if input.dim() == 1 else 1
+
+
+def _loss_shape(input: Tensor, target: Tensor) -> torch.Size:
+    """Shape of the losses before they are reduced: a 1-d input has one, whatever the shape of its target."""
+    if input.dim() == 1:
+        return torch.Size()
+    return input.shape[:1] + input.shape[2:]
+
+
+def _check_options(reduction: str, softcap: float | None, all_ignored: str, inplace: str | None) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0, got {softcap}")
+    if all_ignored not in ("nan", "zero"):
+        raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    if inplace not in (None, "backward", "forward"):
+        raise ValueError(f'inplace must be None, "backward" or "forward", got {inplace!r}')
+    if inplace == "forward" and reduction == "none":
+        raise ValueError(
+            'inplace="forward" needs reduction "mean" or "sum": with "none" the gradient is not yet known'
+        )
+
+
+def _widened(index: Tensor, name: str, ignore_index: int | None = None) -> Tensor:
+    """Indices of any integer dtype as int64; anything else is left for torch to judge, except bool."""
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
+        return index
+    if index.dtype not in _INDEX_DTYPES:
+        raise RuntimeError(f"expected {name} of an integer dtype, got {index.dtype}")
+    wide = index.to(torch.int64)
+    if index.dtype == torch.uint64:
+        # 2**64 - 100 must not turn into ignore_index: what int64 cannot hold becomes a value that is out of
+        # range.
+        out_of_range = _INT64_MAX - 1 if ignore_index == _INT64_MAX else _INT64_MAX
+        wide = torch.where(wide < 0, out_of_range, wide)
+    return wide
+
+
+def _raise_if_out_of_range(
+    given: Tensor, wide: Tensor, limit: int, noun: str, things: str, ignore_index: int | None = None
+) -> None:
+    """IndexError that names the first index outside [0, limit); returns if there is none.
+
+    given: the indices as the caller passed them; wide: the same as int64.
+    """
+    bad = (wide < 0) | (wide >= limit)
+    if ignore_index is not None:
+        bad &= wide != ignore_index
+    positions = bad.nonzero()
+    if len(positions) > 0:
+        position = tuple(positions[0].tolist())
+        value = given[position].item()
+        raise IndexError(f"{noun} {value} at position {position} is out of range for {limit} {things}")

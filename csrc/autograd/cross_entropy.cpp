@@ -1,0 +1,323 @@
+// cross_entropy's derivatives. The forward keeps the logits and two numbers per row; the backward makes the gradient
+// from them, once the gradient of the loss is known: no softmax / N is ever rounded to a half type.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/result_type.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "cross_entropy_formula.h"
+#include "node.h"
+
+namespace charlm {
+namespace {
+
+// ------------------------------------------------------------------------------------------------ out of place
+
+struct CrossEntropyBackward final : Node {
+  CrossEntropyOptions options{};
+  SavedVariable input, target, weight, token_weight, normalizer;
+
+  std::string name() const override { return "CrossEntropyBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    const Tensor& grad_loss = grads[0];
+    variable_list result(3);  // input, target, weight
+    if (!grad_loss.defined()) return result;
+    const Tensor x = input.unpack(), y = target.unpack();
+    const OptionalTensor w = optional_if_defined(weight.unpack()), t = optional_if_defined(token_weight.unpack());
+    if (at::GradMode::is_enabled()) return differentiable(grad_loss, x, y, w, t);
+
+    const Tensor state = normalizer.unpack();
+    if (task_should_compute_output(0)) {
+      static const BackwardOp op("charlm::cross_entropy_backward");
+      result[0] = op(options, grad_loss, x, y, w, t, state);
+    }
+    static const BackwardOp target_op("charlm::cross_entropy_target_backward");
+    if (task_should_compute_output(1)) result[1] = target_op(options, grad_loss, x, y, w, t, state);
+    if (task_should_compute_output(2)) {
+      // With neither weight nor smoothing, the targets' gradient is -log p times the gradient of each row's loss.
+      CrossEntropyOptions plain = options;
+      plain.label_smoothing = 0;
+      const double smoothing = std::max(0.0, options.label_smoothing);
+      const Tensor minus_log_p = target_op(plain, grad_loss, x, y, {}, t, state).to(compute_dtype(x));
+      const Tensor p = y.to(compute_dtype(x)) * (1 - smoothing) +
+                       smoothing / static_cast<double>(n_classes(x).guard_int(__FILE__, __LINE__));
+      const Tensor grad = minus_log_p * p;
+      result[2] = (x.dim() == 1 ? grad : grad.movedim(1, -1).reshape_symint({-1, n_classes(x)}).sum(0)).to(w->dtype());
+    }
+    return result;
+  }
+
+  // The backward is itself differentiated: torch's formula, by autograd.
+  variable_list differentiable(const Tensor& grad_loss, const Tensor& x, const Tensor& y, const OptionalTensor& w,
+                               const OptionalTensor& t) {
+    const Tensor loss = cross_entropy_formula(options, x, y, w, t);
+    const variable_list all = {x, y, tensor_or_undefined(w)};
+    variable_list inputs;
+    for (size_t i = 0; i < all.size(); i++) {
+      if (task_should_compute_output(i)) inputs.push_back(all[i]);
+    }
+    const auto grads = torch::autograd::grad({loss}, inputs, {grad_loss}, /*retain_graph=*/true,
+                                             /*create_graph=*/true, /*allow_unused=*/true);
+    variable_list result(all.size());
+    size_t next = 0;
+    for (size_t i = 0; i < all.size(); i++) {
+      if (task_should_compute_output(i)) result[i] = grads[next++];
+    }
+    return result;
+  }
+
+  void release_variables() override {
+    for (SavedVariable* saved : {&input, &target, &weight, &token_weight, &normalizer}) saved->reset_data();
+  }
+};
+
+void check_no_derivative(const Tensor& target, const Tensor& input, const OptionalTensor& weight,
+                         const OptionalTensor& token_weight) {
+  if (!at::GradMode::is_enabled()) return;
+  TORCH_CHECK(!requires_grad(weight) || has_probabilities(input, target),
+              "the derivative for 'weight' is not implemented for class indices: it must not require grad");
+  TORCH_CHECK(!requires_grad(token_weight),
+              "the derivative for 'token_weight' is not implemented: it must not require grad");
+}
+
+// torch promotes the dtypes of logits, probabilities and weight; class indices take no part in it.
+std::optional<at::ScalarType> promoted_dtype(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
+  if (!target.is_floating_point() || !has_probabilities(input, target)) return std::nullopt;
+  at::ScalarType dtype = c10::promoteTypes(input.scalar_type(), target.scalar_type());
+  if (weight) dtype = c10::promoteTypes(dtype, weight->scalar_type());
+  const bool same =
+      dtype == input.scalar_type() && dtype == target.scalar_type() && (!weight || dtype == weight->scalar_type());
+  return same ? std::nullopt : std::optional(dtype);
+}
+
+OptionalTensor to(const OptionalTensor& t, at::ScalarType dtype) {
+  return t ? OptionalTensor(t->to(dtype)) : std::nullopt;
+}
+
+LossAndNormalizer by_formula(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
+                             const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  return {cross_entropy_formula(options, input, target, weight, token_weight), at::empty({0}, input.options())};
+}
+
+LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
+                                const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  static const ForwardOp op("charlm::cross_entropy");
+  if (const auto dtype = promoted_dtype(input, target, weight)) {
+    return op(options, input.to(*dtype), target.to(*dtype), to(weight, *dtype), token_weight);
+  }
+  check_no_derivative(target, input, weight, token_weight);
+  if (needs_formula(input) || needs_formula(target) || needs_formula(weight) || needs_formula(token_weight)) {
+    return by_formula(options, input, target, weight, token_weight);
+  }
+  const auto below_autograd = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op(options, input, target, weight, token_weight);
+  };
+  if (!at::GradMode::is_enabled() || !(requires_grad(input) || requires_grad(target) || requires_grad(weight))) {
+    return below_autograd();
+  }
+  const auto node = make_node<CrossEntropyBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, target, tensor_or_undefined(weight)));
+  auto [loss, normalizer] = below_autograd();
+  node->options = options;
+  node->input = SavedVariable(input, false);
+  node->target = SavedVariable(target, false);
+  if (weight) node->weight = SavedVariable(*weight, false);
+  if (token_weight) node->token_weight = SavedVariable(*token_weight, false);
+  node->normalizer = SavedVariable(normalizer, false);
+  torch::autograd::set_history(loss, node);
+  return {loss, normalizer};
+}
+
+// ---------------------------------------------------------------------------------------------------- in place
+
+// The history of logits whose memory is, or will be, their gradient: nothing may be differentiated through it.
+struct OverwrittenLogitsBackward final : Node {
+  std::string name() const override { return "OverwrittenLogitsBackward"; }
+
+  variable_list apply(variable_list&&) override {
+    TORCH_CHECK(false,
+                "these logits were given to cross_entropy(inplace=...), which turns their memory into their gradient: "
+                "nothing else can be differentiated through them. Use inplace=None.");
+  }
+};
+
+// Hands on the gradient that lies, or is to be written, in the memory of the logits.
+struct CrossEntropyInplaceBackward final : Node {
+  CrossEntropyOptions options{};
+  bool written_by_forward = false;
+  bool used = false;
+  SavedVariable logits, target, weight, token_weight, normalizer;
+
+  std::string name() const override { return "CrossEntropyInplaceBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    TORCH_CHECK(!used, "cross_entropy(inplace=...) can go backward only once: its logits are gone. Use inplace=None.");
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "cross_entropy(inplace=...) has no double backward (create_graph=True): use inplace=None.");
+    const Tensor& grad_loss = grads[0];
+    variable_list result(1);
+    if (!grad_loss.defined()) return result;
+    Tensor memory = logits.unpack();
+    used = true;
+    if (written_by_forward) {
+      if (grad_loss.item<double>() != 1) memory.mul_(grad_loss);
+    } else {
+      static const InplaceBackwardOp op("charlm::cross_entropy_backward_");
+      op(options, memory, grad_loss, target.unpack(), optional_if_defined(weight.unpack()),
+         optional_if_defined(token_weight.unpack()), normalizer.unpack());
+    }
+    result[0] = memory;
+    return result;
+  }
+
+  void release_variables() override {
+    for (SavedVariable* saved : {&logits, &target, &weight, &token_weight, &normalizer}) saved->reset_data();
+  }
+};
+
+LossAndNormalizer cross_entropy_inplace(const char* name, const CrossEntropyOptions& options, Tensor& input,
+                                        const Tensor& target, const OptionalTensor& weight,
+                                        const OptionalTensor& token_weight, bool written_by_forward) {
+  check_cross_entropy(options, input, target, weight, token_weight);
+  check_no_derivative(target, input, weight, token_weight);
+  TORCH_CHECK(!needs_formula(input) && !needs_formula(target) && !needs_formula(weight) && !needs_formula(token_weight),
+              "cross_entropy(inplace=...) works neither under torch.func's transforms nor in forward-mode AD: use "
+              "inplace=None");
+  if (!at::GradMode::is_enabled() || !requires_grad(input)) {  // nobody will go backward: nothing is written
+    static const ForwardOp op("charlm::cross_entropy");
+    return op(options, input, target, weight, token_weight);
+  }
+  TORCH_CHECK(!requires_grad(target) && !requires_grad(weight),
+              "cross_entropy(inplace=...) gives no gradient to probability targets or weight: use inplace=None, or "
+              "detach them");
+  torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  at::assert_no_internal_overlap(input);  // an expanded view: two rows would share their memory
+
+  const auto node = make_node<CrossEntropyInplaceBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input));
+  const auto overwritten = make_node<OverwrittenLogitsBackward>();
+  overwritten->set_next_edges(torch::autograd::collect_next_edges(input));
+
+  const InplaceForwardOp op(name);
+  auto [loss, normalizer] = [&] {
+    at::AutoDispatchBelowAutograd guard;  // ADInplaceOrView comes next: it counts the new version of the logits
+    return op(options, input, target, weight, token_weight);
+  }();
+  node->options = options;
+  node->written_by_forward = written_by_forward;
+  node->logits = SavedVariable(input.detach(), false);
+  if (!written_by_forward) {
+    node->target = SavedVariable(target, false);
+    if (weight) node->weight = SavedVariable(*weight, false);
+    if (token_weight) node->token_weight = SavedVariable(*token_weight, false);
+    node->normalizer = SavedVariable(normalizer, false);
+  }
+  torch::autograd::set_history(loss, node);
+  torch::autograd::rebase_history(input, overwritten);
+  return {loss, normalizer};
+}
+
+LossAndNormalizer cross_entropy_inplace_backward(const CrossEntropyOptions& options, Tensor& input,
+                                                 const Tensor& target, const OptionalTensor& weight,
+                                                 const OptionalTensor& token_weight) {
+  return cross_entropy_inplace("charlm::cross_entropy_inplace_backward", options, input, target, weight, token_weight,
+                               false);
+}
+
+LossAndNormalizer cross_entropy_inplace_forward(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
+                                                const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  TORCH_CHECK_VALUE(
+      !options.is(Reduction::kNone),
+      "inplace=\"forward\" needs reduction \"mean\" or \"sum\": with \"none\" the gradient is not yet known");
+  // In float16, small entries would be lost before a GradScaler's factor is known: backward writes them then.
+  if (input.scalar_type() == at::kHalf) {
+    return cross_entropy_inplace_backward(options, input, target, weight, token_weight);
+  }
+  return cross_entropy_inplace("charlm::cross_entropy_inplace_forward", options, input, target, weight, token_weight,
+                               true);
+}
+
+// Counts the new version of a tensor that an op writes, as torch's own in-place ops do.
+template <class Result, class... Tensors>
+struct BumpVersion {
+  template <const char* kName>
+  static Result call(const CrossEntropyOptions& options, Tensor& input, Tensors... tensors) {
+    static const CrossEntropyOp<Result, Tensor&, Tensors...> op(kName);
+    const auto run = [&] {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return op(options, input, tensors...);
+    };
+    if constexpr (std::is_void_v<Result>) {
+      run();
+      torch::autograd::impl::bump_version(input);
+    } else {
+      auto result = run();
+      torch::autograd::impl::bump_version(input);
+      return result;
+    }
+  }
+};
+
+constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
+constexpr char kInplaceBackward[] = "charlm::cross_entropy_inplace_backward";
+constexpr char kBackwardInplace[] = "charlm::cross_entropy_backward_";
+using BumpForward = BumpVersion<LossAndNormalizer, const Tensor&, const OptionalTensor&, const OptionalTensor&>;
+using BumpBackward =
+    BumpVersion<void, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&>;
+
+// ---------------------------------------------------------------------------------------------------- autocast
+
+// In float32 under autocast, as torch's own cross_entropy_loss is.
+template <c10::DeviceType kDevice, const char* kName, class Input>
+LossAndNormalizer autocast(const CrossEntropyOptions& options, Input input, const Tensor& target,
+                           const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(kDevice));
+  const auto cast = [](const Tensor& t) { return at::autocast::cached_cast(at::kFloat, t, kDevice); };
+  const auto cast_optional = [&](const OptionalTensor& t) { return t ? OptionalTensor(cast(*t)) : std::nullopt; };
+  Tensor logits = cast(input);
+  static const CrossEntropyOp<LossAndNormalizer, Input, const Tensor&, const OptionalTensor&, const OptionalTensor&> op(
+      kName);
+  return op(options, logits, cast(target), cast_optional(weight), token_weight);
+}
+
+constexpr char kCrossEntropy[] = "charlm::cross_entropy";
+
+template <c10::DeviceType kDevice>
+void register_autocast(torch::Library& m) {
+  m.impl("cross_entropy", Flat<&autocast<kDevice, kCrossEntropy, const Tensor&>>::call);
+  m.impl("cross_entropy_inplace_forward", Flat<&autocast<kDevice, kInplaceForward, Tensor&>>::call);
+  m.impl("cross_entropy_inplace_backward", Flat<&autocast<kDevice, kInplaceBackward, Tensor&>>::call);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(charlm, Autograd, m) {
+  m.impl("cross_entropy", Flat<&cross_entropy>::call);
+  m.impl("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace_forward>::call);
+  m.impl("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace_backward>::call);
+  for (const char* name : {"cross_entropy_backward", "cross_entropy_backward_", "cross_entropy_target_backward"}) {
+    m.impl(name, torch::autograd::autogradNotImplementedFallback());
+  }
+}
+
+TORCH_LIBRARY_IMPL(charlm, ADInplaceOrView, m) {
+  m.impl("cross_entropy_inplace_forward", Flat<&BumpForward::call<kInplaceForward>>::call);
+  m.impl("cross_entropy_inplace_backward", Flat<&BumpForward::call<kInplaceBackward>>::call);
+  m.impl("cross_entropy_backward_", Flat<&BumpBackward::call<kBackwardInplace>>::call);
+}
+
+TORCH_LIBRARY_IMPL(charlm, FuncTorchBatched, m) { m.impl("cross_entropy", Flat<&by_formula>::call); }
+
+TORCH_LIBRARY_IMPL(charlm, AutocastCPU, m) { register_autocast<c10::DeviceType::CPU>(m); }
+
+TORCH_LIBRARY_IMPL(charlm, AutocastCUDA, m) { register_autocast<c10::DeviceType::CUDA>(m); }
+
+}  // namespace charlm

@@ -1,0 +1,82 @@
+// embedding's derivative: the rows of the incoming gradient summed by index; linear, so its own derivative is a gather.
+#include "../embedding.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/embedding_backward.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "node.h"
+
+namespace charlm {
+namespace {
+
+using Forward = Tensor(const Tensor&, const Tensor&, int64_t, bool, bool);
+using Backward = Tensor(const Tensor&, const Tensor&, c10::SymInt, int64_t, bool);
+
+struct EmbeddingBackward final : Node {
+  SavedVariable indices;
+  c10::SymInt num_embeddings;
+  int64_t padding_idx = -1;
+  bool scale_grad_by_freq = false;
+  bool sparse = false;
+
+  std::string name() const override { return "EmbeddingBackward"; }
+
+  variable_list apply(variable_list&& grads) override {
+    if (!grads[0].defined()) return variable_list(1);
+    const Tensor index = indices.unpack();
+    // A sparse gradient, and one that is itself differentiated, are torch's own.
+    if (sparse || at::GradMode::is_enabled()) {
+      return {at::embedding_backward_symint(grads[0], index.to(at::kLong), num_embeddings, padding_idx,
+                                            scale_grad_by_freq, sparse)};
+    }
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding_backward", "").typed<Backward>();
+    return {op.call(grads[0], index, num_embeddings, padding_idx, scale_grad_by_freq)};
+  }
+
+  void release_variables() override { indices.reset_data(); }
+};
+
+Tensor by_formula(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
+                  bool sparse) {
+  check_embedding(weight, indices);
+  return at::embedding(weight, indices.to(at::kLong), padding_idx, scale_grad_by_freq, sparse);
+}
+
+Tensor embedding(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
+                 bool sparse) {
+  if (needs_formula(weight) || needs_formula(indices)) {
+    return by_formula(weight, indices, padding_idx, scale_grad_by_freq, sparse);
+  }
+  const auto below_autograd = [&] {
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding", "").typed<Forward>();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op.call(weight, indices, padding_idx, scale_grad_by_freq, sparse);
+  };
+  if (!at::GradMode::is_enabled() || !weight.requires_grad()) return below_autograd();
+  const auto node = make_node<EmbeddingBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(weight));
+  Tensor output = below_autograd();
+  node->indices = SavedVariable(indices, false);
+  node->num_embeddings = weight.sym_size(0);
+  node->padding_idx = padding_idx;
+  node->scale_grad_by_freq = scale_grad_by_freq;
+  node->sparse = sparse;
+  torch::autograd::set_history(output, node);
+  return output;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(charlm, Autograd, m) {
+  m.impl("embedding", &embedding);
+  m.impl("embedding_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(charlm, FuncTorchBatched, m) { m.impl("embedding", &by_formula); }
+
+}  // namespace charlm

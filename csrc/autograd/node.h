@@ -1,0 +1,48 @@
+// What the autograd kernels share: which inputs leave C++ autograd for torch's own formula, and nodes.
+#pragma once
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <optional>
+
+namespace charlm {
+
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// Nodes are counted by c10::intrusive_ptr in newer versions of torch, by std::shared_ptr in older ones.
+using NodePtr = decltype(torch::autograd::Edge::function);
+
+template <class N>
+auto make_node() {
+  if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
+    return std::make_shared<N>();
+  } else {
+    return c10::make_intrusive<N>();
+  }
+}
+
+// functorch's wrappers (vmap, grad, jvp) and forward-mode AD need a formula made of torch's own differentiable ops.
+inline bool needs_formula(const at::Tensor& t) {
+  using c10::DispatchKey;
+  return t.defined() && (t.key_set().has_any(
+                             c10::DispatchKeySet({DispatchKey::FuncTorchGradWrapper, DispatchKey::FuncTorchBatched})) ||
+                         t._fw_grad(/*level=*/0).defined());
+}
+
+inline bool needs_formula(const std::optional<at::Tensor>& t) { return t.has_value() && needs_formula(*t); }
+
+inline bool requires_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
+inline bool requires_grad(const std::optional<at::Tensor>& t) { return t.has_value() && requires_grad(*t); }
+
+inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
+
+inline std::optional<at::Tensor> optional_if_defined(at::Tensor t) {
+  return t.defined() ? std::optional<at::Tensor>(std::move(t)) : std::nullopt;
+}
+
+}  // namespace charlm

@@ -1,0 +1,37 @@
+// Argument checks shared by all ops: torch's error types, with the offending value, its position and the limit.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <c10/util/StringUtil.h>
+
+#include <optional>
+
+namespace charlm {
+
+inline bool is_index_dtype(at::ScalarType dtype) { return c10::isIntegralType(dtype, /*includeBool=*/false); }
+
+inline void check_index_dtype(const at::Tensor& index, const char* name) {
+  TORCH_CHECK(is_index_dtype(index.scalar_type()), "expected ", name, " of an integer dtype, but got ",
+              index.scalar_type());
+}
+
+// Raises the IndexError of the index at `flat_position` of a contiguous walk over `index`:
+// "target 27 at position (3,) is out of range for 27 classes".
+[[noreturn]] inline void raise_out_of_range(const at::Tensor& index, int64_t flat_position, int64_t limit,
+                                            const char* noun, const char* things) {
+  std::vector<int64_t> position(index.dim());
+  for (int64_t d = index.dim() - 1, rest = flat_position; d >= 0; d--) {
+    position[d] = rest % index.size(d);
+    rest /= index.size(d);
+  }
+  const at::Tensor value = index.reshape({-1})[flat_position];
+  const std::string shown = index.scalar_type() == at::kUInt64
+                                ? std::to_string(*static_cast<const uint64_t*>(value.const_data_ptr()))
+                                : std::to_string(value.to(at::kLong).item<int64_t>());
+  TORCH_CHECK_INDEX(false, noun, " ", shown, " at position (", c10::Join(", ", position),
+                    position.size() == 1 ? "," : "", ") is out of range for ", limit, " ", things);
+  throw;  // not reached: tells the compiler that the check above does not return
+}
+
+}  // namespace charlm

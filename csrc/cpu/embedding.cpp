@@ -1,0 +1,182 @@
+// embedding on the CPU: takes tensors apart and hands ranges of indices to the kernels.
+#include "../embedding.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "adapter.h"
+
+namespace charlm {
+namespace {
+
+// Calls f(kernel, typed pointer) for the dtype of `indices`.
+template <class F>
+void with_index_type(const Tensor& indices, F&& f) {
+  const EmbeddingForwards& kernels = cpu_kernels().embedding_forward;
+  switch (indices.scalar_type()) {
+    case at::kChar:
+      return f(kernels.int8, const_data<int8_t>(indices));
+    case at::kShort:
+      return f(kernels.int16, const_data<int16_t>(indices));
+    case at::kInt:
+      return f(kernels.int32, const_data<int32_t>(indices));
+    case at::kLong:
+      return f(kernels.int64, const_data<int64_t>(indices));
+    case at::kByte:
+      return f(kernels.uint8, const_data<uint8_t>(indices));
+    case at::kUInt16:
+      return f(kernels.uint16, const_data<uint16_t>(indices));
+    case at::kUInt32:
+      return f(kernels.uint32, const_data<uint32_t>(indices));
+    case at::kUInt64:
+      return f(kernels.uint64, const_data<uint64_t>(indices));
+    default:
+      check_index_dtype(indices, "indices");
+  }
+}
+
+Tensor embedding(const Tensor& weight, const Tensor& indices, int64_t, bool, bool) {
+  check_embedding(weight, indices);
+  const Tensor index = indices.contiguous();
+  at::DimVector shape(indices.sizes().begin(), indices.sizes().end());
+  shape.push_back(weight.size(1));
+  Tensor output = at::empty(shape, weight.options());
+
+  const int64_t element_size = static_cast<int64_t>(weight.element_size());
+  EmbeddingTable table;
+  table.weight = const_data<char>(weight);
+  table.row_stride = weight.stride(0) * element_size;
+  table.column_stride = weight.stride(1) * element_size;
+  table.element_size = element_size;
+  table.embedding_dim = weight.size(1);
+  table.num_embeddings = weight.size(0);
+  char* const out = mutable_data<char>(output);
+
+  int64_t bad = -1;
+  with_index_type(index, [&](auto kernel, auto* typed_index) {
+    const Blocks blocks(index.numel(), table.embedding_dim);
+    c10::SmallVector<int64_t, 64> first_bad(blocks.count());
+    blocks.parallel_for([&](int64_t block, int64_t begin, int64_t end) {
+      first_bad[block] = kernel(table, typed_index, out, begin, end);
+    });
+    for (const int64_t position : first_bad) {
+      if (position >= 0) {
+        bad = position;
+        break;
+      }
+    }
+  });
+  if (bad >= 0) raise_out_of_range(indices, bad, table.num_embeddings, "index", "embeddings");
+  return output;
+}
+
+// How often each index occurs; IndexError for one that is outside [0, V).
+std::vector<int64_t> count_indices(const Tensor& given, const int64_t* index, int64_t n, int64_t num_embeddings) {
+  std::vector<int64_t> counts(num_embeddings);
+  for (int64_t i = 0; i < n; i++) {
+    if (static_cast<uint64_t>(index[i]) >= static_cast<uint64_t>(num_embeddings)) {
+      raise_out_of_range(given, i, num_embeddings, "index", "embeddings");
+    }
+    counts[index[i]]++;
+  }
+  return counts;
+}
+
+// One call's gradient. A row of it is the sum of the rows of grad_output with its index; sums run in an order that the
+// sizes alone decide, in float for the half types, and are rounded once.
+template <class T>
+class Gradient {
+  using C = Compute<T>;
+
+ public:
+  Gradient(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx,
+           bool scale_grad_by_freq)
+      : grad_output_(grad_output.contiguous()),
+        index_(indices.to(at::kLong).contiguous()),
+        n_(index_.numel()),
+        v_(num_embeddings),
+        d_(grad_output.size(-1)),
+        padding_idx_(padding_idx),
+        scale_grad_by_freq_(scale_grad_by_freq),
+        counts_(count_indices(indices, index(), n_, v_)),
+        kernels_(cpu_kernels().of<T>().embedding) {}
+
+  Tensor operator()() const {
+    constexpr int64_t kTableElements = 1 << 17;  // tables that stay in a second-level cache
+    Tensor grad = at::empty({v_, d_}, grad_output_.options());
+    if (v_ * d_ <= kTableElements && v_ * d_ * n_tables() <= n_ * d_ && !scale_grad_by_freq_) {
+      from_tables(grad);
+    } else {
+      from_sorted(grad);
+    }
+    return grad;
+  }
+
+ private:
+  const int64_t* index() const { return const_data<int64_t>(index_); }
+  const T* grad_output() const { return const_data<T>(grad_output_); }
+
+  int64_t n_tables() const { return std::clamp<int64_t>(n_ / 4096, 1, 16); }
+
+  // Few rows: each of a fixed number of blocks of indices has a whole table of its own; then they are added up.
+  void from_tables(const Tensor& grad) const {
+    const int64_t n_blocks = n_tables(), size = v_ * d_;
+    const Tensor tables =
+        at::zeros({n_blocks, size}, grad.options().dtype(std::is_same_v<C, double> ? at::kDouble : at::kFloat));
+    C* const table = mutable_data<C>(tables);
+    at::parallel_for(0, n_blocks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; b++) {
+        kernels_.accumulate(table + b * size, index(), grad_output(), d_, padding_idx_, n_ * b / n_blocks,
+                            n_ * (b + 1) / n_blocks);
+      }
+    });
+    at::parallel_for(0, size, 8192, [&](int64_t begin, int64_t end) {
+      kernels_.sum_tables(mutable_data<T>(grad), table, n_blocks, size, begin, end);
+    });
+  }
+
+  // Many rows: the positions of each index, in order, by a counting sort; each row is then summed by one thread.
+  void from_sorted(const Tensor& grad) const {
+    std::vector<int64_t> starts(v_ + 1);
+    for (int64_t v = 0; v < v_; v++) starts[v + 1] = starts[v] + counts_[v];
+    std::vector<int64_t> positions(n_), next(starts.begin(), starts.end() - 1);
+    for (int64_t n = 0; n < n_; n++) positions[next[index()[n]]++] = n;
+    const int64_t elements_per_row = std::max<int64_t>(1, d_ * std::max<int64_t>(1, n_ / std::max<int64_t>(1, v_)));
+    at::parallel_for(0, v_, std::max<int64_t>(1, 16384 / elements_per_row), [&](int64_t first, int64_t last) {
+      std::vector<C> sum(d_);
+      for (int64_t v = first; v < last; v++) {
+        const int64_t count = v == padding_idx_ ? 0 : counts_[v];
+        const C scale = scale_grad_by_freq_ && count > 0 ? C(1) / static_cast<C>(count) : C(1);
+        kernels_.sum_rows(mutable_data<T>(grad) + v * d_, sum.data(), grad_output(), positions.data() + starts[v],
+                          count, d_, scale);
+      }
+    });
+  }
+
+  const Tensor grad_output_, index_;
+  const int64_t n_, v_, d_, padding_idx_;
+  const bool scale_grad_by_freq_;
+  const std::vector<int64_t> counts_;
+  const EmbeddingKernels<T>& kernels_;
+};
+
+Tensor embedding_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx,
+                          bool scale_grad_by_freq) {
+  check_index_dtype(indices, "indices");
+  TORCH_CHECK(grad_output.dim() == indices.dim() + 1 && grad_output.sizes().slice(0, indices.dim()) == indices.sizes(),
+              "grad_output must have the shape of indices and one dimension more, got ", grad_output.sizes(), " and ",
+              indices.sizes());
+  return with_float_type(grad_output.scalar_type(), "embedding_backward", [&]<class T>() {
+    return Gradient<T>(grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq)();
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(charlm, CPU, m) {
+  m.impl("embedding", &embedding);
+  m.impl("embedding_backward", &embedding_backward);
+}
+
+}  // namespace charlm

@@ -1,0 +1,325 @@
+// One vector register of the instruction set that this object is compiled for, as GCC's and Clang's vector types:
+// arithmetic is written with operators and compiles to SSE2, AVX2, AVX-512 or NEON. Loads widen half types to float,
+// stores round to nearest even.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#if defined(__F16C__) || defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#include "types.h"
+
+namespace charlm::CHARLM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+#define CHARLM_INLINE inline __attribute__((always_inline))
+
+template <class C>
+struct VecOf;
+
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class C>
+using Vec = typename VecOf<C>::type;
+template <class C>
+using Mask = typename VecOf<C>::mask;  // a lane is 0 or -1, as a comparison of two Vec<C> gives it
+
+template <class C>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
+
+template <class C>
+CHARLM_INLINE Vec<C> broadcast(C x) {
+  return x - Vec<C>{};
+}
+
+template <class C>
+CHARLM_INLINE Vec<C> select(Mask<C> mask, Vec<C> yes, Vec<C> no) {
+  return mask ? yes : no;
+}
+
+template <class C>
+CHARLM_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
+  return a > b ? a : b;
+}
+
+// The first n lanes.
+template <class C>
+CHARLM_INLINE Mask<C> first_lanes(int64_t n) {
+  Mask<C> lane;
+  for (int i = 0; i < kLanes<C>; i++) lane[i] = i;
+  return lane < static_cast<decltype(lane[0] + 0)>(n);
+}
+
+template <class C>
+CHARLM_INLINE C reduce_sum(Vec<C> v) {
+  C sum = v[0];
+  for (int i = 1; i < kLanes<C>; i++) sum += v[i];
+  return sum;
+}
+
+template <class C>
+CHARLM_INLINE C reduce_max(Vec<C> v) {
+  C largest = v[0];
+  for (int i = 1; i < kLanes<C>; i++) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+template <class C>
+CHARLM_INLINE bool any(Mask<C> mask) {
+  auto found = mask[0];
+  for (int i = 1; i < kLanes<C>; i++) found |= mask[i];
+  return found != 0;
+}
+
+template <class To, class From>
+CHARLM_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ---------------------------------------------------------------------------------------------- loads and stores
+
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfVecU16 __attribute__((vector_size(kVectorBytes / 2)));
+
+CHARLM_INLINE Vec<float> widen(BFloat16, HalfVecU16 bits) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(bits, VecU32) << 16);
+}
+
+CHARLM_INLINE HalfVecU16 narrow(BFloat16, Vec<float> x) {
+  const VecU32 u = bit_cast<VecU32>(x);
+  const VecU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const VecU32 quiet_nan = (u >> 16) | 0x40;  // rounding could carry a NaN's last bits into infinity
+  return __builtin_convertvector(x == x ? rounded : quiet_nan, HalfVecU16);
+}
+
+#if defined(__AVX512F__)
+CHARLM_INLINE Vec<float> widen(Float16, HalfVecU16 bits) { return _mm512_cvtph_ps((__m256i)bits); }
+CHARLM_INLINE HalfVecU16 narrow(Float16, Vec<float> x) {
+  return (HalfVecU16)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+CHARLM_INLINE Vec<float> widen(Float16, HalfVecU16 bits) { return _mm256_cvtph_ps((__m128i)bits); }
+CHARLM_INLINE HalfVecU16 narrow(Float16, Vec<float> x) {
+  return (HalfVecU16)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+CHARLM_INLINE Vec<float> widen(Float16, HalfVecU16 bits) {
+  const VecU32 u = __builtin_convertvector(bits, VecU32);
+  // Ten bits of fraction and five of exponent, moved into place; the multiplication by 2^112 mends the bias and
+  // turns subnormal numbers into normal ones.
+  const Vec<float> finite = bit_cast<Vec<float>>((u & 0x7fff) << 13) * 0x1p112f;
+  const VecU32 special = ((u & 0x7fff) << 13) | 0x7f800000;  // infinity, NaN
+  const VecU32 magnitude = (u & 0x7c00) == 0x7c00 ? special : bit_cast<VecU32>(finite);
+  return bit_cast<Vec<float>>(magnitude | ((u & 0x8000) << 16));
+}
+
+CHARLM_INLINE HalfVecU16 narrow(Float16, Vec<float> x) {
+  const VecU32 u = bit_cast<VecU32>(x);
+  const VecU32 magnitude = u & 0x7fffffff;
+  // From 2^-14 on: change the bias, round to nearest even; what reaches 2^16 becomes infinity.
+  const VecU32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Below: an addition to 0.5 lines the bits up, since a unit in its last place is 2^-24, and rounds them.
+  const VecU32 subnormal =
+      bit_cast<VecU32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - bit_cast<VecU32>(broadcast<float>(0.5f));
+  VecU32 half = magnitude < VecU32{} + (113u << 23) ? subnormal : normal;
+  half = magnitude >= VecU32{} + 0x477ff000u ? VecU32{} + 0x7c00u : half;  // 65520 and more
+  half = magnitude > VecU32{} + 0x7f800000u ? VecU32{} + 0x7e00u : half;   // NaN
+  return __builtin_convertvector(half | ((u >> 16) & 0x8000), HalfVecU16);
+}
+#endif
+
+// A whole vector, or the first n lanes of one at the end of a row; the other lanes are `fill`.
+struct Whole {
+  static constexpr bool kIsWhole = true;
+};
+
+struct Part {
+  static constexpr bool kIsWhole = false;
+  int64_t n;
+};
+
+template <class C>
+CHARLM_INLINE Vec<C> load(const C* p, Whole) {
+  Vec<C> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class Half>
+CHARLM_INLINE Vec<float> load_half(const Half* p) {
+  HalfVecU16 bits;
+  memcpy(&bits, p, sizeof bits);
+  return widen(Half{}, bits);
+}
+
+CHARLM_INLINE Vec<float> load(const BFloat16* p, Whole) { return load_half(p); }
+CHARLM_INLINE Vec<float> load(const Float16* p, Whole) { return load_half(p); }
+
+template <class C>
+CHARLM_INLINE void store(C* p, Vec<C> v, Whole) {
+  memcpy(p, &v, sizeof v);
+}
+
+template <class Half>
+CHARLM_INLINE void store_half(Half* p, Vec<float> v) {
+  const HalfVecU16 bits = narrow(Half{}, v);
+  memcpy(p, &bits, sizeof bits);
+}
+
+CHARLM_INLINE void store(BFloat16* p, Vec<float> v, Whole) { store_half(p, v); }
+CHARLM_INLINE void store(Float16* p, Vec<float> v, Whole) { store_half(p, v); }
+
+template <class T, class C = Compute<T>>
+CHARLM_INLINE Vec<C> load(const T* p, Part part, C fill = 0) {
+  T lanes[kLanes<C>] = {};
+  for (int64_t i = 0; i < part.n; i++) lanes[i] = p[i];
+  const Vec<C> v = load(lanes, Whole{});
+  return select<C>(first_lanes<C>(part.n), v, broadcast<C>(fill));
+}
+
+template <class T, class C = Compute<T>>
+CHARLM_INLINE Vec<C> load(const T* p, Whole whole, C) {
+  return load(p, whole);
+}
+
+template <class T, class C = Compute<T>>
+CHARLM_INLINE void store(T* p, Vec<C> v, Part part) {
+  T lanes[kLanes<C>];
+  store(lanes, v, Whole{});
+  for (int64_t i = 0; i < part.n; i++) p[i] = lanes[i];
+}
+
+#if defined(__AVX512F__)
+CHARLM_INLINE Vec<float> load(const float* p, Part part, float fill = 0) {
+  return _mm512_mask_loadu_ps(broadcast<float>(fill), (__mmask16)((1u << part.n) - 1), p);
+}
+CHARLM_INLINE void store(float* p, Vec<float> v, Part part) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << part.n) - 1), v);
+}
+#elif defined(__AVX2__)
+CHARLM_INLINE Vec<float> load(const float* p, Part part, float fill = 0) {
+  const Mask<float> lanes = first_lanes<float>(part.n);
+  return select<float>(lanes, _mm256_maskload_ps(p, (__m256i)lanes), broadcast<float>(fill));
+}
+CHARLM_INLINE void store(float* p, Vec<float> v, Part part) {
+  _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(part.n), v);
+}
+#endif
+
+// One number, as a vector kernel would read or round it.
+template <class T>
+CHARLM_INLINE Compute<T> load_one(const T* p) {
+  return load(p, Part{1})[0];
+}
+
+template <class T>
+CHARLM_INLINE void store_one(T* p, Compute<T> x) {
+  store(p, broadcast<Compute<T>>(x), Part{1});
+}
+
+// Calls body(c, Whole) for c = 0, W, 2 W … and body(c, Part) for what is left of n elements.
+template <class C, class Body>
+CHARLM_INLINE void for_each_vector(int64_t n, Body&& body) {
+  int64_t c = 0;
+  for (; c + kLanes<C> <= n; c += kLanes<C>) body(c, Whole{});
+  if (c < n) body(c, Part{n - c});
+}
+
+// ------------------------------------------------------------------------------------------------- functions
+
+// exp(x) for x <= 88 (float) or 709 (double): x = n ln 2 + r, a polynomial in r, times 2^n. Coefficients: Cephes expf
+// (Moshier, 1984-92), and Taylor's up to r^13 for double, whose remainder at ln(2)/2 is 4e-18. exp(-inf) = 0, and what
+// would be subnormal is 0 too; NaN stays.
+CHARLM_INLINE Vec<float> exp(Vec<float> x) {
+  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
+  const Vec<float> n = (x * 1.44269504088896341f + kRound) - kRound;
+  Vec<float> r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Mask<float> exponent = (__builtin_convertvector(n, Mask<float>) + 127) << 23;
+  return x < -87.33654f ? Vec<float>{} : p * bit_cast<Vec<float>>(exponent);
+}
+
+CHARLM_INLINE Vec<double> exp(Vec<double> x) {
+  constexpr double kRound = 0x1.8p52;
+  const Vec<double> shifted = x * 1.4426950408889634074 + kRound;
+  const Vec<double> n = shifted - kRound;
+  Vec<double> r = x - n * 6.93145751953125e-1;
+  r = r - n * 1.42860682030941723212e-6;
+  Vec<double> p = r * (1.0 / 6227020800) + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * (r * r) + r + 1.0;
+  // The low bits of `shifted` are n as an integer: no conversion, which SSE2 and AVX2 lack.
+  const Mask<double> exponent = (bit_cast<Mask<double>>(shifted) + 1023) << 52;
+  return x < -708.396 ? Vec<double>{} : p * bit_cast<Vec<double>>(exponent);
+}
+
+// tanh(x): a polynomial (Cephes tanhf), or a ratio of two (Cephes tanh), where |x| < 0.625 and the difference of
+// exponentials would cancel; else 1 - 2 / (exp(2 |x|) + 1).
+CHARLM_INLINE Vec<float> tanh_near_zero(Vec<float> x) {
+  const Vec<float> s = x * x;
+  Vec<float> p = s * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  return p * s * x + x;
+}
+
+CHARLM_INLINE Vec<double> tanh_near_zero(Vec<double> x) {
+  const Vec<double> s = x * x;
+  const Vec<double> p = (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
+  const Vec<double> q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
+  return p / q * s * x + x;
+}
+
+template <class C>
+CHARLM_INLINE Vec<C> tanh(Vec<C> x) {
+  const Vec<C> magnitude = x < 0 ? -x : x;
+  // Past 20, tanh is 1 in float and in double: the bound keeps exp within its domain.
+  const Vec<C> bounded = magnitude > 20 ? broadcast<C>(20) : magnitude;
+  const Vec<C> far = 1 - 2 / (exp(2 * bounded) + 1);
+  const Vec<C> result = x < 0 ? -far : far;
+  return magnitude < C(0.625) ? tanh_near_zero(x) : result;
+}
+
+CHARLM_INLINE float log(float x) { return ::logf(x); }
+CHARLM_INLINE double log(double x) { return ::log(x); }
+
+}  // namespace charlm::CHARLM_ISA
