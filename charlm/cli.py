@@ -1,0 +1,326 @@
+"""The command line: `charlm train`, `sample`, `eval`, `info`.
+
+Thin: each command reads its flags, calls charlm.lm, and prints. What a command needs is imported inside it,
+so that `charlm --help` does not wait for it. An error that the user can put right is one sentence on stderr
+and exit code 2; a run that a signal stopped has saved its state and exits with 128 + the signal's number, as
+shells count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from charlm.lm.config import OPTIMIZERS, SCHEDULES, Config
+from charlm.lm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from charlm.lm.checkpoint import Checkpoint
+    from charlm.lm.data import Corpus
+    from charlm.lm.train import Trainer
+
+EXIT_USER_ERROR = 2
+DEFAULT_DIRECTORY = Path("out")
+PASSAGE = 80  # characters of each of the 20 samples that training on running text ends with
+DEFAULT = Config()
+# What may change when a run is resumed: where it runs, how long, how often it reports; not what it computes.
+FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "log_interval"}
+
+app = typer.Typer(
+    help="A character language model, trained through charlm's kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    app(prog_name="charlm")
+
+
+def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns a UserError, or a file that cannot be written, into one sentence on stderr and exit code 2."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            typer.echo(f"charlm: {error}", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            typer.echo(f"charlm: cannot write {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+
+    return guarded
+
+
+InputFile = Annotated[Path | None, typer.Option("-i", "--input-file", help="UTF-8 text.", show_default=False)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Directory = Annotated[Path, typer.Argument(help="The folder that `charlm train -o` wrote.")]
+
+DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
+
+
+def option(group: str, text: str, *names: str) -> Any:
+    """A flag of `train`, in its panel of the help."""
+    return typer.Option(*names, help=text, rich_help_panel=group)
+
+
+@app.command()
+@reports_user_errors
+def train(
+    context: typer.Context,
+    input_file: Annotated[
+        Path | None, option(DATA, "UTF-8 text; without it, the 32,000 names that ship.", "-i", "--input-file")
+    ] = None,
+    format: Annotated[str | None, option(DATA, "line (one item a line) or text; guessed if absent.")] = None,
+    split_seed: Annotated[
+        int, option(DATA, "Of the shuffle of the items before the split 80/10/10.")
+    ] = DEFAULT.split_seed,
+    dedup: Annotated[bool, option(DATA, "Keep only the first of equal items.")] = DEFAULT.dedup,
+    work_dir: Annotated[Path, option(OUTPUT, "Checkpoint and metrics.", "-o", "--work-dir")] = DEFAULT_DIRECTORY,
+    resume: Annotated[bool, option(OUTPUT, "Go on from the checkpoint in the work dir.", "--resume")] = False,
+    overwrite: Annotated[bool, option(OUTPUT, "Replace the run in the work dir.", "--overwrite")] = False,
+    type: Annotated[str, option(MODEL, "mlp, bigram, unigram or uniform.")] = DEFAULT.type,
+    block_size: Annotated[int, option(MODEL, "Characters of context.")] = DEFAULT.block_size,
+    n_embd: Annotated[int, option(MODEL, "Width of an embedding.")] = DEFAULT.n_embd,
+    n_hidden: Annotated[int, option(MODEL, "Width of the tanh layer.")] = DEFAULT.n_hidden,
+    batch_norm: Annotated[bool, option(MODEL, "Batch norm before the tanh.")] = DEFAULT.batch_norm,
+    dropout: Annotated[float, option(MODEL, "Share of hidden units dropped.")] = DEFAULT.dropout,
+    add_k: Annotated[float, option(MODEL, "Smoothing of the count models.")] = DEFAULT.add_k,
+    max_steps: Annotated[int, option(TRAINING, "Optimizer steps.")] = DEFAULT.max_steps,
+    batch_size: Annotated[int, option(TRAINING, "Examples a step.", "-b", "--batch-size")] = DEFAULT.batch_size,
+    optimizer: Annotated[str, option(TRAINING, f"{' or '.join(OPTIMIZERS)}.")] = DEFAULT.optimizer,
+    learning_rate: Annotated[
+        float, option(TRAINING, "The largest of the schedule.", "-l", "--learning-rate")
+    ] = DEFAULT.learning_rate,
+    weight_decay: Annotated[
+        float, option(TRAINING, "Of the linear layers.", "-w", "--weight-decay")
+    ] = DEFAULT.weight_decay,
+    schedule: Annotated[
+        str, option(TRAINING, f"{', '.join(SCHEDULES)}; step: a tenth from the half on.")
+    ] = DEFAULT.schedule,
+    warmup_steps: Annotated[int, option(TRAINING, "Of linear warm-up.")] = DEFAULT.warmup_steps,
+    eval_interval: Annotated[
+        int | None, option(TRAINING, "Steps between evaluations, each saved; absent: max-steps / 10.")
+    ] = DEFAULT.eval_interval,
+    log_interval: Annotated[int, option(TRAINING, "Steps between lines of the training loss.")] = DEFAULT.log_interval,
+    seed: Annotated[int, option(TRAINING, "Of initialisation, batches and dropout.")] = DEFAULT.seed,
+    device: Annotated[str, option(TRAINING, "cpu, cuda, cuda:1, …")] = DEFAULT.device,
+) -> None:
+    """Train a model, then show its loss beside the baselines', and 20 samples.
+
+    Without arguments: the names that ship, on the CPU, into ./out.
+    """
+    from charlm.lm import checkpoint
+
+    flags = {name: context.params[name] for name in Config.names()}
+    flags["input_file"] = None if input_file is None else str(input_file.resolve())
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    if resume:
+        saved = checkpoint.load(work_dir)
+        given = {name for name in flags if context.get_parameter_source(name).name == "COMMANDLINE"}
+        _run(_resumed_config(saved.config, {name: flags[name] for name in given}), work_dir, saved)
+        return
+    if checkpoint.exists(work_dir) and not overwrite:
+        raise UserError(
+            f"{work_dir} holds a trained model already: add --resume to go on, or --overwrite to replace it"
+        )
+    _run(Config(**flags), work_dir, None)
+
+
+def _resumed_config(saved: Config, given: dict[str, Any]) -> Config:
+    """The saved config with the flags given now, of which only those in FREE_ON_RESUME may differ."""
+    for name, value in given.items():
+        if name not in FREE_ON_RESUME and value != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} {value} differs from the checkpoint's {getattr(saved, name)}, and cannot on --resume"
+            )
+    return replace(saved, **{name: value for name, value in given.items() if name in FREE_ON_RESUME})
+
+
+def _run(config: Config, work_dir: Path, resumed: Checkpoint | None) -> None:
+    """Trains to the end or to a signal, and shows what came out."""
+    from charlm.lm.display import ProgressReport
+    from charlm.lm.train import StopRequest, Trainer
+
+    console = _console()
+    corpus = _corpus(config)
+    guessed = ", guessed" if config.format is None else ""
+    config = replace(config, format=corpus.format)
+    trainer = Trainer(config, corpus, work_dir, resumed)
+    _print_header(console, config, corpus, trainer, guessed)
+    with StopRequest().listening() as stop, ProgressReport(console, config.max_steps, trainer.step) as report:
+        finished = trainer.run(report, stop)
+    if not finished:
+        where = f"stopped at step {trainer.step} of {config.max_steps}, and saved in {work_dir}"
+        console.print(f"{where}; go on with:\ncharlm train -o {work_dir} --resume", soft_wrap=True)
+        raise typer.Exit(128 + (stop.signal or 0))
+    _print_result(console, config, corpus, trainer)
+
+
+def _print_header(console: Console, config: Config, corpus: Corpus, trainer: Trainer, guessed: str) -> None:
+    sizes = {name: sum(map(len, part)) if corpus.format == "text" else len(part) for name, part in corpus.parts.items()}
+    unit = "characters" if corpus.format == "text" else "items"
+    counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    source = config.input_file or "the names that ship with charlm"
+    console.print(
+        f"{source}: {sum(sizes.values()):,} {unit} ({corpus.format} format{guessed}); {counts}; "
+        f"{len(corpus.vocabulary)} tokens",
+        soft_wrap=True,
+    )
+    if corpus.duplicates_removed:
+        console.print(f"{corpus.duplicates_removed:,} duplicates removed")
+    overlap = corpus.overlap()
+    if overlap is not None:
+        console.print(
+            f"{overlap:,} of {sizes['dev']:,} dev items ({overlap / sizes['dev']:.1%}) stand in train as well"
+        )
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    start = f", resumed at step {trainer.step}" if trainer.step else ""
+    console.print(f"{config.type}: {parameters:,} parameters, {config.max_steps:,} steps on {config.device}{start}")
+
+
+def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
+    from charlm.lm.display import print_losses
+    from charlm.lm.evaluate import baselines, evaluate
+    from charlm.lm.sample import SamplingOptions, sample
+
+    dev = corpus.examples("dev", config.block_size).to(trainer.device)
+    rows = baselines(corpus, "dev", config.add_k)
+    result = evaluate(trainer.model, dev, "dev")
+    rows[f"this model ({config.type}, step {trainer.best_step})"] = result
+    print_losses(console, f"loss on dev, {result.tokens:,} tokens", rows)
+    options = SamplingOptions(max_new_tokens=None if corpus.format == "line" else PASSAGE)
+    samples = sample(trainer.model, corpus.vocabulary, options, trainer.device)
+    _print_samples(console, samples, corpus.format, corpus)
+
+
+@app.command()
+@reports_user_errors
+def sample(
+    directory: Directory,
+    num_samples: Annotated[int, typer.Option("-n", "--num-samples", help="How many.")] = 20,
+    prompt: Annotated[str, typer.Option(help="What each sample begins with.")] = "",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="At most so many characters more; absent: 100 for an item, 500 for text."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Below 1 safer, above 1 wilder; 0: the most probable.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable characters.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the most probable that reach this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws; equal seeds give equal samples.")] = 1337,
+    input_file: InputFile = None,
+    device: Device = "cpu",
+) -> None:
+    """Sample from a trained model; items are marked new, or with the split that they stand in."""
+    from charlm.lm import checkpoint
+    from charlm.lm.sample import SamplingOptions
+    from charlm.lm.sample import sample as draw
+    from charlm.lm.train import usable_device
+
+    options = SamplingOptions(num_samples, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+    saved = checkpoint.load(directory)
+    target = usable_device(device)
+    samples = draw(saved.build_model(target), saved.vocabulary, options, target)
+    corpus = None
+    if saved.vocabulary.separator:
+        try:
+            corpus = _trained_corpus(saved, input_file)
+        except UserError as error:
+            if input_file is not None:
+                raise
+            typer.echo(f"charlm: samples are not marked new or known: {error}", err=True)
+    _print_samples(_console(), samples, "line" if saved.vocabulary.separator else "text", corpus)
+
+
+@app.command("eval")
+@reports_user_errors
+def evaluate(
+    directory: Directory,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "dev",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    input_file: InputFile = None,
+    device: Device = "cpu",
+) -> None:
+    """The exact loss of a trained model on a whole split, every token weighing the same.
+
+    An item's end is a token too: it stands for the newline of the file.
+    """
+    from charlm.lm import checkpoint
+    from charlm.lm.data import SPLITS
+    from charlm.lm.display import print_losses
+    from charlm.lm.evaluate import baselines
+    from charlm.lm.evaluate import evaluate as measure
+    from charlm.lm.train import usable_device
+
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
+    saved = checkpoint.load(directory)
+    target = usable_device(device)
+    corpus = _trained_corpus(saved, input_file)
+    model = saved.build_model(target)
+    result = measure(model, corpus.examples(split, model.block_size).to(target), split)
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), allow_nan=False))
+        return
+    rows = {**baselines(corpus, split, saved.config.add_k), f"this model ({saved.config.type})": result}
+    print_losses(_console(), f"loss on {split}, {result.tokens:,} tokens", rows)
+
+
+@app.command()
+@reports_user_errors
+def info() -> None:
+    """What charlm was built with, what it is running with, and which kernels it uses."""
+    import charlm
+
+    for name, value in charlm.build_info().items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        typer.echo(f"{name.replace('_', ' ')}: {'-' if shown in (None, '') else shown}")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _corpus(config: Config) -> Corpus:
+    from charlm.lm.data import read_corpus
+
+    path = None if config.input_file is None else Path(config.input_file)
+    return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
+
+
+def _trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
+    """The corpus that `saved` was trained on, from where it was or from `input_file`."""
+    config = saved.config if input_file is None else replace(saved.config, input_file=str(input_file))
+    corpus = _corpus(config)
+    if corpus.digest != saved.digest:
+        raise UserError(f"{config.input_file or 'names.txt'} is not what the model was trained on: its split differs")
+    return corpus
+
+
+def _print_samples(console: Console, samples: list[str], format: str, corpus: Corpus | None) -> None:
+    from charlm.lm.display import print_items, print_passages
+    from charlm.lm.sample import standing
+
+    if format == "line":
+        print_items(console, samples, None if corpus is None else standing(samples, corpus))
+    else:
+        print_passages(console, samples)

@@ -1,0 +1,5 @@
+"""The character language model: data, models, training, evaluation, sampling, checkpoints.
+
+Built from `charlm.nn`; nothing imports it but `charlm.cli`. Losses are in nats a character unless a name says
+otherwise.
+"""

@@ -1,0 +1,105 @@
+"""Everything that determines a training run, in one place: the defaults of the command line are these."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from charlm.lm.errors import UserError
+from charlm.lm.models import MODELS
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "step", "constant")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. The names are makemore's and nanoGPT's where they have one.
+
+    input_file:    the corpus; None is the names that ship with charlm.
+    format:        "line" or "text"; None guesses.
+    split_seed:    of the shuffle that splits items 80/10/10; 42 is makemore's.
+    dedup:         keep only the first of equal items.
+    type:          a key of `charlm.lm.models.MODELS`.
+    dropout:       share of hidden units dropped in training (a multiple of 1/256).
+    add_k:         added to every count of a count model.
+    max_steps:     optimizer steps; the schedule ends there.
+    optimizer:     "adamw", or "sgd" without momentum as in the lecture.
+    weight_decay:  of the linear layers' weights; biases, norms and embeddings are spared.
+    schedule:      "cosine" to 0; "step", a tenth of the learning rate from the half on; or "constant".
+    warmup_steps:  over which the learning rate first rises linearly.
+    eval_interval: steps between two evaluations on dev, each of which saves; None is a tenth of max_steps.
+    log_interval:  steps between two lines of the training loss.
+    seed:          of initialisation, batches and dropout.
+    """
+
+    input_file: str | None = None
+    format: str | None = None
+    split_seed: int = 42
+    dedup: bool = False
+    type: str = "mlp"
+    block_size: int = 8
+    n_embd: int = 16
+    n_hidden: int = 512
+    batch_norm: bool = False
+    dropout: float = 0.1
+    add_k: float = 1.0
+    max_steps: int = 3000
+    batch_size: int = 1024
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    warmup_steps: int = 200
+    eval_interval: int | None = None
+    log_interval: int = 100
+    seed: int = 1337
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "n_embd", "n_hidden", "max_steps", "batch_size", "log_interval"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "weight_decay"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("learning_rate", "add_k"):
+            self._check(name, getattr(self, name) > 0, "above 0")
+        self._check("eval_interval", self.eval_interval is None or self.eval_interval >= 1, "at least 1")
+        self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        self._check("type", self.type in MODELS, f"one of {', '.join(MODELS)}")
+        self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._check("batch_size", not self.batch_norm or self.batch_size >= 2, "at least 2 with batch norm")
+
+    def _check(self, name: str, holds: bool, must_be: str) -> None:
+        if not holds:
+            raise UserError(f"{name} is {getattr(self, name)}, but must be {must_be}")
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """`eval_interval`, or what stands for None."""
+        return self.eval_interval or max(1, self.max_steps // 10)
+
+    def model_config(self, vocab_size: int, pad_token: int) -> dict[str, Any]:
+        """The arguments of `build_model`."""
+        common = {
+            "type": self.type,
+            "vocab_size": vocab_size,
+            "block_size": self.block_size,
+            "pad_token": pad_token,
+        }
+        if self.type != "mlp":
+            return {**common, "add_k": self.add_k}
+        own = ("n_embd", "n_hidden", "batch_norm", "dropout")
+        return {**common, **{name: getattr(self, name) for name in own}}
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`; a missing key takes its default, an unknown one is a TypeError."""
+        return cls(**values)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]

@@ -1,0 +1,97 @@
+"""What the commands print: the live progress, the table of losses, the samples. On rich."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from charlm.lm.evaluate import Evaluation
+from charlm.lm.train import Progress
+
+SAMPLE_COLUMN = 32  # a longer sample pushes its mark to the right, and no other's
+
+
+class ProgressReport:
+    """Shows a training run: a live bar on a terminal, elsewhere a line for each evaluation on dev.
+
+    A context manager; call it with each `Progress`.
+    """
+
+    def __init__(self, console: Console, max_steps: int, step: int) -> None:
+        self.console = console
+        self.max_steps = max_steps
+        self.train: Progress | None = None
+        self.dev: Progress | None = None
+        # Refreshed by hand: rich's own thread would compete with the training loop for the interpreter.
+        self.bar = Bar(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[losses]}"),
+            TimeRemainingColumn(),
+            console=console,
+            auto_refresh=False,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=max_steps, completed=step, losses="")
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.split == "train":
+            self.train = progress
+        else:
+            self.dev = progress
+            if not self.console.is_terminal:
+                self.console.print(f"step {progress.step}/{self.max_steps} · {self.losses()}", soft_wrap=True)
+        self.bar.update(self.task, completed=progress.step, losses=self.losses())
+        self.bar.refresh()
+
+    def losses(self) -> str:
+        """The latest train and dev loss, and the speed of training."""
+        parts = [f"{p.split} {p.nats:.4f}" for p in (self.train, self.dev) if p is not None]
+        text = " · ".join(parts) + " nats"
+        return text if self.train is None else f"{text} · {self.train.tokens_per_second:,.0f} tokens/s"
+
+    def __enter__(self) -> ProgressReport:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+
+def print_losses(console: Console, title: str, rows: dict[str, Evaluation]) -> None:
+    """A title, and under it a table of models and their losses on one split."""
+    console.print(title)
+    table = Table()
+    table.add_column("model")
+    for column in ("nats", "bits per character", "perplexity"):
+        table.add_column(column, justify="right")
+    for name, result in rows.items():
+        table.add_row(Text(name), f"{result.nats:.4f}", f"{result.bits_per_char:.4f}", f"{result.perplexity:.3f}")
+    console.print(table)
+
+
+def print_items(console: Console, samples: list[str], standing: list[str] | None) -> None:
+    """Sampled items, one a line, each with where it stands in the data if that is known."""
+    if standing is None:
+        for text in samples:
+            console.print(Text(text), soft_wrap=True)
+        return
+    width = min(max(len(text) for text in samples), SAMPLE_COLUMN)
+    for text, place in zip(samples, standing, strict=True):
+        marked = Text.assemble(text.ljust(width), "  ", (place, "green" if place == "new" else "dim"))
+        console.print(marked, soft_wrap=True)
+
+
+def print_passages(console: Console, samples: list[str]) -> None:
+    """Samples of running text, a rule between them."""
+    for text in samples:
+        console.rule(characters="-")
+        console.print(Text(text), soft_wrap=True)

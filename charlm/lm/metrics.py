@@ -1,0 +1,55 @@
+"""metrics.jsonl: what a run measured, one JSON object a line.
+
+    {"step": 400, "split": "train", "nats": 2.1042, "tokens/s": 151234.5}
+    {"step": 400, "split": "dev", "nats": 2.0871, "tokens/s": 812345.6}
+
+train: the mean over the batches since the line before (with dropout). dev: the whole split. tokens/s is of
+       that work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to DIR/metrics.jsonl, less what lies beyond `step`, where the run begins (0) or resumes."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / METRICS
+        kept = [line for line in _lines(path) if _step(line) <= step] if step else []
+        temporary = path.with_name(f".{METRICS}.{os.getpid()}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, split: str, nats: float, tokens_per_second: float) -> None:
+        entry = {"step": step, "split": split, "nats": nats, "tokens/s": round(tokens_per_second, 1)}
+        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _step(line: str) -> float:
+    """The step of a line; of one that a crash cut short, infinity."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,32 @@
+"""The models by the name that `--type` takes.
+
+Each is a `LanguageModel`: `logits, loss = model(idx, targets)` and `model.generate(idx, ...)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.counts import COUNT_MODELS, Bigram, CountModel, Uniform, Unigram
+from charlm.lm.models.mlp import MLP
+
+MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, **COUNT_MODELS}
+
+
+def build_model(type: str, **config: Any) -> LanguageModel:
+    """The model `type` (a key of MODELS), freshly initialised; `config` is what its constructor takes."""
+    return MODELS[type](**config)
+
+
+__all__ = [
+    "COUNT_MODELS",
+    "MLP",
+    "MODELS",
+    "Bigram",
+    "CountModel",
+    "LanguageModel",
+    "Uniform",
+    "Unigram",
+    "build_model",
+]

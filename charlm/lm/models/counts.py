@@ -1,0 +1,73 @@
+"""Models that count: uniform, unigram, and bigram with add-k smoothing. The baselines of every table.
+
+    uniform   p(b)      = 1 / V
+    unigram   p(b)      = (n(b) + k) / (N + k V)
+    bigram    p(b | a)  = (n(a, b) + k) / (n(a) + k V)
+
+V is the number of tokens, n counts the training targets, k is add-k (Lidstone) smoothing; k = 1 is Laplace's.
+With k = 0 what training never saw has probability 0, and the loss on it is infinite.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import charlm.functional as F
+from charlm.lm.data import Examples
+from charlm.lm.models.base import LanguageModel
+
+
+class CountModel(LanguageModel):
+    """Log-probabilities looked up by the last token of the context.
+
+    `log_probs` (rows, V) float64: one row for each token that the context can end in, or one row for all.
+    """
+
+    rows_are_contexts = False
+
+    def __init__(self, vocab_size: int, block_size: int = 1, pad_token: int = 0, add_k: float = 1.0) -> None:
+        super().__init__(vocab_size, block_size, pad_token)
+        self.add_k = add_k
+        rows = vocab_size if self.rows_are_contexts else 1
+        self.log_probs: Tensor
+        self.register_buffer("log_probs", torch.full((rows, vocab_size), 1 / vocab_size, dtype=torch.float64).log_())
+
+    def fit(self, examples: Examples) -> None:
+        """Counts `examples`, and sets `log_probs` from the counts."""
+        size = self.vocab_size
+        rows = len(self.log_probs)
+        pairs = examples.targets.long()  # (N,) row · V + target
+        if self.rows_are_contexts:
+            pairs = pairs + size * examples.contexts[:, -1].long()
+        smoothed = torch.bincount(pairs, minlength=rows * size).view(rows, size).double() + self.add_k
+        total = smoothed.sum(dim=1, keepdim=True)
+        # A context that never occurred, with k = 0, says nothing: uniform.
+        probabilities = torch.where(total > 0, smoothed / total, 1 / size)
+        self.log_probs.copy_(probabilities.log())
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T), targets (B,) → logits (B, V) float64, log-probabilities, and the loss in nats."""
+        row = idx[:, -1].long() if self.rows_are_contexts else torch.zeros_like(idx[:, -1], dtype=torch.int64)
+        logits = F.embedding(row, self.log_probs)
+        return logits, None if targets is None else F.cross_entropy(logits, targets)
+
+
+class Uniform(CountModel):
+    """Every token is as probable as any other: log V nats."""
+
+    def fit(self, examples: Examples) -> None:
+        """Nothing to learn."""
+
+
+class Unigram(CountModel):
+    """The tokens' frequencies, whatever the context."""
+
+
+class Bigram(CountModel):
+    """The tokens' frequencies after the last token of the context."""
+
+    rows_are_contexts = True
+
+
+COUNT_MODELS: dict[str, type[CountModel]] = {"uniform": Uniform, "unigram": Unigram, "bigram": Bigram}

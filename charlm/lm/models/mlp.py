@@ -1,0 +1,106 @@
+"""The neural language model of Bengio et al. (2003), as makemore's parts 2 and 3 have it.
+
+    e = concat(C[x_1], …, C[x_T])                        each of the T last characters is a row of the
+    embedding C h = tanh(e W + b)            or  tanh(BatchNorm(e W))
+    logits = h U + d
+
+"A Neural Probabilistic Language Model", JMLR 3, 2003; without the direct connections from e to the logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from charlm.lm.models.base import LanguageModel
+from charlm.nn import CrossEntropyLoss, Embedding
+
+TANH_GAIN = 5 / 3  # keeps the variance of a tanh network's activations through depth
+HEAD_GAIN = 0.1  # small logits: the first loss is log V, with no surprise to unlearn (makemore part 3)
+
+
+class ByteDropout(nn.Module):
+    """Dropout whose mask costs an eighth of the random numbers: one byte decides one element.
+
+    The probability is rounded to a multiple of 1/256, and the kept elements are scaled by exactly its
+    inverse, so the mean is kept exactly. (torch draws one number for each element, on one thread: at 1024 ×
+    256 that alone takes as long as the hidden layer's matrix product.)
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout is {p}, but must be at least 0 and below 1")
+        self.threshold = min(round(256 * p), 255)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape → the same shape and dtype; the identity when not training."""
+        if not self.training or self.threshold == 0:
+            return x
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
+        return x * (kept * (256 / (256 - self.threshold))).to(x.dtype)
+
+
+class MLP(LanguageModel):
+    """Embedding, context window, one tanh layer, softmax.
+
+    Args:
+        vocab_size, block_size, pad_token: as `LanguageModel`.
+        n_embd: width D of an embedding.
+        n_hidden: width H of the tanh layer.
+        batch_norm: normalise the tanh layer's input over the batch; its bias then takes the place of b.
+        dropout: share of the hidden units dropped in training.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        pad_token: int = 0,
+        *,
+        n_embd: int,
+        n_hidden: int,
+        batch_norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(vocab_size, block_size, pad_token)
+        self.embedding = Embedding(vocab_size, n_embd)
+        self.hidden = nn.Linear(block_size * n_embd, n_hidden, bias=not batch_norm)
+        self.norm = nn.BatchNorm1d(n_hidden) if batch_norm else nn.Identity()
+        self.dropout = ByteDropout(dropout)
+        self.head = nn.Linear(n_hidden, vocab_size)
+        self.loss = CrossEntropyLoss()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings N(0, 1), the tanh layer at its gain, a small softmax layer, biases 0."""
+        nn.init.normal_(self.embedding.weight)
+        nn.init.normal_(self.hidden.weight, std=TANH_GAIN / math.sqrt(self.hidden.in_features))
+        nn.init.normal_(self.head.weight, std=HEAD_GAIN / math.sqrt(self.head.in_features))
+        for bias in (self.hidden.bias, self.head.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T), targets (B,), any integer dtype → logits (B, V), mean loss in nats or None."""
+        logits = self._logits(self.embedding(idx))  # (B, T, D) → (B, V)
+        return logits, None if targets is None else self.loss(logits, targets)
+
+    def forward_textbook(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` as the textbook writes it: one-hot rows times C, and the loss from a softmax.
+
+        Equal in value and gradient; here to be read and tested, not to be run.
+        """
+        one_hot = torch.nn.functional.one_hot(idx.long(), self.vocab_size).to(self.embedding.weight.dtype)
+        logits = self._logits(one_hot @ self.embedding.weight)  # (B, T, V) @ (V, D) → (B, T, D)
+        probabilities = logits.softmax(dim=-1)  # (B, V)
+        picked = probabilities[torch.arange(len(targets), device=targets.device), targets.long()]  # (B,)
+        return logits, -picked.log().mean()
+
+    def _logits(self, embedded: Tensor) -> Tensor:
+        """(B, T, D) → (B, V)."""
+        hidden = torch.tanh(self.norm(self.hidden(embedded.flatten(1))))  # (B, H)
+        return self.head(self.dropout(hidden))

@@ -1,0 +1,311 @@
+"""Training: a tight loop over random batches, and everything needed to stop and go on exactly.
+
+After step s the state is: weights, optimizer state, two generators' states (batches; dropout), the loss
+summed since the last line, and the best weights so far. A batch is a pure function of the batch generator's
+state. So a run that is resumed has, bit for bit, the losses of one that never stopped (on one machine, with
+one number of threads).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from charlm.lm import checkpoint as checkpoints
+from charlm.lm.checkpoint import Checkpoint
+from charlm.lm.config import Config
+from charlm.lm.data import Corpus, Examples
+from charlm.lm.errors import UserError
+from charlm.lm.evaluate import evaluate
+from charlm.lm.metrics import MetricsLog
+from charlm.lm.models import CountModel, build_model
+
+SGD_STEP_DECAY = 0.1  # schedule "step": the factor from the half on, as in the lecture
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a line of the log says: the loss of `split` at `step`, in nats, and how fast it was computed."""
+
+    step: int
+    split: str
+    nats: float
+    tokens_per_second: float
+
+
+Report = Callable[[str, float, float], None]  # split, nats, tokens per second
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal; the loop looks at it between steps, so that no step is left half done."""
+
+    signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """SIGINT and SIGTERM set `signal`; a second one interrupts at once. For the main thread only."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = number
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def learning_rate_at(config: Config, step: int) -> float:
+    """The learning rate of step `step`, 0 ≤ step < max_steps."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    done = step / config.max_steps
+    if config.schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * done))
+    elif config.schedule == "step":
+        factor = 1.0 if done < 0.5 else SGD_STEP_DECAY
+    else:
+        factor = 1.0
+    return config.learning_rate * warmup * factor
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The optimizer of `config`; only the weights of linear layers decay."""
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    decayed = [p for p in model.parameters() if id(p) in linear]
+    spared = [p for p in model.parameters() if id(p) not in linear]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+class Trainer:
+    """One training run of the model that `config` asks for on `corpus`, writing to `directory`.
+
+    Args:
+        config: the run; its `format` is the corpus's.
+        corpus: the data.
+        directory: where checkpoints and metrics go.
+        resumed: the checkpoint to go on from.
+
+    Raises:
+        UserError: `resumed` was trained on other data, or the device cannot be used.
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, directory: Path, resumed: Checkpoint | None = None) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.directory = directory
+        self.device = usable_device(config.device)
+        vocabulary = corpus.vocabulary
+        self.model_config = config.model_config(len(vocabulary), vocabulary.pad_token)
+        with self._own_randomness():
+            torch.manual_seed(config.seed)
+            self.model = build_model(**self.model_config).to(self.device)
+            self.random_state = self._get_random_state()  # dropout's, outside of `run`
+        self.batches = torch.Generator().manual_seed(config.seed)
+        self.step = 0
+        self.loss_sum = torch.zeros((), device=self.device)  # over the loss_steps steps since the last line
+        self.loss_steps = 0
+        self.best_step: int | None = None
+        self.best_nats: float | None = None
+        self.best_weights = copy.deepcopy(self.model.state_dict())
+        self.optimizer = None if isinstance(self.model, CountModel) else build_optimizer(self.model, config)
+        if resumed is not None:
+            self._restore(resumed)
+
+    def run(self, on_progress: Callable[[Progress], None] | None = None, stop: StopRequest | None = None) -> bool:
+        """Trains up to max_steps, evaluating and saving as it goes; False if `stop` was set before the end.
+
+        Either way the state is saved, and `self.model` ends as the best model on dev, in evaluation mode.
+        """
+        with MetricsLog(self.directory, self.step) as metrics, self._own_randomness():
+
+            def report(split: str, nats: float, tokens_per_second: float) -> None:
+                metrics.write(self.step, split, nats, tokens_per_second)
+                if on_progress is not None:
+                    on_progress(Progress(self.step, split, nats, tokens_per_second))
+
+            self._set_random_state(self.random_state)
+            if self.optimizer is None:
+                self._count(report)
+            else:
+                self._optimize(self.optimizer, report, stop or StopRequest())
+            self.random_state = self._get_random_state()
+        self.model.load_state_dict(self.best_weights)
+        self.model.eval()
+        return self.step >= self.config.max_steps
+
+    def save(self) -> None:
+        """Writes the state after `self.step` steps to `self.directory`."""
+        model = self.model.state_dict()
+        training = {f"weights.{name}": tensor for name, tensor in model.items()}
+        if self.optimizer is not None:
+            for index, state in self.optimizer.state_dict()["state"].items():
+                tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+                training |= {f"optimizer.{index}.{key}": value for key, value in tensors.items()}
+        training |= {f"random.{name}": state for name, state in self._get_random_state().items()}
+        training["random.batches"] = self.batches.get_state()
+        training["loss_sum"] = self.loss_sum
+        training["loss_steps"] = torch.tensor(self.loss_steps)
+        checkpoints.save(
+            self.directory,
+            Checkpoint(
+                step=self.step,
+                config=self.config,
+                model=self.model_config,
+                vocabulary=self.corpus.vocabulary,
+                digest=self.corpus.digest,
+                best_step=self.best_step,
+                best_nats=self.best_nats,
+                weights=model if self.best_step is None else self.best_weights,
+                training=training,
+            ),
+        )
+
+    def _restore(self, saved: Checkpoint) -> None:
+        """Puts the trainer where `save` was called; tensors go to this run's device."""
+        if saved.digest != self.corpus.digest:
+            raise UserError("the data or its split is not the one that the checkpoint was trained on")
+        tensors = saved.training
+        try:
+            self.step, self.best_step, self.best_nats = saved.step, saved.best_step, saved.best_nats
+            self.model.load_state_dict(_below(tensors, "weights."))
+            self.best_weights = {name: tensor.to(self.device) for name, tensor in saved.weights.items()}
+            self.batches.set_state(tensors["random.batches"])
+            self.random_state |= _below(tensors, "random.")
+            self.loss_sum.copy_(tensors["loss_sum"])
+            self.loss_steps = int(tensors["loss_steps"].item())
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"the checkpoint does not fit its own config: {error}") from error
+        if self.optimizer is not None:
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in _below(tensors, "optimizer.").items():
+                index, key = name.split(".", 1)
+                state.setdefault(int(index), {})[key] = tensor
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _count(self, report: Report) -> None:
+        """Counting is one step, and leaves nothing to resume."""
+        if self.step < self.config.max_steps:
+            self.model.fit(self._examples("train"))
+            self.step = self.config.max_steps
+            self._evaluate_and_save(self._examples("dev"), report)
+
+    def _optimize(self, optimizer: torch.optim.Optimizer, report: Report, stop: StopRequest) -> None:
+        config, model = self.config, self.model
+        train, dev = self._examples("train"), self._examples("dev")
+        contexts, targets, count = train.contexts, train.targets, len(train)
+        # At batch 32 a step is mostly overhead: index_select takes a fifth of contexts[rows], and dropping the
+        # gradients here a fiftieth of optimizer.zero_grad().
+        parameters = list(model.parameters())
+        model.train()
+        clock, timed_from = time.perf_counter(), self.step
+        while self.step < config.max_steps and stop.signal is None:
+            rate = learning_rate_at(config, self.step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            rows = torch.randint(count, (config.batch_size,), generator=self.batches).to(self.device)  # (B,)
+            _, loss = model(contexts.index_select(0, rows), targets.index_select(0, rows))
+            for parameter in parameters:
+                parameter.grad = None
+            loss.backward()
+            optimizer.step()
+            self.loss_sum += loss.detach()
+            self.loss_steps += 1
+            self.step += 1
+            last = self.step == config.max_steps
+            if self.step % config.log_interval == 0 or last:
+                nats = self._take_mean_loss()
+                now = time.perf_counter()
+                report("train", nats, (self.step - timed_from) * config.batch_size / (now - clock))
+                clock, timed_from = now, self.step
+            if self.step % config.steps_between_evaluations == 0 or last:
+                paused = time.perf_counter()
+                self._evaluate_and_save(dev, report)
+                clock += time.perf_counter() - paused
+        if self.step < config.max_steps:
+            self.save()
+
+    def _take_mean_loss(self) -> float:
+        """The mean loss since it was last taken; the one place where the loop waits for the device."""
+        nats = self.loss_sum.item() / self.loss_steps
+        if not math.isfinite(nats):
+            raise UserError(f"the loss became {nats} by step {self.step}: try a lower --learning-rate")
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+        return nats
+
+    def _evaluate_and_save(self, dev: Examples, report: Report) -> None:
+        start = time.perf_counter()
+        result = evaluate(self.model, dev, "dev")
+        seconds = time.perf_counter() - start
+        if not math.isfinite(result.nats):
+            raise UserError(f"the loss on dev became {result.nats} by step {self.step}: try a lower --learning-rate")
+        if self.best_nats is None or result.nats < self.best_nats:
+            self.best_step, self.best_nats = self.step, result.nats
+            self.best_weights = copy.deepcopy(self.model.state_dict())
+        # The line first: if the save does not follow, resuming drops the line; the other way round the line
+        # would be missing.
+        report("dev", result.nats, result.tokens / seconds)
+        self.save()
+
+    def _examples(self, split: str) -> Examples:
+        return self.corpus.examples(split, self.config.block_size).to(self.device)
+
+    # ---- torch's global generators, which dropout draws from
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Inside, the global generators are this run's; afterwards they are the caller's again."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            yield
+
+    def _get_random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _set_random_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        UserError: torch knows no such device, or this machine has none.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UserError(f"device {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
