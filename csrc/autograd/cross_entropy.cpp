@@ -41,17 +41,26 @@ struct CrossEntropyBackward final : Node {
     static const BackwardOp target_op("charlm::cross_entropy_target_backward");
     if (task_should_compute_output(1)) result[1] = target_op(options, grad_loss, x, y, w, t, state);
     if (task_should_compute_output(2)) {
-      // With neither weight nor smoothing, the targets' gradient is -log p times the gradient of each row's loss.
-      CrossEntropyOptions plain = options;
-      plain.label_smoothing = 0;
-      const double smoothing = std::max(0.0, options.label_smoothing);
-      const Tensor minus_log_p = target_op(plain, grad_loss, x, y, {}, t, state).to(compute_dtype(x));
-      const Tensor p = y.to(compute_dtype(x)) * (1 - smoothing) +
-                       smoothing / static_cast<double>(n_classes(x).guard_int(__FILE__, __LINE__));
-      const Tensor grad = minus_log_p * p;
-      result[2] = (x.dim() == 1 ? grad : grad.movedim(1, -1).reshape_symint({-1, n_classes(x)}).sum(0)).to(w->dtype());
+      result[2] = weight_gradient(grad_loss, x, y, t, state).to(w->scalar_type());
     }
     return result;
+  }
+
+  // With neither weight nor smoothing, the targets' gradient is -log p times the gradient of each row's loss; the
+  // weight's is the sum over rows of that times the (smoothed) targets. In float: it is rounded once, at the end.
+  Tensor weight_gradient(const Tensor& grad_loss, const Tensor& x, const Tensor& y, const OptionalTensor& t,
+                         const Tensor& state) const {
+    static const BackwardOp op("charlm::cross_entropy_target_backward");
+    CrossEntropyOptions plain = options;
+    plain.label_smoothing = 0;
+    const double smoothing = std::max(0.0, options.label_smoothing);
+    const at::ScalarType compute = compute_dtype(x);
+    const Tensor p = y.to(compute);
+    const Tensor minus_log_p = op(plain, grad_loss, x.to(compute), p, {}, t, state);
+    const c10::SymInt classes = n_classes(x);
+    const Tensor grad =
+        minus_log_p * (p * (1 - smoothing) + smoothing / static_cast<double>(classes.guard_int(__FILE__, __LINE__)));
+    return x.dim() == 1 ? grad : grad.movedim(1, -1).reshape_symint({-1, classes}).sum(0);
   }
 
   // The backward is itself differentiated: torch's formula, by autograd.

@@ -1,10 +1,15 @@
 // embedding's derivative: the rows of the incoming gradient summed by index; linear, so its own derivative is a gather.
 #include "../embedding.h"
 
+#include <ATen/TensorIndexing.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_backward.h>
+#include <ATen/ops/embedding_dense_backward.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -28,14 +33,27 @@ struct EmbeddingBackward final : Node {
   variable_list apply(variable_list&& grads) override {
     if (!grads[0].defined()) return variable_list(1);
     const Tensor index = indices.unpack();
-    // A sparse gradient, and one that is itself differentiated, are torch's own.
-    if (sparse || at::GradMode::is_enabled()) {
+    if (sparse) {
       return {at::embedding_backward_symint(grads[0], index.to(at::kLong), num_embeddings, padding_idx,
                                             scale_grad_by_freq, sparse)};
     }
+    if (at::GradMode::is_enabled()) return {differentiable(grads[0], index.to(at::kLong))};
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding_backward", "").typed<Backward>();
     return {op.call(grads[0], index, num_embeddings, padding_idx, scale_grad_by_freq)};
+  }
+
+  // The backward is itself differentiated: torch's own op. The division by the counts stands outside of it, because
+  // its derivative forgets them.
+  Tensor differentiable(const Tensor& grad_output, const Tensor& index) const {
+    Tensor grad = grad_output;
+    if (scale_grad_by_freq) {
+      const Tensor ones = at::ones_like(index, grad.options());
+      const Tensor none = at::zeros_symint({num_embeddings}, grad.options());
+      const Tensor counts = none.index_add(0, index.flatten(), ones.flatten());
+      grad = grad / counts.index({index}).unsqueeze(-1);
+    }
+    return at::embedding_dense_backward_symint(grad, index, num_embeddings, padding_idx, false);
   }
 
   void release_variables() override { indices.reset_data(); }

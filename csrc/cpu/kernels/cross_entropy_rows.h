@@ -54,13 +54,19 @@ class CrossEntropyRow {
     }
     const C m = max_logit();
     V sum{}, dense_loss{}, dense_sum{};
-    for_each_vector<C>(rows_.n_classes, [&](int64_t c, auto width) {
-      const V z = logits(c, width);
-      sum += exp(z - m);
-      if constexpr (kDense != Dense::kNone) {
-        dense_loss += only(width, dense(c, width) * (m - z));
-        if constexpr (is_probability(kDense)) dense_sum += only(width, dense(c, width));
-      }
+    for_each_chunk([&](int64_t begin, int64_t size) {
+      V chunk_sum{}, chunk_loss{};
+      for_each_vector<C>(size, [&](int64_t i, auto width) {
+        const int64_t c = begin + i;
+        const V z = logits(c, width);
+        chunk_sum += exp(z - m);
+        if constexpr (kDense != Dense::kNone) {
+          chunk_loss += only(width, dense(c, width) * (m - z));
+          if constexpr (is_probability(kDense)) dense_sum += only(width, dense(c, width));
+        }
+      });
+      sum += chunk_sum;
+      dense_loss += chunk_loss;
     });
     const C total = m == -INFINITY ? C(1) : reduce_sum<C>(sum);
     rows_.row_max[n_] = m;
@@ -188,6 +194,15 @@ class CrossEntropyRow {
 
   C grad_loss() const {
     return static_cast<C>(rows_.grad_loss[n_ * rows_.grad_loss_stride] * rows_.grad_scale * token_weight_);
+  }
+
+  // A row in chunks whose sums are added up: the rounding of a sum grows with the length of its chain.
+  template <class F>
+  void for_each_chunk(F&& f) const {
+    constexpr int64_t kChunk = 1024;
+    for (int64_t c = 0; c < rows_.n_classes; c += kChunk) {
+      f(c, rows_.n_classes - c < kChunk ? rows_.n_classes - c : kChunk);
+    }
   }
 
   C max_logit() const {
