@@ -87,9 +87,7 @@ def import_torch() -> ModuleType:
         ) from None
     version = torch.__version__
     if numbers(version) < numbers(MIN_TORCH):
-        raise BuildError(
-            f"torch {version} is too old.", f"Install a newer one: pip install 'torch>={MIN_TORCH}'"
-        )
+        raise BuildError(f"torch {version} is too old.", f"Install a newer one: pip install 'torch>={MIN_TORCH}'")
     return torch
 
 
@@ -208,9 +206,7 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]]) -> type:
             find_python_headers(sysconfig.get_paths()["include"])
             jobs = max_jobs(os.environ, os.cpu_count())
             os.environ["MAX_JOBS"] = str(jobs)
-            cuda = why_no_cuda(
-                os.environ, torch.__version__, torch.version.cuda, nvcc_release(cpp_extension.CUDA_HOME)
-            )
+            cuda = why_no_cuda(os.environ, torch.__version__, torch.version.cuda, nvcc_release(cpp_extension.CUDA_HOME))
             config = {
                 "charlm": self.distribution.get_version(),
                 "torch": torch.__version__,

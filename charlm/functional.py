@@ -71,9 +71,7 @@ def embedding(
             sparse=sparse,
         )
     if not _has_kernel(weight):
-        return reference.embedding(
-            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-        )
+        return reference.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     row = -1
     if padding_idx is not None:
         num_embeddings = weight.size(0)
@@ -252,9 +250,7 @@ def _has_kernel(tensor: Tensor) -> bool:
     return _C is not None and (not isinstance(tensor, Tensor) or tensor.is_cpu or tensor.is_meta)
 
 
-def _embedding(
-    weight: Tensor, input: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
-) -> Tensor:
+def _embedding(weight: Tensor, input: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.charlm.embedding.default(weight, input, padding_idx, scale_grad_by_freq, sparse)
     return _C.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)

@@ -86,9 +86,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             if getattr(self, name) != getattr(CrossEntropyLoss, name)
         )
 
-    def forward(
-        self, input: Tensor, target: Tensor, token_weight: Tensor | None = None
-    ) -> Tensor | CrossEntropyOutput:
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor | CrossEntropyOutput:
         return functional.cross_entropy(
             input,
             target,

@@ -143,15 +143,11 @@ def patch_model(model: ModuleT) -> ModuleT:
     for module in model.modules():
         ours = _MODULES.get(parametrize.type_before_parametrizations(module))
         if ours is not None:
-            module.__class__ = (
-                _parametrized(type(module), ours) if parametrize.is_parametrized(module) else ours
-            )
+            module.__class__ = _parametrized(type(module), ours) if parametrize.is_parametrized(module) else ours
     return model
 
 
 def _parametrized(found: type, ours: type[torch.nn.Module]) -> type:
     """The class that torch made for one parametrized module, with its properties, but derived from ours."""
-    namespace = {
-        name: value for name, value in vars(found).items() if name not in ("__dict__", "__weakref__")
-    }
+    namespace = {name: value for name, value in vars(found).items() if name not in ("__dict__", "__weakref__")}
     return type(f"Parametrized{ours.__name__}", (ours,), namespace)

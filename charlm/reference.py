@@ -192,11 +192,7 @@ def cross_entropy(
     index = _widened(target, "targets", ignore_index)
     wants_output = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
     plain_loss = (
-        lse_square_scale == 0
-        and softcap is None
-        and logit_scale == 1
-        and token_weight is None
-        and all_ignored == "nan"
+        lse_square_scale == 0 and softcap is None and logit_scale == 1 and token_weight is None and all_ignored == "nan"
     )
     try:
         if plain_loss:
@@ -235,9 +231,7 @@ def cross_entropy(
     z = z.detach()
     class_dim = _class_dim(z)
     shape = _loss_shape(input, index)
-    predicted = (
-        z.argmax(class_dim).reshape(shape) if return_predicted_tokens or return_token_accuracy else None
-    )
+    predicted = z.argmax(class_dim).reshape(shape) if return_predicted_tokens or return_token_accuracy else None
     return CrossEntropyOutput(
         loss,
         z.logsumexp(class_dim).reshape(shape) if return_lse else None,
@@ -372,9 +366,7 @@ def _check_options(reduction: str, softcap: float | None, all_ignored: str, inpl
     if inplace not in (None, "backward", "forward"):
         raise ValueError(f'inplace must be None, "backward" or "forward", got {inplace!r}')
     if inplace == "forward" and reduction == "none":
-        raise ValueError(
-            'inplace="forward" needs reduction "mean" or "sum": with "none" the gradient is not yet known'
-        )
+        raise ValueError('inplace="forward" needs reduction "mean" or "sum": with "none" the gradient is not yet known')
 
 
 def _widened(index: Tensor, name: str, ignore_index: int | None = None) -> Tensor:

@@ -280,8 +280,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_metrics(const CrossEntr
     call.blocks().parallel_for(
         [&](int64_t, int64_t begin, int64_t end) { kernels.metrics(call.rows, out, begin, end); });
 
-    const Tensor wanted = has_probabilities(input, target) ? target.argmax(class_dim(input)) : target.to(at::kLong);
-    const Tensor right = predicted.eq(wanted.view_symint(shape)).to(at::kFloat);
+    const bool probabilities = has_probabilities(input, target);
+    const Tensor wanted = (probabilities ? target.argmax(class_dim(input)) : target.to(at::kLong)).view_symint(shape);
+    Tensor right = predicted.eq(wanted);
+    if (!probabilities) right = right.logical_and(wanted.ne(options.ignore_index));
+    right = right.to(at::kFloat);
     if (options.is(Reduction::kNone)) return std::make_tuple(lse, entropy, predicted, right);
     const double divisor = options.zero_if_all_ignored && call.n_counted() == 0 ? 1 : call.n_counted();
     return std::make_tuple(lse, entropy, predicted, right.sum().div(divisor));

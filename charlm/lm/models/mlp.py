@@ -1,7 +1,7 @@
 """The neural language model of Bengio et al. (2003), as makemore's parts 2 and 3 have it.
 
-    e = concat(C[x_1], …, C[x_T])                        each of the T last characters is a row of the
-    embedding C h = tanh(e W + b)            or  tanh(BatchNorm(e W))
+    e      = concat(C[x_1], …, C[x_T])         the T last characters, each a row of the embedding C
+    h      = tanh(e W + b)                     or tanh(BatchNorm(e W))
     logits = h U + d
 
 "A Neural Probabilistic Language Model", JMLR 3, 2003; without the direct connections from e to the logits.

@@ -1,0 +1,43 @@
+"""Shared by all tests: hypothesis repeats its examples on every run, and `isa` goes through the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from charlm import _C
+
+hypothesis.settings.register_profile(
+    "charlm",
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    # `isa` is set once for all examples of a test, which is what is wanted.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("charlm")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_C.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine can run, one after the other; restored afterwards."""
+    found = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(found)
+
+
+@pytest.fixture(params=[1, 2, 3, 5])
+def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    found = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(found)

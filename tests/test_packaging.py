@@ -1,0 +1,450 @@
+"""Building, installing and importing charlm, on one wheel that is built from an sdist of this tree.
+
+The build (one to three minutes) happens once, in the `wheel_tree` fixture; the tests of incremental builds go
+on in the folder that it leaves behind. What needs no compiler calls setup.py's functions, or runs it with a
+torch, a compiler or a setting that is wrong.
+"""
+
+from __future__ import annotations
+
+import email
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_SOURCE = shutil.ignore_patterns(
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "out",
+    "*.egg-info",
+    "*.so",
+    "_build_config.json",
+    "__pycache__",
+    ".*_cache",
+)
+TORCH_PUBLIC = torch.__version__.partition("+")[0]
+
+
+def load_setup():
+    """setup.py as a module: its functions, without a build."""
+    spec = importlib.util.spec_from_file_location("charlm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_setup()
+
+
+def run(*command, cwd, check=True, **env):
+    """Runs a command with `env` for charlm's settings, whatever they are in this process."""
+    ours = ("CHARLM_BACKEND", "CHARLM_CPU_ISA", "PYTHONPATH", "MAX_JOBS", "FORCE_CUDA")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if check and result.returncode:
+        pytest.fail(f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def python(code, site, check=True, **env):
+    """Runs code against the charlm in the folder `site`, from a working folder that holds no other charlm."""
+    return run(sys.executable, "-c", code, cwd=site.parent, check=check, PYTHONPATH=str(site), **env)
+
+
+@pytest.fixture(scope="session")
+def source_tree(tmp_path_factory):
+    """A copy of this checkout without anything that was built in it."""
+    tree = tmp_path_factory.mktemp("checkout") / "charlm"
+    shutil.copytree(ROOT, tree, ignore=NOT_SOURCE)
+    return tree
+
+
+@pytest.fixture(scope="session")
+def sdist(source_tree):
+    run(sys.executable, "-m", "build", "--no-isolation", "--sdist", cwd=source_tree)
+    (archive,) = (source_tree / "dist").glob("charlm_kernels-*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="session")
+def wheel_tree(sdist, tmp_path_factory):
+    """The unpacked sdist, after a wheel was built in it (into its folder wheels/)."""
+    folder = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (tree,) = folder.iterdir()
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "-v",
+        "-w",
+        "wheels",
+        ".",
+    ]
+    built = run(*command, cwd=tree)
+    (tree / "build.log").write_text(built.stdout + built.stderr)  # pip -v shows what setup.py prints on stderr
+    return tree
+
+
+@pytest.fixture(scope="session")
+def wheel(wheel_tree):
+    (path,) = (wheel_tree / "wheels").glob("charlm_kernels-*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def site(wheel, tmp_path_factory):
+    """A folder that the wheel is installed into, for PYTHONPATH."""
+    site = tmp_path_factory.mktemp("installed") / "site"
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel]
+    run(*command, cwd=site.parent)
+    return site
+
+
+@pytest.fixture
+def broken_site(site, tmp_path):
+    """A copy of the installed package, to be damaged."""
+    copy = tmp_path / "site"
+    shutil.copytree(site / "charlm", copy / "charlm")
+    return copy
+
+
+@pytest.fixture
+def fake_torch(tmp_path):
+    """Writes a module `torch` with the given source; returns its folder, for PYTHONPATH."""
+
+    def write(source):
+        (tmp_path / "torch.py").write_text(source)
+        return str(tmp_path)
+
+    return write
+
+
+# --- what the archives hold ---------------------------------------------------------------------------------
+
+
+def test_sdist_holds_every_source_and_header(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert any(source.endswith(".h") for source in sources)
+    assert sources <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "requirements.txt"} <= names
+
+
+def test_sdist_holds_nothing_that_was_built(sdist):
+    with tarfile.open(sdist) as archive:
+        built = [name for name in archive.getnames() if name.endswith((".so", ".o", ".pyc", "_build_config.json"))]
+    assert built == []
+
+
+def test_wheel_requires_exactly_the_torch_it_was_built_with(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        fields = email.message_from_bytes(archive.read(metadata))
+    requirements = fields.get_all("Requires-Dist")
+    assert [requirement for requirement in requirements if requirement.startswith("torch")] == [
+        f"torch=={TORCH_PUBLIC}"
+    ]
+    assert set(requirements) == {f"torch=={TORCH_PUBLIC}", *build.RUNTIME_REQUIREMENTS}
+    assert fields["Name"] == "charlm-kernels"
+    assert fields["Requires-Python"] == ">=3.10"
+    assert fields["License"] == "MIT"
+
+
+def test_wheel_holds_the_module_its_record_the_data_and_the_type_marker(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        record = json.loads(archive.read("charlm/_build_config.json"))
+    assert {"charlm/py.typed", "charlm/data/names.txt", "charlm/lm/__init__.py", "charlm/cli.py"} <= names
+    assert len([name for name in names if re.fullmatch(r"charlm/_C\..*so", name)]) == 1
+    assert [name for name in names if name.startswith(("csrc", "tests", "scripts"))] == []
+    assert any(name.endswith("LICENSE") for name in names)
+    assert record["torch"] == torch.__version__
+    assert record["instruction_sets"] == list(build.isa_flags(os.uname().machine))
+
+
+def test_version_stands_the_same_everywhere(wheel, site):
+    printed = python("import charlm; print(charlm.__version__)", site).stdout.strip()
+    assert (
+        wheel.name.split("-")[1] == printed == (build.ROOT / "CHANGELOG.md").read_text().split("## [")[1].split("]")[0]
+    )
+
+
+def test_requirements_pin_one_torch_and_all_that_charlm_needs():
+    pinned = dict(re.findall(r"^([a-z0-9-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    build_requirements = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    needed = {re.match(r"[a-z0-9-]+", text).group() for text in re.findall(r'"([^"]+)"', build_requirements.group(1))}
+    assert needed | set(build.RUNTIME_REQUIREMENTS) <= set(pinned)
+    assert build.numbers(pinned["torch"]) >= build.numbers(build.MIN_TORCH)
+
+
+# --- the wheel at work --------------------------------------------------------------------------------------
+
+
+def test_wheel_computes_torchs_loss_and_embedding(site):
+    code = """
+import torch, charlm, charlm.functional as F
+logits = torch.randn(33, 27, generator=torch.Generator().manual_seed(0), requires_grad=True)
+target = torch.arange(33) % 27
+ours, theirs = F.cross_entropy(logits, target), torch.nn.functional.cross_entropy(logits, target)
+torch.testing.assert_close(ours, theirs)
+(grad,), (expected,) = (torch.autograd.grad(loss, logits) for loss in (ours, theirs))
+torch.testing.assert_close(grad, expected)
+torch.testing.assert_close(F.embedding(target, logits), logits[target])
+print(charlm.__file__)
+print(charlm.build_info()["backend"])
+"""
+    path, backend = python(code, site).stdout.split()
+    assert Path(path).is_relative_to(site)
+    assert backend == "extension"
+
+
+def test_wheel_installs_the_command(site):
+    printed = run(site / "bin" / "charlm", "info", cwd=site.parent, PYTHONPATH=str(site)).stdout
+    assert torch.__version__ in printed
+
+
+def test_every_supported_instruction_set_can_be_forced(site):
+    supported = json.loads(
+        python("import json, charlm; print(json.dumps(charlm.build_info()['instruction_sets_supported']))", site).stdout
+    )
+    assert supported[0] == "baseline"
+    code = "import charlm; print(charlm.build_info()['instruction_set_in_use'])"
+    assert [python(code, site, CHARLM_CPU_ISA=isa).stdout.strip() for isa in supported] == supported
+    assert python(code, site).stdout.strip() == supported[-1]
+
+
+def test_unknown_instruction_set_is_an_error_that_lists_what_this_machine_can_do(site):
+    supported = python("import charlm; print(', '.join(charlm._ext._C.supported_isas()))", site).stdout.strip()
+    result = python("import charlm", site, check=False, CHARLM_CPU_ISA="sse9")
+    assert result.returncode == 1
+    assert f"ImportError: CHARLM_CPU_ISA='sse9': this machine can run {supported} (compiled: " in result.stderr
+
+
+def test_import_adds_at_most_100_ms_to_torchs(site):
+    code = "import time, torch; start = time.perf_counter(); import charlm; print(time.perf_counter() - start)"
+    python(code, site)  # writes the bytecode
+    seconds = statistics.median(float(python(code, site).stdout) for _ in range(7))
+    assert seconds <= 0.1, f"import charlm takes {seconds * 1e3:.0f} ms after import torch"
+
+
+def test_import_takes_nothing_of_the_command_line_with_it(site):
+    code = "import sys, charlm; print(*{name.partition('.')[0] for name in sys.modules}, *sys.modules)"
+    imported = set(python(code, site).stdout.split())
+    assert "charlm.functional" in imported
+    assert not imported & {"typer", "rich", "click", "safetensors", "charlm.lm", "charlm.cli"}
+
+
+# --- what import refuses ------------------------------------------------------------------------------------
+
+
+def test_another_torch_is_refused_with_both_versions_and_the_cure(broken_site):
+    path = broken_site / "charlm" / "_build_config.json"
+    path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.12.1+cu126"'))
+    result = python("import charlm", broken_site, check=False)
+    assert result.returncode == 1
+    assert (
+        f"ImportError: charlm was built with torch 2.12.1+cu126, but torch {torch.__version__} is running."
+        in result.stderr
+    )
+    assert "pip install --no-build-isolation ." in result.stderr
+
+
+def test_another_torch_is_refused_before_the_module_is_loaded(broken_site):
+    (module,) = (broken_site / "charlm").glob("_C.*")
+    module.write_bytes(b"no ELF file")
+    path = broken_site / "charlm" / "_build_config.json"
+    path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.12.1+cu126"'))
+    assert "built with torch 2.12.1+cu126" in python("import charlm", broken_site, check=False).stderr
+
+
+def test_a_module_that_does_not_load_is_refused_with_the_cure(broken_site):
+    (module,) = (broken_site / "charlm").glob("_C.*")
+    module.write_bytes(b"no ELF file")
+    error = python("import charlm", broken_site, check=False).stderr
+    assert "ImportError: charlm's kernels cannot be loaded" in error
+    assert "pip install --no-build-isolation ." in error
+
+
+def test_nothing_built_is_refused_with_the_command_and_the_other_backend(broken_site):
+    (broken_site / "charlm" / "_build_config.json").unlink()
+    error = python("import charlm", broken_site, check=False).stderr
+    assert "ImportError: charlm's kernels are not built" in error
+    assert "pip install --no-build-isolation ." in error
+    assert "CHARLM_BACKEND=reference" in error
+
+
+def test_reference_backend_needs_no_module(broken_site):
+    for built in [*(broken_site / "charlm").glob("_C.*"), broken_site / "charlm" / "_build_config.json"]:
+        built.unlink()
+    code = """
+import torch, charlm
+loss = charlm.functional.cross_entropy(torch.zeros(3, 27), torch.tensor([0, 1, 2]))
+print(charlm.build_info()["backend"], round(loss.item(), 4))
+"""
+    assert python(code, broken_site, CHARLM_BACKEND="reference").stdout.split() == ["reference", "3.2958"]
+
+
+def test_unknown_backend_is_refused(site):
+    error = python("import charlm", site, check=False, CHARLM_BACKEND="eager").stderr
+    assert "ImportError: CHARLM_BACKEND='eager' is unknown: it is one of extension, reference" in error
+
+
+# --- the build ----------------------------------------------------------------------------------------------
+
+
+def test_build_prints_its_configuration_in_one_block(wheel_tree):
+    log = [line.strip() for line in (wheel_tree / "build.log").read_text().splitlines()]
+    start = log.index("charlm build configuration")
+    block = [re.split(r"  +", line, maxsplit=1) for line in log[start + 1 : start + 8]]
+    assert [name for name, _ in block] == [
+        *("charlm", "python", "torch", "compiler", "instruction sets", "CUDA", "jobs"),
+    ]
+    printed = dict(block)
+    assert printed["torch"] == torch.__version__
+    assert printed["instruction sets"] == ", ".join(build.isa_flags(os.uname().machine))
+    assert printed["CUDA"].startswith("not built (")
+    assert printed["jobs"] == f"{min(4, os.cpu_count())} (MAX_JOBS)"
+
+
+def test_one_changed_source_is_one_compiler_run(wheel_tree):
+    changed = wheel_tree / "csrc" / "meta" / "embedding.cpp"
+    changed.write_text(changed.read_text() + "\n// touched\n")
+    log = run(sys.executable, "setup.py", "build_ext", "--inplace", cwd=wheel_tree).stdout
+    assert re.findall(r"-MF \S+/(csrc/\S+)\.o\.d ", log) == ["csrc/meta/embedding"]
+    assert list((wheel_tree / "charlm").glob("_C.*"))
+
+
+def test_a_changed_kernel_header_rebuilds_the_object_of_every_instruction_set(wheel_tree):
+    (folder,) = (wheel_tree / "build").glob("*-torch-*")
+    ninja = [shutil.which("ninja") or Path(sys.executable).with_name("ninja"), "-n", "-C"]
+    isas = build.isa_flags(os.uname().machine)
+    assert all("no work to do" in run(*ninja, folder / isa, cwd=folder).stdout for isa in isas)
+    os.utime(wheel_tree / "csrc" / "cpu" / "kernels" / "cross_entropy.h")
+    stale = [re.findall(r"-DCHARLM_ISA=(\w+)", run(*ninja, folder / isa, cwd=folder).stdout) for isa in isas]
+    assert stale == [[isa] for isa in isas]
+
+
+def test_missing_compiler_is_named_with_its_cure(source_tree):
+    result = run(sys.executable, "setup.py", "build_ext", cwd=source_tree, check=False, CXX="/nowhere/g++")
+    assert result.returncode == 1
+    assert "the C++ compiler '/nowhere/g++' is not there" in result.stderr
+    assert "apt install g++" in result.stderr
+    assert "set CXX" in result.stderr
+
+
+def test_missing_torch_is_named_with_its_cure(source_tree, fake_torch):
+    path = fake_torch("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    result = run(sys.executable, "setup.py", "bdist_wheel", cwd=source_tree, check=False, PYTHONPATH=path)
+    assert result.returncode == 1
+    assert "charlm cannot be built: torch cannot be imported" in result.stderr
+    assert "pip install 'torch>=2.11'" in result.stderr
+
+
+def test_sdist_needs_no_torch(source_tree, fake_torch, tmp_path):
+    path = fake_torch("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    run(sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path, cwd=source_tree, PYTHONPATH=path)
+    assert list(tmp_path.glob("*.tar.gz"))
+
+
+def test_an_old_torch_is_refused(source_tree, fake_torch):
+    path = fake_torch("__version__ = '2.9.1+cpu'")
+    result = run(sys.executable, "setup.py", "bdist_wheel", cwd=source_tree, check=False, PYTHONPATH=path)
+    assert result.returncode == 1
+    assert "torch 2.9.1+cpu is too old" in result.stderr
+    assert "pip install 'torch>=2.11'" in result.stderr
+
+
+def test_missing_python_headers_are_named_with_their_cure(tmp_path):
+    with pytest.raises(build.BuildError, match=r"python's headers are not in .*\n.*apt install python3-dev"):
+        build.find_python_headers(str(tmp_path))
+
+
+def test_missing_ninja_is_named_with_its_cure(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(build.BuildError, match=r"ninja is not there.*\n.*pip install ninja"):
+        build.find_ninja({"PATH": str(tmp_path)})
+
+
+@pytest.mark.parametrize(("cpus", "jobs"), [(1, 1), (2, 2), (4, 4), (64, 4), (None, 1)])
+def test_jobs_are_at_most_four_unless_asked_for(cpus, jobs):
+    assert build.max_jobs({}, cpus) == jobs
+    assert build.max_jobs({"MAX_JOBS": "9"}, cpus) == 9
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "many"])
+def test_max_jobs_that_is_no_number_is_refused(text):
+    with pytest.raises(build.BuildError, match=f"MAX_JOBS='{text}'"):
+        build.max_jobs({"MAX_JOBS": text}, 2)
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64", "ppc64le"])
+def test_other_machines_get_the_baseline_alone(machine):
+    assert build.isa_flags(machine) == {"baseline": []}
+
+
+def test_no_instruction_set_depends_on_the_machine_that_builds():
+    flags = [flag for flags in build.isa_flags("x86_64").values() for flag in flags] + build.CXX_FLAGS
+    assert not any("native" in flag or "fast-math" in flag or flag.startswith("-std") for flag in flags)
+
+
+# --- CUDA: torch's version, its CUDA, the toolkit's nvcc → what is said -------------------------------------
+
+
+def test_cuda_is_left_out_with_its_reason():
+    assert "no CUDA kernels" in build.why_no_cuda({}, "2.13.0+cpu", None, None)
+    assert "no CUDA kernels" in build.why_no_cuda({"FORCE_CUDA": "0"}, "2.13.0+cu130", "13.0", "12.6")
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "nvcc", "message"),
+    [
+        (None, "13.0", r"torch 2\.13\.0 is a CPU build.*\n.*Install a CUDA build of torch"),
+        ("13.0", None, r"there is no CUDA toolkit.*\n.*Install a CUDA 13 toolkit and set CUDA_HOME"),
+        (
+            "13.0",
+            "12.6",
+            r"nvcc is of CUDA 12\.6, but torch 2\.13\.0 was built with CUDA 13\.0.*\n.*CUDA_HOME",
+        ),
+        ("13.0", "13.2", r"this version of charlm has no CUDA kernels.*\n.*Unset FORCE_CUDA"),
+    ],
+)
+def test_forced_cuda_says_what_is_missing_and_the_cure(torch_cuda, nvcc, message):
+    with pytest.raises(build.BuildError, match=message):
+        build.why_no_cuda({"FORCE_CUDA": "1"}, "2.13.0", torch_cuda, nvcc)
+
+
+def test_nvcc_release_is_read_from_the_toolkit(tmp_path):
+    assert build.nvcc_release(None) is None
+    assert build.nvcc_release(str(tmp_path)) is None
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.6, V12.6.85'\n")
+    nvcc.chmod(0o755)
+    assert build.nvcc_release(str(tmp_path)) == "12.6"

@@ -1,0 +1,258 @@
+"""Which kernels run: ours in every ordinary call, torch's formula for functorch, forward AD and create_graph
+alone.
+
+`torch.library.opcheck` on every op, with the arguments that real calls give it; autocast; the dispatch keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from charlm import functional
+from charlm.testing import (
+    SampleInput,
+    evaluate,
+    sample_inputs_cross_entropy,
+    sample_inputs_embedding,
+    strided_copy,
+)
+
+# What torch's own formulas are made of. None of them is needed beside our kernels.
+TORCH_FORMULA = (
+    "softmax",
+    "nll_loss",
+    "logsumexp",
+    "aten.exp.",
+    "aten.log.",
+    "aten.tanh",
+    "aten.gather",
+    "aten.index",
+    "aten.mean",
+    "aten.embedding.",
+    "aten.embedding_dense_backward",
+)
+
+
+class _RecordOps(TorchDispatchMode):
+    """Notes every op that reaches the dispatcher below autograd, and what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return [str(func) for func, _, _ in self.calls]
+
+    @property
+    def ours(self) -> list[str]:
+        return [name for name in self.names if name.startswith("charlm.")]
+
+    @property
+    def torchs(self) -> list[str]:
+        return [name for name in self.names if any(part in name for part in TORCH_FORMULA)]
+
+
+CROSS_ENTROPY_SAMPLES = list(sample_inputs_cross_entropy(torch.float32))
+EMBEDDING_SAMPLES = list(sample_inputs_embedding(torch.float32))
+
+
+def _ids(sample: SampleInput) -> str:
+    return sample.name
+
+
+@pytest.mark.parametrize("sample", CROSS_ENTROPY_SAMPLES, ids=_ids)
+def test_an_ordinary_cross_entropy_runs_our_kernels_forward_and_backward(sample: SampleInput) -> None:
+    with _RecordOps() as record:
+        evaluate(functional.cross_entropy, sample)
+    assert "charlm.cross_entropy.default" in record.ours
+    assert "charlm.cross_entropy_backward.default" in record.ours
+    assert record.torchs == []
+
+
+@pytest.mark.parametrize("sample", EMBEDDING_SAMPLES, ids=_ids)
+def test_an_ordinary_embedding_runs_our_kernels_forward_and_backward(sample: SampleInput) -> None:
+    with _RecordOps() as record:
+        evaluate(functional.embedding, sample)
+    assert "charlm.embedding.default" in record.ours
+    if sample.arguments.get("sparse"):  # torch assembles the sparse gradient: rows are moved, nothing is summed
+        assert "aten.embedding_dense_backward.default" not in record.torchs
+    else:
+        assert "charlm.embedding_backward.default" in record.ours
+        assert record.torchs == []
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda context: context.__name__)
+def test_calls_without_grad_run_our_kernels(context: Callable[[], Any]) -> None:
+    with context(), _RecordOps() as record:
+        for sample in CROSS_ENTROPY_SAMPLES:
+            functional.cross_entropy(**sample.arguments)
+    assert record.ours.count("charlm.cross_entropy.default") == len(CROSS_ENTROPY_SAMPLES)
+    assert record.torchs == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_autocast_runs_our_kernels(dtype: torch.dtype) -> None:
+    x = torch.randn(33, 27).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16), _RecordOps() as record:
+        functional.cross_entropy(x, torch.randint(27, (33,)), label_smoothing=0.1).backward()
+    assert record.ours == ["charlm.cross_entropy.default", "charlm.cross_entropy_backward.default"]
+    assert record.torchs == []
+
+
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+def test_calls_in_place_run_our_kernels(mode: str) -> None:
+    x = torch.randn(33, 27, requires_grad=True) * 1
+    with _RecordOps() as record:
+        functional.cross_entropy(x, torch.randint(27, (33,)), inplace=mode).backward()
+    assert f"charlm.cross_entropy_inplace_{mode}.default" in record.ours
+    assert record.torchs == []
+
+
+def _create_graph(x: torch.Tensor, y: torch.Tensor) -> None:
+    (gradient,) = torch.autograd.grad(functional.cross_entropy(x, y), x, create_graph=True)
+    gradient.sum().backward()
+
+
+def _forward_ad(x: torch.Tensor, y: torch.Tensor) -> None:
+    with torch.autograd.forward_ad.dual_level():
+        functional.cross_entropy(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)), y)
+
+
+HANDED_OVER: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "create_graph": _create_graph,
+    "forward_ad": _forward_ad,
+    "func_grad": lambda x, y: torch.func.grad(functional.cross_entropy)(x.detach(), y),
+    "jvp": lambda x, y: torch.func.jvp(lambda x: functional.cross_entropy(x, y), (x.detach(),), (torch.ones_like(x),)),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_OVER)
+def test_functorch_and_create_graph_run_torchs_formula(name: str) -> None:
+    # This also shows that the mode above would have seen it.
+    with _RecordOps() as record:
+        HANDED_OVER[name](torch.randn(33, 27, requires_grad=True), torch.randint(27, (33,)))
+    assert "aten._log_softmax.default" in record.torchs
+
+
+def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Calls of all our ops as `functional` makes them; arguments are copied before they are changed."""
+    found: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    class Keep(_RecordOps):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if str(func).startswith("charlm."):
+                copies = [strided_copy(a) if isinstance(a, torch.Tensor) else a for a in args]
+                found[f"{func}{len(found)}"] = (func, tuple(copies), kwargs or {})
+            return func(*args, **(kwargs or {}))
+
+    samples = {sample.name: sample for sample in (*CROSS_ENTROPY_SAMPLES, *EMBEDDING_SAMPLES)}
+    with Keep():
+        for name in (
+            "names_batch",
+            "all_extras",
+            "probabilities_all_extras",
+            "three_dimensions",
+            "returns_none",
+        ):
+            evaluate(functional.cross_entropy, samples[name])
+        for name in ("names", "uint8_index", "scale_grad_by_freq_padding"):
+            evaluate(functional.embedding, samples[name])
+        evaluate(functional.embedding, samples["max_norm"])
+        for mode in ("backward", "forward"):
+            x = torch.randn(33, 27, requires_grad=True) * 1
+            functional.cross_entropy(x, torch.randint(27, (33,)), inplace=mode).backward()
+    return found
+
+
+RECORDED_CALLS = _recorded_calls()
+
+
+@pytest.mark.parametrize("name", RECORDED_CALLS)
+def test_opcheck_passes(name: str) -> None:
+    func, args, kwargs = RECORDED_CALLS[name]
+    public = func in (torch.ops.charlm.embedding.default, torch.ops.charlm.cross_entropy.default)
+    copies = [strided_copy(a) if isinstance(a, torch.Tensor) else a for a in args]
+    if public:
+        copies[0].requires_grad_()
+    # The ops that only backward calls, or that write, have no derivative of their own to register.
+    tests = ["test_schema", "test_faketensor"] + [
+        "test_autograd_registration",
+        "test_aot_dispatch_dynamic",
+    ] * public
+    torch.library.opcheck(func, tuple(copies), kwargs, test_utils=tests)
+
+
+def test_opcheck_saw_every_registered_op() -> None:
+    registered = {
+        name.replace("charlm::", "charlm.") + ".default"
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("charlm::")
+    }
+    assert {str(func) for func, _, _ in RECORDED_CALLS.values()} == registered
+
+
+@pytest.mark.parametrize("key", ["CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched"])
+def test_cross_entropy_is_registered_to_the_dispatch_key(key: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("charlm::cross_entropy", key)
+
+
+def test_embedding_has_no_autocast_rule_like_torch() -> None:
+    weight = torch.randn(27, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert functional.embedding(torch.tensor([1]), weight).dtype == torch.float32
+        assert functional.embedding(torch.tensor([1]), weight.bfloat16()).dtype == torch.bfloat16
+
+
+AUTOCAST_CALLS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "indices": lambda f, x: f.cross_entropy(x, torch.tensor([0, 1, 4])),
+    "smoothing": lambda f, x: f.cross_entropy(x, torch.tensor([0, 1, 4]), label_smoothing=0.1),
+    "none": lambda f, x: f.cross_entropy(x, torch.tensor([0, 1, 4]), reduction="none"),
+    "weight_float32": lambda f, x: f.cross_entropy(x, torch.tensor([0, 1, 4]), torch.ones(5)),
+    "weight_bfloat16": lambda f, x: f.cross_entropy(x, torch.tensor([0, 1, 4]), torch.ones(5).bfloat16()),
+    "probabilities_bfloat16": lambda f, x: f.cross_entropy(x, torch.eye(5)[:3].bfloat16()),
+    "probabilities_float32": lambda f, x: f.cross_entropy(x, torch.eye(5)[:3]),
+}
+
+
+@pytest.mark.parametrize("call", AUTOCAST_CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_gives_torchs_dtype_and_gradient_or_error(call: str, dtype: torch.dtype, enabled: bool) -> None:
+    logits = torch.randn(3, 5).to(dtype)
+    outcomes = []
+    for f in (functional, F):
+        x = logits.clone().requires_grad_()
+        try:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                loss = AUTOCAST_CALLS[call](f, x)
+            loss.sum().backward()
+            outcomes.append((loss.detach(), x.grad))
+        except RuntimeError:
+            outcomes.append(RuntimeError)
+    ours, theirs = outcomes
+    if RuntimeError in outcomes:
+        assert ours is theirs
+    else:
+        # Half logits: torch rounds log_softmax to their dtype. test_cross_entropy.py judges the accuracy.
+        rtol = 5e-2 if dtype.itemsize == 2 else 1e-5
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol / 10)
+
+
+def test_extras_follow_autocast_too() -> None:
+    x = torch.randn(3, 5).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = functional.cross_entropy(x, torch.tensor([0, 1, 4]), softcap=3.0, token_weight=torch.ones(3))
+    assert loss.dtype == torch.float32
