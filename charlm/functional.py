@@ -128,7 +128,8 @@ def cross_entropy(
 
     Arithmetic and sums are in float32 (float64 for float64) and each result is rounded once. The forward keeps two
     numbers per target, never a softmax; the backward makes the gradient from the logits once the gradient of the loss
-    is known, so that a GradScaler's factor comes before the rounding to float16. Same bits for any number of threads.
+    is known, so that a GradScaler's factor comes before the rounding to float16. Logits that are changed in place in
+    between therefore raise, where torch would not notice. Same bits for any number of threads.
 
     Sources: label smoothing, Szegedy et al. 2016; the z-loss `lse_square_scale`, Chowdhery et al. 2022 (PaLM, sec. 5);
     `softcap`, Gemma Team 2024 (Gemma 2, sec. 2).
@@ -247,7 +248,9 @@ _INPLACE = (
 
 def _has_kernel(tensor: Tensor) -> bool:
     """False sends the call to the reference. What is no tensor gets its TypeError from the compiled module."""
-    return _C is not None and (not isinstance(tensor, Tensor) or tensor.is_cpu or tensor.is_meta)
+    return _C is not None and (
+        not isinstance(tensor, Tensor) or ((tensor.is_cpu or tensor.is_meta) and tensor.layout is torch.strided)
+    )
 
 
 def _embedding(weight: Tensor, input: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool) -> Tensor:

@@ -273,3 +273,9 @@ def test_any_call_is_close_to_the_reference_in_float64(sample: SampleInput, isa:
         rtol, atol = TOLERANCES[value.dtype]
         close = torch.isclose(value.double(), exact[name].double(), rtol, atol, equal_nan=True)
         assert close.all(), f"{name}: {value} is not {exact[name]}"
+
+
+def test_a_sparse_weight_gives_torchs_result() -> None:
+    weight, index = torch.eye(4).to_sparse(), torch.tensor([2, 0])
+    actual = functional.embedding(index, weight)
+    assert torch.equal(actual.to_dense(), torch.nn.functional.embedding(index, weight).to_dense())

@@ -8,15 +8,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import charlm
 from charlm.lm.data import build_corpus
 from charlm.lm.evaluate import CHUNK, Evaluation, baselines, evaluate
 from charlm.lm.models import MLP, MODELS, Bigram, Unigram, build_model
 from charlm.lm.models.base import sample_token
-from charlm.lm.models.mlp import ByteDropout
 
 V, T = 27, 3
 
@@ -83,42 +80,6 @@ def test_tokens_of_every_width_give_one_result(dtype):
     wide, narrow = model(idx.long(), targets.long()), model(idx.to(dtype), targets.to(dtype))
     assert torch.equal(wide[0], narrow[0])
     assert torch.equal(wide[1], narrow[1])
-
-
-# ---- dropout
-
-
-def test_dropout_keeps_the_mean_and_drops_its_share():
-    x = torch.ones(1000, 257)
-    dropped = ByteDropout(0.25)(x)
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
-    assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
-    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
-
-
-@given(st.integers(0, 40), st.integers(1, 7))
-def test_dropout_takes_any_shape(rows, columns):
-    assert ByteDropout(0.5)(torch.ones(rows, columns)).shape == (rows, columns)
-
-
-def test_dropout_draws_anew_and_is_repeated_by_the_seed():
-    dropout, x = ByteDropout(0.5), torch.ones(64, 64)
-    torch.manual_seed(1)
-    first, second = dropout(x), dropout(x)
-    torch.manual_seed(1)
-    assert torch.equal(first, dropout(x))
-    assert not torch.equal(first, second)
-
-
-def test_dropout_rests_in_evaluation():
-    x = torch.ones(8, 8)
-    assert ByteDropout(0.5).eval()(x) is x
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.0, math.nan])
-def test_dropout_outside_of_its_range_is_refused(p):
-    with pytest.raises(ValueError, match="at least 0 and below 1"):
-        ByteDropout(p)
 
 
 # ---- counts

@@ -21,7 +21,7 @@ class Config:
     split_seed:    of the shuffle that splits items 80/10/10; 42 is makemore's.
     dedup:         keep only the first of equal items.
     type:          a key of `charlm.lm.models.MODELS`.
-    dropout:       share of hidden units dropped in training (a multiple of 1/256).
+    dropout:       share of hidden units dropped in training.
     add_k:         added to every count of a count model.
     max_steps:     optimizer steps; the schedule ends there.
     optimizer:     "adamw", or "sgd" without momentum as in the lecture.
@@ -44,7 +44,7 @@ class Config:
     batch_norm: bool = False
     dropout: float = 0.1
     add_k: float = 1.0
-    max_steps: int = 3000
+    max_steps: int = 2500
     batch_size: int = 1024
     optimizer: str = "adamw"
     learning_rate: float = 1e-2

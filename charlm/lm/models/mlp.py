@@ -21,29 +21,6 @@ TANH_GAIN = 5 / 3  # keeps the variance of a tanh network's activations through 
 HEAD_GAIN = 0.1  # small logits: the first loss is log V, with no surprise to unlearn (makemore part 3)
 
 
-class ByteDropout(nn.Module):
-    """Dropout whose mask costs an eighth of the random numbers: one byte decides one element.
-
-    The probability is rounded to a multiple of 1/256, and the kept elements are scaled by exactly its
-    inverse, so the mean is kept exactly. (torch draws one number for each element, on one thread: at 1024 ×
-    256 that alone takes as long as the hidden layer's matrix product.)
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout is {p}, but must be at least 0 and below 1")
-        self.threshold = min(round(256 * p), 255)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x of any shape → the same shape and dtype; the identity when not training."""
-        if not self.training or self.threshold == 0:
-            return x
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.threshold
-        return x * (kept * (256 / (256 - self.threshold))).to(x.dtype)
-
-
 class MLP(LanguageModel):
     """Embedding, context window, one tanh layer, softmax.
 
@@ -70,7 +47,7 @@ class MLP(LanguageModel):
         self.embedding = Embedding(vocab_size, n_embd)
         self.hidden = nn.Linear(block_size * n_embd, n_hidden, bias=not batch_norm)
         self.norm = nn.BatchNorm1d(n_hidden) if batch_norm else nn.Identity()
-        self.dropout = ByteDropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(n_hidden, vocab_size)
         self.loss = CrossEntropyLoss()
         self.reset_parameters()
