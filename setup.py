@@ -40,7 +40,8 @@ AVX512_FLAGS = [
     *AVX2_FLAGS,
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     "-mprefer-vector-width=512",
-    "-Wno-maybe-uninitialized",  # GCC 12 warns of its own avx512fintrin.h (GCC bug 105593)
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",  # GCC 12 warns of its own avx512fintrin.h (GCC bug 105593)
 ]
 
 # Commands that neither compile nor write a wheel's metadata: the only ones that do without torch.

@@ -18,6 +18,27 @@ int64_t first_out_of_range(const Index* index, int64_t begin, int64_t end, int64
   return i;
 }
 
+// memcpy for the short rows of a small embedding, where the call would cost more than the copy: whole words, and a last
+// one that overlaps.
+template <class Word>
+CHARLM_INLINE void copy_words(char* out, const char* in, int64_t n) {
+  for (int64_t i = 0; i < n - static_cast<int64_t>(sizeof(Word)); i += sizeof(Word))
+    memcpy(out + i, in + i, sizeof(Word));
+  memcpy(out + n - sizeof(Word), in + n - sizeof(Word), sizeof(Word));
+}
+
+CHARLM_INLINE void copy_row(char* out, const char* in, int64_t n) {
+  if (n > 512) {
+    memcpy(out, in, n);
+  } else if (n >= kVectorBytes) {
+    copy_words<Vec<float>>(out, in, n);
+  } else if (n >= 8) {
+    copy_words<uint64_t>(out, in, n);
+  } else {
+    for (int64_t i = 0; i < n; i++) out[i] = in[i];
+  }
+}
+
 template <class Index>
 int64_t embedding_forward(const EmbeddingTable& table, const Index* index, char* output, int64_t begin, int64_t end) {
   constexpr int64_t kChunk = 1024;  // indices that stay in cache between the check and the gather
@@ -31,7 +52,7 @@ int64_t embedding_forward(const EmbeddingTable& table, const Index* index, char*
       const char* row = table.weight + static_cast<int64_t>(index[n]) * table.row_stride;
       char* out = output + n * row_bytes;
       if (contiguous) {
-        memcpy(out, row, row_bytes);
+        copy_row(out, row, row_bytes);
       } else {
         for (int64_t d = 0; d < table.embedding_dim; d++) {
           memcpy(out + d * table.element_size, row + d * table.column_stride, table.element_size);

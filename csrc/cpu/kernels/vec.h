@@ -70,18 +70,43 @@ CHARLM_INLINE Mask<C> first_lanes(int64_t n) {
   return lane < static_cast<decltype(lane[0] + 0)>(n);
 }
 
+template <class To, class From>
+CHARLM_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// The lanes as one number, by halves: op takes two vectors, and at the end two numbers.
+template <class C, int kBytes = kVectorBytes, class Op>
+CHARLM_INLINE C reduce(Op op, const C* lanes) {
+  typedef C Half __attribute__((vector_size(kBytes / 2)));
+  if constexpr (kBytes == 2 * sizeof(C)) {
+    return op(lanes[0], lanes[1]);
+  } else {
+    Half low, high;
+    memcpy(&low, lanes, sizeof low);
+    memcpy(&high, lanes + kBytes / 2 / sizeof(C), sizeof high);
+    const Half both = op(low, high);
+    C halved[kBytes / 2 / sizeof(C)];
+    memcpy(halved, &both, sizeof both);
+    return reduce<C, kBytes / 2>(op, halved);
+  }
+}
+
 template <class C>
 CHARLM_INLINE C reduce_sum(Vec<C> v) {
-  C sum = v[0];
-  for (int i = 1; i < kLanes<C>; i++) sum += v[i];
-  return sum;
+  C lanes[kLanes<C>];
+  memcpy(lanes, &v, sizeof v);
+  return reduce<C>([](auto a, auto b) { return a + b; }, lanes);
 }
 
 template <class C>
 CHARLM_INLINE C reduce_max(Vec<C> v) {
-  C largest = v[0];
-  for (int i = 1; i < kLanes<C>; i++) largest = v[i] > largest ? v[i] : largest;
-  return largest;
+  C lanes[kLanes<C>];
+  memcpy(lanes, &v, sizeof v);
+  return reduce<C>([](auto a, auto b) { return a > b ? a : b; }, lanes);
 }
 
 template <class C>
@@ -89,14 +114,6 @@ CHARLM_INLINE bool any(Mask<C> mask) {
   auto found = mask[0];
   for (int i = 1; i < kLanes<C>; i++) found |= mask[i];
   return found != 0;
-}
-
-template <class To, class From>
-CHARLM_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
 }
 
 // ---------------------------------------------------------------------------------------------- loads and stores
