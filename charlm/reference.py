@@ -19,17 +19,15 @@ from torch.nn import _reduction
 from torch.nn.functional import cross_entropy as _torch_cross_entropy
 from torch.nn.functional import embedding as _torch_embedding
 
-_INDEX_DTYPES = frozenset(
-    {
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.uint8,
-        torch.uint16,
-        torch.uint32,
-        torch.uint64,
-    }
+INDEX_DTYPES = (
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
 )
 _INT64_MAX = torch.iinfo(torch.int64).max
 
@@ -373,7 +371,7 @@ def _widened(index: Tensor, name: str, ignore_index: int | None = None) -> Tenso
     """Indices of any integer dtype as int64; anything else is left for torch to judge, except bool."""
     if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
         return index
-    if index.dtype not in _INDEX_DTYPES:
+    if index.dtype not in INDEX_DTYPES:
         raise RuntimeError(f"expected {name} of an integer dtype, got {index.dtype}")
     wide = index.to(torch.int64)
     if index.dtype == torch.uint64:

@@ -19,16 +19,6 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-INDEX_DTYPES = (
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
 PROBABILITIES = "probabilities"
 
 # The largest error of so few elements is luck: over thousands of rows of 27 classes ours is 0.8 to 1.5 times

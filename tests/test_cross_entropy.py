@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from charlm import functional, reference
+from charlm.reference import INDEX_DTYPES
 from charlm.testing import (
     FLOAT_DTYPES,
-    INDEX_DTYPES,
     SampleInput,
     assert_matches_reference,
     sample_inputs_cross_entropy,

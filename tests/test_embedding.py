@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from charlm import functional, reference
+from charlm.reference import INDEX_DTYPES
 from charlm.testing import (
     FLOAT_DTYPES,
-    INDEX_DTYPES,
     SampleInput,
     assert_matches_reference,
     evaluate,

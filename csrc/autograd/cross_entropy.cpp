@@ -192,9 +192,13 @@ struct CrossEntropyInplaceBackward final : Node {
   }
 };
 
-LossAndNormalizer cross_entropy_inplace(const char* name, const CrossEntropyOptions& options, Tensor& input,
-                                        const Tensor& target, const OptionalTensor& weight,
-                                        const OptionalTensor& token_weight, bool written_by_forward) {
+constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
+constexpr char kInplaceBackward[] = "charlm::cross_entropy_inplace_backward";
+
+template <const char* kName>
+LossAndNormalizer cross_entropy_inplace(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
+                                        const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  constexpr bool written_by_forward = kName == kInplaceForward;
   check_cross_entropy(options, input, target, weight, token_weight);
   check_no_derivative(target, input, weight, token_weight);
   TORCH_CHECK(!needs_formula(input) && !needs_formula(target) && !needs_formula(weight) && !needs_formula(token_weight),
@@ -215,7 +219,7 @@ LossAndNormalizer cross_entropy_inplace(const char* name, const CrossEntropyOpti
   const auto overwritten = make_node<OverwrittenLogitsBackward>();
   overwritten->set_next_edges(torch::autograd::collect_next_edges(input));
 
-  const InplaceForwardOp op(name);
+  static const InplaceForwardOp op(kName);
   auto [loss, normalizer] = [&] {
     at::AutoDispatchBelowAutograd guard;  // ADInplaceOrView comes next: it counts the new version of the logits
     return op(options, input, target, weight, token_weight);
@@ -237,8 +241,7 @@ LossAndNormalizer cross_entropy_inplace(const char* name, const CrossEntropyOpti
 LossAndNormalizer cross_entropy_inplace_backward(const CrossEntropyOptions& options, Tensor& input,
                                                  const Tensor& target, const OptionalTensor& weight,
                                                  const OptionalTensor& token_weight) {
-  return cross_entropy_inplace("charlm::cross_entropy_inplace_backward", options, input, target, weight, token_weight,
-                               false);
+  return cross_entropy_inplace<kInplaceBackward>(options, input, target, weight, token_weight);
 }
 
 LossAndNormalizer cross_entropy_inplace_forward(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
@@ -250,8 +253,7 @@ LossAndNormalizer cross_entropy_inplace_forward(const CrossEntropyOptions& optio
   if (input.scalar_type() == at::kHalf) {
     return cross_entropy_inplace_backward(options, input, target, weight, token_weight);
   }
-  return cross_entropy_inplace("charlm::cross_entropy_inplace_forward", options, input, target, weight, token_weight,
-                               true);
+  return cross_entropy_inplace<kInplaceForward>(options, input, target, weight, token_weight);
 }
 
 // Counts the new version of a tensor that an op writes, as torch's own in-place ops do.
@@ -275,8 +277,6 @@ struct BumpVersion {
   }
 };
 
-constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
-constexpr char kInplaceBackward[] = "charlm::cross_entropy_inplace_backward";
 constexpr char kBackwardInplace[] = "charlm::cross_entropy_backward_";
 using BumpForward = BumpVersion<LossAndNormalizer, const Tensor&, const OptionalTensor&, const OptionalTensor&>;
 using BumpBackward =
