@@ -63,6 +63,8 @@ class CrossEntropyOp {
 using LossAndNormalizer = std::tuple<Tensor, Tensor>;
 using ForwardOp =
     CrossEntropyOp<LossAndNormalizer, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&>;
+using ForwardBackwardOp = CrossEntropyOp<std::tuple<Tensor, Tensor, Tensor>, const Tensor&, const Tensor&,
+                                         const OptionalTensor&, const OptionalTensor&>;
 using InplaceForwardOp =
     CrossEntropyOp<LossAndNormalizer, Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&>;
 using BackwardOp = CrossEntropyOp<Tensor, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,

@@ -18,7 +18,10 @@ TORCH_LIBRARY(charlm, m) {
 
   // (loss, normalizer), the normalizer being what the gradients need of each row.
   m.def("cross_entropy(Tensor input, " TARGETS CROSS_ENTROPY_OPTIONS " -> (Tensor loss, Tensor normalizer)");
-  // The same; the logits' memory becomes their gradient in this call, or in backward.
+  // The same and the gradient of the logits, should the gradient of the loss be 1: one walk over the logits for both.
+  m.def("cross_entropy_forward_backward(Tensor input, " TARGETS CROSS_ENTROPY_OPTIONS
+        " -> (Tensor loss, Tensor normalizer, Tensor grad)");
+  // The loss; the logits' memory becomes their gradient in this call, or in backward.
   m.def("cross_entropy_inplace_forward(Tensor(a!) input, " TARGETS CROSS_ENTROPY_OPTIONS
         " -> (Tensor loss, Tensor normalizer)");
   m.def("cross_entropy_inplace_backward(Tensor(a!) input, " TARGETS CROSS_ENTROPY_OPTIONS

@@ -174,6 +174,11 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         for mode in ("backward", "forward"):
             x = torch.randn(33, 27, requires_grad=True) * 1
             functional.cross_entropy(x, torch.randint(27, (33,)), inplace=mode).backward()
+        # Never called under a dispatch mode, nor when traced.
+        options = (1, -100, 0.0, 0.0, 0.0, 1.0, False)
+        torch.ops.charlm.cross_entropy_forward_backward.default(
+            torch.randn(33, 27), torch.randint(27, (33,)), None, None, *options
+        )
     return found
 
 

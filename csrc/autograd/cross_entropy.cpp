@@ -1,15 +1,22 @@
-// cross_entropy's derivatives. The forward keeps the logits and two numbers per row; the backward makes the gradient
-// from them, once the gradient of the loss is known: no softmax / N is ever rounded to a half type.
+// cross_entropy's derivatives. Where the loss is a mean or a sum, its gradient is nearly always 1: the forward then
+// makes the logits' gradient in the same walk, and the backward hands it over. For any other gradient of the loss, and
+// always for float16, the backward makes it from the logits and two numbers per row: nothing is rounded before the
+// scale is known.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/result_type.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
+
+#include <cmath>
+#include <mutex>
+#include <utility>
 
 #include "cross_entropy_formula.h"
 #include "node.h"
@@ -22,17 +29,24 @@ namespace {
 struct CrossEntropyBackward final : Node {
   CrossEntropyOptions options{};
   SavedVariable input, target, weight, token_weight, normalizer;
+  Tensor grad;  // the logits' gradient for a gradient of the loss of 1, if the forward has made it: given away once
 
   std::string name() const override { return "CrossEntropyBackward"; }
 
   variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
     const Tensor& grad_loss = grads[0];
     variable_list result(3);  // input, target, weight
     if (!grad_loss.defined()) return result;
+    const Tensor ready = std::exchange(grad, Tensor());
     const Tensor x = input.unpack(), y = target.unpack();
     const OptionalTensor w = optional_if_defined(weight.unpack()), t = optional_if_defined(token_weight.unpack());
     if (at::GradMode::is_enabled()) return differentiable(grad_loss, x, y, w, t);
 
+    if (ready.defined() && scale_exactly(ready, grad_loss)) {
+      result[0] = ready;
+      return result;
+    }
     const Tensor state = normalizer.unpack();
     if (task_should_compute_output(0)) {
       static const BackwardOp op("charlm::cross_entropy_backward");
@@ -44,6 +58,17 @@ struct CrossEntropyBackward final : Node {
       result[2] = weight_gradient(grad_loss, x, y, t, state).to(w->scalar_type());
     }
     return result;
+  }
+
+  // Multiplies by a power of two, which rounds nothing; false for other numbers, and where they cannot be read.
+  static bool scale_exactly(const Tensor& grad, const Tensor& grad_loss) {
+    if (!is_plain(grad_loss)) return false;
+    int exponent = 0;
+    const double scale = grad_loss.item<double>();
+    if (scale == 1) return true;
+    if (std::abs(std::frexp(scale, &exponent)) != 0.5) return false;
+    grad.mul_(scale);
+    return true;
   }
 
   // With neither weight nor smoothing, the targets' gradient is -log p times the gradient of each row's loss; the
@@ -84,6 +109,7 @@ struct CrossEntropyBackward final : Node {
 
   void release_variables() override {
     for (SavedVariable* saved : {&input, &target, &weight, &token_weight, &normalizer}) saved->reset_data();
+    grad.reset();
   }
 };
 
@@ -115,6 +141,14 @@ LossAndNormalizer by_formula(const CrossEntropyOptions& options, const Tensor& i
   return {cross_entropy_formula(options, input, target, weight, token_weight), at::empty({0}, input.options())};
 }
 
+// Where the gradient depends on the loss's by a factor alone. A traced call keeps to ops whose results do not depend on
+// the value of that factor.
+bool makes_gradient_ahead(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
+                          const OptionalTensor& weight) {
+  return requires_grad(input) && !requires_grad(target) && !requires_grad(weight) && !options.is(Reduction::kNone) &&
+         input.scalar_type() != at::kHalf && is_plain(input) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
 LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                                 const OptionalTensor& weight, const OptionalTensor& token_weight) {
   static const ForwardOp op("charlm::cross_entropy");
@@ -134,7 +168,14 @@ LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor
   }
   const auto node = make_node<CrossEntropyBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, target, tensor_or_undefined(weight)));
-  auto [loss, normalizer] = below_autograd();
+  Tensor loss, normalizer;
+  if (makes_gradient_ahead(options, input, target, weight)) {
+    static const ForwardBackwardOp op_with_gradient("charlm::cross_entropy_forward_backward");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(loss, normalizer, node->grad) = op_with_gradient(options, input, target, weight, token_weight);
+  } else {
+    std::tie(loss, normalizer) = below_autograd();
+  }
   node->options = options;
   node->input = SavedVariable(input, false);
   node->target = SavedVariable(target, false);
@@ -312,7 +353,8 @@ TORCH_LIBRARY_IMPL(charlm, Autograd, m) {
   m.impl("cross_entropy", Flat<&cross_entropy>::call);
   m.impl("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace_forward>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace_backward>::call);
-  for (const char* name : {"cross_entropy_backward", "cross_entropy_backward_", "cross_entropy_target_backward"}) {
+  for (const char* name : {"cross_entropy_forward_backward", "cross_entropy_backward", "cross_entropy_backward_",
+                           "cross_entropy_target_backward"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -6,6 +6,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "../checks.h"
 #include "adapter.h"
 
@@ -116,19 +118,21 @@ class Call {
       if (rows.token_weight) counts.total_weight = sum_of_weights();
       return counts;
     }
-    const auto v = static_cast<uint64_t>(rows.n_classes);
     // A uint64 target of 2^63 or more is negative here, but is never ignore_index.
     const bool may_ignore = given_target_.scalar_type() != at::kUInt64 || rows.ignore_index >= 0;
-    bool bad = false;
-    int64_t ignored = 0;
-    for (int64_t n = 0; n < n_rows; n++) {
-      const bool ignore = rows.target[n] == rows.ignore_index && may_ignore;
-      bad |= static_cast<uint64_t>(rows.target[n]) >= v && !ignore;
-      ignored += ignore;
-    }
+    const auto ignored_among = [&](int64_t begin, int64_t end) {
+      return cpu_kernels().count_ignored(rows.target, begin, end, rows.n_classes, may_ignore, rows.ignore_index);
+    };
+    std::atomic<bool> bad = false;
+    std::atomic<int64_t> ignored = 0;
+    at::parallel_for(0, n_rows, 16384, [&](int64_t begin, int64_t end) {
+      const int64_t count = ignored_among(begin, end);
+      if (count < 0) bad = true;
+      ignored += count;
+    });
     if (bad) {
       int64_t n = 0;
-      while (static_cast<uint64_t>(rows.target[n]) < v || (rows.target[n] == rows.ignore_index && may_ignore)) n++;
+      while (ignored_among(n, n + 1) >= 0) n++;
       raise_out_of_range(given_target_, n, rows.n_classes, "target", "classes");
     }
     counts.n -= ignored;
@@ -151,19 +155,48 @@ class Call {
   TargetCounts counts_;
 };
 
-// Runs `forward` over the blocks and reduces; it returns the sum of a block's losses.
-template <class T, class F>
-LossAndNormalizer reduced(const CrossEntropyOptions& options, const Tensor& input, Call<T>& call, F&& forward) {
+// What walks over a block of rows and returns the sum of its losses; one for each thread.
+template <class T>
+auto forward_worker(const Call<T>& call) {
+  return [&call](int64_t begin, int64_t end) {
+    return cpu_kernels().of<T>().cross_entropy.forward(call.rows, begin, end);
+  };
+}
+
+template <class T>
+auto forward_backward_worker(const Call<T>& call) {
+  const bool half = sizeof(T) < sizeof(Compute<T>);
+  return
+      [&call, scratch = std::vector<Compute<T>>(half ? call.rows.n_classes : 0)](int64_t begin, int64_t end) mutable {
+        return cpu_kernels().of<T>().cross_entropy.forward_backward(call.rows, scratch.data(), begin, end);
+      };
+}
+
+template <class T>
+T rounded(double x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return {c10::BFloat16(static_cast<float>(x)).x};
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return {c10::Half(static_cast<float>(x)).x};
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// Walks over the blocks with the workers that `make_worker` makes, and reduces.
+template <class T, class MakeWorker>
+LossAndNormalizer reduced(const CrossEntropyOptions& options, const Tensor& input, Call<T>& call,
+                          MakeWorker&& make_worker) {
   const bool none = options.is(Reduction::kNone);
   auto loss = at::empty_symint(none ? loss_shape(input) : c10::SymDimVector{}, input.options());
   auto normalizer = at::empty({2, call.n_rows}, input.options().dtype(compute_dtype(input)));
   call.set_normalizer(normalizer);
   if (none) call.rows.loss = mutable_data<T>(loss);
-  const double sum = call.blocks().parallel_sum(forward);
+  const double sum = call.blocks().parallel_sum(make_worker);
   if (!none) {
     const double total =
         options.is(Reduction::kMean) && input.numel() == 0 && !options.zero_if_all_ignored ? NAN : sum / call.divisor();
-    loss.fill_(total);
+    *mutable_data<T>(loss) = rounded<T>(total);
   }
   return {loss, normalizer};
 }
@@ -173,34 +206,44 @@ LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor
   check_cross_entropy(options, input, target, weight, token_weight);
   return with_float_type(input.scalar_type(), "cross_entropy", [&]<class T>() {
     Call<T> call(options, input, target, weight, token_weight);
-    const auto& kernels = cpu_kernels().of<T>().cross_entropy;
-    return reduced(options, input, call,
-                   [&](int64_t begin, int64_t end) { return kernels.forward(call.rows, begin, end); });
+    return reduced(options, input, call, [&] { return forward_worker(call); });
+  });
+}
+
+// The loss, and the gradient of the logits for a gradient of the loss of 1: into `grad` [N, V].
+template <class T>
+LossAndNormalizer forward_backward(const CrossEntropyOptions& options, const Tensor& input, Call<T>& call,
+                                   const Tensor& grad) {
+  TORCH_CHECK_VALUE(
+      !options.is(Reduction::kNone),
+      "the gradient is made together with the loss, as for inplace=\"forward\", for reduction \"mean\" or "
+      "\"sum\" only: with \"none\" it is not yet known");
+  const Compute<T> one = 1;
+  call.rows.grad_loss = &one;
+  call.rows.grad_scale = 1 / call.divisor();
+  call.set_grad(grad);
+  return reduced(options, input, call, [&] { return forward_backward_worker(call); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward(const CrossEntropyOptions& options,
+                                                                  const Tensor& input, const Tensor& target,
+                                                                  const OptionalTensor& weight,
+                                                                  const OptionalTensor& token_weight) {
+  check_cross_entropy(options, input, target, weight, token_weight);
+  return with_float_type(input.scalar_type(), "cross_entropy", [&]<class T>() {
+    Call<T> call(options, input, target, weight, token_weight);
+    const Tensor grad = new_output({call.n_rows, call.rows.n_classes}, input.options());
+    auto [loss, normalizer] = forward_backward(options, input, call, grad);
+    return std::make_tuple(loss, normalizer, in_shape_of(grad, input));
   });
 }
 
 LossAndNormalizer cross_entropy_inplace_forward(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
                                                 const OptionalTensor& weight, const OptionalTensor& token_weight) {
   check_cross_entropy(options, input, target, weight, token_weight);
-  TORCH_CHECK_VALUE(
-      !options.is(Reduction::kNone),
-      "inplace=\"forward\" needs reduction \"mean\" or \"sum\": with \"none\" the gradient is not yet known");
   return with_float_type(input.scalar_type(), "cross_entropy", [&]<class T>() {
     Call<T> call(options, input, target, weight, token_weight);
-    const auto& kernels = cpu_kernels().of<T>().cross_entropy;
-    const Compute<T> one = 1;
-    call.rows.grad_loss = &one;
-    call.rows.grad_scale = 1 / call.divisor();
-    call.set_grad(call.logits);
-    auto result = reduced(options, input, call, [&](int64_t begin, int64_t end) {
-      // A row at a time: its logits are still in cache when they become its gradient.
-      double sum = 0;
-      for (int64_t n = begin; n < end; n++) {
-        sum += kernels.forward(call.rows, n, n + 1);
-        kernels.backward(call.rows, n, n + 1);
-      }
-      return sum;
-    });
+    auto result = forward_backward(options, input, call, call.logits);
     if (!call.logits.is_alias_of(input)) input.copy_(in_shape_of(call.logits, input));
     return result;
   });
@@ -224,7 +267,7 @@ Tensor grad_rows(const CrossEntropyOptions& options, const Tensor& grad_loss, co
               "normalizer must be the one that cross_entropy returned, got shape ", normalizer.sizes());
   TORCH_CHECK(grad_loss.numel() == (options.is(Reduction::kNone) ? call.n_rows : 1),
               "grad_loss must have the shape of the loss, got ", grad_loss.sizes());
-  const Tensor grad = inplace ? call.logits : at::empty({call.n_rows, call.rows.n_classes}, input.options());
+  const Tensor grad = inplace ? call.logits : new_output({call.n_rows, call.rows.n_classes}, input.options());
   call.set_normalizer(normalizer);
   call.set_grad_loss(grad_loss, input);
   call.set_grad(grad);
@@ -295,6 +338,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_metrics(const CrossEntr
 
 TORCH_LIBRARY_IMPL(charlm, CPU, m) {
   m.impl("cross_entropy", Flat<&cross_entropy>::call);
+  m.impl("cross_entropy_forward_backward", Flat<&cross_entropy_forward_backward>::call);
   m.impl("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace_forward>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace_backward>::call);
   m.impl("cross_entropy_backward", Flat<&cross_entropy_backward>::call);

@@ -2,8 +2,11 @@
 #include "../embedding.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <numeric>
 
 #include "adapter.h"
 
@@ -41,7 +44,7 @@ Tensor embedding(const Tensor& weight, const Tensor& indices, int64_t, bool, boo
   const Tensor index = indices.contiguous();
   at::DimVector shape(indices.sizes().begin(), indices.sizes().end());
   shape.push_back(weight.size(1));
-  Tensor output = at::empty(shape, weight.options());
+  Tensor output = new_output(shape, weight.options());
 
   const int64_t element_size = static_cast<int64_t>(weight.element_size());
   EmbeddingTable table;
@@ -71,18 +74,6 @@ Tensor embedding(const Tensor& weight, const Tensor& indices, int64_t, bool, boo
   return output;
 }
 
-// How often each index occurs; IndexError for one that is outside [0, V).
-std::vector<int64_t> count_indices(const Tensor& given, const int64_t* index, int64_t n, int64_t num_embeddings) {
-  std::vector<int64_t> counts(num_embeddings);
-  for (int64_t i = 0; i < n; i++) {
-    if (static_cast<uint64_t>(index[i]) >= static_cast<uint64_t>(num_embeddings)) {
-      raise_out_of_range(given, i, num_embeddings, "index", "embeddings");
-    }
-    counts[index[i]]++;
-  }
-  return counts;
-}
-
 // One call's gradient. A row of it is the sum of the rows of grad_output with its index; sums run in an order that the
 // sizes alone decide, in float for the half types, and are rounded once.
 template <class T>
@@ -99,13 +90,13 @@ class Gradient {
         d_(grad_output.size(-1)),
         padding_idx_(padding_idx),
         scale_grad_by_freq_(scale_grad_by_freq),
-        counts_(count_indices(indices, index(), n_, v_)),
-        kernels_(cpu_kernels().of<T>().embedding) {}
+        kernels_(cpu_kernels().of<T>().embedding) {
+    check_indices(indices);
+  }
 
   Tensor operator()() const {
-    constexpr int64_t kTableElements = 1 << 17;  // tables that stay in a second-level cache
-    Tensor grad = at::empty({v_, d_}, grad_output_.options());
-    if (v_ * d_ <= kTableElements && v_ * d_ * n_tables() <= n_ * d_ && !scale_grad_by_freq_) {
+    Tensor grad = new_output({v_, d_}, grad_output_.options());
+    if (v_ * d_ <= kTableElements && v_ * n_tables() <= n_ && !scale_grad_by_freq_) {
       from_tables(grad);
     } else {
       from_sorted(grad);
@@ -114,39 +105,55 @@ class Gradient {
   }
 
  private:
+  static constexpr int64_t kTableElements = 1 << 17;  // tables that stay in a second-level cache
+  static constexpr int64_t kVectorElements = 16;      // no vector of any instruction set holds more
+
   const int64_t* index() const { return const_data<int64_t>(index_); }
   const T* grad_output() const { return const_data<T>(grad_output_); }
 
   int64_t n_tables() const { return std::clamp<int64_t>(n_ / 4096, 1, 16); }
 
+  // IndexError for the first index outside [0, V).
+  void check_indices(const Tensor& given) const {
+    std::atomic<bool> bad = false;
+    at::parallel_for(0, n_, 16384, [&](int64_t begin, int64_t end) {
+      if (cpu_kernels().first_out_of_range(index(), begin, end, v_) >= 0) bad = true;
+    });
+    if (!bad) return;
+    raise_out_of_range(given, cpu_kernels().first_out_of_range(index(), 0, n_, v_), v_, "index", "embeddings");
+  }
+
   // Few rows: each of a fixed number of blocks of indices has a whole table of its own; then they are added up.
   void from_tables(const Tensor& grad) const {
-    const int64_t n_blocks = n_tables(), size = v_ * d_;
+    const int64_t n_blocks = n_tables(), stride = (d_ + kVectorElements - 1) / kVectorElements * kVectorElements;
     const Tensor tables =
-        at::zeros({n_blocks, size}, grad.options().dtype(std::is_same_v<C, double> ? at::kDouble : at::kFloat));
-    C* const table = mutable_data<C>(tables);
+        at::empty({n_blocks, v_ * stride}, grad.options().dtype(std::is_same_v<C, double> ? at::kDouble : at::kFloat));
+    C* const all = mutable_data<C>(tables);
     at::parallel_for(0, n_blocks, 1, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; b++) {
-        kernels_.accumulate(table + b * size, index(), grad_output(), d_, padding_idx_, n_ * b / n_blocks,
-                            n_ * (b + 1) / n_blocks);
+        C* const table = all + b * v_ * stride;
+        std::fill_n(table, v_ * stride, C(0));
+        kernels_.accumulate(table, stride, index(), grad_output(), d_, padding_idx_, n_ * b / n_blocks,
+                            n_ * (b + 1) / n_blocks, n_);
       }
     });
-    at::parallel_for(0, size, 8192, [&](int64_t begin, int64_t end) {
-      kernels_.sum_tables(mutable_data<T>(grad), table, n_blocks, size, begin, end);
+    at::parallel_for(0, v_, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, d_)), [&](int64_t begin, int64_t end) {
+      kernels_.sum_tables(mutable_data<T>(grad), all, n_blocks, v_ * stride, stride, d_, begin, end);
     });
   }
 
   // Many rows: the positions of each index, in order, by a counting sort; each row is then summed by one thread.
   void from_sorted(const Tensor& grad) const {
     std::vector<int64_t> starts(v_ + 1);
-    for (int64_t v = 0; v < v_; v++) starts[v + 1] = starts[v] + counts_[v];
+    for (int64_t n = 0; n < n_; n++) starts[index()[n] + 1]++;
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
     std::vector<int64_t> positions(n_), next(starts.begin(), starts.end() - 1);
     for (int64_t n = 0; n < n_; n++) positions[next[index()[n]]++] = n;
     const int64_t elements_per_row = std::max<int64_t>(1, d_ * std::max<int64_t>(1, n_ / std::max<int64_t>(1, v_)));
     at::parallel_for(0, v_, std::max<int64_t>(1, 16384 / elements_per_row), [&](int64_t first, int64_t last) {
       std::vector<C> sum(d_);
       for (int64_t v = first; v < last; v++) {
-        const int64_t count = v == padding_idx_ ? 0 : counts_[v];
+        const int64_t count = v == padding_idx_ ? 0 : starts[v + 1] - starts[v];
         const C scale = scale_grad_by_freq_ && count > 0 ? C(1) / static_cast<C>(count) : C(1);
         kernels_.sum_rows(mutable_data<T>(grad) + v * d_, sum.data(), grad_output(), positions.data() + starts[v],
                           count, d_, scale);
@@ -157,7 +164,6 @@ class Gradient {
   const Tensor grad_output_, index_;
   const int64_t n_, v_, d_, padding_idx_;
   const bool scale_grad_by_freq_;
-  const std::vector<int64_t> counts_;
   const EmbeddingKernels<T>& kernels_;
 };
 

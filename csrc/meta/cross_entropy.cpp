@@ -34,6 +34,14 @@ Tensor empty_like_rows(const Tensor& input) {
   return at::empty_symint(shape, input.options()).movedim(-1, 1);
 }
 
+std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_backward(const CrossEntropyOptions& options,
+                                                                  const Tensor& input, const Tensor& target,
+                                                                  const OptionalTensor& weight,
+                                                                  const OptionalTensor& token_weight) {
+  auto [loss, normalizer] = cross_entropy(options, input, target, weight, token_weight);
+  return {loss, normalizer, empty_like_rows(input)};
+}
+
 Tensor cross_entropy_backward(const CrossEntropyOptions&, const Tensor&, const Tensor& input, const Tensor&,
                               const OptionalTensor&, const OptionalTensor&, const Tensor&) {
   return empty_like_rows(input);
@@ -57,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_metrics(const CrossEntr
 
 TORCH_LIBRARY_IMPL(charlm, Meta, m) {
   m.impl("cross_entropy", Flat<&cross_entropy>::call);
+  m.impl("cross_entropy_forward_backward", Flat<&cross_entropy_forward_backward>::call);
   m.impl("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace>::call);
   m.impl("cross_entropy_backward", Flat<&cross_entropy_backward>::call);

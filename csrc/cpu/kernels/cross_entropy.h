@@ -47,11 +47,17 @@ struct CrossEntropyMetrics {
   int64_t* predicted_tokens = nullptr;  // [N] the first of the largest
 };
 
+// The number of ignored targets among [begin, end), or -1 if there is one that is no class.
+using CountIgnored = int64_t (*)(const int64_t* target, int64_t begin, int64_t end, int64_t n_classes, bool may_ignore,
+                                 int64_t ignore_index);
+
 // Each function works on rows [begin, end).
 template <class T>
 struct CrossEntropyKernels {
   double (*forward)(const CrossEntropyRows<T>&, int64_t begin, int64_t end);  // returns the sum of the rows' losses
-  void (*backward)(const CrossEntropyRows<T>&, int64_t begin, int64_t end);   // writes `grad`, for the logits
+  // Both at once; `scratch` is room for V numbers, used for half types only.
+  double (*forward_backward)(const CrossEntropyRows<T>&, Compute<T>* scratch, int64_t begin, int64_t end);
+  void (*backward)(const CrossEntropyRows<T>&, int64_t begin, int64_t end);         // writes `grad`, for the logits
   void (*target_backward)(const CrossEntropyRows<T>&, int64_t begin, int64_t end);  // ... for the probabilities
   void (*metrics)(const CrossEntropyRows<T>&, const CrossEntropyMetrics<T>&, int64_t begin, int64_t end);
 };

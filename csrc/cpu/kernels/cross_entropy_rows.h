@@ -12,7 +12,7 @@
 #pragma once
 
 #include "cross_entropy.h"
-#include "vec.h"
+#include "functions.h"
 
 namespace charlm::CHARLM_ISA {
 
@@ -46,70 +46,59 @@ class CrossEntropyRow {
 
   bool ignored() const { return !is_probability(kDense) && target_ == rows_.ignore_index; }
 
-  C forward() const {
-    if (ignored()) {
-      rows_.row_max[n_] = 0;
-      rows_.row_sum[n_] = 1;
-      return 0;
-    }
-    const C m = max_logit();
-    V sum{}, dense_loss{}, dense_sum{};
-    for_each_chunk([&](int64_t begin, int64_t size) {
-      V chunk_sum{}, chunk_loss{};
-      for_each_vector<C>(size, [&](int64_t i, auto width) {
-        const int64_t c = begin + i;
-        const V z = logits(c, width);
-        chunk_sum += exp(z - m);
-        if constexpr (kDense != Dense::kNone) {
-          chunk_loss += only(width, dense(c, width) * (m - z));
-          if constexpr (is_probability(kDense)) dense_sum += only(width, dense(c, width));
-        }
-      });
-      sum += chunk_sum;
-      dense_loss += chunk_loss;
-    });
-    const C total = m == -INFINITY ? C(1) : reduce_sum<C>(sum);
-    rows_.row_max[n_] = m;
-    rows_.row_sum[n_] = total;
-    const C log_sum = log(total), lse = m + log_sum;
-    C loss = reduce_sum<C>(dense_loss) + known_dense_sum(reduce_sum<C>(dense_sum)) * log_sum;
-    if constexpr (!is_probability(kDense)) {
-      loss += sparse() * ((m - logit(target_)) + log_sum);
-    }
-    if (rows_.lse_square_scale != 0) loss += rows_.lse_square_scale * target_weight_ * lse * lse;
-    return token_weight_ * loss;
+  CHARLM_NOINLINE C forward() const {
+    if (ignored()) return ignored_loss();
+    return loss(walk<false>(nullptr, nullptr));
   }
 
-  void backward() const {
+  // Loss and gradient at once. exp(z_c - M), M the largest logit so far, goes to `e`: to the gradient's own memory, or,
+  // for half types, to `scratch` [V]. Then each chunk is multiplied by what its M, the sum and the loss make of it.
+  CHARLM_NOINLINE C forward_backward(C* scratch) const {
+    if constexpr (kTransformed) {  // the gradient needs z_c, which it would have written over
+      const C loss = forward();
+      backward();
+      return loss;
+    }
     T* grad = rows_.grad + n_ * rows_.grad_stride;
     if (ignored()) {
-      for_each_vector<C>(rows_.n_classes, [&](int64_t c, auto width) { store(grad + c, V{}, width); });
-      return;
+      zero(grad);
+      return ignored_loss();
     }
-    const C m = rows_.row_max[n_], sum = rows_.row_sum[n_], g = grad_loss();
-    // What multiplies the softmax: the sum of all coefficients, and the derivative of the squared lse.
-    C dense_factor = known_dense_sum(sum_of_probabilities());
-    if (rows_.lse_square_scale != 0) {
-      dense_factor += 2 * rows_.lse_square_scale * target_weight_ * (m + log(sum));
-    }
-    // The gradient may be written over the logits: the target's entry is computed first, and stored last. There the
-    // coefficient of the target class is subtracted from its own share of the softmax, so that little is cancelled.
-    C at_target = 0;
-    if constexpr (!is_probability(kDense)) {
-      const V z = broadcast<C>(logit(target_)), p = exp(z - m) / sum;
-      const C d = kDense == Dense::kNone ? 0 : dense_at(target_);
-      at_target = (g * ((p - 1) * sparse() + (p * dense_factor - d)) * slope(z))[0];
-    }
-    const C softmax_factor = (sparse() + dense_factor) / sum;
-    for_each_vector<C>(rows_.n_classes, [&](int64_t c, auto width) {
-      const V z = logits(c, width), e = exp(z - m);
-      V value;
-      if constexpr (kDense == Dense::kNone) {
-        value = e * (softmax_factor * g);
-      } else {
-        value = (e * softmax_factor - dense(c, width)) * g;
+    C* e = scratch;
+    if constexpr (sizeof(T) == sizeof(C)) e = grad;
+    const C target_logit = is_probability(kDense) ? C(0) : logit(target_);
+    C chunk_max[kMaxChunks];
+    const Walk w = walk<true>(e, chunk_max);
+    const C row_loss = loss(w, target_logit), g = grad_loss(), softmax_factor = (sparse() + dense_factor(w)) / w.sum;
+    const C at_target = gradient_at_target(target_logit, w, g);
+    for_each_chunk([&](int64_t chunk, int64_t begin, int64_t size) {
+      const C rescale = chunk_max[chunk] == w.max ? C(1) : exp(broadcast<C>(chunk_max[chunk] - w.max))[0];
+      const C factor = rescale * softmax_factor;
+      for_each_vector<C>(size, [&](int64_t i, auto width) {
+        const int64_t c = begin + i;
+        store(grad + c, gradient(load(e + c, width, C(0)), factor, g, c, width), width);
+      });
+    });
+    if constexpr (!is_probability(kDense)) store_one(grad + target_, at_target);
+    return row_loss;
+  }
+
+  CHARLM_NOINLINE void backward() const {
+    T* grad = rows_.grad + n_ * rows_.grad_stride;
+    if (ignored()) return zero(grad);
+    const Walk w{rows_.row_max[n_], rows_.row_sum[n_], 0, sum_of_probabilities()};
+    const C m = w.max, g = grad_loss(), softmax_factor = (sparse() + dense_factor(w)) / w.sum;
+    // The gradient may be written over the logits: the target's entry is computed first, and stored last.
+    const C at_target = is_probability(kDense) ? C(0) : gradient_at_target(logit(target_), w, g);
+    for_each_vectors<C, 2>(rows_.n_classes, [&]<int K>(int64_t begin, auto width, Count<K>) {
+      V z[K], e[K];
+      for (int k = 0; k < K; k++) z[k] = logits(begin + k * kLanes<C>, width);
+      for (int k = 0; k < K; k++) e[k] = z[k] - m;
+      exp<C, K>(e);
+      for (int k = 0; k < K; k++) {
+        const int64_t c = begin + k * kLanes<C>;
+        store(grad + c, V(gradient(e[k], softmax_factor, g, c, width) * slope(z[k])), width);
       }
-      store(grad + c, V(value * slope(z)), width);
     });
     if constexpr (!is_probability(kDense)) store_one(grad + target_, at_target);
   }
@@ -126,7 +115,7 @@ class CrossEntropyRow {
   }
 
   void metrics(const CrossEntropyMetrics<T>& out) const {
-    const C m = max_logit();
+    const C m = max_logit(0, rows_.n_classes);
     V sum{}, spread{};
     for_each_vector<C>(rows_.n_classes, [&](int64_t c, auto width) {
       const V z = logits(c, width), e = exp(z - m);
@@ -140,6 +129,119 @@ class CrossEntropyRow {
   }
 
  private:
+  // A row is walked in chunks that stay in a first-level cache, and whose sums are added up: the rounding of a sum
+  // grows with the length of its chain.
+  static constexpr int64_t kChunk = 8192 / sizeof(C), kMaxChunks = 64;
+
+  template <class F>
+  void for_each_chunk(F&& f) const {
+    const int64_t n = rows_.n_classes;
+    const int64_t size = n <= kChunk * kMaxChunks ? kChunk : (n / kMaxChunks / kLanes<C> + 1) * kLanes<C>;
+    for (int64_t chunk = 0, begin = 0; begin < n; chunk++, begin += size) {
+      f(chunk, begin, n - begin < size ? n - begin : size);
+    }
+  }
+
+  // What one walk over a row finds.
+  struct Walk {
+    C max;         // m
+    C sum;         // S
+    C dense_loss;  // sum_c d_c (m - z_c)
+    C dense_sum;   // sum_c d_c
+  };
+
+  // Each chunk's exponentials are taken relative to the largest logit so far, which `chunk_max` keeps if they are
+  // stored in `e`; sums that are relative to a smaller one are corrected when a larger comes.
+  template <bool kStore>
+  Walk walk(C* e, C* chunk_max) const {
+    Walk w{-INFINITY, 0, 0, 0};
+    for_each_chunk([&](int64_t chunk, int64_t begin, int64_t size) {
+      const C largest = max_logit(begin, size);
+      const C m = largest > w.max ? largest : w.max, reference = m == -INFINITY ? C(0) : m;
+      if (chunk > 0 && m > w.max) {
+        w.sum *= exp(broadcast<C>(w.max - m))[0];
+        if constexpr (kDense != Dense::kNone) w.dense_loss += (m - w.max) * w.dense_sum;
+      }
+      w.max = m;
+      if constexpr (kStore) chunk_max[chunk] = m;
+      V sum[4] = {}, dense_loss{}, dense_sum{};
+      const auto step = [&]<int K>(int64_t c, auto width, Count<K>, V* sums) {
+        prefetch<K * sizeof(V)>(logits_ + c + size);  // the next chunk, or the next row
+        V z[K], ez[K];
+        for (int k = 0; k < K; k++) z[k] = logits(c + k * kLanes<C>, width);
+        for (int k = 0; k < K; k++) ez[k] = z[k] - reference;
+        exp<C, K>(ez);
+        for (int k = 0; k < K; k++) sums[k] += ez[k];
+        for (int k = 0; kStore && k < K; k++) store(e + c + k * kLanes<C>, ez[k], width);
+        for (int k = 0; kDense != Dense::kNone && k < K; k++) {
+          const V d = only(width, dense(c + k * kLanes<C>, width));
+          dense_loss += only(width, d * (reference - z[k]));
+          dense_sum += d;
+        }
+      };
+      for_each_vectors<C, 4>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
+        if constexpr (K == 4) {  // four sums, two exponentials at a time
+          step(begin + i, width, Count<2>{}, sum);
+          step(begin + i + 2 * kLanes<C>, width, Count<2>{}, sum + 2);
+        } else {
+          step(begin + i, width, Count<1>{}, sum);
+        }
+      });
+      w.sum += reduce_sum<C>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      if constexpr (kDense != Dense::kNone) {
+        w.dense_loss += reduce_sum<C>(dense_loss);
+        w.dense_sum += reduce_sum<C>(dense_sum);
+      }
+    });
+    if (w.max == -INFINITY) w.sum = 1;
+    rows_.row_max[n_] = w.max;
+    rows_.row_sum[n_] = w.sum;
+    return w;
+  }
+
+  C loss(const Walk& w) const { return loss(w, is_probability(kDense) ? C(0) : logit(target_)); }
+
+  C loss(const Walk& w, C target_logit) const {
+    const C log_sum = log(w.sum), lse = w.max + log_sum;
+    C loss = w.dense_loss + known_dense_sum(w.dense_sum) * log_sum;
+    if constexpr (!is_probability(kDense)) loss += sparse() * ((w.max - target_logit) + log_sum);
+    if (rows_.lse_square_scale != 0) loss += rows_.lse_square_scale * target_weight_ * lse * lse;
+    return token_weight_ * loss;
+  }
+
+  C ignored_loss() const {
+    rows_.row_max[n_] = 0;
+    rows_.row_sum[n_] = 1;
+    return 0;
+  }
+
+  void zero(T* grad) const {
+    for_each_vector<C>(rows_.n_classes, [&](int64_t c, auto width) { store(grad + c, V{}, width); });
+  }
+
+  // d loss / d z_c, the target's own coefficient left out, from e = exp(z_c - ...).
+  template <class Width>
+  V gradient(V e, C softmax_factor, C g, int64_t c, Width width) const {
+    if constexpr (kDense == Dense::kNone) return e * (softmax_factor * g);
+    return (e * softmax_factor - dense(c, width)) * g;
+  }
+
+  // What multiplies the softmax beside the target's own coefficient: the sum of the others, and the derivative of the
+  // squared lse.
+  C dense_factor(const Walk& w) const {
+    const C factor = known_dense_sum(w.dense_sum);
+    if (rows_.lse_square_scale == 0) return factor;
+    return factor + 2 * rows_.lse_square_scale * target_weight_ * (w.max + log(w.sum));
+  }
+
+  // The coefficient of the target class is subtracted from its own share of the softmax: little is cancelled.
+  C gradient_at_target(C target_logit, const Walk& w, C g) const {
+    if constexpr (is_probability(kDense)) return 0;
+    const V z = broadcast<C>(target_logit), p = exp(z - w.max) / w.sum;
+    const C d = kDense == Dense::kNone ? 0 : dense_at(target_);
+    return (g * ((p - 1) * sparse() + (p * dense_factor(w) - d)) * slope(z))[0];
+  }
+
   V transformed(V x) const {
     if constexpr (!kTransformed) return x;
     x *= rows_.logit_scale;
@@ -196,23 +298,14 @@ class CrossEntropyRow {
     return static_cast<C>(rows_.grad_loss[n_ * rows_.grad_loss_stride] * rows_.grad_scale * token_weight_);
   }
 
-  // A row in chunks whose sums are added up: the rounding of a sum grows with the length of its chain.
-  template <class F>
-  void for_each_chunk(F&& f) const {
-    constexpr int64_t kChunk = 1024;
-    for (int64_t c = 0; c < rows_.n_classes; c += kChunk) {
-      f(c, rows_.n_classes - c < kChunk ? rows_.n_classes - c : kChunk);
-    }
-  }
-
-  C max_logit() const {
+  C max_logit(int64_t begin, int64_t size) const {
     V largest[4];
     for (V& v : largest) v = broadcast<C>(-INFINITY);
-    int64_t c = 0;
-    for (; c + 4 * kLanes<C> <= rows_.n_classes; c += 4 * kLanes<C>) {
+    int64_t c = begin;
+    for (; c + 4 * kLanes<C> <= begin + size; c += 4 * kLanes<C>) {
       for (int i = 0; i < 4; i++) largest[i] = max<C>(largest[i], logits(c + i * kLanes<C>, Whole{}));
     }
-    for_each_vector<C>(rows_.n_classes - c,
+    for_each_vector<C>(begin + size - c,
                        [&](int64_t rest, auto width) { largest[0] = max<C>(largest[0], logits(c + rest, width)); });
     return reduce_max<C>(max<C>(max<C>(largest[0], largest[1]), max<C>(largest[2], largest[3])));
   }
@@ -240,57 +333,5 @@ class CrossEntropyRow {
   int64_t target_ = 0;
   C target_weight_ = 1;
 };
-
-// Calls f.template operator()<Row>() with the row type that these options need.
-template <class T, class F>
-auto with_row_type(const CrossEntropyRows<T>& rows, F f) {
-  const bool transformed = rows.logit_scale != 1 || rows.softcap > 0;
-  const auto with_dense = [&]<Dense kDense>() {
-    return transformed ? f.template operator()<CrossEntropyRow<T, true, kDense>>()
-                       : f.template operator()<CrossEntropyRow<T, false, kDense>>();
-  };
-  if (!rows.target) {
-    return rows.weight ? with_dense.template operator()<Dense::kWeightedProbability>()
-                       : with_dense.template operator()<Dense::kProbability>();
-  }
-  if (rows.label_smoothing == 0) return with_dense.template operator()<Dense::kNone>();
-  return rows.weight ? with_dense.template operator()<Dense::kWeight>()
-                     : with_dense.template operator()<Dense::kUniform>();
-}
-
-template <class T>
-double cross_entropy_forward(const CrossEntropyRows<T>& rows, int64_t begin, int64_t end) {
-  return with_row_type(rows, [&]<class Row>() {
-    double sum = 0;
-    for (int64_t n = begin; n < end; n++) {
-      const Compute<T> loss = Row(rows, n).forward();
-      if (rows.loss) store_one(rows.loss + n, loss);
-      sum += loss;
-    }
-    return sum;
-  });
-}
-
-template <class T>
-void cross_entropy_backward(const CrossEntropyRows<T>& rows, int64_t begin, int64_t end) {
-  with_row_type(rows, [&]<class Row>() {
-    for (int64_t n = begin; n < end; n++) Row(rows, n).backward();
-  });
-}
-
-template <class T>
-void cross_entropy_target_backward(const CrossEntropyRows<T>& rows, int64_t begin, int64_t end) {
-  with_row_type(rows, [&]<class Row>() {
-    for (int64_t n = begin; n < end; n++) Row(rows, n).target_backward();
-  });
-}
-
-template <class T>
-void cross_entropy_metrics(const CrossEntropyRows<T>& rows, const CrossEntropyMetrics<T>& out, int64_t begin,
-                           int64_t end) {
-  with_row_type(rows, [&]<class Row>() {
-    for (int64_t n = begin; n < end; n++) Row(rows, n).metrics(out);
-  });
-}
 
 }  // namespace charlm::CHARLM_ISA

@@ -18,58 +18,110 @@ int64_t first_out_of_range(const Index* index, int64_t begin, int64_t end, int64
   return i;
 }
 
-// memcpy for the short rows of a small embedding, where the call would cost more than the copy: whole words, and a last
-// one that overlaps.
-template <class Word>
-CHARLM_INLINE void copy_words(char* out, const char* in, int64_t n) {
-  for (int64_t i = 0; i < n - static_cast<int64_t>(sizeof(Word)); i += sizeof(Word))
-    memcpy(out + i, in + i, sizeof(Word));
-  memcpy(out + n - sizeof(Word), in + n - sizeof(Word), sizeof(Word));
+// Copies a row of n bytes as kWords words, the last of which may overlap the one before: for a short row, a call of
+// memcpy or a loop of unknown length would cost more than the copy.
+template <class Word, int kWords>
+struct ShortRow {
+  static CHARLM_INLINE void copy(char* out, const char* in, int64_t n) {
+    constexpr int64_t kSize = sizeof(Word);
+#pragma GCC unroll 8
+    for (int w = 0; w < kWords - 1; w++) memcpy(out + w * kSize, in + w * kSize, kSize);
+    memcpy(out + n - kSize, in + n - kSize, kSize);
+  }
+};
+
+struct LongRow {
+  static CHARLM_INLINE void copy(char* out, const char* in, int64_t n) { memcpy(out, in, n); }
+};
+
+// Calls f.template operator()<Row>() for rows of n bytes, with kWords or more words of this type; false if they are
+// more than kMaxWords.
+template <class Word, int kMaxWords, int kWords = 1, class F>
+bool with_words(int64_t n, F f) {
+  if constexpr (kWords > kMaxWords) {
+    return false;
+  } else {
+    if (n > kWords * static_cast<int64_t>(sizeof(Word))) return with_words<Word, kMaxWords, kWords + 1>(n, f);
+    f.template operator()<ShortRow<Word, kWords>>();
+    return true;
+  }
 }
 
-CHARLM_INLINE void copy_row(char* out, const char* in, int64_t n) {
-  if (n > 512) {
-    memcpy(out, in, n);
-  } else if (n >= kVectorBytes) {
-    copy_words<Vec<float>>(out, in, n);
-  } else if (n >= 8) {
-    copy_words<uint64_t>(out, in, n);
-  } else {
-    for (int64_t i = 0; i < n; i++) out[i] = in[i];
-  }
+template <class F>
+void with_row_copy(int64_t n, F f) {
+  typedef char Bytes16 __attribute__((vector_size(16)));
+  const bool is_short = n >= kVectorBytes ? with_words<Vec<float>, 8>(n, f)
+                        : n >= 16         ? with_words<Bytes16, 4>(n, f)
+                        : n >= 8          ? with_words<uint64_t, 2>(n, f)
+                        : n >= 4          ? with_words<uint32_t, 2>(n, f)
+                        : n >= 2          ? with_words<uint16_t, 2>(n, f)
+                                          : false;
+  if (!is_short) f.template operator()<LongRow>();
 }
 
 template <class Index>
 int64_t embedding_forward(const EmbeddingTable& table, const Index* index, char* output, int64_t begin, int64_t end) {
-  constexpr int64_t kChunk = 1024;  // indices that stay in cache between the check and the gather
+  const int64_t bad = first_out_of_range(index, begin, end, table.num_embeddings);
+  if (bad >= 0) return bad;
   const int64_t row_bytes = table.embedding_dim * table.element_size;
-  const bool contiguous = table.column_stride == table.element_size;
-  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
-    const int64_t chunk_end = chunk + kChunk < end ? chunk + kChunk : end;
-    const int64_t bad = first_out_of_range(index, chunk, chunk_end, table.num_embeddings);
-    if (bad >= 0) return bad;
-    for (int64_t n = chunk; n < chunk_end; n++) {
-      const char* row = table.weight + static_cast<int64_t>(index[n]) * table.row_stride;
-      char* out = output + n * row_bytes;
-      if (contiguous) {
-        copy_row(out, row, row_bytes);
-      } else {
-        for (int64_t d = 0; d < table.embedding_dim; d++) {
-          memcpy(out + d * table.element_size, row + d * table.column_stride, table.element_size);
-        }
+  if (table.column_stride == table.element_size) {
+    with_row_copy(row_bytes, [&]<class Row>() {
+      for (int64_t n = begin; n < end; n++) {
+        Row::copy(output + n * row_bytes, table.weight + static_cast<int64_t>(index[n]) * table.row_stride, row_bytes);
       }
+    });
+    return -1;
+  }
+  for (int64_t n = begin; n < end; n++) {
+    const char* row = table.weight + static_cast<int64_t>(index[n]) * table.row_stride;
+    char* out = output + n * row_bytes;
+    for (int64_t d = 0; d < table.embedding_dim; d++) {
+      memcpy(out + d * table.element_size, row + d * table.column_stride, table.element_size);
     }
   }
   return -1;
 }
 
-template <class T>
-void embedding_accumulate(Compute<T>* table, const int64_t* index, const T* grad_output, int64_t embedding_dim,
-                          int64_t padding_idx, int64_t begin, int64_t end) {
+// kVectors whole vectors a row, where the gradient's rows may be read past their ends: the table's rows have room.
+template <class T, int kVectors>
+void accumulate_padded(Compute<T>* table, int64_t table_stride, const int64_t* index, const T* grad_output,
+                       int64_t embedding_dim, int64_t padding_idx, int64_t begin, int64_t end) {
   using C = Compute<T>;
   for (int64_t n = begin; n < end; n++) {
     if (index[n] == padding_idx) continue;
-    C* row = table + index[n] * embedding_dim;
+    C* row = table + index[n] * table_stride;
+    const T* grad = grad_output + n * embedding_dim;
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; i++) {
+      const int64_t d = i * kLanes<C>;
+      store(row + d, Vec<C>(load(row + d, Whole{}) + load(grad + d, Whole{})), Whole{});
+    }
+  }
+}
+
+template <class T>
+void embedding_accumulate(Compute<T>* table, int64_t table_stride, const int64_t* index, const T* grad_output,
+                          int64_t embedding_dim, int64_t padding_idx, int64_t begin, int64_t end, int64_t n_rows) {
+  using C = Compute<T>;
+  const int64_t vectors = (embedding_dim + kLanes<C> - 1) / kLanes<C>, padded = vectors * kLanes<C>;
+  if (vectors >= 1 && vectors <= 4 && padded <= table_stride) {
+    // The rows whose last vector ends within the gradient.
+    const int64_t room = n_rows * embedding_dim - padded;
+    int64_t padded_end = room < 0 ? 0 : room / embedding_dim + 1;
+    padded_end = padded_end < begin ? begin : padded_end > end ? end : padded_end;
+    const auto run = [&]<int kVectors>(Count<kVectors>) {
+      accumulate_padded<T, kVectors>(table, table_stride, index, grad_output, embedding_dim, padding_idx, begin,
+                                     padded_end);
+    };
+    if (vectors == 1) run(Count<1>{});
+    if (vectors == 2) run(Count<2>{});
+    if (vectors == 3) run(Count<3>{});
+    if (vectors == 4) run(Count<4>{});
+    begin = padded_end;
+  }
+  for (int64_t n = begin; n < end; n++) {
+    if (index[n] == padding_idx) continue;
+    C* row = table + index[n] * table_stride;
     const T* grad = grad_output + n * embedding_dim;
     for_each_vector<C>(embedding_dim, [&](int64_t d, auto width) {
       store(row + d, Vec<C>(load(row + d, width, C(0)) + load(grad + d, width, C(0))), width);
@@ -81,26 +133,37 @@ template <class T>
 void embedding_sum_rows(T* out, Compute<T>* sum, const T* grad_output, const int64_t* positions, int64_t n,
                         int64_t embedding_dim, Compute<T> scale) {
   using C = Compute<T>;
-  memset(sum, 0, embedding_dim * sizeof(C));
-  for (int64_t k = 0; k < n; k++) {
+  if (n == 0) {
+    memset(out, 0, embedding_dim * sizeof(T));
+    return;
+  }
+  // The last row is added on the way out; for a word that occurs once, it is the only one.
+  const T* last = grad_output + positions[n - 1] * embedding_dim;
+  memset(sum, 0, n > 1 ? embedding_dim * sizeof(C) : 0);
+  for (int64_t k = 0; k < n - 1; k++) {
     const T* grad = grad_output + positions[k] * embedding_dim;
     for_each_vector<C>(embedding_dim, [&](int64_t d, auto width) {
       store(sum + d, Vec<C>(load(sum + d, width, C(0)) + load(grad + d, width, C(0))), width);
     });
   }
-  for_each_vector<C>(embedding_dim,
-                     [&](int64_t d, auto width) { store(out + d, Vec<C>(scale * load(sum + d, width, C(0))), width); });
+  for_each_vector<C>(embedding_dim, [&](int64_t d, auto width) {
+    Vec<C> total = load(last + d, width, C(0));
+    if (n > 1) total += load(sum + d, width, C(0));
+    store(out + d, Vec<C>(scale * total), width);
+  });
 }
 
 template <class T>
-void embedding_sum_tables(T* out, const Compute<T>* tables, int64_t n_tables, int64_t table_stride, int64_t begin,
-                          int64_t end) {
+void embedding_sum_tables(T* out, const Compute<T>* tables, int64_t n_tables, int64_t table_size, int64_t table_stride,
+                          int64_t embedding_dim, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  for_each_vector<C>(end - begin, [&](int64_t e, auto width) {
-    Vec<C> sum{};
-    for (int64_t k = 0; k < n_tables; k++) sum += load(tables + k * table_stride + begin + e, width, C(0));
-    store(out + begin + e, sum, width);
-  });
+  for (int64_t v = begin; v < end; v++) {
+    for_each_vector<C>(embedding_dim, [&](int64_t d, auto width) {
+      Vec<C> sum{};
+      for (int64_t k = 0; k < n_tables; k++) sum += load(tables + k * table_size + v * table_stride + d, width, C(0));
+      store(out + v * embedding_dim + d, sum, width);
+    });
+  }
 }
 
 }  // namespace charlm::CHARLM_ISA

@@ -1,7 +1,7 @@
 // Every kernel, for the one instruction set that this object is compiled for: setup.py compiles this file once per
 // set, with -DCHARLM_ISA=<name>. No torch or STL header may be included here: an inline function of theirs, compiled
 // for AVX-512, could be the copy that the linker keeps for everyone.
-#include "cross_entropy_rows.h"
+#include "cross_entropy_passes.h"
 #include "embedding_rows.h"
 #include "kernels.h"
 
@@ -15,6 +15,7 @@ template <class T>
 constexpr TypedKernels<T> kTypedKernels = {
     {
         &cross_entropy_forward<T>,
+        &cross_entropy_forward_backward<T>,
         &cross_entropy_backward<T>,
         &cross_entropy_target_backward<T>,
         &cross_entropy_metrics<T>,
@@ -26,6 +27,8 @@ constexpr TypedKernels<T> kTypedKernels = {
 
 extern const Kernels CHARLM_CONCAT(CHARLM_ISA, _kernels);
 const Kernels CHARLM_CONCAT(CHARLM_ISA, _kernels) = {
+    &CHARLM_ISA::count_ignored,
+    &CHARLM_ISA::first_out_of_range<int64_t>,
     {
         &CHARLM_ISA::embedding_forward<int8_t>,
         &CHARLM_ISA::embedding_forward<int16_t>,

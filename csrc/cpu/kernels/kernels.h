@@ -24,6 +24,8 @@ struct TypedKernels {
 };
 
 struct Kernels {
+  CountIgnored count_ignored;
+  FirstOutOfRange first_out_of_range;
   EmbeddingForwards embedding_forward;
   TypedKernels<float> float32;
   TypedKernels<double> float64;

@@ -3,7 +3,6 @@
 // stores round to nearest even.
 #pragma once
 
-#include <math.h>
 #include <string.h>
 
 #if defined(__F16C__) || defined(__AVX__)
@@ -23,6 +22,7 @@ constexpr int kVectorBytes = 16;
 #endif
 
 #define CHARLM_INLINE inline __attribute__((always_inline))
+#define CHARLM_NOINLINE __attribute__((noinline))  // compiled once, however many loops call it
 
 template <class C>
 struct VecOf;
@@ -247,14 +247,19 @@ CHARLM_INLINE void store(float* p, Vec<float> v, Part part) {
 #endif
 
 // One number, as a vector kernel would read or round it.
-template <class T>
-CHARLM_INLINE Compute<T> load_one(const T* p) {
-  return load(p, Part{1})[0];
+CHARLM_INLINE float load_one(const float* p) { return *p; }
+CHARLM_INLINE double load_one(const double* p) { return *p; }
+CHARLM_INLINE void store_one(float* p, float x) { *p = x; }
+CHARLM_INLINE void store_one(double* p, double x) { *p = x; }
+
+template <class Half>
+CHARLM_INLINE float load_one(const Half* p) {
+  return widen(Half{}, HalfVecU16{} + p->bits)[0];
 }
 
-template <class T>
-CHARLM_INLINE void store_one(T* p, Compute<T> x) {
-  store(p, broadcast<Compute<T>>(x), Part{1});
+template <class Half>
+CHARLM_INLINE void store_one(Half* p, float x) {
+  p->bits = narrow(Half{}, broadcast<float>(x))[0];
 }
 
 // Calls body(c, Whole) for c = 0, W, 2 W … and body(c, Part) for what is left of n elements.
@@ -265,78 +270,21 @@ CHARLM_INLINE void for_each_vector(int64_t n, Body&& body) {
   if (c < n) body(c, Part{n - c});
 }
 
-// ------------------------------------------------------------------------------------------------- functions
-
-// exp(x) for x <= 88 (float) or 709 (double): x = n ln 2 + r, a polynomial in r, times 2^n. Coefficients: Cephes expf
-// (Moshier, 1984-92), and Taylor's up to r^13 for double, whose remainder at ln(2)/2 is 4e-18. exp(-inf) = 0, and what
-// would be subnormal is 0 too; NaN stays.
-CHARLM_INLINE Vec<float> exp(Vec<float> x) {
-  constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
-  const Vec<float> n = (x * 1.44269504088896341f + kRound) - kRound;
-  Vec<float> r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Mask<float> exponent = (__builtin_convertvector(n, Mask<float>) + 127) << 23;
-  return x < -87.33654f ? Vec<float>{} : p * bit_cast<Vec<float>>(exponent);
+// Asks for kBytes from p on; p may lie outside of any tensor.
+template <int kBytes>
+CHARLM_INLINE void prefetch(const void* p) {
+  for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 
-CHARLM_INLINE Vec<double> exp(Vec<double> x) {
-  constexpr double kRound = 0x1.8p52;
-  const Vec<double> shifted = x * 1.4426950408889634074 + kRound;
-  const Vec<double> n = shifted - kRound;
-  Vec<double> r = x - n * 6.93145751953125e-1;
-  r = r - n * 1.42860682030941723212e-6;
-  Vec<double> p = r * (1.0 / 6227020800) + 1.0 / 479001600;
-  p = p * r + 1.0 / 39916800;
-  p = p * r + 1.0 / 3628800;
-  p = p * r + 1.0 / 362880;
-  p = p * r + 1.0 / 40320;
-  p = p * r + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 0.5;
-  p = p * (r * r) + r + 1.0;
-  // The low bits of `shifted` are n as an integer: no conversion, which SSE2 and AVX2 lack.
-  const Mask<double> exponent = (bit_cast<Mask<double>>(shifted) + 1023) << 52;
-  return x < -708.396 ? Vec<double>{} : p * bit_cast<Vec<double>>(exponent);
-}
+template <int K>
+struct Count {};
 
-// tanh(x): a polynomial (Cephes tanhf), or a ratio of two (Cephes tanh), where |x| < 0.625 and the difference of
-// exponentials would cancel; else 1 - 2 / (exp(2 |x|) + 1).
-CHARLM_INLINE Vec<float> tanh_near_zero(Vec<float> x) {
-  const Vec<float> s = x * x;
-  Vec<float> p = s * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * s - 5.37397155531e-2f;
-  p = p * s + 1.33314422036e-1f;
-  p = p * s - 3.33332819422e-1f;
-  return p * s * x + x;
+// The same with K vectors at a time, and one at a time for the rest: body(c, width, Count<K>) or (c, width, Count<1>).
+template <class C, int K, class Body>
+CHARLM_INLINE void for_each_vectors(int64_t n, Body&& body) {
+  int64_t c = 0;
+  for (; c + K * kLanes<C> <= n; c += K * kLanes<C>) body(c, Whole{}, Count<K>{});
+  for_each_vector<C>(n - c, [&](int64_t rest, auto width) { body(c + rest, width, Count<1>{}); });
 }
-
-CHARLM_INLINE Vec<double> tanh_near_zero(Vec<double> x) {
-  const Vec<double> s = x * x;
-  const Vec<double> p = (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
-  const Vec<double> q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
-  return p / q * s * x + x;
-}
-
-template <class C>
-CHARLM_INLINE Vec<C> tanh(Vec<C> x) {
-  const Vec<C> magnitude = x < 0 ? -x : x;
-  // Past 20, tanh is 1 in float and in double: the bound keeps exp within its domain.
-  const Vec<C> bounded = magnitude > 20 ? broadcast<C>(20) : magnitude;
-  const Vec<C> far = 1 - 2 / (exp(2 * bounded) + 1);
-  const Vec<C> result = x < 0 ? -far : far;
-  return magnitude < C(0.625) ? tanh_near_zero(x) : result;
-}
-
-CHARLM_INLINE float log(float x) { return ::logf(x); }
-CHARLM_INLINE double log(double x) { return ::log(x); }
 
 }  // namespace charlm::CHARLM_ISA

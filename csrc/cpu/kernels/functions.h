@@ -1,0 +1,133 @@
+// exp, log and tanh of a vector of numbers, from published polynomials; their errors are a few units in the last place.
+#pragma once
+
+#include <math.h>
+
+#include "vec.h"
+
+namespace charlm::CHARLM_ISA {
+
+template <class C>
+struct Constants;
+
+template <>
+struct Constants<float> {
+  typedef VecU32 Bits;
+  static constexpr int kFractionBits = 23;
+  static constexpr uint32_t kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3, kFraction = 0x007fffff;
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, which the low bits then hold
+  static constexpr float kLog2E = 1.44269504088896341f;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // an integer times the first is exact
+  static constexpr float kSmallestExponent = -87.33654f;                      // exp of less is subnormal
+  // exp(r) = 1 + r + r^2 (...) on [-ln(2)/2, ln(2)/2]: minimax, relative error 3.1e-9. Highest power first.
+  static constexpr float kExp[] = {1.38146102283e-3f, 8.36870979734e-3f, 4.16683874113e-2f, 1.66665206902e-1f,
+                                   4.99999934516e-1f};
+  // (log(1+s) - log(1-s) - 2 s) / s in powers of s^2: FreeBSD's e_logf.c.
+  static constexpr float kLog[] = {0xf89e26.0p-26f, 0x91e9ee.0p-25f, 0xccce13.0p-25f, 0xaaaaaa.0p-24f};
+};
+
+template <>
+struct Constants<double> {
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  static constexpr int kFractionBits = 52;
+  static constexpr uint64_t kOne = 0x3ff0000000000000, kSqrtHalf = 0x3fe6a09e667f3bcd, kFraction = 0x000fffffffffffff;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLog2E = 1.4426950408889634074;
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kSmallestExponent = -708.396;
+  // Minimax, relative error 3.7e-18.
+  static constexpr double kExp[] = {2.5000069055527920611e-8, 2.763023384476737854e-7,  2.7557586275084820514e-6,
+                                    2.4801493136433563783e-5, 1.9841269506772164919e-4, 1.3888888943597420045e-3,
+                                    8.3333333334943351523e-3, 4.1666666666530267171e-2, 1.6666666666666412775e-1,
+                                    5.0000000000000106166e-1};
+  // fdlibm's e_log.c (Sun, 1993).
+  static constexpr double kLog[] = {1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01,
+                                    2.222219843214978396e-01, 2.857142874366239149e-01, 3.999999999940941908e-01,
+                                    6.666666666666735130e-01};
+};
+
+// exp(x) for x <= 88 (float) or 709 (double), of K vectors at once, so that their chains of dependent operations fill
+// each other's latencies: x = n ln 2 + r with an integer n, and exp(x) = 2^n exp(r). exp(-inf) = 0, and what would be
+// subnormal is 0 too; NaN stays.
+template <class C, int K>
+CHARLM_INLINE void exp(Vec<C> (&x)[K]) {
+  using Constant = Constants<C>;
+  Vec<C> shifted[K], r[K], p[K];
+  for (int i = 0; i < K; i++) shifted[i] = x[i] * Constant::kLog2E + Constant::kRound;
+  for (int i = 0; i < K; i++) p[i] = shifted[i] - Constant::kRound;  // n
+  for (int i = 0; i < K; i++) r[i] = x[i] - p[i] * Constant::kLn2High;
+  for (int i = 0; i < K; i++) r[i] = r[i] - p[i] * Constant::kLn2Low;
+  for (int i = 0; i < K; i++) p[i] = r[i] * Constant::kExp[0] + Constant::kExp[1];
+#pragma GCC unroll 16
+  for (size_t power = 2; power < sizeof(Constant::kExp) / sizeof(C); power++) {
+    for (int i = 0; i < K; i++) p[i] = p[i] * r[i] + Constant::kExp[power];
+  }
+  for (int i = 0; i < K; i++) p[i] = p[i] * (r[i] * r[i]) + r[i];
+  for (int i = 0; i < K; i++) p[i] = p[i] + 1;
+  for (int i = 0; i < K; i++) {  // 2^n: n is added to the exponent's bits
+    const Mask<C> bits = bit_cast<Mask<C>>(p[i]) + (bit_cast<Mask<C>>(shifted[i]) << Constant::kFractionBits);
+    x[i] = x[i] < Constant::kSmallestExponent ? Vec<C>{} : bit_cast<Vec<C>>(bits);
+  }
+}
+
+CHARLM_INLINE Vec<float> exp(Vec<float> x) {
+  Vec<float> one[1] = {x};
+  exp<float, 1>(one);
+  return one[0];
+}
+
+CHARLM_INLINE Vec<double> exp(Vec<double> x) {
+  Vec<double> one[1] = {x};
+  exp<double, 1>(one);
+  return one[0];
+}
+
+// log(x) of positive normal numbers: x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), s = f / (2 + f), and
+// log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)), as in fdlibm.
+template <class C>
+CHARLM_INLINE Vec<C> log(Vec<C> x) {
+  using Constant = Constants<C>;
+  using Bits = typename Constant::Bits;
+  const Bits shifted = bit_cast<Bits>(x) + (Constant::kOne - Constant::kSqrtHalf);
+  const Vec<C> f = bit_cast<Vec<C>>((shifted & Constant::kFraction) + Constant::kSqrtHalf) - 1;
+  // k, biased, becomes a number by way of the low bits of kRound.
+  const Bits biased = (shifted >> Constant::kFractionBits) + bit_cast<Bits>(broadcast<C>(Constant::kRound));
+  const Vec<C> k = bit_cast<Vec<C>>(biased) - (Constant::kRound + C(Constant::kOne >> Constant::kFractionBits));
+  const Vec<C> s = f / (f + 2), z = s * s, half_square = f * f * C(0.5);
+  Vec<C> series = z * Constant::kLog[0];
+  for (size_t i = 1; i < sizeof(Constant::kLog) / sizeof(C); i++) series = (series + Constant::kLog[i]) * z;
+  return (s * (half_square + series) + k * Constant::kLn2Low - half_square) + f + k * Constant::kLn2High;
+}
+
+CHARLM_INLINE float log(float x) { return ::logf(x); }
+CHARLM_INLINE double log(double x) { return ::log(x); }
+
+// tanh(x): a polynomial (Cephes tanhf), or a ratio of two (Cephes tanh), where |x| < 0.625 and the difference of
+// exponentials would cancel; else 1 - 2 / (exp(2 |x|) + 1).
+CHARLM_INLINE Vec<float> tanh_near_zero(Vec<float> x) {
+  const Vec<float> s = x * x;
+  Vec<float> p = s * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  return p * s * x + x;
+}
+
+CHARLM_INLINE Vec<double> tanh_near_zero(Vec<double> x) {
+  const Vec<double> s = x * x;
+  const Vec<double> p = (s * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * s - 1.61468768441708447952e3;
+  const Vec<double> q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3;
+  return p / q * s * x + x;
+}
+
+template <class C>
+CHARLM_INLINE Vec<C> tanh(Vec<C> x) {
+  const Vec<C> magnitude = x < 0 ? -x : x;
+  // Past 20, tanh is 1 in float and in double: the bound keeps exp within its domain.
+  const Vec<C> bounded = magnitude > 20 ? broadcast<C>(20) : magnitude;
+  const Vec<C> far = 1 - 2 / (exp(2 * bounded) + 1);
+  const Vec<C> result = x < 0 ? -far : far;
+  return magnitude < C(0.625) ? tanh_near_zero(x) : result;
+}
+
+}  // namespace charlm::CHARLM_ISA

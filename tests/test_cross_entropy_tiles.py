@@ -1,0 +1,111 @@
+"""Small vocabularies go 16 rows at a time, without a maximum; the row-by-row kernel is their reference.
+
+Logits that are columns of a wider tensor go row by row, so both kernels see the same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from charlm import functional
+
+# Rows that fill tiles, and some that do not; vocabularies below, at and above each vector width, and the largest.
+N = 5 * 16 + 7
+VOCABULARIES = (1, 2, 3, 5, 8, 15, 16, 17, 27, 31, 64, 65, 129, 255, 256, 257)
+
+
+def _both_kernels(logits: Tensor, target: Tensor, **options: Any) -> list[tuple[Tensor, Tensor]]:
+    """(loss, gradient) of the tiled kernel and of the row-by-row one."""
+    wide = torch.zeros(logits.size(0), logits.size(1) + 3, dtype=logits.dtype)
+    wide[:, : logits.size(1)] = logits
+    results = []
+    for x in (logits.clone(), wide[:, : logits.size(1)]):
+        x = x.detach().requires_grad_()
+        loss = functional.cross_entropy(x, target, **options)
+        results.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
+    return results
+
+
+def _assert_equal_to_rounding(logits: Tensor, target: Tensor, **options: Any) -> None:
+    tiled, by_row = _both_kernels(logits, target, **options)
+    ulp = torch.finfo(logits.dtype).eps
+    for name, ours, reference in zip(("loss", "gradient"), tiled, by_row, strict=True):
+        assert torch.equal(ours.isnan(), reference.isnan()), name
+        scale = reference.nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+        torch.testing.assert_close(ours, reference, rtol=4 * ulp, atol=4 * ulp * scale, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_tiles_give_what_rows_give(vocab_size: int, dtype: torch.dtype, isa: str) -> None:
+    logits = torch.randn(N, vocab_size, dtype=dtype) * 3
+    target = torch.randint(vocab_size, (N,))
+    for reduction in ("mean", "sum", "none"):
+        _assert_equal_to_rounding(logits, target, reduction=reduction)
+    target[torch.rand(N) < 0.3] = -100
+    weight = torch.rand(vocab_size, dtype=dtype) + 0.1
+    token_weight = torch.rand(N)
+    _assert_equal_to_rounding(logits, target, weight=weight, token_weight=token_weight)
+
+
+def _special_logits() -> dict[str, Tensor]:
+    normal = torch.randn(N, 27)
+    found = {
+        "far_above_zero": normal + 1000,
+        "far_below_zero": normal - 1000,
+        "too_large_for_exp": normal + 88,
+        "too_small_for_exp": normal - 80,
+        "wide": normal * 40,
+        "confident": normal + 30 * torch.nn.functional.one_hot(torch.arange(N) % 27, 27),
+        "largest_numbers": torch.full((N, 27), torch.finfo(torch.float32).max),
+        "one_infinite_row": normal.clone(),
+        "one_nan": normal.clone(),
+        "masked_classes": normal.clone(),
+        "a_row_of_minus_infinity": normal.clone(),
+    }
+    found["one_infinite_row"][20, 3] = torch.inf
+    found["one_nan"][33, 26] = torch.nan
+    found["masked_classes"][:, ::2] = -torch.inf
+    found["a_row_of_minus_infinity"][40] = -torch.inf
+    return found
+
+
+SPECIAL = _special_logits()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_logits_that_need_their_maximum_get_it(name: str, dtype: torch.dtype, isa: str) -> None:
+    target = torch.arange(N) % 27 // 2 * 2 + 1  # never a masked class
+    target[target == 27] = 1
+    _assert_equal_to_rounding(SPECIAL[name].to(dtype), target, reduction="none")
+
+
+def test_a_masked_class_has_a_gradient_of_exactly_zero(isa: str) -> None:
+    logits = SPECIAL["masked_classes"].clone().requires_grad_()
+    functional.cross_entropy(logits, torch.ones(N, dtype=torch.int64)).backward()
+    assert (logits.grad[:, ::2] == 0).all()
+
+
+def test_an_ignored_row_of_nans_leaves_its_tile_alone(isa: str) -> None:
+    logits = torch.randn(N, 27)
+    logits[7] = torch.nan
+    target = torch.randint(27, (N,))
+    target[7] = -100
+    _assert_equal_to_rounding(logits, target)
+    logits.requires_grad_()
+    functional.cross_entropy(logits, target).backward()
+    assert (logits.grad[7] == 0).all() and logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("inplace", ["forward", "backward"])
+def test_a_tile_may_be_written_over_its_logits(inplace: str, isa: str) -> None:
+    leaf = torch.randn(N, 27, requires_grad=True)
+    target = torch.randint(27, (N,))
+    functional.cross_entropy(leaf * 1, target, inplace=inplace).backward()
+    (expected,) = torch.autograd.grad(functional.cross_entropy(leaf, target), leaf)
+    assert torch.equal(leaf.grad, expected)
