@@ -1,5 +1,6 @@
 # make train    set up .venv, build charlm, train on the names that ship, print the table and samples
 # make test     the same set-up, then the tests
+# make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
 # make lint     ruff and clang-format, nothing changed; `make format` applies them
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
 # make clean    remove the build products; .venv stays. `make distclean` removes .venv and trained models too
@@ -15,13 +16,16 @@ BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test lint format build clean distclean
+.PHONY: train test bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
 
 test: $(VENV)/dev $(VENV)/built
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/bench $(VENV)/built
+	$(BIN)/python -m bench
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -50,6 +54,10 @@ $(VENV)/runtime: requirements.txt
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/runtime
 	$(PIP) install -r requirements-dev.txt
+	touch $@
+
+$(VENV)/bench: requirements-bench.txt $(VENV)/runtime
+	$(PIP) install -r requirements-bench.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/runtime setup.py pyproject.toml charlm/_version.py $(CXX_FILES)

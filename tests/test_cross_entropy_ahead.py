@@ -71,7 +71,8 @@ def test_a_loss_without_backward_writes_nothing_and_frees_everything() -> None:
     logits, target = _arguments(torch.float32)
     before = logits.detach().clone()
     assert torch.equal(functional.cross_entropy(logits, target), functional.cross_entropy(logits.detach(), target))
-    assert logits.grad is None and torch.equal(logits, before)
+    assert logits.grad is None
+    assert torch.equal(logits, before)
 
 
 def test_a_batch_of_gradients_of_the_loss() -> None:

@@ -16,6 +16,7 @@ namespace {
 
 // [N, V] with a stride of 1 along the classes; a view wherever the strides allow it.
 Tensor as_rows(const Tensor& t) {
+  if (t.dim() == 2 && t.stride(1) == 1) return t;
   if (t.dim() == 1) return t.unsqueeze(0).contiguous();
   const Tensor classes_last = t.dim() == 2 ? t : t.movedim(1, -1);
   const int64_t v = classes_last.size(-1), n = c10::multiply_integers(classes_last.sizes().slice(0, t.dim() - 1));
@@ -25,7 +26,8 @@ Tensor as_rows(const Tensor& t) {
 
 // Rows [N, V] in the shape of the logits that they belong to.
 Tensor in_shape_of(const Tensor& rows, const Tensor& input) {
-  if (input.dim() <= 2) return rows.view(input.sizes());
+  if (input.dim() == 2) return rows;
+  if (input.dim() == 1) return rows.view(input.sizes());
   at::DimVector shape(input.sizes().begin(), input.sizes().end());
   shape.erase(shape.begin() + 1);
   shape.push_back(input.size(1));
@@ -188,7 +190,7 @@ template <class T, class MakeWorker>
 LossAndNormalizer reduced(const CrossEntropyOptions& options, const Tensor& input, Call<T>& call,
                           MakeWorker&& make_worker) {
   const bool none = options.is(Reduction::kNone);
-  auto loss = at::empty_symint(none ? loss_shape(input) : c10::SymDimVector{}, input.options());
+  auto loss = none ? at::empty_symint(loss_shape(input), input.options()) : at::empty({}, input.options());
   auto normalizer = at::empty({2, call.n_rows}, input.options().dtype(compute_dtype(input)));
   call.set_normalizer(normalizer);
   if (none) call.rows.loss = mutable_data<T>(loss);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 
 #include "adapter.h"
@@ -150,13 +151,20 @@ class Gradient {
     std::vector<int64_t> positions(n_), next(starts.begin(), starts.end() - 1);
     for (int64_t n = 0; n < n_; n++) positions[next[index()[n]]++] = n;
     const int64_t elements_per_row = std::max<int64_t>(1, d_ * std::max<int64_t>(1, n_ / std::max<int64_t>(1, v_)));
-    at::parallel_for(0, v_, std::max<int64_t>(1, 16384 / elements_per_row), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, v_, std::max<int64_t>(1, 65536 / elements_per_row), [&](int64_t first, int64_t last) {
       std::vector<C> sum(d_);
-      for (int64_t v = first; v < last; v++) {
-        const int64_t count = v == padding_idx_ ? 0 : starts[v + 1] - starts[v];
-        const C scale = scale_grad_by_freq_ && count > 0 ? C(1) / static_cast<C>(count) : C(1);
-        kernels_.sum_rows(mutable_data<T>(grad) + v * d_, sum.data(), grad_output(), positions.data() + starts[v],
-                          count, d_, scale);
+      T* const out = mutable_data<T>(grad);
+      for (int64_t v = first; v < last;) {
+        int64_t absent = 0;  // rows from here on without an index
+        while (v + absent < last && (starts[v + absent] == starts[v + absent + 1] || v + absent == padding_idx_))
+          absent++;
+        std::memset(static_cast<void*>(out + v * d_), 0, absent * d_ * sizeof(T));
+        v += absent;
+        if (v == last) break;
+        const int64_t count = starts[v + 1] - starts[v];
+        kernels_.sum_rows(out + v * d_, sum.data(), grad_output(), positions.data() + starts[v], count, d_,
+                          scale_grad_by_freq_ ? C(1) / static_cast<C>(count) : C(1));
+        v++;
       }
     });
   }

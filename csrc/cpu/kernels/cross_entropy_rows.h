@@ -166,7 +166,7 @@ class CrossEntropyRow {
       if constexpr (kStore) chunk_max[chunk] = m;
       V sum[4] = {}, dense_loss{}, dense_sum{};
       const auto step = [&]<int K>(int64_t c, auto width, Count<K>, V* sums) {
-        prefetch<K * sizeof(V)>(logits_ + c + size);  // the next chunk, or the next row
+        prefetch<K * kLanes<C> * sizeof(T)>(logits_ + c + size);  // the next chunk, or the next row
         V z[K], ez[K];
         for (int k = 0; k < K; k++) z[k] = logits(c + k * kLanes<C>, width);
         for (int k = 0; k < K; k++) ez[k] = z[k] - reference;

@@ -32,11 +32,12 @@ class CrossEntropyTile {
   static constexpr bool kLoss = kPass != Pass::kBackward, kGradient = kPass != Pass::kForward;
 
  public:
-  explicit CrossEntropyTile(const CrossEntropyRows<T>& rows) : rows_(rows), v_(rows.n_classes) {}
+  explicit CrossEntropyTile(const CrossEntropyRows<T>& rows)
+      : rows_(rows), v_(rows.n_classes), common_grad_loss_(kGradient ? scaled(*rows.grad_loss) : C(0)) {}
 
   // Rows [n, n + 16): adds their losses to `total`. False, and nothing is written, if they must go row by row.
   bool operator()(int64_t n, double& total) {
-    exponentials(rows_.logits + n * v_);
+    exponentials(rows_.logits + n * v_, kGradient ? rows_.grad + n * v_ : nullptr);
     C sum[kTileRows], at_target[kTileRows], weight[kTileRows], grad_loss[kTileRows];
     row_sums(sum);
     targets(n, sum, at_target, weight, grad_loss);
@@ -73,10 +74,11 @@ class CrossEntropyTile {
                      kSmallestTarget = C(0x1p-100);
 
   // e_[r, c] = exp(z_rc), [16, V] as in memory
-  void exponentials(const T* logits) {
+  void exponentials(const T* logits, const T* grad) {
     const int64_t size = kTileRows * v_;
     for_each_vectors<C, 2>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
-      prefetch<K * sizeof(V)>(logits + size + i);
+      prefetch<K * kLanes<C> * sizeof(T)>(logits + size + i);
+      if constexpr (kGradient) prefetch<K * kLanes<C> * sizeof(T)>(grad + i);
       V e[K];
       for (int k = 0; k < K; k++) {
         const V z = load(logits + i + k * kLanes<C>, width, C(0));
@@ -98,6 +100,8 @@ class CrossEntropyTile {
     }
   }
 
+  C scaled(C grad_loss) const { return static_cast<C>(grad_loss * rows_.grad_scale); }
+
   // An ignored row weighs nothing and, for the logarithm's sake, has probability 1. The gradient of a row's loss is
   // zero there too, whatever the others are multiplied by: 1 / 0, if every row is ignored.
   void targets(int64_t n, const C* sum, C* at_target, C* weight, C* grad_loss) const {
@@ -108,8 +112,8 @@ class CrossEntropyTile {
       weight[r] = ignored ? C(0) : rows_.weight ? rows_.weight[y] : C(1);
       if (rows_.token_weight && !ignored) weight[r] *= rows_.token_weight[n + r];
       if constexpr (kGradient) {
-        const double outer = rows_.grad_loss[(n + r) * rows_.grad_loss_stride] * rows_.grad_scale;
-        grad_loss[r] = ignored ? C(0) : static_cast<C>(outer * weight[r]);
+        const C outer = rows_.grad_loss_stride == 0 ? common_grad_loss_ : scaled(rows_.grad_loss[n + r]);
+        grad_loss[r] = ignored ? C(0) : outer * weight[r];
       }
     }
   }
@@ -136,6 +140,7 @@ class CrossEntropyTile {
 
   const CrossEntropyRows<T>& rows_;
   const int64_t v_;
+  const C common_grad_loss_;  // for a reduced loss
   alignas(64) C e_[kTileRows * kTileMaxClasses + kLanes<C>];
 };
 

@@ -31,7 +31,7 @@ struct EmbeddingKernels {
   // table lie `table_stride` numbers apart; what it has beyond D may be written. grad_output has `n_rows` rows.
   void (*accumulate)(Compute<T>* table, int64_t table_stride, const int64_t* index, const T* grad_output,
                      int64_t embedding_dim, int64_t padding_idx, int64_t begin, int64_t end, int64_t n_rows);
-  // out[:] = T(scale * sum_k grad_output[positions[k], :]), k in [0, n): `sum` is room for D numbers.
+  // out[:] = T(scale * sum_k grad_output[positions[k], :]), k in [0, n), n > 0: `sum` is room for D numbers.
   void (*sum_rows)(T* out, Compute<T>* sum, const T* grad_output, const int64_t* positions, int64_t n,
                    int64_t embedding_dim, Compute<T> scale);
   // out[v, :] = T(sum_k tables[k, v, :D]) for v in [begin, end); tables lie `table_size` numbers apart.

@@ -6,13 +6,30 @@
 
 namespace charlm::CHARLM_ISA {
 
-// The position of the first index in [begin, end) outside [0, n), or -1. Written without a branch per index, so that
-// it becomes vector code; an index of 2^63 or more is negative as int64_t and so outside as well.
+// Whether every index in [begin, end) is in [0, n). Written without a branch per index, so that it becomes vector code.
+template <class Index>
+bool all_in_range(const Index* index, int64_t begin, int64_t end, int64_t n) {
+  if constexpr (sizeof(Index) < sizeof(int64_t)) {
+    Index smallest = 0, largest = 0;
+    for (int64_t i = begin; i < end; i++) {
+      smallest = index[i] < smallest ? index[i] : smallest;
+      largest = index[i] > largest ? index[i] : largest;
+    }
+    return smallest >= 0 && static_cast<int64_t>(largest) < n;
+  } else {  // i and n - 1 - i are both without sign, or i is outside; 2^63 and more is negative as int64_t
+    uint64_t signs = 0;
+    for (int64_t i = begin; i < end; i++) {
+      const auto value = static_cast<uint64_t>(index[i]);
+      signs |= value | (static_cast<uint64_t>(n) - 1 - value);
+    }
+    return signs >> 63 == 0;
+  }
+}
+
+// The position of the first index in [begin, end) outside [0, n), or -1.
 template <class Index>
 int64_t first_out_of_range(const Index* index, int64_t begin, int64_t end, int64_t n) {
-  bool bad = false;
-  for (int64_t i = begin; i < end; i++) bad |= static_cast<uint64_t>(index[i]) >= static_cast<uint64_t>(n);
-  if (!bad) return -1;
+  if (begin == end || (n > 0 && all_in_range(index, begin, end, n))) return -1;
   int64_t i = begin;
   while (static_cast<uint64_t>(index[i]) < static_cast<uint64_t>(n)) i++;
   return i;
@@ -59,15 +76,25 @@ void with_row_copy(int64_t n, F f) {
   if (!is_short) f.template operator()<LongRow>();
 }
 
+// A row that lies anywhere in a large table comes from memory: it is asked for while the rows before it are copied.
+constexpr int64_t kLongRow = 512;
+
+CHARLM_INLINE void prefetch_row(const char* row, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(row + i);
+}
+
 template <class Index>
 int64_t embedding_forward(const EmbeddingTable& table, const Index* index, char* output, int64_t begin, int64_t end) {
   const int64_t bad = first_out_of_range(index, begin, end, table.num_embeddings);
   if (bad >= 0) return bad;
-  const int64_t row_bytes = table.embedding_dim * table.element_size;
+  const int64_t row_bytes = table.embedding_dim * table.element_size, stride = table.row_stride;
+  const char* const weight = table.weight;
   if (table.column_stride == table.element_size) {
-    with_row_copy(row_bytes, [&]<class Row>() {
+    with_row_copy(row_bytes, [=]<class Row>() {  // by value: writing bytes may change anything that has an address
       for (int64_t n = begin; n < end; n++) {
-        Row::copy(output + n * row_bytes, table.weight + static_cast<int64_t>(index[n]) * table.row_stride, row_bytes);
+        if (row_bytes > kLongRow && n + 2 < end)
+          prefetch_row(weight + static_cast<int64_t>(index[n + 2]) * stride, row_bytes);
+        Row::copy(output + n * row_bytes, weight + static_cast<int64_t>(index[n]) * stride, row_bytes);
       }
     });
     return -1;
@@ -133,10 +160,6 @@ template <class T>
 void embedding_sum_rows(T* out, Compute<T>* sum, const T* grad_output, const int64_t* positions, int64_t n,
                         int64_t embedding_dim, Compute<T> scale) {
   using C = Compute<T>;
-  if (n == 0) {
-    memset(out, 0, embedding_dim * sizeof(T));
-    return;
-  }
   // The last row is added on the way out; for a word that occurs once, it is the only one.
   const T* last = grad_output + positions[n - 1] * embedding_dim;
   memset(sum, 0, n > 1 ? embedding_dim * sizeof(C) : 0);

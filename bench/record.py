@@ -1,0 +1,194 @@
+"""The JSON of a run: who measured it, writing, reading, comparing two, and the README's table from the recorded one."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import charlm
+from bench.cases import FLOORS, BadRequest
+from bench.jax_peer import cores
+from bench.measure import Result
+
+SCHEMA = 1
+RECORD = Path(__file__).with_name("record.json")
+REGRESSION = 1.10  # so much slower, after the floor's own change
+CPUINFO = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+# The README's rows: case, and how it says what is timed.
+HEADLINES = {
+    "cross_entropy/default/32x27/float32": "cross_entropy, 32 × 27",
+    "cross_entropy/default/4096x27/float32": "4096 × 27",
+    "cross_entropy/default/65536x65/float32": "65536 × 65",
+    "cross_entropy/default/65536x256/float32": "65536 × 256",
+    "cross_entropy/default/2048x32000/float32": "2048 × 32000",
+    "cross_entropy/default/1024x128256/float32": "1024 × 128256",
+    "cross_entropy/default/2048x32000/bfloat16": "2048 × 32000, bfloat16",
+    "cross_entropy/inplace_forward/65536x256/float32": '65536 × 256, `inplace="forward"`',
+    "cross_entropy/inplace_forward/2048x32000/float32": '2048 × 32000, `inplace="forward"`',
+    "cross_entropy/inplace_backward/2048x32000/float32": '2048 × 32000, `inplace="backward"`',
+    "embedding/int64/98304x27x10/float32": "embedding, 98304 of 27 × 10",
+    "embedding_backward/default/98304x27x10/float32": "its gradient",
+    "embedding_backward/default/65536x256x64/float32": "its gradient, 65536 of 256 × 64",
+}
+
+
+def header() -> dict[str, Any]:
+    """Machine, versions, instruction set and threads."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "cores": cores(),
+        "caches": _caches(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "instruction_set": charlm.build_info()["instruction_set_in_use"],
+        "python": platform.python_version(),
+        "charlm": charlm.build_info()["charlm"],
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "jax": _version("jax"),
+    }
+
+
+def _processor() -> str:
+    """ "AMD EPYC, family 25 model 1"; virtual machines often hide the rest of the name."""
+    if not CPUINFO.exists():
+        return platform.processor() or platform.machine()
+    fields = {}
+    for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name", platform.machine())
+    return f"{name}, family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else name
+
+
+def _caches() -> str | None:
+    """ "L1 32K, L2 512K, L3 32768K", as core 0 sees them."""
+    sizes = {}
+    for index in sorted(CACHES.glob("index*")):
+        level, kind, size = ((index / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            sizes[f"L{level}"] = size
+    return ", ".join(f"{level} {size}" for level, size in sizes.items()) or None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(RECORD.parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    case = asdict(result.case)
+    case["goals"] = [
+        {**asdict(goal), "measured": result.figures.get(goal.figure), "reached": reached}
+        for goal, reached in result.goals()
+    ]
+    times = {name: timing and timing._asdict() for name, timing in result.times.items()}
+    others = {name: getattr(result, name) for name in ("bytes", "figures", "memory", "absent", "discarded", "error")}
+    return {"name": result.case.name, **case, "times": times, **others}
+
+
+def write(path: Path, results: list[Result], **parts: Any) -> None:
+    """parts: "scaling" and "grid", where they were run."""
+    content = {"schema": SCHEMA, "header": header(), "cases": [to_json(result) for result in results], **parts}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRequest(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise BadRequest(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise BadRequest(f"{path} is no record of this benchmark, or of another version of it")
+    return content
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each case of both: the time of ours in new / in old, divided by the same ratio of a floor that both have.
+
+    The floor's ratio takes out what another machine, or another day, changes for everything.
+    """
+    before = {case["name"]: case for case in old["cases"]}
+    rows = []
+    for case in new["cases"]:
+        earlier = before.get(case["name"])
+        if earlier is None or not case["times"] or not earlier["times"]:
+            continue
+        floor = next((name for name in FLOORS if case["times"].get(name) and earlier["times"].get(name)), None)
+        raw = _ratio(case, earlier, "ours")
+        ratio = raw / _ratio(case, earlier, floor) if floor else raw
+        rows.append(
+            {
+                "name": case["name"],
+                "old": earlier["times"]["ours"]["median"],
+                "new": case["times"]["ours"]["median"],
+                "floor": floor,
+                "ratio": ratio,
+                "regression": ratio > REGRESSION,
+            }
+        )
+    return rows
+
+
+def _ratio(new: dict[str, Any], old: dict[str, Any], contender: str) -> float:
+    return new["times"][contender]["median"] / old["times"][contender]["median"]
+
+
+def readme_table(record: dict[str, Any]) -> str:
+    """The README's table of speed, in Markdown."""
+    cases = {case["name"]: case for case in record["cases"]}
+    lines = ["| work | time | × copy | × torch eager | × best peer |", "|---|---|---|---|---|"]
+    for name, work in HEADLINES.items():
+        case = cases.get(name)
+        if case is None or not case["times"]:
+            continue
+        figures = case["figures"]
+        copy = next((figures[floor] for floor in ("copy", "fresh_copy", "read_write") if floor in figures), None)
+        ratios = [copy, figures.get("eager"), figures.get("best_peer")]
+        cells = [work, duration(case["times"]["ours"]["median"]), *("–" if r is None else ratio(r) for r in ratios)]
+        lines.append(f"| {' | '.join(cells)} |")
+    made = record["header"]
+    peers = "torch eager, torch.compile" + (f" and JAX {made['jax']}" if made["jax"] else "")
+    lines += [
+        "",
+        f"({made['processor']}, {made['threads']} threads, {made['instruction_set']}, torch {made['torch']}; float32, "
+        "forward and gradient, unless said. × copy: ours / one copy of the logits, for an embedding of its output, for "
+        f"its gradient one read and one write. The others: how many times faster than torch, and than the best of "
+        f"{peers}.)",
+    ]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Three digits: 4.51 ms, 17.2 µs, 312 µs."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:#.3g} {unit}".replace(". ", " ")
+    return f"{seconds * 1e9:.0f} ns"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 9.95 else f"{value:.0f}" if value > 99.5 else f"{value:.1f}"
