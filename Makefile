@@ -14,6 +14,7 @@ OUT ?= out
 VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+LINTED_CXX_FILES := $(CXX_FILES) bench/noop.cpp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: train test bench lint format build clean distclean
@@ -30,19 +31,19 @@ bench: $(VENV)/bench $(VENV)/built
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run -Werror $(LINTED_CXX_FILES)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(LINTED_CXX_FILES)
 
 build: $(VENV)/built
 
 clean:
 	rm -rf build dist *.egg-info charlm/_C.*.so charlm/_build_config.json $(VENV)/built
 	rm -rf .pytest_cache .hypothesis .ruff_cache
-	find charlm tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	find bench charlm tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV) $(OUT)

@@ -126,10 +126,13 @@ def cross_entropy(
         loss_n = t_n * [ sum_c w_c * p'_nc * -logp_nc + lse_square_scale * lse_n**2 ]
         mean   = sum_n loss_n / sum_n t_n
 
-    Arithmetic and sums are in float32 (float64 for float64) and each result is rounded once. The forward keeps two
-    numbers per target, never a softmax; the backward makes the gradient from the logits once the gradient of the loss
-    is known, so that a GradScaler's factor comes before the rounding to float16. Logits that are changed in place in
-    between therefore raise, where torch would not notice. Same bits for any number of threads.
+    Arithmetic and sums are in float32 (float64 for float64) and each result is rounded once. A mean or a sum over
+    logits that require grad makes their gradient together with the loss, in one walk over the logits, and keeps it for
+    backward: the gradient of the loss is 1 nearly always, and a power of two scales without rounding. For any other,
+    for "none" and for float16, backward makes the gradient from the logits and two numbers per target, so that a
+    GradScaler's factor comes before the rounding to float16. A loss that nobody will differentiate belongs under
+    `torch.no_grad()`. Logits that are changed in place between the loss and its backward raise, where torch would not
+    notice. Same bits for any number of threads.
 
     Sources: label smoothing, Szegedy et al. 2016; the z-loss `lse_square_scale`, Chowdhery et al. 2022 (PaLM, sec. 5);
     `softcap`, Gemma Team 2024 (Gemma 2, sec. 2).
