@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from charlm import functional, reference
 from charlm.testing import FLOAT_DTYPES
@@ -73,6 +74,32 @@ def test_a_loss_without_backward_writes_nothing_and_frees_everything() -> None:
     assert torch.equal(functional.cross_entropy(logits, target), functional.cross_entropy(logits.detach(), target))
     assert logits.grad is None
     assert torch.equal(logits, before)
+
+
+def _ops_of_a_loss() -> set[str]:
+    logits, target = _arguments(torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        functional.cross_entropy(logits, target).backward()
+    return {event.name for event in profile.events() if event.name.startswith("charlm::")}
+
+
+def test_a_loss_and_its_backward_are_one_op() -> None:
+    assert _ops_of_a_loss() == {"charlm::cross_entropy", "charlm::cross_entropy_forward_backward"}
+
+
+def test_hooks_on_saved_tensors_get_all_that_is_kept() -> None:
+    # Activation checkpointing and offloading: a gradient kept beside them would undo what they save.
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        ops = _ops_of_a_loss()
+    assert ops == {"charlm::cross_entropy", "charlm::cross_entropy_backward"}
+
+
+def test_a_checkpointed_loss_has_the_same_gradient() -> None:
+    logits, target = _arguments(torch.float32)
+    loss = torch.utils.checkpoint.checkpoint(functional.cross_entropy, logits, target, use_reentrant=False)
+    (grad,) = torch.autograd.grad(loss, logits)
+    (expected,) = torch.autograd.grad(functional.cross_entropy(logits, target), logits)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_a_batch_of_gradients_of_the_loss() -> None:

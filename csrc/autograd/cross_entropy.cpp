@@ -3,6 +3,7 @@
 // always for float16, the backward makes it from the logits and two numbers per row: nothing is rounded before the
 // scale is known.
 #include <ATen/MemoryOverlap.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
@@ -142,11 +143,13 @@ LossAndNormalizer by_formula(const CrossEntropyOptions& options, const Tensor& i
 }
 
 // Where the gradient depends on the loss's by a factor alone. A traced call keeps to ops whose results do not depend on
-// the value of that factor.
+// the value of that factor; and where hooks decide what becomes of saved tensors (activation checkpointing,
+// offloading), nothing of the logits' size is kept beside them.
 bool makes_gradient_ahead(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                           const OptionalTensor& weight) {
   return requires_grad(input) && !requires_grad(target) && !requires_grad(weight) && !options.is(Reduction::kNone) &&
-         input.scalar_type() != at::kHalf && is_plain(input) && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+         input.scalar_type() != at::kHalf && is_plain(input) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value();
 }
 
 LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
