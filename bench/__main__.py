@@ -109,8 +109,9 @@ def run(
         if plot is not None:
             from bench import scaling
 
-            parts["scaling"] = scaling.measure(quick)
-    if plot is not None:
+            with problems.collected("--plot: "):
+                parts["scaling"] = scaling.measure(quick)
+    if "scaling" in parts:
         with problems.collected():
             scaling.draw(parts["scaling"], plot)
     if json_file is not None:

@@ -94,9 +94,14 @@ class CrossEntropyTile {
     const Mask<C> last = first_lanes<C>(v_ - whole);
     for (int r = 0; r < kTileRows; r++) {
       const C* e = e_ + r * v_;
-      V s = select<C>(last, load(e + whole, Whole{}), V{});  // what lies behind the row is another row, or padding
-      for (int64_t c = 0; c < whole; c += kLanes<C>) s += load(e + c, Whole{});
-      sum[r] = reduce_sum<C>(s);
+      // What lies behind the row is another row, or padding.
+      V s[4] = {select<C>(last, load(e + whole, Whole{}), V{})};
+      int64_t c = 0;
+      for (; c + 4 * kLanes<C> <= whole; c += 4 * kLanes<C>) {  // four chains: each addition to a long one rounds again
+        for (int k = 0; k < 4; k++) s[k] += load(e + c + k * kLanes<C>, Whole{});
+      }
+      for (; c < whole; c += kLanes<C>) s[0] += load(e + c, Whole{});
+      sum[r] = reduce_sum<C>((s[0] + s[1]) + (s[2] + s[3]));
     }
   }
 
