@@ -85,6 +85,43 @@ def test_logits_that_need_their_maximum_get_it(name: str, dtype: torch.dtype, is
     _assert_equal_to_rounding(SPECIAL[name].to(dtype), target, reduction="none")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_loss_far_beyond_the_smallest_probability_is_exact(dtype: torch.dtype, isa: str) -> None:
+    for largest, target_logit in ((43, -60), (10, -75), (0, -100), (60, -20)):
+        logits = torch.zeros(N, 27, dtype=dtype)
+        logits[:, 0], logits[:, 5] = largest, target_logit
+        target = torch.full((N,), 5)
+        losses = functional.cross_entropy(logits, target, reduction="none")
+        expected = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
+        torch.testing.assert_close(losses, expected.to(dtype))
+
+
+def test_a_gradient_of_the_loss_near_the_ends_of_float_is_kept(isa: str) -> None:
+    for offset, scale in ((-10.0, 1e25), (10.0, 1e-25)):
+        logits = torch.full((16, 3), offset, requires_grad=True)
+        loss = functional.cross_entropy(logits, torch.zeros(16, dtype=torch.int64), reduction="sum")
+        (grad,) = torch.autograd.grad(loss * scale, logits)
+        expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3]).mul(scale).expand(16, 3)
+        torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0)
+
+
+def test_an_ignored_row_has_a_loss_of_plus_zero(isa: str) -> None:
+    losses = functional.cross_entropy(torch.randn(16, 5), torch.full((16,), -100), reduction="none")
+    assert not losses.signbit().any()
+
+
+@pytest.mark.parametrize("vocab_size", [4, 27, 300, 5000])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_of_minus_infinity_has_a_gradient_of_nans_like_torch(reduction: str, vocab_size: int, isa: str) -> None:
+    logits = torch.randn(33, vocab_size)
+    logits[5] = -torch.inf
+    logits.requires_grad_()
+    loss = functional.cross_entropy(logits, torch.zeros(33, dtype=torch.int64), reduction=reduction)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    assert grad[5].isnan().all()
+    assert grad[4].isfinite().all()
+
+
 def test_a_masked_class_has_a_gradient_of_exactly_zero(isa: str) -> None:
     logits = SPECIAL["masked_classes"].clone().requires_grad_()
     functional.cross_entropy(logits, torch.ones(N, dtype=torch.int64)).backward()

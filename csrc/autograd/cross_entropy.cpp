@@ -61,7 +61,8 @@ struct CrossEntropyBackward final : Node {
     return result;
   }
 
-  // Multiplies by a power of two, which rounds nothing; false for other numbers, and where they cannot be read.
+  // Multiplies by a power of two, which rounds no normal number; false for other numbers, and where they cannot be
+  // read.
   static bool scale_exactly(const Tensor& grad, const Tensor& grad_loss) {
     if (!is_plain(grad_loss)) return false;
     int exponent = 0;

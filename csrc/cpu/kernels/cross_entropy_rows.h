@@ -69,7 +69,9 @@ class CrossEntropyRow {
     const C target_logit = is_probability(kDense) ? C(0) : logit(target_);
     C chunk_max[kMaxChunks];
     const Walk w = walk<true>(e, chunk_max);
-    const C row_loss = loss(w, target_logit), g = grad_loss(), softmax_factor = (sparse() + dense_factor(w)) / w.sum;
+    const C row_loss = loss(w, target_logit), g = grad_loss();
+    // A row of nothing but -inf has no softmax: NaN, as in torch.
+    const C softmax_factor = w.max == -INFINITY ? C(NAN) : (sparse() + dense_factor(w)) / w.sum;
     const C at_target = gradient_at_target(target_logit, w, g);
     for_each_chunk([&](int64_t chunk, int64_t begin, int64_t size) {
       const C rescale = chunk_max[chunk] == w.max ? C(1) : exp(broadcast<C>(chunk_max[chunk] - w.max))[0];

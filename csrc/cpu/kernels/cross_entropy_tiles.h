@@ -46,8 +46,8 @@ class CrossEntropyTile {
     for (int k = 0; k < kVectors; k++) {
       const V s = load(sum + k * kLanes<C>, Whole{}), e = load(at_target + k * kLanes<C>, Whole{});
       const V w = load(weight + k * kLanes<C>, Whole{}), p = e / s;
-      good &= (s > kSmallestSum) & (s < kLargestSum) & (e > kSmallestTarget);
-      loss[k] = -w * log<C>(p);
+      good &= (s > kSmallestSum) & (s < kLargestSum) & (p > kSmallestProbability);
+      loss[k] = w * (V{} - log<C>(p));  // +0 where p is 1
       if constexpr (kGradient) {
         const V g = load(grad_loss + k * kLanes<C>, Whole{});
         factor[k] = g / s;
@@ -68,10 +68,11 @@ class CrossEntropyTile {
   }
 
  private:
-  // exp(80) and the sum of 256 of them are finite; a term that is flushed to zero below exp(-87) is less than 2^-60 of
-  // the smallest sum. Beyond these bounds the maximum is needed.
-  static constexpr C kLargestLogit = 80, kSmallestSum = C(0x1p-64), kLargestSum = C(0x1p64),
-                     kSmallestTarget = C(0x1p-100);
+  // exp(80) and the sum of 256 of them are finite; a term that is flushed to zero below exp(-87) is less than 2^-105 of
+  // the smallest sum; g / S is a normal number for any g above 1e-28. Beyond these bounds the maximum is needed, and so
+  // it is for a target so improbable that its logarithm would be one of a subnormal number.
+  static constexpr C kLargestLogit = 80, kSmallestSum = C(0x1p-20), kLargestSum = C(0x1p32),
+                     kSmallestProbability = C(0x1p-100);
 
   // e_[r, c] = exp(z_rc), [16, V] as in memory
   void exponentials(const T* logits, const T* grad) {

@@ -64,8 +64,9 @@ CHARLM_INLINE void exp(Vec<C> (&x)[K]) {
   }
   for (int i = 0; i < K; i++) p[i] = p[i] * (r[i] * r[i]) + r[i];
   for (int i = 0; i < K; i++) p[i] = p[i] + 1;
+  using Bits = typename Constant::Bits;
   for (int i = 0; i < K; i++) {  // 2^n: n is added to the exponent's bits
-    const Mask<C> bits = bit_cast<Mask<C>>(p[i]) + (bit_cast<Mask<C>>(shifted[i]) << Constant::kFractionBits);
+    const Bits bits = bit_cast<Bits>(p[i]) + (bit_cast<Bits>(shifted[i]) << Constant::kFractionBits);
     x[i] = x[i] < Constant::kSmallestExponent ? Vec<C>{} : bit_cast<Vec<C>>(bits);
   }
 }
