@@ -97,7 +97,7 @@ class Gradient {
 
   Tensor operator()() const {
     Tensor grad = new_output({v_, d_}, grad_output_.options());
-    if (v_ * d_ <= kTableElements && v_ * n_tables() <= n_ && !scale_grad_by_freq_) {
+    if (v_ * table_stride() <= kTableElements && v_ * n_tables() <= n_ && !scale_grad_by_freq_) {
       from_tables(grad);
     } else {
       from_sorted(grad);
@@ -114,6 +114,9 @@ class Gradient {
 
   int64_t n_tables() const { return std::clamp<int64_t>(n_ / 4096, 1, 16); }
 
+  // Rows of a table are whole vectors.
+  int64_t table_stride() const { return (d_ + kVectorElements - 1) / kVectorElements * kVectorElements; }
+
   // IndexError for the first index outside [0, V).
   void check_indices(const Tensor& given) const {
     std::atomic<bool> bad = false;
@@ -126,7 +129,7 @@ class Gradient {
 
   // Few rows: each of a fixed number of blocks of indices has a whole table of its own; then they are added up.
   void from_tables(const Tensor& grad) const {
-    const int64_t n_blocks = n_tables(), stride = (d_ + kVectorElements - 1) / kVectorElements * kVectorElements;
+    const int64_t n_blocks = n_tables(), stride = table_stride();
     const Tensor tables =
         at::empty({n_blocks, v_ * stride}, grad.options().dtype(std::is_same_v<C, double> ? at::kDouble : at::kFloat));
     C* const all = mutable_data<C>(tables);
