@@ -62,6 +62,24 @@ CHARLM_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
   return a > b ? a : b;
 }
 
+// b where either is NaN. Of a constant b, GCC would make a comparison and a blend.
+template <class C>
+CHARLM_INLINE Vec<C> min(Vec<C> a, Vec<C> b) {
+  return a < b ? a : b;
+}
+
+#if defined(__AVX512F__)
+template <>
+CHARLM_INLINE Vec<float> min<float>(Vec<float> a, Vec<float> b) {
+  return _mm512_min_ps(a, b);
+}
+#elif defined(__AVX2__)
+template <>
+CHARLM_INLINE Vec<float> min<float>(Vec<float> a, Vec<float> b) {
+  return _mm256_min_ps(a, b);
+}
+#endif
+
 // The first n lanes.
 template <class C>
 CHARLM_INLINE Mask<C> first_lanes(int64_t n) {
@@ -116,9 +134,23 @@ CHARLM_INLINE bool any(Mask<C> mask) {
   return found != 0;
 }
 
+typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
+
+// table[i % lanes] for each lane i of `index`, where that is one instruction.
+#if defined(__AVX512F__)
+#define CHARLM_HAS_LOOKUP 1
+CHARLM_INLINE VecU32 lookup(VecU32 table, VecU32 index) {
+  return (VecU32)_mm512_permutexvar_epi32((__m512i)index, (__m512i)table);
+}
+#elif defined(__AVX2__)
+#define CHARLM_HAS_LOOKUP 1
+CHARLM_INLINE VecU32 lookup(VecU32 table, VecU32 index) {
+  return (VecU32)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)index);
+}
+#endif
+
 // ---------------------------------------------------------------------------------------------- loads and stores
 
-typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfVecU16 __attribute__((vector_size(kVectorBytes / 2)));
 
 CHARLM_INLINE Vec<float> widen(BFloat16, HalfVecU16 bits) {
