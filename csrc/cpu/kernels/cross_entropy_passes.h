@@ -56,8 +56,9 @@ double walk(const CrossEntropyRows<T>& rows, Compute<T>* scratch, int64_t begin,
   if (end - begin >= kTileRows && is_tiled(rows, kPass != Pass::kForward)) {
     CrossEntropyTile<T, kPass> tile(rows);
     for (; begin + kTileRows <= end; begin += kTileRows) {
-      if (!tile(begin, sum)) sum += walk_rows<T, kPass>(rows, scratch, begin, begin + kTileRows);
+      if (!tile(begin)) sum += walk_rows<T, kPass>(rows, scratch, begin, begin + kTileRows);
     }
+    sum += tile.total();
   }
   return sum + walk_rows<T, kPass>(rows, scratch, begin, end);
 }

@@ -14,6 +14,7 @@ namespace charlm::CHARLM_ISA {
 
 constexpr int kTileRows = 16;  // a multiple of every number of lanes
 constexpr int kTileMaxClasses = 256;
+constexpr int kTileMaxFixed = 9;  // vectors in a row; 65 classes take nine of eight
 
 template <class T>
 bool is_tiled(const CrossEntropyRows<T>& rows, bool with_gradient) {
@@ -28,43 +29,54 @@ template <class T, Pass kPass>
 class CrossEntropyTile {
   using C = Compute<T>;
   using V = Vec<C>;
-  static constexpr int kVectors = kTileRows / kLanes<C>;  // of one number per row
+  using PerRow = C[kTileRows];
   static constexpr bool kLoss = kPass != Pass::kBackward, kGradient = kPass != Pass::kForward;
 
  public:
   explicit CrossEntropyTile(const CrossEntropyRows<T>& rows)
       : rows_(rows), v_(rows.n_classes), common_grad_loss_(kGradient ? scaled(*rows.grad_loss) : C(0)) {}
 
-  // Rows [n, n + 16): adds their losses to `total`. False, and nothing is written, if they must go row by row.
-  bool operator()(int64_t n, double& total) {
+  // Rows [n, n + 16). False, and nothing is written, if they must go row by row.
+  bool operator()(int64_t n) {
     exponentials(rows_.logits + n * v_, kGradient ? rows_.grad + n * v_ : nullptr);
-    C sum[kTileRows], at_target[kTileRows], weight[kTileRows], grad_loss[kTileRows];
-    row_sums(sum);
-    targets(n, sum, at_target, weight, grad_loss);
-    V loss[kVectors], factor[kVectors], difference[kVectors];
+    PerRow sum, factor, difference, loss;
+    with_row_vectors([&](auto count) { row_sums(count, sum); });
+    targets(n);
     Mask<C> good = ~Mask<C>{};
-    for (int k = 0; k < kVectors; k++) {
-      const V s = load(sum + k * kLanes<C>, Whole{}), e = load(at_target + k * kLanes<C>, Whole{});
-      const V w = load(weight + k * kLanes<C>, Whole{}), p = e / s;
+    for (int r = 0; r < kTileRows; r += kLanes<C>) {
+      const auto at = [r](const PerRow& x) { return load(x + r, Whole{}); };
+      const Mask<C> counted = at(counted_) != 0;
+      const V s = at(sum), p = select<C>(counted, at(at_target_) / s, broadcast<C>(1));
+      const V w = is_weighted() ? at(weight_) : at(counted_);
       good &= (s > kSmallestSum) & (s < kLargestSum) & (p > kSmallestProbability);
-      loss[k] = w * (V{} - log<C>(p));  // +0 where p is 1
+      store(loss + r, V(w * (V{} - log<C>(p))), Whole{});  // +0 where p is 1
       if constexpr (kGradient) {
-        const V g = load(grad_loss + k * kLanes<C>, Whole{});
-        factor[k] = g / s;
-        difference[k] = g * (p - 1);
+        const V outer = rows_.grad_loss_stride == 0 ? broadcast<C>(common_grad_loss_) : at(grad_loss_);
+        const V g = select<C>(counted, outer * w, V{});
+        store(factor + r, V(g / s), Whole{});
+        store(difference + r, V(g * (p - 1)), Whole{});
       }
     }
     if (any<C>(~good)) return false;
     if constexpr (kLoss) {
       memset(rows_.row_max + n, 0, sizeof sum);
       memcpy(rows_.row_sum + n, sum, sizeof sum);
-      C losses[kTileRows];
-      memcpy(losses, loss, sizeof losses);
-      for (int r = 0; r < kTileRows; r++) total += losses[r];
-      for (int r = 0; rows_.loss && r < kTileRows; r++) store_one(rows_.loss + n + r, losses[r]);
+      for (int r = 0; r < kTileRows; r++) total_[r % kLanes<C>] += loss[r];
+      for (int r = 0; rows_.loss && r < kTileRows; r++) store_one(rows_.loss + n + r, loss[r]);
     }
-    if constexpr (kGradient) gradients(n, factor, difference);
+    if constexpr (kGradient) {
+      T* const grad = rows_.grad + n * v_;
+      with_row_vectors([&](auto count) { gradients(count, grad, factor); });
+      for (int r = 0; r < kTileRows; r++) store_one(grad + target_[r], difference[r]);
+    }
     return true;
+  }
+
+  // The sum of the losses so far.
+  double total() const {
+    double sum = 0;
+    for (const double part : total_) sum += part;
+    return sum;
   }
 
  private:
@@ -83,64 +95,87 @@ class CrossEntropyTile {
       V e[K];
       for (int k = 0; k < K; k++) {
         const V z = load(logits + i + k * kLanes<C>, width, C(0));
-        e[k] = z < kLargestLogit ? z : broadcast<C>(kLargestLogit);  // NaN becomes too large as well
+        e[k] = min<C>(z, broadcast<C>(kLargestLogit));  // NaN becomes too large as well
       }
       exp<C, K>(e);
       for (int k = 0; k < K; k++) store(e_ + i + k * kLanes<C>, e[k], Whole{});
     });
   }
 
-  void row_sums(C* sum) const {
-    const int64_t whole = v_ / kLanes<C> * kLanes<C>;
+  // Calls f(Count<K>) with the number of vectors that a row takes, for loops of fixed length; Count<0> if it takes
+  // many.
+  template <int K = 1, class F>
+  void with_row_vectors(F&& f) const {
+    if constexpr (K > kTileMaxFixed) {
+      f(Count<0>{});
+    } else if (v_ > K * kLanes<C>) {
+      with_row_vectors<K + 1>(f);
+    } else {
+      f(Count<K>{});
+    }
+  }
+
+  template <int K>
+  void row_sums(Count<K>, PerRow& sum) const {
+    const int64_t whole = K > 0 ? (K - 1) * kLanes<C> : (v_ - 1) / kLanes<C> * kLanes<C>;
     const Mask<C> last = first_lanes<C>(v_ - whole);
-    for (int r = 0; r < kTileRows; r++) {
-      const C* e = e_ + r * v_;
-      // What lies behind the row is another row, or padding.
-      V s[4] = {select<C>(last, load(e + whole, Whole{}), V{})};
-      int64_t c = 0;
-      for (; c + 4 * kLanes<C> <= whole; c += 4 * kLanes<C>) {  // four chains: each addition to a long one rounds again
-        for (int k = 0; k < 4; k++) s[k] += load(e + c + k * kLanes<C>, Whole{});
+    for (int r = 0; r < kTileRows; r += kLanes<C>) {
+      V s[kLanes<C>];
+      for (int i = 0; i < kLanes<C>; i++) {
+        const C* e = e_ + (r + i) * v_;
+        // What lies behind the row is another row, or padding.
+        V chain[4] = {select<C>(last, load(e + whole, Whole{}), V{})};
+        // Four chains: each addition to a long one rounds again.
+        int64_t c = 0;
+        for (; c + 4 * kLanes<C> <= whole; c += 4 * kLanes<C>) {
+          for (int k = 0; k < 4; k++) chain[k] += load(e + c + k * kLanes<C>, Whole{});
+        }
+        for (; c < whole; c += kLanes<C>) chain[0] += load(e + c, Whole{});
+        s[i] = (chain[0] + chain[1]) + (chain[2] + chain[3]);
       }
-      for (; c < whole; c += kLanes<C>) s[0] += load(e + c, Whole{});
-      sum[r] = reduce_sum<C>((s[0] + s[1]) + (s[2] + s[3]));
+      store(sum + r, reduce_sums<C>(s), Whole{});
     }
   }
 
   C scaled(C grad_loss) const { return static_cast<C>(grad_loss * rows_.grad_scale); }
 
-  // An ignored row weighs nothing and, for the logarithm's sake, has probability 1. The gradient of a row's loss is
-  // zero there too, whatever the others are multiplied by: 1 / 0, if every row is ignored.
-  void targets(int64_t n, const C* sum, C* at_target, C* weight, C* grad_loss) const {
+  bool is_weighted() const { return rows_.weight || rows_.token_weight; }
+
+  // An ignored row weighs nothing and, for the logarithm's sake, has probability 1; its gradient is zero even where the
+  // loss's own is not a number: 1 / 0, if every row is ignored.
+  void targets(int64_t n) {
     for (int r = 0; r < kTileRows; r++) {
       const int64_t y = rows_.target[n + r];
       const bool ignored = y == rows_.ignore_index;
-      at_target[r] = ignored ? sum[r] : e_[r * v_ + y];
-      weight[r] = ignored ? C(0) : rows_.weight ? rows_.weight[y] : C(1);
-      if (rows_.token_weight && !ignored) weight[r] *= rows_.token_weight[n + r];
-      if constexpr (kGradient) {
-        const C outer = rows_.grad_loss_stride == 0 ? common_grad_loss_ : scaled(rows_.grad_loss[n + r]);
-        grad_loss[r] = ignored ? C(0) : outer * weight[r];
-      }
+      target_[r] = static_cast<int>(r * v_ + (ignored ? 0 : y));
+      counted_[r] = ignored ? C(0) : C(1);
+      at_target_[r] = e_[target_[r]];
+    }
+    for (int r = 0; is_weighted() && r < kTileRows; r++) {
+      weight_[r] = counted_[r];
+      if (rows_.weight && counted_[r] != 0) weight_[r] = rows_.weight[rows_.target[n + r]];
+      if (rows_.token_weight && counted_[r] != 0) weight_[r] *= rows_.token_weight[n + r];
+    }
+    for (int r = 0; kGradient && rows_.grad_loss_stride != 0 && r < kTileRows; r++) {
+      grad_loss_[r] = scaled(rows_.grad_loss[n + r]);
     }
   }
 
-  void gradients(int64_t n, const V* factors, const V* differences) const {
-    C factor[kTileRows], difference[kTileRows];
-    memcpy(factor, factors, sizeof factor);
-    memcpy(difference, differences, sizeof difference);
-    T* const grad = rows_.grad + n * v_;
+  template <int K>
+  void gradients(Count<K>, T* grad, const PerRow& factor) const {
     for (int r = 0; r < kTileRows; r++) {
       // Whole vectors that reach into the next rows, which are written after this one; parts at the end of the tile.
-      const int64_t begin = r * v_, room = kTileRows * v_ - begin;
-      int64_t c = 0;
-      for (; c < v_ && c + kLanes<C> <= room; c += kLanes<C>) {
-        store(grad + begin + c, V(load(e_ + begin + c, Whole{}) * factor[r]), Whole{});
+      const C* e = e_ + r * v_;
+      T* const row = grad + r * v_;
+      const int64_t room = (kTileRows - r) * v_;
+      const auto step = [&](int64_t c, auto width) { store(row + c, V(load(e + c, Whole{}) * factor[r]), width); };
+      if (K > 0 && K * kLanes<C> <= room) {
+        for (int k = 0; k < K; k++) step(k * kLanes<C>, Whole{});
+      } else {
+        int64_t c = 0;
+        for (; c < v_ && c + kLanes<C> <= room; c += kLanes<C>) step(c, Whole{});
+        if (c < v_) v_ >= kLanes<C> ? step(v_ - kLanes<C>, Whole{}) : step(c, Part{v_ - c});
       }
-      if (c < v_) store(grad + begin + c, V(load(e_ + begin + c, Whole{}) * factor[r]), Part{v_ - c});
-    }
-    for (int r = 0; r < kTileRows; r++) {
-      const int64_t y = rows_.target[n + r];
-      if (y != rows_.ignore_index) store_one(grad + r * v_ + y, difference[r]);
     }
   }
 
@@ -148,6 +183,10 @@ class CrossEntropyTile {
   const int64_t v_;
   const C common_grad_loss_;  // for a reduced loss
   alignas(64) C e_[kTileRows * kTileMaxClasses + kLanes<C>];
+  int target_[kTileRows];  // where in the tile
+  PerRow counted_;         // 1, or 0 where the target is ignored
+  PerRow at_target_, weight_, grad_loss_;
+  double total_[kLanes<C>] = {};  // of the rows whose number has this remainder: additions that need not wait
 };
 
 }  // namespace charlm::CHARLM_ISA

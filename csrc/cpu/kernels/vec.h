@@ -5,6 +5,8 @@
 
 #include <string.h>
 
+#include <utility>
+
 #if defined(__F16C__) || defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -120,6 +122,37 @@ CHARLM_INLINE C reduce_sum(Vec<C> v) {
   return reduce<C>([](auto a, auto b) { return a + b; }, lanes);
 }
 
+#ifdef __clang__
+#define CHARLM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC has that from version 12 on only
+#define CHARLM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask<C>{__VA_ARGS__})
+#endif
+
+// Adds neighbouring elements of kElement lanes, of a for the first half of each block of kBlock lanes, of b for the
+// second: [a0 + a1, a2 + a3, b0 + b1, b2 + b3], if a block is four elements.
+template <class C, int kElement, int kBlock, int... lane>
+CHARLM_INLINE Vec<C> add_neighbours(Vec<C> a, Vec<C> b, std::integer_sequence<int, lane...>) {
+  constexpr int kHalf = kBlock / kElement / 2;
+  constexpr auto first = [](int i) {
+    const int element = i % kBlock / kElement;
+    return i / kBlock * kBlock + element % kHalf * 2 * kElement + i % kElement + (element < kHalf ? 0 : kLanes<C>);
+  };
+  return CHARLM_SHUFFLE(a, b, first(lane)...) + CHARLM_SHUFFLE(a, b, (first(lane) + kElement)...);
+}
+
+// The sums of the lanes of as many vectors as one has lanes: [sum(v[0]), sum(v[1]), …]. Within 16 bytes first, where
+// shuffles are fastest.
+template <class C, int kCount = kLanes<C>>
+CHARLM_INLINE Vec<C> reduce_sums(const Vec<C>* v) {
+  if constexpr (kCount == 1) return *v;
+  if constexpr (kCount > 1) {
+    constexpr int kFew = 16 / sizeof(C);
+    const Vec<C> a = reduce_sums<C, kCount / 2>(v), b = reduce_sums<C, kCount / 2>(v + kCount / 2);
+    constexpr std::make_integer_sequence<int, kLanes<C>> lanes;
+    return kCount <= kFew ? add_neighbours<C, 1, kFew>(a, b, lanes) : add_neighbours<C, kFew, kLanes<C>>(a, b, lanes);
+  }
+}
+
 template <class C>
 CHARLM_INLINE C reduce_max(Vec<C> v) {
   C lanes[kLanes<C>];
@@ -129,9 +162,13 @@ CHARLM_INLINE C reduce_max(Vec<C> v) {
 
 template <class C>
 CHARLM_INLINE bool any(Mask<C> mask) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return _mm256_movemask_epi8((__m256i)mask) != 0;
+#else
   auto found = mask[0];
   for (int i = 1; i < kLanes<C>; i++) found |= mask[i];
   return found != 0;
+#endif
 }
 
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
