@@ -66,8 +66,7 @@ class CrossEntropyTile {
     }
     if constexpr (kGradient) {
       T* const grad = rows_.grad + n * v_;
-      with_row_vectors([&](auto count) { gradients(count, grad, factor); });
-      for (int r = 0; r < kTileRows; r++) store_one(grad + target_[r], difference[r]);
+      with_row_vectors([&](auto count) { gradients(count, grad, factor, difference); });
     }
     return true;
   }
@@ -80,7 +79,7 @@ class CrossEntropyTile {
   }
 
  private:
-  // exp(80) and the sum of 256 of them are finite; a term that is flushed to zero below exp(-87) is less than 2^-105 of
+  // exp(80) and the sum of 256 of them are finite; a term below exp(-87), which exp may lose, is less than 2^-105 of
   // the smallest sum; g / S is a normal number for any g above 1e-28. Beyond these bounds the maximum is needed, and so
   // it is for a target so improbable that its logarithm would be one of a subnormal number.
   static constexpr C kLargestLogit = 80, kSmallestSum = C(0x1p-20), kLargestSum = C(0x1p32),
@@ -89,17 +88,23 @@ class CrossEntropyTile {
   // e_[r, c] = exp(z_rc), [16, V] as in memory
   void exponentials(const T* logits, const T* grad) {
     const int64_t size = kTileRows * v_;
-    for_each_vectors<C, 2>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
+    const auto step = [&]<int K>(int64_t i, Count<K>) {
       prefetch<K * kLanes<C> * sizeof(T)>(logits + size + i);
       if constexpr (kGradient) prefetch<K * kLanes<C> * sizeof(T)>(grad + i);
       V e[K];
       for (int k = 0; k < K; k++) {
-        const V z = load(logits + i + k * kLanes<C>, width, C(0));
-        e[k] = min<C>(z, broadcast<C>(kLargestLogit));  // NaN becomes too large as well
+        const V z = load(logits + i + k * kLanes<C>, Whole{});
+        e[k] = min<C>(z, broadcast<C>(kLargestLogit));  // NaN becomes too large
       }
       exp<C, K>(e);
       for (int k = 0; k < K; k++) store(e_ + i + k * kLanes<C>, e[k], Whole{});
-    });
+    };
+    int64_t i = 0;
+    for (; i + 4 * kLanes<C> <= size; i += 4 * kLanes<C>) {
+      step(i, Count<2>{});
+      step(i + 2 * kLanes<C>, Count<2>{});
+    }
+    for (; i < size; i += kLanes<C>) step(i, Count<1>{});
   }
 
   // Calls f(Count<K>) with the number of vectors that a row takes, for loops of fixed length; Count<0> if it takes
@@ -144,13 +149,12 @@ class CrossEntropyTile {
   // An ignored row weighs nothing and, for the logarithm's sake, has probability 1; its gradient is zero even where the
   // loss's own is not a number: 1 / 0, if every row is ignored.
   void targets(int64_t n) {
-    for (int r = 0; r < kTileRows; r++) {
+    for (int r = 0; r < kTileRows; r++) {  // vector code
       const int64_t y = rows_.target[n + r];
-      const bool ignored = y == rows_.ignore_index;
-      target_[r] = static_cast<int>(r * v_ + (ignored ? 0 : y));
-      counted_[r] = ignored ? C(0) : C(1);
-      at_target_[r] = e_[target_[r]];
+      target_[r] = static_cast<int>(y == rows_.ignore_index ? 0 : y);
+      counted_[r] = y == rows_.ignore_index ? C(0) : C(1);
     }
+    for (int64_t r = 0, row = 0; r < kTileRows; r++, row += v_) at_target_[r] = e_[row + target_[r]];
     for (int r = 0; is_weighted() && r < kTileRows; r++) {
       weight_[r] = counted_[r];
       if (rows_.weight && counted_[r] != 0) weight_[r] = rows_.weight[rows_.target[n + r]];
@@ -161,29 +165,31 @@ class CrossEntropyTile {
     }
   }
 
+  // Whole vectors that reach into the next row, which is written after this one. The tile's last vector begins earlier
+  // instead, in the same row if that is long enough.
   template <int K>
-  void gradients(Count<K>, T* grad, const PerRow& factor) const {
-    for (int r = 0; r < kTileRows; r++) {
-      // Whole vectors that reach into the next rows, which are written after this one; parts at the end of the tile.
-      const C* e = e_ + r * v_;
-      T* const row = grad + r * v_;
-      const int64_t room = (kTileRows - r) * v_;
-      const auto step = [&](int64_t c, auto width) { store(row + c, V(load(e + c, Whole{}) * factor[r]), width); };
-      if (K > 0 && K * kLanes<C> <= room) {
-        for (int k = 0; k < K; k++) step(k * kLanes<C>, Whole{});
-      } else {
-        int64_t c = 0;
-        for (; c < v_ && c + kLanes<C> <= room; c += kLanes<C>) step(c, Whole{});
-        if (c < v_) v_ >= kLanes<C> ? step(v_ - kLanes<C>, Whole{}) : step(c, Part{v_ - c});
-      }
+  void gradients(Count<K>, T* grad, const PerRow& factor, const PerRow& difference) const {
+    const int64_t size = K > 0 ? K * kLanes<C> : (v_ + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+    const C* e = e_;
+    T* row = grad;
+    int r = 0;
+    for (; (kTileRows - r) * v_ >= size; r++, e += v_, row += v_) {
+      for (int64_t c = 0; c < size; c += kLanes<C>) store(row + c, V(load(e + c, Whole{}) * factor[r]), Whole{});
     }
+    for (; r < kTileRows; r++, e += v_, row += v_) {
+      const auto step = [&](int64_t c, auto width) { store(row + c, V(load(e + c, Whole{}) * factor[r]), width); };
+      for (int64_t c = 0; c + kLanes<C> <= v_; c += kLanes<C>) step(c, Whole{});
+      v_ < kLanes<C> ? step(0, Part{v_}) : step(v_ - kLanes<C>, Whole{});
+    }
+    row = grad;
+    for (r = 0; r < kTileRows; r++, row += v_) store_one(row + target_[r], difference[r]);
   }
 
   const CrossEntropyRows<T>& rows_;
   const int64_t v_;
   const C common_grad_loss_;  // for a reduced loss
   alignas(64) C e_[kTileRows * kTileMaxClasses + kLanes<C>];
-  int target_[kTileRows];  // where in the tile
+  int target_[kTileRows];  // 0 where it is ignored
   PerRow counted_;         // 1, or 0 where the target is ignored
   PerRow at_target_, weight_, grad_loss_;
   double total_[kLanes<C>] = {};  // of the rows whose number has this remainder: additions that need not wait

@@ -50,7 +50,8 @@ struct Constants<double> {
 
 #ifdef CHARLM_HAS_LOOKUP
 // exp in float, below, with n in eighths: a table holds 2^0 … 2^(7/8), and for |r| <= ln(2)/16 two coefficients do.
-// ln 2 is not split: its rounding adds 2.7e-9 |x| to the relative error, a twentieth of what x was rounded by.
+// ln 2 is not split: its rounding adds 2.7e-9 |x| to the relative error, a twentieth of what x was rounded by. From
+// -127 ln 2 down, the table's number is 0; a result between 0 and 2^-126 is inexact.
 template <int K>
 CHARLM_INLINE void exp_by_table(Vec<float> (&x)[K]) {
   using Constant = Constants<float>;
@@ -65,6 +66,7 @@ CHARLM_INLINE void exp_by_table(Vec<float> (&x)[K]) {
     table[i] = bit_cast<uint32_t>(kPowers[i % kTableSize]) - (uint32_t(i % kTableSize) << kExponent);
   }
   Vec<float> shifted[K], r[K], power[K], p[K];
+  for (int i = 0; i < K; i++) x[i] = max<float>(broadcast<float>(-127 * Constant::kLn2), x[i]);  // NaN stays
   for (int i = 0; i < K; i++) shifted[i] = x[i] * Constant::kLog2E + kRound;
   for (int i = 0; i < K; i++) r[i] = x[i] - (shifted[i] - kRound) * Constant::kLn2;
   for (int i = 0; i < K; i++) {
@@ -73,14 +75,13 @@ CHARLM_INLINE void exp_by_table(Vec<float> (&x)[K]) {
   }
   for (int i = 0; i < K; i++) p[i] = r[i] * kExp[0] + kExp[1];
   for (int i = 0; i < K; i++) p[i] = p[i] * r[i] + 1;
-  for (int i = 0; i < K; i++) p[i] = power[i] * r[i] * p[i] + power[i];
-  for (int i = 0; i < K; i++) x[i] = x[i] < Constant::kSmallestExponent ? Vec<float>{} : p[i];
+  for (int i = 0; i < K; i++) x[i] = power[i] * r[i] * p[i] + power[i];
 }
 #endif
 
 // exp(x) for x <= 88 (float) or 709 (double), of K vectors at once, so that their chains of dependent operations fill
 // each other's latencies: x = n ln 2 + r with an integer n, and exp(x) = 2^n exp(r). exp(-inf) = 0, and what would be
-// subnormal is 0 too; NaN stays.
+// subnormal is 0 or subnormal too; NaN stays.
 template <class C, int K>
 CHARLM_INLINE void exp(Vec<C> (&x)[K]) {
 #ifdef CHARLM_HAS_LOOKUP

@@ -59,23 +59,32 @@ CHARLM_INLINE Vec<C> select(Mask<C> mask, Vec<C> yes, Vec<C> no) {
   return mask ? yes : no;
 }
 
+// b where either is NaN.
 template <class C>
 CHARLM_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
   return a > b ? a : b;
 }
 
-// b where either is NaN. Of a constant b, GCC would make a comparison and a blend.
 template <class C>
 CHARLM_INLINE Vec<C> min(Vec<C> a, Vec<C> b) {
   return a < b ? a : b;
 }
 
+// The same: of a constant, GCC would make a comparison and a blend.
 #if defined(__AVX512F__)
+template <>
+CHARLM_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
+  return _mm512_max_ps(a, b);
+}
 template <>
 CHARLM_INLINE Vec<float> min<float>(Vec<float> a, Vec<float> b) {
   return _mm512_min_ps(a, b);
 }
 #elif defined(__AVX2__)
+template <>
+CHARLM_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
+  return _mm256_max_ps(a, b);
+}
 template <>
 CHARLM_INLINE Vec<float> min<float>(Vec<float> a, Vec<float> b) {
   return _mm256_min_ps(a, b);
