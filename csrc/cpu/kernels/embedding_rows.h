@@ -126,6 +126,8 @@ void accumulate_padded(Compute<T>* table, int64_t table_stride, const int64_t* i
   }
 }
 
+constexpr int kAhead = 1024;  // bytes of the gradient, which is read in order
+
 template <class T>
 void embedding_accumulate(Compute<T>* table, int64_t table_stride, const int64_t* index, const T* grad_output,
                           int64_t embedding_dim, int64_t padding_idx, int64_t begin, int64_t end, int64_t n_rows) {
@@ -150,8 +152,11 @@ void embedding_accumulate(Compute<T>* table, int64_t table_stride, const int64_t
     if (index[n] == padding_idx) continue;
     C* row = table + index[n] * table_stride;
     const T* grad = grad_output + n * embedding_dim;
-    for_each_vector<C>(embedding_dim, [&](int64_t d, auto width) {
-      store(row + d, Vec<C>(load(row + d, width, C(0)) + load(grad + d, width, C(0))), width);
+    for_each_vectors<C, 2>(embedding_dim, [&]<int K>(int64_t d, auto width, Count<K>) {
+      prefetch<K * kLanes<C> * sizeof(T)>(grad + d + kAhead / sizeof(T));  // the processor's own stops at each page
+      for (int k = 0; k < K; k++, d += kLanes<C>) {
+        store(row + d, Vec<C>(load(row + d, width, C(0)) + load(grad + d, width, C(0))), width);
+      }
     });
   }
 }
