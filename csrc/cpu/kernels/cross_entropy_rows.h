@@ -94,6 +94,7 @@ class CrossEntropyRow {
     const C at_target = is_probability(kDense) ? C(0) : gradient_at_target(logit(target_), w, g);
     for_each_vectors<C, 2>(rows_.n_classes, [&]<int K>(int64_t begin, auto width, Count<K>) {
       V z[K], e[K];
+      prefetch<K * kLanes<C> * sizeof(T)>(logits_ + begin + kAhead);
       for (int k = 0; k < K; k++) z[k] = logits(begin + k * kLanes<C>, width);
       for (int k = 0; k < K; k++) e[k] = z[k] - m;
       exp<C, K>(e);
@@ -134,6 +135,7 @@ class CrossEntropyRow {
   // A row is walked in chunks that stay in a first-level cache, and whose sums are added up: the rounding of a sum
   // grows with the length of its chain.
   static constexpr int64_t kChunk = 8192 / sizeof(C), kMaxChunks = 64;
+  static constexpr int64_t kAhead = 4096 / sizeof(T);  // what a single walk asks for early
 
   template <class F>
   void for_each_chunk(F&& f) const {
