@@ -76,8 +76,9 @@ void with_row_copy(int64_t n, F f) {
   if (!is_short) f.template operator()<LongRow>();
 }
 
-// A row that lies anywhere in a large table comes from memory: it is asked for while the rows before it are copied.
-constexpr int64_t kLongRow = 512;
+// A long row that lies anywhere in a large table comes from memory: it is asked for while the rows before it are
+// copied.
+constexpr int64_t kLongRow = 512, kLargeTable = 1 << 20;
 
 CHARLM_INLINE void prefetch_row(const char* row, int64_t n) {
   for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(row + i);
@@ -90,10 +91,10 @@ int64_t embedding_forward(const EmbeddingTable& table, const Index* index, char*
   const int64_t row_bytes = table.embedding_dim * table.element_size, stride = table.row_stride;
   const char* const weight = table.weight;
   if (table.column_stride == table.element_size) {
+    const bool from_memory = row_bytes > kLongRow && table.num_embeddings * stride > kLargeTable;
     with_row_copy(row_bytes, [=]<class Row>() {  // by value: writing bytes may change anything that has an address
       for (int64_t n = begin; n < end; n++) {
-        if (row_bytes > kLongRow && n + 2 < end)
-          prefetch_row(weight + static_cast<int64_t>(index[n + 2]) * stride, row_bytes);
+        if (from_memory && n + 2 < end) prefetch_row(weight + static_cast<int64_t>(index[n + 2]) * stride, row_bytes);
         Row::copy(output + n * row_bytes, weight + static_cast<int64_t>(index[n]) * stride, row_bytes);
       }
     });
