@@ -94,6 +94,17 @@ def test_one_nan_or_infinite_logit_makes_its_row_nan_and_no_other(value: float, 
     assert torch.equal(logits.grad.isnan().any(1), is_nan)
 
 
+@pytest.mark.parametrize("n_classes", [7, 27, 300, 2100])
+def test_a_nan_at_any_class_makes_its_row_nan(n_classes: int, isa: str) -> None:
+    logits = torch.randn(n_classes, n_classes).fill_diagonal_(torch.nan).requires_grad_()
+    target = torch.zeros(n_classes, dtype=torch.int64)
+    for reduction in ("none", "mean"):
+        loss = functional.cross_entropy(logits, target, reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert loss.isnan().all()
+        assert gradient.isnan().all()
+
+
 def test_an_ignored_row_of_nan_has_no_part_in_loss_or_gradient(isa: str) -> None:
     logits = torch.randn(5, 27)
     logits[2] = torch.nan

@@ -197,7 +197,7 @@ class CrossEntropyRow {
         w.dense_sum += reduce_sum<C>(dense_sum);
       }
     });
-    if (w.max == -INFINITY) w.sum = 1;
+    if (w.sum == 0) w.sum = 1;  // nothing but -inf: a maximum of -inf alone could hide a NaN
     rows_.row_max[n_] = w.max;
     rows_.row_sum[n_] = w.sum;
     return w;
