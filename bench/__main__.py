@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from bench import cases, record, report
 from bench.cases import DTYPES, OPS, VARIANTS, BadRequest, Case
 from bench.clock import QUICK, Budget, Busy, Clock
-from bench.measure import Result, measure
+from bench.measure import Result, WrongResult, measure
 
 PROBLEM, BUSY, INTERRUPTED = 1, 2, 130
 
@@ -63,7 +63,7 @@ class Problems:
         """What the block cannot do is reported, and ends the block only."""
         try:
             yield
-        except (BadRequest, OSError, ImportError) as problem:
+        except (BadRequest, WrongResult, OSError, ImportError) as problem:
             self.report(f"{prefix}{problem}")
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):

@@ -76,6 +76,10 @@ def measure(case: Case, clock: Clock, budget: Budget, without: Collection[str] =
     )
 
 
+class WrongResult(ArithmeticError):
+    """Ours does not agree with float64: there is nothing to time."""
+
+
 def why_wrong(case: Case, inputs: CrossEntropyInputs | EmbeddingInputs, ours: Call) -> str | None:
     """The error of one call of ours, against float64 or raised; None if there is none."""
     try:

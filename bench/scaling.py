@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from bench import contenders
-from bench.cases import BadRequest, Case
+from bench.cases import Case
 from bench.clock import QUICK, Budget, Clock, Timing
 from bench.inputs import make_inputs
 from bench.jax_peer import cores
-from bench.measure import why_wrong
+from bench.measure import WrongResult, why_wrong
 
 FLOOR = "scale"
 CONTENDERS = ("eager", FLOOR)
@@ -59,7 +59,7 @@ def _point(shape: tuple[int, int], clock: Clock, budget: Budget) -> dict[str, fl
         calls[label] = contenders.build("ours", case, inputs)
         error = why_wrong(case, inputs, calls[label])
         if error is not None:
-            raise BadRequest(f"{case.name}: WRONG: {error}")
+            raise WrongResult(f"{case.name}: WRONG: {error}")
     for name in CONTENDERS:
         calls[name] = contenders.build(name, case, inputs)
     return {name: Timing.of(samples).median for name, samples in clock.rounds(calls, budget).items()}

@@ -13,11 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cases, check, clock, contenders, grid, inputs, jax_peer, memory, record
+from bench import cases, check, clock, contenders, grid, inputs, jax_peer, memory, record, scaling
 from bench.__main__ import app
 from bench.cases import Case, at_least, at_most
 from bench.clock import Budget, Busy, Clock
-from bench.measure import Result, measure
+from bench.measure import Result, WrongResult, measure
 from charlm import functional
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -109,6 +109,8 @@ def test_a_wrong_kernel_is_caught_and_not_timed(quiet: None, monkeypatch: pytest
     assert printed.exit_code == 1
     assert "WRONG: loss: RMS error" in printed.stderr
     assert "WRONG" in printed.stdout
+    with pytest.raises(WrongResult, match="WRONG: loss: RMS error"):
+        scaling.measure(quick=True)
 
 
 @pytest.mark.parametrize("row", [0, 63, -64, -1])

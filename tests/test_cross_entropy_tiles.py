@@ -13,9 +13,10 @@ from torch import Tensor
 
 from charlm import functional
 
-# Rows that fill tiles, and some that do not; vocabularies below, at and above each vector width, and the largest.
+# Rows that fill tiles, and some that do not; vocabularies below, at and above each vector width, of every number of
+# vectors that has loops of its own, and the largest.
 N = 5 * 16 + 7
-VOCABULARIES = (1, 2, 3, 5, 8, 15, 16, 17, 27, 31, 64, 65, 129, 255, 256, 257)
+VOCABULARIES = (1, 2, 3, 5, 8, 15, 16, 17, 27, 31, 40, 41, 56, 64, 65, 72, 73, 129, 255, 256, 257)
 
 
 def _both_kernels(logits: Tensor, target: Tensor, **options: Any) -> list[tuple[Tensor, Tensor]]:
@@ -120,6 +121,21 @@ def test_a_row_of_minus_infinity_has_a_gradient_of_nans_like_torch(reduction: st
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     assert grad[5].isnan().all()
     assert grad[4].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [-88.1, -100.0, -1e30, -torch.inf])
+@pytest.mark.parametrize("vocab_size", [27, 300])
+def test_a_class_too_improbable_for_float_has_a_gradient_of_exactly_zero(
+    vocab_size: int, value: float, isa: str
+) -> None:
+    logits = torch.zeros(N, vocab_size)
+    logits[:, 1:-1:2] = value
+    for reduction in ("mean", "none"):
+        x = logits.clone().requires_grad_()
+        loss = functional.cross_entropy(x, torch.zeros(N, dtype=torch.int64), reduction=reduction)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+        assert grad[:, 1:-1:2].eq(0).all()
+        assert grad[:, 2:-1:2].gt(0).all()
 
 
 def test_a_masked_class_has_a_gradient_of_exactly_zero(isa: str) -> None:

@@ -94,7 +94,7 @@ class CrossEntropyRow {
     const C at_target = is_probability(kDense) ? C(0) : gradient_at_target(logit(target_), w, g);
     for_each_vectors<C, 2>(rows_.n_classes, [&]<int K>(int64_t begin, auto width, Count<K>) {
       V z[K], e[K];
-      prefetch<K * kLanes<C> * sizeof(T)>(logits_ + begin + kAhead);
+      prefetch<K * kLanes<C> * sizeof(T)>(logits_ + begin + kLogitsAhead);
       for (int k = 0; k < K; k++) z[k] = logits(begin + k * kLanes<C>, width);
       for (int k = 0; k < K; k++) e[k] = z[k] - m;
       exp<C, K>(e);
@@ -135,7 +135,8 @@ class CrossEntropyRow {
   // A row is walked in chunks that stay in a first-level cache, and whose sums are added up: the rounding of a sum
   // grows with the length of its chain.
   static constexpr int64_t kChunk = 8192 / sizeof(C), kMaxChunks = 64;
-  static constexpr int64_t kAhead = 4096 / sizeof(T);  // what a single walk asks for early
+  // Elements ahead at which a single walk asks for logits: the processor's own prefetch stops at each page.
+  static constexpr int64_t kLogitsAhead = 4096 / sizeof(T);
 
   template <class F>
   void for_each_chunk(F&& f) const {
@@ -197,7 +198,7 @@ class CrossEntropyRow {
         w.dense_sum += reduce_sum<C>(dense_sum);
       }
     });
-    if (w.sum == 0) w.sum = 1;  // nothing but -inf: a maximum of -inf alone could hide a NaN
+    if (w.sum == 0) w.sum = 1;  // a row of -inf: its sum tells, for a NaN too can leave -inf as the maximum
     rows_.row_max[n_] = w.max;
     rows_.row_sum[n_] = w.sum;
     return w;

@@ -4,7 +4,9 @@
 //   - 16 rows of V contiguous classes are V * 16 / lanes whole vectors: no lane is wasted on exponentials;
 //   - no maximum is subtracted: the exponentials of the logits themselves are summed. Where a row's sum or its target's
 //     exponential leaves the range in which that is as exact, the tile is done row by row after all;
-//   - the loss is log(S / exp(z_y)), and a gradient's factor g / S, for 16 rows at once.
+//   - the loss is log(S / exp(z_y)), and a gradient's factor g / S: for a vector of rows at once, as are their sums and
+//     targets, without a branch for a row that is ignored;
+//   - rows of up to kTileMaxFixed vectors are summed and written by loops of fixed length.
 // Only for class indices without smoothing, z-loss, softcap or scale, of contiguous rows.
 #pragma once
 

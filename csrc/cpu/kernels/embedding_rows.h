@@ -127,7 +127,8 @@ void accumulate_padded(Compute<T>* table, int64_t table_stride, const int64_t* i
   }
 }
 
-constexpr int kAhead = 1024;  // bytes of the gradient, which is read in order
+// Bytes ahead at which the gradient, read in order, is asked for: the processor's own prefetch stops at each page.
+constexpr int kGradientAhead = 1024;
 
 template <class T>
 void embedding_accumulate(Compute<T>* table, int64_t table_stride, const int64_t* index, const T* grad_output,
@@ -154,7 +155,7 @@ void embedding_accumulate(Compute<T>* table, int64_t table_stride, const int64_t
     C* row = table + index[n] * table_stride;
     const T* grad = grad_output + n * embedding_dim;
     for_each_vectors<C, 2>(embedding_dim, [&]<int K>(int64_t d, auto width, Count<K>) {
-      prefetch<K * kLanes<C> * sizeof(T)>(grad + d + kAhead / sizeof(T));  // the processor's own stops at each page
+      prefetch<K * kLanes<C> * sizeof(T)>(grad + d + kGradientAhead / sizeof(T));
       for (int k = 0; k < K; k++, d += kLanes<C>) {
         store(row + d, Vec<C>(load(row + d, width, C(0)) + load(grad + d, width, C(0))), width);
       }
