@@ -16,22 +16,30 @@ inline void check_index_dtype(const at::Tensor& index, const char* name) {
               index.scalar_type());
 }
 
-// Raises the IndexError of the index at `flat_position` of a contiguous walk over `index`:
-// "target 27 at position (3,) is out of range for 27 classes".
+inline void check_same_device(const at::Tensor& a, const char* a_name, const at::Tensor& b, const char* b_name) {
+  TORCH_CHECK(a.device() == b.device(), "Expected all tensors to be on the same device, but ", a_name, " is on ",
+              a.device(), " and ", b_name, " is on ", b.device());
+}
+
+// Raises the IndexError of an index, `shown` as text, at `flat_position` of a contiguous walk over indices of shape
+// `sizes`: "target 27 at position (3,) is out of range for 27 classes".
+[[noreturn]] inline void raise_out_of_range(const std::string& shown, at::IntArrayRef sizes, int64_t flat_position,
+                                            int64_t limit, const char* noun, const char* things) {
+  std::vector<int64_t> position(sizes.size());
+  for (size_t d = sizes.size(); d-- > 0; flat_position /= sizes[d]) position[d] = flat_position % sizes[d];
+  TORCH_CHECK_INDEX(false, noun, " ", shown, " at position (", c10::Join(", ", position),
+                    position.size() == 1 ? "," : "", ") is out of range for ", limit, " ", things);
+  throw;  // not reached: tells the compiler that the check above does not return
+}
+
+// ... of the index that stands there in `index`.
 [[noreturn]] inline void raise_out_of_range(const at::Tensor& index, int64_t flat_position, int64_t limit,
                                             const char* noun, const char* things) {
-  std::vector<int64_t> position(index.dim());
-  for (int64_t d = index.dim() - 1, rest = flat_position; d >= 0; d--) {
-    position[d] = rest % index.size(d);
-    rest /= index.size(d);
-  }
   const at::Tensor value = index.reshape({-1})[flat_position];
   const std::string shown = index.scalar_type() == at::kUInt64
                                 ? std::to_string(*static_cast<const uint64_t*>(value.const_data_ptr()))
                                 : std::to_string(value.to(at::kLong).item<int64_t>());
-  TORCH_CHECK_INDEX(false, noun, " ", shown, " at position (", c10::Join(", ", position),
-                    position.size() == 1 ? "," : "", ") is out of range for ", limit, " ", things);
-  throw;  // not reached: tells the compiler that the check above does not return
+  raise_out_of_range(shown, index.sizes(), flat_position, limit, noun, things);
 }
 
 }  // namespace charlm

@@ -59,7 +59,8 @@ class CrossEntropyOp {
   c10::TypedOperatorHandle<Result(Tensors..., int64_t, int64_t, double, double, double, double, bool)> handle_;
 };
 
-// (loss, normalizer): the normalizer is [2, N], each row's largest logit and its sum of exponentials.
+// (loss, normalizer): the normalizer is [2, N], each row's largest logit and its sum of exponentials; for class
+// probabilities [3, N], with the sum of the coefficients that weight and smoothing make of them.
 using LossAndNormalizer = std::tuple<Tensor, Tensor>;
 using ForwardOp =
     CrossEntropyOp<LossAndNormalizer, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&>;
@@ -72,9 +73,17 @@ using BackwardOp = CrossEntropyOp<Tensor, const Tensor&, const Tensor&, const Te
 using InplaceBackwardOp = CrossEntropyOp<void, Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                                          const OptionalTensor&, const Tensor&>;
 
+// The op that scales a gradient which the forward has made.
+using RescaleOp = CrossEntropyOp<void, Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                 const OptionalTensor&, const Tensor&>;
+
 // Targets are class probabilities if and only if they have the shape of the logits, as in torch.
 inline bool has_probabilities(const Tensor& input, const Tensor& target) {
   return input.sym_sizes() == target.sym_sizes();
+}
+
+inline int64_t normalizer_size(const Tensor& input, const Tensor& target) {
+  return has_probabilities(input, target) ? 3 : 2;
 }
 
 inline int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }

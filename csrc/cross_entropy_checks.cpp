@@ -40,10 +40,10 @@ void check_cross_entropy(const CrossEntropyOptions& options, const Tensor& input
   TORCH_CHECK_INDEX(input.dim() > 0, "cross_entropy needs logits with a class dimension, got a 0-d input");
   TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(input.scalar_type()) && input.element_size() >= 2,
                               "\"cross_entropy\" not implemented for '", input.scalar_type(), "'");
-  TORCH_CHECK(input.device() == target.device(), "Expected all tensors to be on the same device, but input is on ",
-              input.device(), " and target is on ", target.device());
+  check_same_device(input, "input", target, "target");
   if (!probabilities) check_class_indices(input, target);
   if (weight) {
+    check_same_device(input, "input", *weight, "weight");
     TORCH_CHECK(weight->dim() == 1 && weight->sym_size(0) == n_classes(input),
                 "weight tensor should be defined either for all ", n_classes(input),
                 " classes or no classes but got weight tensor of shape: ", weight->sym_sizes());
@@ -51,6 +51,7 @@ void check_cross_entropy(const CrossEntropyOptions& options, const Tensor& input
                 " for weight but found ", weight->scalar_type());
   }
   if (token_weight) {
+    check_same_device(input, "input", *token_weight, "token_weight");
     const auto expected = loss_shape(input);
     TORCH_CHECK(token_weight->sym_sizes() == c10::SymIntArrayRef(expected) ||
                     (!probabilities && token_weight->sym_sizes() == target.sym_sizes()),

@@ -31,10 +31,18 @@ TORCH_LIBRARY(charlm, m) {
         " -> Tensor");
   m.def("cross_entropy_backward_(Tensor(a!) input, Tensor grad_loss, " TARGETS
         "Tensor normalizer, " CROSS_ENTROPY_OPTIONS " -> ()");
+  // Makes a gradient that the forward has made, for a gradient of the loss of 1, that for another.
+  m.def("cross_entropy_rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor input, " TARGETS
+        "Tensor normalizer, " CROSS_ENTROPY_OPTIONS " -> ()");
+  // ... where the logits are gone: grad *= factor, reading and writing nothing if it is 1.
+  m.def("cross_entropy_scale_grad_(Tensor(a!) grad, Tensor factor) -> ()");
   m.def("cross_entropy_target_backward(Tensor grad_loss, Tensor input, " TARGETS
         "Tensor normalizer, " CROSS_ENTROPY_OPTIONS " -> Tensor");
   m.def("cross_entropy_metrics(Tensor input, Tensor target, " CROSS_ENTROPY_OPTIONS
         " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
+
+  // Waits for the device of `on` and raises the IndexError of an index that a kernel found out of range.
+  m.def("synchronize(Tensor on) -> ()");
 }
 
 namespace charlm {
@@ -69,11 +77,26 @@ Tensor cross_entropy_inplace(const CrossEntropyOptions& options, Tensor input, c
 constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
 constexpr char kInplaceBackward[] = "charlm::cross_entropy_inplace_backward";
 
+// On the CPU a bad index is raised by the call itself.
+void synchronize(const Tensor&) {}
+
+bool has_cuda_kernels() {
+#ifdef CHARLM_HAVE_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
 std::map<std::string, std::string> build_config() {
   return {{"compiler", __VERSION__}, {"cxx_standard", std::to_string(__cplusplus)}, {"torch", TORCH_VERSION}};
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(charlm, CPU, m) { m.impl("synchronize", &synchronize); }
+TORCH_LIBRARY_IMPL(charlm, Meta, m) { m.impl("synchronize", &synchronize); }
+
 }  // namespace charlm
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -83,6 +106,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cross_entropy", Flat<&cross_entropy>::call, release);
   m.def("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace<kInplaceForward>>::call, release);
   m.def("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace<kInplaceBackward>>::call, release);
+  m.def("has_cuda_kernels", &has_cuda_kernels);
   m.def("compiled_isas", &compiled_isas);
   m.def("supported_isas", &supported_isas);
   m.def("cpu_isa", &cpu_isa);

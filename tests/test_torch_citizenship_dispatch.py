@@ -176,9 +176,12 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             functional.cross_entropy(x, torch.randint(27, (33,)), inplace=mode).backward()
         # Never called under a dispatch mode, nor when traced.
         options = (1, -100, 0.0, 0.0, 0.0, 1.0, False)
-        torch.ops.charlm.cross_entropy_forward_backward.default(
-            torch.randn(33, 27), torch.randint(27, (33,)), None, None, *options
-        )
+        logits, targets = torch.randn(33, 27), (torch.randint(27, (33,)), None, None)
+        _, normalizer, gradient = torch.ops.charlm.cross_entropy_forward_backward.default(logits, *targets, *options)
+        for factor in (torch.tensor(1.0), torch.tensor(0.5), torch.tensor(3.0)):
+            torch.ops.charlm.cross_entropy_rescale_.default(gradient, factor, logits, *targets, normalizer, *options)
+            torch.ops.charlm.cross_entropy_scale_grad_.default(gradient, factor)
+        torch.ops.charlm.synchronize.default(logits)
     return found
 
 

@@ -39,16 +39,19 @@ struct CrossEntropyBackward final : Node {
     const Tensor& grad_loss = grads[0];
     variable_list result(3);  // input, target, weight
     if (!grad_loss.defined()) return result;
-    const Tensor ready = std::exchange(grad, Tensor());
+    Tensor ready = std::exchange(grad, Tensor());
     const Tensor x = input.unpack(), y = target.unpack();
     const OptionalTensor w = optional_if_defined(weight.unpack()), t = optional_if_defined(token_weight.unpack());
     if (at::GradMode::is_enabled()) return differentiable(grad_loss, x, y, w, t);
 
-    if (ready.defined() && scale_exactly(ready, grad_loss)) {
+    const Tensor state = normalizer.unpack();
+    if (ready.defined() && is_plain(grad_loss)) {
+      static const RescaleOp op("charlm::cross_entropy_rescale_");
+      at::AutoDispatchBelowADInplaceOrView guard;
+      op(options, ready, grad_loss, x, y, w, t, state);
       result[0] = ready;
       return result;
     }
-    const Tensor state = normalizer.unpack();
     if (task_should_compute_output(0)) {
       static const BackwardOp op("charlm::cross_entropy_backward");
       result[0] = op(options, grad_loss, x, y, w, t, state);
@@ -59,18 +62,6 @@ struct CrossEntropyBackward final : Node {
       result[2] = weight_gradient(grad_loss, x, y, t, state).to(w->scalar_type());
     }
     return result;
-  }
-
-  // Multiplies by a power of two, which rounds no normal number; false for other numbers, and where they cannot be
-  // read.
-  static bool scale_exactly(const Tensor& grad, const Tensor& grad_loss) {
-    if (!is_plain(grad_loss)) return false;
-    int exponent = 0;
-    const double scale = grad_loss.item<double>();
-    if (scale == 1) return true;
-    if (std::abs(std::frexp(scale, &exponent)) != 0.5) return false;
-    grad.mul_(scale);
-    return true;
   }
 
   // With neither weight nor smoothing, the targets' gradient is -log p times the gradient of each row's loss; the
@@ -222,7 +213,11 @@ struct CrossEntropyInplaceBackward final : Node {
     Tensor memory = logits.unpack();
     used = true;
     if (written_by_forward) {
-      if (grad_loss.item<double>() != 1) memory.mul_(grad_loss);
+      static const auto scale = c10::Dispatcher::singleton()
+                                    .findSchemaOrThrow("charlm::cross_entropy_scale_grad_", "")
+                                    .typed<void(Tensor&, const Tensor&)>();
+      at::AutoDispatchBelowADInplaceOrView guard;
+      scale.call(memory, grad_loss);
     } else {
       static const InplaceBackwardOp op("charlm::cross_entropy_backward_");
       op(options, memory, grad_loss, target.unpack(), optional_if_defined(weight.unpack()),
@@ -358,7 +353,7 @@ TORCH_LIBRARY_IMPL(charlm, Autograd, m) {
   m.impl("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace_forward>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace_backward>::call);
   for (const char* name : {"cross_entropy_forward_backward", "cross_entropy_backward", "cross_entropy_backward_",
-                           "cross_entropy_target_backward"}) {
+                           "cross_entropy_rescale_", "cross_entropy_scale_grad_", "cross_entropy_target_backward"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -36,12 +36,13 @@ inline bool needs_formula(const at::Tensor& t) {
 
 inline bool needs_formula(const std::optional<at::Tensor>& t) { return t.has_value() && needs_formula(*t); }
 
-// A tensor of numbers in this process's memory: neither traced nor wrapped.
+// A tensor of numbers for which there are kernels: neither traced nor wrapped.
 inline bool is_plain(const at::Tensor& t) {
   using c10::DispatchKey;
-  return t.is_cpu() && !t.key_set().has_any(c10::DispatchKeySet({DispatchKey::Python, DispatchKey::Functionalize,
-                                                                 DispatchKey::FuncTorchGradWrapper,
-                                                                 DispatchKey::FuncTorchBatched, DispatchKey::Batched}));
+  return (t.is_cpu() || t.is_cuda()) &&
+         !t.key_set().has_any(
+             c10::DispatchKeySet({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchGradWrapper,
+                                  DispatchKey::FuncTorchBatched, DispatchKey::Batched}));
 }
 
 inline bool requires_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }

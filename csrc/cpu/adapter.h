@@ -1,44 +1,17 @@
-// What the CPU adapters share: element types seen as the kernels see them, and loops over fixed blocks of rows.
+// What the CPU adapters share: new memory, and loops over fixed blocks of rows.
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
+#include "../adapter.h"
 #include "isa.h"
 
 namespace charlm {
-
-// Calls f.template operator()<T>() with the kernels' type for a floating dtype.
-template <class F>
-auto with_float_type(at::ScalarType dtype, const char* op, F&& f) {
-  switch (dtype) {
-    case at::kFloat:
-      return f.template operator()<float>();
-    case at::kDouble:
-      return f.template operator()<double>();
-    case at::kBFloat16:
-      return f.template operator()<BFloat16>();
-    case at::kHalf:
-      return f.template operator()<Float16>();
-    default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"", op, "\" not implemented for '", dtype, "'");
-  }
-}
-
-template <class T>
-const T* const_data(const at::Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const at::Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 // New memory for a large output in huge pages where the system grants them: a first write to ordinary pages takes
 // longer than the arithmetic (bench/NOTES.md). The memory is the allocator's own.

@@ -180,10 +180,7 @@ class Gradient {
 
 Tensor embedding_backward(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx,
                           bool scale_grad_by_freq) {
-  check_index_dtype(indices, "indices");
-  TORCH_CHECK(grad_output.dim() == indices.dim() + 1 && grad_output.sizes().slice(0, indices.dim()) == indices.sizes(),
-              "grad_output must have the shape of indices and one dimension more, got ", grad_output.sizes(), " and ",
-              indices.sizes());
+  check_embedding_backward(grad_output, indices);
   return with_float_type(grad_output.scalar_type(), "embedding_backward", [&]<class T>() {
     return Gradient<T>(grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq)();
   });

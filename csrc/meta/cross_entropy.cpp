@@ -17,8 +17,8 @@ c10::SymInt n_rows(const Tensor& input) { return c10::multiply_integers(loss_sha
 LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                                 const OptionalTensor& weight, const OptionalTensor& token_weight) {
   check_cross_entropy(options, input, target, weight, token_weight);
-  return {empty_like_loss(options, input),
-          at::empty_symint({2, n_rows(input)}, input.options().dtype(compute_dtype(input)))};
+  return {empty_like_loss(options, input), at::empty_symint({normalizer_size(input, target), n_rows(input)},
+                                                            input.options().dtype(compute_dtype(input)))};
 }
 
 LossAndNormalizer cross_entropy_inplace(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
@@ -50,6 +50,11 @@ Tensor cross_entropy_backward(const CrossEntropyOptions&, const Tensor&, const T
 void cross_entropy_backward_(const CrossEntropyOptions&, Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                              const OptionalTensor&, const Tensor&) {}
 
+void cross_entropy_rescale_(const CrossEntropyOptions&, Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                            const OptionalTensor&, const OptionalTensor&, const Tensor&) {}
+
+void cross_entropy_scale_grad_(Tensor&, const Tensor&) {}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_metrics(const CrossEntropyOptions& options,
                                                                  const Tensor& input, const Tensor& target) {
   check_cross_entropy(options, input, target, {}, {});
@@ -70,6 +75,8 @@ TORCH_LIBRARY_IMPL(charlm, Meta, m) {
   m.impl("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace>::call);
   m.impl("cross_entropy_backward", Flat<&cross_entropy_backward>::call);
   m.impl("cross_entropy_backward_", Flat<&cross_entropy_backward_>::call);
+  m.impl("cross_entropy_rescale_", Flat<&cross_entropy_rescale_>::call);
+  m.impl("cross_entropy_scale_grad_", &cross_entropy_scale_grad_);
   m.impl("cross_entropy_target_backward", Flat<&cross_entropy_backward>::call);
   m.impl("cross_entropy_metrics", Flat<&cross_entropy_metrics>::call);
 }

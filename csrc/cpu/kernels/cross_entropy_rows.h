@@ -88,7 +88,7 @@ class CrossEntropyRow {
   CHARLM_NOINLINE void backward() const {
     T* grad = rows_.grad + n_ * rows_.grad_stride;
     if (ignored()) return zero(grad);
-    const Walk w{rows_.row_max[n_], rows_.row_sum[n_], 0, sum_of_probabilities()};
+    const Walk w{rows_.row_max[n_], rows_.row_sum[n_], 0, is_probability(kDense) ? rows_.row_dense_sum[n_] : C(0)};
     const C m = w.max, g = grad_loss(), softmax_factor = (sparse() + dense_factor(w)) / w.sum;
     // The gradient may be written over the logits: the target's entry is computed first, and stored last.
     const C at_target = is_probability(kDense) ? C(0) : gradient_at_target(logit(target_), w, g);
@@ -201,6 +201,7 @@ class CrossEntropyRow {
     if (w.sum == 0) w.sum = 1;  // a row of -inf: its sum tells, for a NaN too can leave -inf as the maximum
     rows_.row_max[n_] = w.max;
     rows_.row_sum[n_] = w.sum;
+    if constexpr (is_probability(kDense)) rows_.row_dense_sum[n_] = w.dense_sum;
     return w;
   }
 
@@ -287,13 +288,6 @@ class CrossEntropyRow {
   C known_dense_sum(C summed) const {
     if constexpr (kDense == Dense::kNone) return 0;
     return is_probability(kDense) ? summed : smoothed_ * rows_.weight_sum;
-  }
-
-  C sum_of_probabilities() const {
-    if constexpr (!is_probability(kDense)) return 0;
-    V sum{};
-    for_each_vector<C>(rows_.n_classes, [&](int64_t c, auto width) { sum += only(width, dense(c, width)); });
-    return reduce_sum<C>(sum);
   }
 
   // The coefficient of the target class alone: (1 - e) w_y, or nothing.

@@ -2,7 +2,7 @@
 // that each instruction set provides.
 #pragma once
 
-#include "types.h"
+#include "../../types.h"
 
 namespace charlm {
 

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "types.h"
+#include "../../types.h"
 
 namespace charlm::CHARLM_ISA {
 
