@@ -1,0 +1,230 @@
+// A launch: its checks, its blocks one after another, and the threads of a block from their start to their end.
+#pragma once
+
+#include <numeric>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "collectives.h"
+#include "shared_memory.h"
+
+namespace charlm::cuda_emulator {
+
+CHARLM_EMULATOR_CODE inline void end_thread(Thread& me) {
+  release(emulator.order[emulator.side][emulator.turn]);
+  ++emulator.n_exited;
+  emulator.warps[me.index / kWarpSize].exited |= 1u << me.index % kWarpSize;
+  if (!emulator.failed) check_exit(me);
+}
+
+// Runs the current thread to its end, on a stack made for it. That stack then serves the next thread that has not
+// started yet: a kernel in which nobody waits needs one stack and no switch.
+CHARLM_EMULATOR_CODE inline void run_threads() {
+  Stack previous;
+  enter_stack(nullptr, previous);
+  if (!emulator.host.stack.bottom) emulator.host.stack = previous;
+  for (;;) {
+    Thread& me = *emulator.current;
+    acquire(emulator.order[emulator.side][emulator.turn ^ 1]);
+    emulator.kernel(emulator.arguments);
+    end_thread(me);
+    Thread* const next = take_runnable();
+    if (!kThreadSanitizer && next && !is_started(*next)) {
+      next->context.stack = me.context.stack;
+      next->context.fake_stack = nullptr;
+      mark_started(*next);
+      set_current(*next);
+      continue;
+    }
+    if (!kThreadSanitizer) emulator.stacks[emulator.side][emulator.n_free++] = me.context.stack;
+    switch_to(me.context, next, true);
+  }
+}
+
+inline std::string describe_deadlock() {
+  std::string text = "deadlock in block " + describe(blockIdx) + ": " + std::to_string(emulator.n_exited) + " of " +
+                     std::to_string(emulator.n_threads) + " threads have exited";
+  std::string last;
+  unsigned n_kinds = 0;
+  for (unsigned i = 0; i < emulator.n_threads && n_kinds < 6; ++i) {
+    const Thread& thread = emulator.threads[i];
+    if (emulator.warps[i / kWarpSize].exited >> i % kWarpSize & 1) continue;
+    const std::string wait = describe_wait(thread);
+    if (wait == last) continue;
+    text += "; " + describe(thread) + " waits in " + wait;
+    last = wait;
+    ++n_kinds;
+  }
+  return text;
+}
+
+// ThreadSanitizer's names of the block's threads. The host makes them all before the block begins, because what the
+// maker has done happens before what the thread does.
+CHARLM_EMULATOR_CODE inline void create_identities() {
+  for (unsigned i = 0; kThreadSanitizer && i < emulator.n_threads; ++i) {
+    void*& identity = emulator.threads[i].identity[emulator.side];
+    if (!identity) identity = create_identity();
+  }
+}
+
+// After a failure: takes back what threads had that will not go on. What any thread did happens before what the host
+// does next, such as freeing the memory that they used.
+CHARLM_EMULATOR_CODE inline void give_up_threads() {
+  for (unsigned i = 0; i < emulator.n_threads; ++i) {
+    Thread& thread = emulator.threads[i];
+    const bool given_up = is_started(thread) && !(emulator.warps[i / kWarpSize].exited >> i % kWarpSize & 1);
+    if (kThreadSanitizer) {
+      void*& identity = thread.identity[emulator.side];
+      switch_identity(identity);
+      release(emulator.order[emulator.side][emulator.turn]);
+      switch_identity(emulator.host.identity);
+      if (given_up) destroy_identity(std::exchange(identity, nullptr));
+    } else if (given_up) {
+      const Stack& stack = thread.context.stack;
+      allow_access(stack.bottom, stack.size);
+      emulator.stacks[emulator.side][emulator.n_free++] = stack;
+    }
+    emulator.warps[i / kWarpSize].waiting = 0;
+  }
+  emulator.barrier.n_waiting = 0;
+}
+
+CHARLM_EMULATOR_CODE inline void run_block(uint64_t block) {
+  blockIdx.x = static_cast<unsigned>(block % gridDim.x);
+  blockIdx.y = static_cast<unsigned>(block / gridDim.x % gridDim.y);
+  blockIdx.z = static_cast<unsigned>(block / gridDim.x / gridDim.y);
+  emulator.side = emulator.n_blocks % kSides;
+  emulator.turn = emulator.n_blocks / kSides % 2;
+  ++emulator.n_blocks;
+  emulator.n_exited = 0;
+  for (unsigned begin = 0; begin < emulator.n_threads; begin += 64) {
+    const unsigned n = emulator.n_threads - begin;
+    emulator.runnable[begin / 64] = ~uint64_t{0} >> (n < 64 ? 64 - n : 0);
+    emulator.started[begin / 64] = 0;
+  }
+  for (unsigned warp = 0; warp * kWarpSize < emulator.n_threads; ++warp) emulator.warps[warp].exited = 0;
+  create_identities();
+  begin_shared();
+  switch_to(emulator.host, take_runnable());
+  end_shared();
+  if (!emulator.failed && emulator.n_exited < emulator.n_threads) set_error(describe_deadlock());
+  if (emulator.failed) give_up_threads();
+}
+
+inline void check_configuration(const dim3& grid, const dim3& block, int64_t shared_bytes) {
+  const auto describe_dim = [](const dim3& dim) { return describe(uint3{dim.x, dim.y, dim.z}); };
+  constexpr unsigned kMaxGridX = 2147483647, kMaxGridYZ = 65535, kMaxBlockZ = 64;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) {
+    throw Error("invalid launch configuration: a grid of " + describe_dim(grid) + " blocks");
+  }
+  if (block.x == 0 || block.y == 0 || block.z == 0 || block.x > kMaxThreads || block.y > kMaxThreads ||
+      block.z > kMaxBlockZ || uint64_t{block.x} * block.y * block.z > kMaxThreads) {
+    throw Error("invalid launch configuration: a block of " + describe_dim(block) + " threads");
+  }
+  if (shared_bytes < 0 || shared_bytes > int64_t{kMaxShared}) {
+    throw Error("invalid launch configuration: " + std::to_string(shared_bytes) + " bytes of dynamic shared memory");
+  }
+}
+
+inline Schedule schedule_from_environment() {
+  const char* const value = std::getenv("CHARLM_CUDA_EMULATOR_SCHEDULE");
+  const std::string name = value ? value : "forward";
+  if (name == "forward") return Schedule::kForward;
+  if (name == "reverse") return Schedule::kReverse;
+  if (name == "random") return Schedule::kRandom;
+  throw Error("CHARLM_CUDA_EMULATOR_SCHEDULE is forward, reverse or random, not \"" + name + "\"");
+}
+
+inline void seed_from_environment() {
+  const char* const seed = std::getenv("CHARLM_CUDA_EMULATOR_SEED");
+  emulator.random = ((seed ? std::strtoull(seed, nullptr, 10) : 0) + 1) * 0x9E3779B97F4A7C15u | 1;
+  for (int i = 0; i < 8; ++i) next_random();
+}
+
+inline void place_threads() {
+  const uint64_t n_threads = uint64_t{blockDim.x} * blockDim.y * blockDim.z;
+  emulator.n_threads = static_cast<unsigned>(n_threads);
+  for (unsigned i = 0; i < emulator.n_threads; ++i) {
+    emulator.threads[i].index = i;
+    emulator.threads[i].position = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
+  }
+}
+
+// Blocks in the order of the schedule; a random one is a walk round all blocks with a random stride.
+inline void run_blocks() {
+  const uint64_t n_blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+  uint64_t first = 0, stride = 1;
+  if (emulator.schedule == Schedule::kReverse) first = stride = n_blocks - 1;
+  if (emulator.schedule == Schedule::kRandom && n_blocks > 1) {
+    first = next_random() % n_blocks;
+    do {
+      stride = next_random() % n_blocks;
+    } while (std::gcd(stride, n_blocks) != 1);
+  }
+  uint64_t block = first;
+  for (uint64_t i = 0; i < n_blocks && !emulator.failed; ++i, block = (block + stride) % n_blocks) run_block(block);
+}
+
+// Launches may come from any OS thread. What one does happens before the next: a program that launches from several has
+// seen to that, but maybe in code that ThreadSanitizer does not see.
+inline void run_grid(dim3 grid, dim3 block, int64_t shared_bytes, void (*kernel)(const void*), const void* arguments) {
+  check_configuration(grid, block, shared_bytes);
+  const std::lock_guard<std::mutex> lock(emulator.mutex);
+  emulator.schedule = schedule_from_environment();
+  seed_from_environment();
+  gridDim = grid;
+  blockDim = block;
+  place_threads();
+  emulator.kernel = kernel;
+  emulator.arguments = arguments;
+  emulator.shared.dynamic_bytes = static_cast<size_t>(shared_bytes);
+  emulator.host.stack = {};  // of this OS thread; the first thread that starts will know
+  emulator.host.identity = current_identity();
+  emulator.failed = false;
+  for (auto& turns : emulator.order) {
+    for (SyncObject& order : turns) {
+      acquire(order);
+      release(order);
+    }
+  }
+  run_blocks();
+  for (auto& turns : emulator.order) {
+    for (SyncObject& order : turns) acquire(order);
+  }
+  if (emulator.failed) throw Error("CUDA emulator: " + emulator.error);
+}
+
+// An argument as the kernel takes it, after a check that an integer keeps its value.
+template <class Parameter, class Argument>
+Parameter convert_argument(const Argument& argument) {
+  if constexpr (std::is_integral_v<Parameter> && std::is_integral_v<Argument> && !std::is_same_v<Parameter, bool> &&
+                !std::is_same_v<Argument, bool>) {
+    if (!std::in_range<Parameter>(argument)) {
+      throw Error("a kernel's argument, " + std::to_string(argument) + ", does not fit the type of its parameter");
+    }
+  }
+  return static_cast<Parameter>(argument);
+}
+
+}  // namespace charlm::cuda_emulator
+
+namespace charlm::cuda {
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t /*stream*/,
+                   const Arguments&... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+  };
+  const Call call{kernel, {cuda_emulator::convert_argument<Parameters>(arguments)...}};
+  const auto run = [](const void* pointer) {
+    const Call& call = *static_cast<const Call*>(pointer);
+    std::apply(call.kernel, call.arguments);
+  };
+  cuda_emulator::run_grid(grid, block, shared_bytes, run, &call);
+  return cudaSuccess;
+}
+
+}  // namespace charlm::cuda

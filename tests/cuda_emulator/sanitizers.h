@@ -1,0 +1,120 @@
+// What the sanitizers are told: which stack runs, which bytes are out of bounds, what happens before what. Every
+// function here is empty in a build without the sanitizer it speaks to.
+#pragma once
+
+#include <cstddef>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+// The emulator is no part of the program under test: instrumented, it would be slow, and ThreadSanitizer would take
+// its bookkeeping for races between CUDA threads. Inlined into a kernel it would be instrumented after all.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define CHARLM_EMULATOR_CODE __attribute__((noinline, no_sanitize("address", "thread", "undefined")))
+#else
+#define CHARLM_EMULATOR_CODE
+#endif
+#define CHARLM_EMULATOR_COLD __attribute__((cold)) CHARLM_EMULATOR_CODE inline
+
+namespace charlm::cuda_emulator {
+
+#if defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kAddressSanitizer = true;
+#else
+inline constexpr bool kAddressSanitizer = false;
+#endif
+
+// Neighbouring blocks run beside each other on a GPU. ThreadSanitizer takes them for unordered if they have threads,
+// stacks, shared memory and barriers of their own: there are two sides, and blocks take turns.
+#if defined(__SANITIZE_THREAD__)
+inline constexpr bool kThreadSanitizer = true;
+inline constexpr unsigned kSides = 2;
+#else
+inline constexpr bool kThreadSanitizer = false;
+inline constexpr unsigned kSides = 1;
+#endif
+
+struct Stack {
+  char* bottom = nullptr;
+  size_t size = 0;
+};
+
+// What happens before release() happens before what follows an acquire() of the same object.
+struct SyncObject {
+  char address[8];
+};
+
+CHARLM_EMULATOR_CODE inline void release([[maybe_unused]] SyncObject& object) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_release(&object);
+#endif
+}
+
+CHARLM_EMULATOR_CODE inline void acquire([[maybe_unused]] SyncObject& object) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_acquire(&object);
+#endif
+}
+
+CHARLM_EMULATOR_CODE inline void* create_identity() {
+#if defined(__SANITIZE_THREAD__)
+  return __tsan_create_fiber(0);
+#else
+  return nullptr;
+#endif
+}
+
+CHARLM_EMULATOR_CODE inline void destroy_identity([[maybe_unused]] void* identity) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_destroy_fiber(identity);
+#endif
+}
+
+CHARLM_EMULATOR_CODE inline void* current_identity() {
+#if defined(__SANITIZE_THREAD__)
+  return __tsan_get_current_fiber();
+#else
+  return nullptr;
+#endif
+}
+
+CHARLM_EMULATOR_CODE inline void switch_identity([[maybe_unused]] void* identity) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(identity, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
+// Before and after a switch of stacks. `fake_stack` is kept for the stack that is left; null: it has ended.
+CHARLM_EMULATOR_CODE inline void leave_stack([[maybe_unused]] void** fake_stack, [[maybe_unused]] const Stack& next) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fake_stack, next.bottom, next.size);
+#endif
+}
+
+// `previous` becomes the stack that was left, as AddressSanitizer knows it.
+CHARLM_EMULATOR_CODE inline void enter_stack([[maybe_unused]] void* fake_stack, [[maybe_unused]] Stack& previous) {
+#if defined(__SANITIZE_ADDRESS__)
+  const void* bottom = nullptr;
+  __sanitizer_finish_switch_fiber(fake_stack, &bottom, &previous.size);
+  previous.bottom = static_cast<char*>(const_cast<void*>(bottom));
+#endif
+}
+
+CHARLM_EMULATOR_CODE inline void forbid_access([[maybe_unused]] char* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(memory, bytes);
+#endif
+}
+
+CHARLM_EMULATOR_CODE inline void allow_access([[maybe_unused]] char* memory, [[maybe_unused]] size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(memory, bytes);
+#endif
+}
+
+}  // namespace charlm::cuda_emulator

@@ -1,0 +1,81 @@
+// Shared memory: an arena in which every array has exact bounds. It is NaN in every byte (-1 as an integer) at the
+// start of each block, so that what nobody wrote shows in the result.
+#pragma once
+
+#include <type_traits>
+
+#include "scheduler.h"
+
+namespace charlm::cuda_emulator {
+
+inline constexpr size_t kGap = 1024;  // bytes between arrays, which AddressSanitizer watches
+
+inline constexpr size_t kArenaBytes = kMaxShared + (Shared::kMaxArrays + 2) * 2 * kGap;
+
+// `bytes` at an address that is `remainder` mod 128.
+CHARLM_EMULATOR_CODE inline char* allocate_shared(size_t bytes, size_t remainder) {
+  Shared& shared = emulator.shared;
+  char* const memory = shared.arena[emulator.side] + shared.used + remainder;
+  shared.used += (remainder + bytes + kGap + 127) / 128 * 128;
+  allow_access(memory, bytes);
+  auto* const words = reinterpret_cast<volatile uint64_t*>(memory);  // no memset(): ThreadSanitizer would see it
+  for (size_t i = 0; i < (bytes + 7) / 8; ++i) words[i] = ~uint64_t{0};
+  return memory;
+}
+
+CHARLM_EMULATOR_CODE inline void begin_shared() {
+  Shared& shared = emulator.shared;
+  char*& arena = shared.arena[emulator.side];
+  if (!arena) {
+    void* const memory = mmap(nullptr, kArenaBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) std::abort();
+    arena = static_cast<char*>(memory);
+    forbid_access(arena, kArenaBytes);
+  }
+  shared.used = kGap;
+  shared.n_arrays = 0;
+  shared.static_bytes = 0;
+  // 16-byte aligned, as is promised, and no better.
+  shared.dynamic = allocate_shared(shared.dynamic_bytes, 16);
+}
+
+CHARLM_EMULATOR_CODE inline void end_shared() {
+  forbid_access(emulator.shared.arena[emulator.side], emulator.shared.used);
+}
+
+CHARLM_EMULATOR_CODE inline void* shared_array(const void* name, size_t bytes, size_t alignment) {
+  Shared& shared = emulator.shared;
+  for (unsigned i = 0; i < shared.n_arrays; ++i) {
+    if (shared.arrays[i].name == name) return shared.arrays[i].memory;
+  }
+  shared.static_bytes += bytes;
+  if (shared.n_arrays == Shared::kMaxArrays || shared.static_bytes > kMaxStaticShared) {
+    fail("more than 48 KiB of static shared memory, or more than 64 arrays");
+  }
+  if (shared.static_bytes + shared.dynamic_bytes > kMaxShared) fail("more than 227 KiB of shared memory");
+  // Not 16-byte aligned unless the type is: UndefinedBehaviorSanitizer then sees a 128-bit access that only happens to
+  // be aligned. AddressSanitizer wants multiples of 8.
+  char* const memory = allocate_shared(bytes, alignment < 16 ? 8 : 0);
+  shared.arrays[shared.n_arrays++] = {name, memory};
+  return memory;
+}
+
+template <class T, size_t n>
+using Array = T[n];
+
+template <class T, size_t n>
+Array<T, n>& shared_array(const void* name) {
+  static_assert(std::is_trivially_copyable_v<T>, "nothing constructs or destroys what is in shared memory");
+  return *static_cast<Array<T, n>*>(shared_array(name, sizeof(T) * n, alignof(T)));
+}
+
+}  // namespace charlm::cuda_emulator
+
+#define CHARLM_SHARED(T, name, n)                                                                                \
+  ::charlm::cuda_emulator::Array<T, n>& name = ::charlm::cuda_emulator::shared_array<T, n>([]() -> const void* { \
+    static char this_array;                                                                                      \
+    return &this_array;                                                                                          \
+  }())
+
+#define CHARLM_DYNAMIC_SHARED(T, name) \
+  T* const name = reinterpret_cast<T*>(::charlm::cuda_emulator::emulator.shared.dynamic)
