@@ -2,10 +2,12 @@
 
 Every .cpp under csrc/ is one object, except csrc/cpu/kernels/isa.cpp: it is compiled once for each
 instruction set, so that one portable binary holds a fast loop for every machine (DESIGN: no -march=native).
-Beside the module goes charlm/_build_config.json, which says what it was built with: `import charlm` compares
-it with the torch that is running before it loads anything.
+With a torch and a toolkit for CUDA, csrc/cuda/ is built too: its .cpp by the C++ compiler, and every .cu of
+its kernels by nvcc, for GPUs that need not be here. Beside the module goes charlm/_build_config.json, which says
+what it was built with: `import charlm` compares it with the torch that is running before it loads anything.
 
-Environment: CXX (compiler), MAX_JOBS (compilers at once; at most 4 unless set), FORCE_CUDA.
+Environment: CXX (compiler), MAX_JOBS (compilers at once; at most 4 unless set), FORCE_CUDA (1: fail where CUDA
+cannot be built, 0: do not build it), CUDA_HOME (the toolkit), TORCH_CUDA_ARCH_LIST.
 """
 
 from __future__ import annotations
@@ -22,19 +24,24 @@ import sysconfig
 from collections.abc import Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))  # pip runs this file without its folder on the path
+
+import cuda_toolkit  # noqa: E402
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 ISA_SOURCE = "csrc/cpu/kernels/isa.cpp"
 MIN_TORCH = "2.11"
 RUNTIME_REQUIREMENTS = ["numpy", "safetensors", "typer", "rich"]
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [
     *AVX2_FLAGS,
@@ -131,64 +138,92 @@ def find_ninja(env: MutableMapping[str, str]) -> None:
         raise BuildError("ninja is not there.", "Install it: pip install ninja")
 
 
-def nvcc_release(cuda_home: str | None) -> str | None:
-    """The release of the toolkit's nvcc, such as "13.0"; None without a toolkit."""
-    nvcc = Path(cuda_home or "", "bin", "nvcc")
-    if cuda_home is None or not nvcc.exists():
-        return None
-    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"release (\d+\.\d+)", printed)
-    return found.group(1) if found else None
+class Cuda(NamedTuple):
+    """What is built for CUDA, or why nothing is."""
+
+    toolkit: Path | None
+    nvcc: str | None  # its release
+    architectures: list[str]  # "8.0", "12.0+PTX": as TORCH_CUDA_ARCH_LIST has them
+    why_not: str | None
 
 
-def why_no_cuda(env: Mapping[str, str], torch_version: str, torch_cuda: str | None, nvcc: str | None) -> str:
-    """Why no CUDA kernels are built; a BuildError where FORCE_CUDA=1 asks for them.
+def choose_cuda(env: Mapping[str, str], torch: ModuleType) -> Cuda:
+    """Whether to build for CUDA, and for which architectures. Whether there is a GPU here does not matter."""
+    toolkit = cuda_toolkit.find_toolkit(env)
+    nvcc = cuda_toolkit.nvcc_release(toolkit)
+    why_not = why_no_cuda(env, torch.__version__, torch.version.cuda, nvcc)
+    if why_not:
+        return Cuda(None, None, [], why_not)
+    asked = env.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    known = cuda_toolkit.known_architectures(toolkit)
+    return Cuda(toolkit, nvcc, asked or cuda_toolkit.default_architectures(known), None)
 
-    torch_cuda is torch.version.cuda (None in a CPU build), nvcc the toolkit's release. This version has no
-    CUDA kernels, so nothing builds them; what is wrong with the toolkit is said first all the same.
+
+def why_no_cuda(env: Mapping[str, str], torch_version: str, torch_cuda: str | None, nvcc: str | None) -> str | None:
+    """Why no CUDA kernels are built, None where they are; a BuildError where FORCE_CUDA=1 asks for them.
+
+    torch_cuda is torch.version.cuda (None in a CPU build), nvcc the toolkit's release.
     """
-    reason = "this version of charlm has no CUDA kernels; CUDA tensors take the reference path"
-    if env.get("FORCE_CUDA") != "1":
-        return reason
-    without = "or unset FORCE_CUDA to build for the CPU alone."
+    forced = env.get("FORCE_CUDA", "")
+    if forced not in ("", "0", "1"):
+        raise BuildError(
+            f"FORCE_CUDA={forced!r} is neither 0 nor 1.",
+            "Set it to 1 (build for CUDA, or fail) or 0 (build for the CPU alone), or unset it.",
+        )
+    if forced == "0":
+        return "FORCE_CUDA=0"
+    major = (torch_cuda or "").partition(".")[0]
     if torch_cuda is None:
-        raise BuildError(
-            f"FORCE_CUDA=1, but torch {torch_version} is a CPU build.",
-            f"Install a CUDA build of torch (see pytorch.org), {without}",
-        )
-    major = torch_cuda.partition(".")[0]
-    if nvcc is None:
-        raise BuildError(
-            f"FORCE_CUDA=1, but there is no CUDA toolkit (torch was built with CUDA {torch_cuda}).",
-            f"Install a CUDA {major} toolkit and set CUDA_HOME to its folder, {without}",
-        )
-    if nvcc.partition(".")[0] != major:
-        raise BuildError(
-            f"nvcc is of CUDA {nvcc}, but torch {torch_version} was built with CUDA {torch_cuda}.",
-            f"Point CUDA_HOME at a CUDA {major} toolkit, or install a torch built with CUDA "
-            f"{nvcc.partition('.')[0]}, {without}",
-        )
-    raise BuildError(f"FORCE_CUDA=1, but {reason}.", "Unset FORCE_CUDA.")
+        problem = f"torch {torch_version} is a CPU build"
+        cure = "Install a CUDA build of torch (see pytorch.org)"
+    elif nvcc is None:
+        named = cuda_toolkit.named_home(env)
+        place = f" in {named}" if named else ""
+        problem = f"there is no CUDA toolkit{place} (torch was built with CUDA {torch_cuda})"
+        cure = f"Install a CUDA {major} toolkit and set CUDA_HOME to its folder"
+    elif nvcc.partition(".")[0] != major:
+        problem = f"nvcc is of CUDA {nvcc}, but torch {torch_version} was built with CUDA {torch_cuda}"
+        cure = f"Point CUDA_HOME at a CUDA {major} toolkit, or install a torch built with CUDA {nvcc.partition('.')[0]}"
+    else:
+        return None
+    if forced:
+        raise BuildError(f"FORCE_CUDA=1, but {problem}.", f"{cure}, or unset FORCE_CUDA to build for the CPU alone.")
+    return problem
 
 
-def extension(isas: Mapping[str, list[str]]) -> Extension:
-    """charlm._C: every .cpp of csrc/ but the per-instruction-set one, with the macros that name the sets."""
-    from torch.utils.cpp_extension import CppExtension
+def extension(isas: Mapping[str, list[str]], cuda: Cuda) -> Extension:
+    """charlm._C: every .cpp and .cu of csrc/ but the per-instruction-set one, with macros for the sets and CUDA."""
+    if cuda.toolkit:
+        # Else torch takes the folder of a script called nvcc for a toolkit, and compiles for the GPUs that it sees.
+        os.environ.update(CUDA_HOME=str(cuda.toolkit), TORCH_CUDA_ARCH_LIST=" ".join(cuda.architectures))
+    from torch.utils import cpp_extension
 
-    # ops.cpp takes longest (torch/extension.h): started first, it is not what everything waits for in the end.
-    paths = sorted(CSRC.rglob("*.cpp"), key=lambda path: (path.name != "ops.cpp", path))
+    paths = sorted(CSRC.rglob("*.cpp"))
+    macros = [f"CHARLM_HAVE_{isa.upper()}" for isa in isas if isa != "baseline"]
+    if cuda.toolkit:
+        new_extension = cpp_extension.CUDAExtension
+        paths += sorted(CSRC.rglob("*.cu"))
+        macros.append("CHARLM_HAVE_CUDA")
+    else:
+        new_extension = cpp_extension.CppExtension
+        paths = [path for path in paths if CSRC / "cuda" not in path.parents]
     sources = [path.relative_to(ROOT).as_posix() for path in paths]
-    return CppExtension(
+    return new_extension(
         "charlm._C",
         [source for source in sources if source != ISA_SOURCE],
         include_dirs=[str(CSRC)],
-        define_macros=[(f"CHARLM_HAVE_{isa.upper()}", None) for isa in isas if isa != "baseline"],
-        extra_compile_args={"cxx": list(CXX_FLAGS)},
+        define_macros=[(macro, None) for macro in macros],
+        extra_compile_args={"cxx": list(CXX_FLAGS), "nvcc": list(NVCC_FLAGS)},
         extra_link_args=["-fopenmp"],
     )
 
 
-def build_command(torch: ModuleType, isas: Mapping[str, list[str]]) -> type:
+def longest_first(sources: list[str]) -> list[str]:
+    """Kernels, for all their architectures, then ops.cpp (torch/extension.h): nothing waits for them at the end."""
+    return sorted(sources, key=lambda source: (not source.endswith(".cu"), source != "csrc/ops.cpp", source))
+
+
+def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) -> type:
     """The build_ext command: torch's, plus one object per instruction set and the record of the build."""
     from torch.utils import cpp_extension
 
@@ -198,8 +233,10 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]]) -> type:
         def finalize_options(self) -> None:
             super().finalize_options()
             # One folder for every way to build (pip gives each run of -e a temporary one), so that ninja
-            # finds its objects again; apart for each python and torch, whose headers differ.
+            # finds its objects again; apart for each python, torch and nvcc, whose headers differ.
             tag = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+            if cuda.nvcc:
+                tag += f"-nvcc-{cuda.nvcc}"
             self.build_temp = str(ROOT / "build" / tag)
 
         def run(self) -> None:
@@ -207,17 +244,20 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]]) -> type:
             find_python_headers(sysconfig.get_paths()["include"])
             jobs = max_jobs(os.environ, os.cpu_count())
             os.environ["MAX_JOBS"] = str(jobs)
-            cuda = why_no_cuda(os.environ, torch.__version__, torch.version.cuda, nvcc_release(cpp_extension.CUDA_HOME))
+            # One nvcc compiles for several architectures at once. Not among the flags of the extension: ninja would
+            # compile everything again when MAX_JOBS changes.
+            appended = os.environ.get("NVCC_APPEND_FLAGS", "")
+            os.environ["NVCC_APPEND_FLAGS"] = f"{appended} --threads {jobs}".strip()
             config = {
                 "charlm": self.distribution.get_version(),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
                 "compiler": find_compiler(cpp_extension.get_cxx_compiler()),
                 "instruction_sets": list(isas),
-                "cuda_architectures": [],
-                "why_no_cuda": cuda,
+                "cuda_architectures": cuda.architectures,
+                "why_no_cuda": cuda.why_not,
             }
-            print_configuration(config, jobs)
+            print_configuration(config, cuda.nvcc, jobs)
             self.jobs = jobs
             super().run()
             self.config_path().write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -242,20 +282,23 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]]) -> type:
             # Each set is a ninja run of its own with one object in it: side by side they use the cores.
             with ThreadPoolExecutor(self.jobs) as pool:
                 ext.extra_objects += [obj for objects in pool.map(compile_isa, isas) for obj in objects]
+            compile_sources = self.compiler.compile  # is given them sorted by name
+            self.compiler.compile = lambda sources, **options: compile_sources(longest_first(sources), **options)
             super().build_extension(ext)
 
     return BuildExtension
 
 
-def print_configuration(config: Mapping[str, Any], jobs: int) -> None:
+def print_configuration(config: Mapping[str, Any], nvcc: str | None, jobs: int) -> None:
     """One block that says what is about to be built."""
+    architectures = ", ".join(config["cuda_architectures"])
     lines = {
         "charlm": config["charlm"],
         "python": config["python"],
         "torch": config["torch"],
         "compiler": config["compiler"],
         "instruction sets": ", ".join(config["instruction_sets"]),
-        "CUDA": f"not built ({config['why_no_cuda']})",
+        "CUDA": f"{architectures} (nvcc {nvcc})" if nvcc else f"not built ({config['why_no_cuda']})",
         "jobs": f"{jobs} (MAX_JOBS)",
     }
     print("\ncharlm build configuration")
@@ -269,8 +312,9 @@ def main() -> None:
         torch = import_torch()
         torch_requirement = f"torch=={public_version(torch.__version__)}"
         isas = isa_flags(platform.machine())
-        options["ext_modules"] = [extension(isas)]
-        options["cmdclass"] = {"build_ext": build_command(torch, isas)}
+        cuda = choose_cuda(os.environ, torch)
+        options["ext_modules"] = [extension(isas, cuda)]
+        options["cmdclass"] = {"build_ext": build_command(torch, isas, cuda)}
     setup(license="MIT", install_requires=[torch_requirement, *RUNTIME_REQUIREMENTS], **options)
 
 

@@ -2,7 +2,8 @@
 
 from . import functional, nn, reference
 from ._info import build_info
+from ._synchronize import synchronize
 from ._version import __version__
 from .patching import patch_model, patch_torch
 
-__all__ = ["__version__", "build_info", "functional", "nn", "patch_model", "patch_torch", "reference"]
+__all__ = ["__version__", "build_info", "functional", "nn", "patch_model", "patch_torch", "reference", "synchronize"]

@@ -18,6 +18,7 @@ from .reference import CrossEntropyOutput
 __all__ = ["CrossEntropyOutput", "cross_entropy", "embedding"]
 
 _C = _ext._C
+_CUDA = _C is not None and _C.has_cuda_kernels()
 
 
 def embedding(
@@ -48,7 +49,8 @@ def embedding(
         (*, D), the dtype of `weight`. Differentiable with respect to `weight`, to any order.
 
     Raises:
-        IndexError: an index outside [0, V); the text names the index, its position and V.
+        IndexError: an index outside [0, V); the text names the index, its position and V. On CUDA see
+            `charlm.synchronize`.
         RuntimeError: indices that are not integers (bool included), a weight that is not 2-D, and, in backward,
             `sparse` together with `scale_grad_by_freq`.
         AssertionError: `padding_idx` outside [-V, V).
@@ -70,7 +72,7 @@ def embedding(
             scale_grad_by_freq=scale_grad_by_freq,
             sparse=sparse,
         )
-    if not _has_kernel(weight):
+    if not _have_kernels(weight, input):
         return reference.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     row = -1
     if padding_idx is not None:
@@ -82,7 +84,11 @@ def embedding(
         with torch.no_grad():
             # embedding_renorm_ scales rows until it meets a bad index: look all of them up first.
             _embedding(weight, input, row, scale_grad_by_freq, sparse)
-            torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
+            indices = input.to(torch.int64).contiguous()
+            if indices.is_cuda:
+                # A bad one would end the CUDA context. To select waits for the device, as torch's function does.
+                indices = indices[(indices >= 0) & (indices < weight.size(0))]
+            torch.embedding_renorm_(weight, indices, max_norm, norm_type)
     return _embedding(weight, input, row, scale_grad_by_freq, sparse)
 
 
@@ -173,7 +179,8 @@ def cross_entropy(
         results carry no gradient; `token_weight` must not require one.
 
     Raises:
-        IndexError: a class index outside [0, C) that is not `ignore_index`; the text names it, its position and C.
+        IndexError: a class index outside [0, C) that is not `ignore_index`; the text names it, its position and C. On
+            CUDA see `charlm.synchronize`.
         ValueError: batch sizes that differ; an unknown `reduction`, `all_ignored` or `inplace`; `softcap` <= 0;
             `inplace="forward"` with reduction "none".
         RuntimeError: other shapes or dtypes that do not fit (bool targets among them), and a `weight` beside class
@@ -185,7 +192,7 @@ def cross_entropy(
         tensor(1.3863)
     """
     overridden = has_torch_function_variadic(input, target, weight, token_weight)
-    if overridden or not _has_kernel(input):
+    if overridden or not _have_kernels(input, target, weight, token_weight):
         arguments = {
             "weight": weight,
             "size_average": size_average,
@@ -249,11 +256,14 @@ _INPLACE = (
 )
 
 
-def _has_kernel(tensor: Tensor) -> bool:
+def _have_kernels(*tensors: Tensor | None) -> bool:
     """False sends the call to the reference. What is no tensor gets its TypeError from the compiled module."""
-    return _C is not None and (
-        not isinstance(tensor, Tensor) or ((tensor.is_cpu or tensor.is_meta) and tensor.layout is torch.strided)
-    )
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and not (
+            (tensor.is_cpu or tensor.is_meta or (_CUDA and tensor.is_cuda)) and tensor.layout is torch.strided
+        ):
+            return False
+    return _C is not None
 
 
 def _embedding(weight: Tensor, input: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool) -> Tensor:

@@ -1,7 +1,12 @@
-"""Shared by all tests: hypothesis repeats its examples on every run, and `isa` goes through the kernels."""
+"""Shared by all tests: hypothesis repeats its examples on every run, and `isa` goes through the kernels.
+
+With CHARLM_CUDA_EMULATED=LIBRARY the CPU's kernels are replaced by the CUDA kernels as the emulator runs them
+(tests/cuda_emulator): tests/test_cuda_emulated.py starts pytest so.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -21,14 +26,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("charlm")
 
 
+EMULATED = os.environ.get("CHARLM_CUDA_EMULATED")
+if EMULATED:
+    torch.ops.load_library(EMULATED)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_C.supported_isas())
+@pytest.fixture(params=["emulated"] if EMULATED else _C.supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this machine can run, one after the other; restored afterwards."""
+    if EMULATED:
+        yield request.param
+        return
     found = _C.cpu_isa()
     _C.set_cpu_isa(request.param)
     yield request.param

@@ -1,0 +1,74 @@
+// What a reduction divides by, and the reduction itself. Partial results lie in the workspace; whoever needs them adds
+// them up in their order, so that no block waits for another and the same bits come out each time.
+#pragma once
+
+#include "cross_entropy_row.cuh"
+#include "grid.h"
+
+namespace charlm::cuda {
+namespace {
+
+struct Totals {
+  double weight;  // of the targets that are not ignored
+  int64_t count;
+};
+
+// The targets are counted by so many blocks at most: a warp adds up their totals.
+constexpr int kMaxTotals = kWarp;
+constexpr int kTotalsThreads = 256;
+
+template <class T>
+bool needs_totals(const CrossEntropyRows<T>& rows) {
+  return rows.mean && (rows.has_target || rows.token_weight);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTotalsThreads)
+    cross_entropy_totals(const __grid_constant__ CrossEntropyRows<T> rows, Totals* totals) {
+  CHARLM_SHARED(double, weights, kMaxWarps);
+  CHARLM_SHARED(int64_t, counts, kMaxWarps);
+  double weight = 0;
+  int64_t count = 0;
+  for (int64_t n = blockIdx.x * kTotalsThreads + threadIdx.x; n < rows.n_rows; n += gridDim.x * kTotalsThreads) {
+    double w = rows.token_weight ? rows.token_weight[n] : 1;
+    if (rows.has_target) {
+      const int64_t target = load_index(rows.target, n);
+      if ((rows.may_ignore && target == rows.ignore_index) || !in_range(rows.target, target)) continue;
+      if (rows.weight) w *= rows.weight[target];
+    }
+    weight += w;
+    count++;
+  }
+  weight = sum_over_block(weight, weights);
+  count = sum_over_block(count, counts);
+  if (threadIdx.x == 0) totals[blockIdx.x] = {weight, count};
+}
+
+// What the sum of the losses is divided by. All lanes of a warp must call.
+template <class T>
+__device__ __forceinline__ double divisor(const CrossEntropyRows<T>& rows, const Totals* totals, int n_totals) {
+  if (!rows.mean) return 1;
+  if (n_totals == 0) return rows.zero_if_all_ignored && rows.n_rows == 0 ? 1 : static_cast<double>(rows.n_rows);
+  const int lane = threadIdx.x % kWarp;
+  const double weight = sum_over_lanes(lane < n_totals ? totals[lane].weight : 0);
+  const int64_t count = sum_over_lanes(lane < n_totals ? totals[lane].count : int64_t(0));
+  return rows.zero_if_all_ignored && count == 0 ? 1 : weight;
+}
+
+// One block: the sum or mean of the losses from the sums that the blocks of a kernel made.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    cross_entropy_reduce(const __grid_constant__ CrossEntropyRows<T> rows, const Totals* totals, int n_totals,
+                         const double* losses, int n_losses) {
+  CHARLM_SHARED(double, sums, kMaxWarps);
+  double sum = 0;
+  for (int i = threadIdx.x; i < n_losses; i += blockDim.x) sum += losses[i];
+  sum = sum_over_block(sum, sums);
+  const double divided_by = divisor(rows, totals, n_totals);
+  if (threadIdx.x != 0) return;
+  const bool none = rows.mean && !rows.zero_if_all_ignored && (rows.n_rows == 0 || rows.n_classes == 0);
+  *rows.reduced_loss = from_compute<T>(static_cast<Compute<T>>(none ? double(NAN) : sum / divided_by));
+}
+
+}  // namespace
+}  // namespace charlm::cuda

@@ -1,0 +1,140 @@
+"""Writes csrc/cuda/ROOFLINE.md: the bytes that each CUDA kernel moves beside the fewest possible, and a predicted time.
+
+    python scripts/cuda_roofline.py
+
+Bytes are those between a GPU's memory and its multiprocessors, counted from what the kernels do (their headers say it);
+the sizes at which a launch takes another path are read from the sources. The predicted time is bytes over the nominal
+bandwidth of an H100, a lower bound that no measurement stands behind. A test compares the file with what this prints.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "kernels"
+OUTPUT = KERNELS.parent / "ROOFLINE.md"
+H100_BYTES_PER_SECOND = 3.35e12  # nominal
+H100_SHARED_BYTES = 227 << 10  # of a block
+TARGET, PARTIAL_SOFTMAX = 8, 16  # bytes; a float32 row's softmax is stored as a maximum and a sum
+DTYPES = {"float32": 4, "bfloat16": 2}
+
+HEADER = """<!-- Written by scripts/cuda_roofline.py; do not edit. -->
+# Bytes and predicted times
+
+Bytes of one call between a GPU's memory and its multiprocessors, against the fewest possible: for cross_entropy one
+reading of the logits and targets and one writing of the gradient, for embedding one reading of the indices and of the
+gradient or the rows, and one writing of the result. **Predicted** is these bytes over the 3.35 TB/s of an H100
+(nominal); nobody has measured it. It leaves out launches, a few microseconds each, and a second reading that hits the
+second-level cache counts like any other. Beyond about 114,000 classes of bfloat16 a row no longer fits in shared
+memory: with its gradient it is then read a second time from there on.
+
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    call: str
+    shape: str
+    dtype: str
+    path: str
+    moved: float
+    fewest: float
+
+
+def constant(file: str, name: str) -> int:
+    """The value of a constexpr in a kernel file: a product or a shift of numbers."""
+    text = (KERNELS / file).read_text(encoding="utf-8")
+    found = re.search(rf"\b{name} = ([\d <*]+)[;,]", text)
+    if found is None:
+        raise LookupError(f"{file} has no constant {name}")
+    return int(eval(found[1], {"__builtins__": {}}))
+
+
+def cross_entropy(call: str, n: int, v: int, dtype: str) -> Row:
+    size = DTYPES[dtype]
+    row = v * size
+    both = call != "forward"
+    # The targets are read twice: a mean must know how many count before a gradient is written.
+    moved = row * (2 if both else 1) + 2 * TARGET + 8
+    path = "block"
+    if v <= constant("cross_entropy_tile.cuh", "kTileClasses") * 32:
+        path = "tile"
+    elif call == "backward":
+        path = "chunks"
+    elif n < constant("cross_entropy_launch.cuh", "kFewRows") and v > constant("cross_entropy_launch.cuh", "kLongRow"):
+        path = "chunks"
+        chunk = constant("cross_entropy_chunks.cuh", "kChunkPacks") * 16
+        moved += 2 * PARTIAL_SOFTMAX * -(-row // chunk) + (row if both else 0)
+    elif both:
+        moved += max(0, row - (H100_SHARED_BYTES - 512))
+    fewest = row * (2 if both else 1) + TARGET
+    return Row(f"cross_entropy {call}", f"{n} × {v}", dtype, path, n * moved, n * fewest)
+
+
+def embedding(call: str, n: int, v: int, d: int, dtype: str) -> Row:
+    size, index = DTYPES[dtype], 8
+    table, rows = v * d * size, n * d * size
+    if call == "forward":
+        # A table that fits the second-level cache is read from memory once.
+        read = min(rows, table) if table < 32 << 20 else rows
+        return Row(
+            "embedding forward", f"{n} of {v} × {d}", dtype, "rows", read + rows + n * index, read + rows + n * index
+        )
+    fewest = rows + n * index + table
+    table_bytes, columns = (
+        constant("embedding_tables.cuh", "kTableBytes"),
+        constant("embedding_tables.cuh", "kTableColumns"),
+    )
+    if v < table_bytes // (columns * 4):
+        return Row(
+            "embedding backward", f"{n} of {v} × {d}", dtype, "tables", fewest + tables_workspace(n, v, d, size), fewest
+        )
+    # torch's sort: about four passes of 8 + 8 bytes, in and out; then zeros, sums of chunks, and the joining of parts.
+    chunk = constant("embedding_sorted.cuh", "kChunk")
+    moved = fewest + n * (4 * 32 + 8) + table + 2 * (2 * n / chunk * d * 4)
+    return Row("embedding backward", f"{n} of {v} × {d}", dtype, "sorted", moved, fewest)
+
+
+def tables_workspace(n: int, v: int, d: int, size: int) -> float:
+    """Bytes in and out of the workspace: the plan of embedding_tables.cuh."""
+    tiles = -(-d // constant("embedding_tables.cuh", "kTableColumns"))
+    tile = -(-d // tiles)
+    threads = constant("embedding_tables.cuh", "kTableThreads")
+    a_column = min(constant("embedding_tables.cuh", "kTableBytes") // ((v + 1) * tile * 4), threads // tile)
+    few = constant("embedding_tables.cuh", "kFewBlocks")
+    parts = max(min(n * size // (8 * v * 4), -(-3 * few // tiles)), -(-few // tiles))
+    parts = min(parts, -(-n // (a_column * (64 // size))))
+    return 2 * parts * v * d * 4 if parts > 1 else 0
+
+
+def rows() -> list[Row]:
+    shapes = [(262144, 27), (262144, 65), (65536, 256), (16384, 1024), (8192, 8192), (2048, 32000), (1024, 50257)]
+    shapes += [(1024, 65536), (1024, 128256), (16, 128256)]
+    losses = [
+        cross_entropy(call, n, v, dtype)
+        for dtype in ("bfloat16", "float32")
+        for call in ("forward", "forward and gradient", "backward")
+        for n, v in shapes
+    ]
+    tables = [(98304, 27, 10), (65536, 65, 384), (65536, 256, 64), (65536, 256, 384), (65536, 50257, 768)]
+    return losses + [embedding(call, *shape, "float32") for call in ("forward", "backward") for shape in tables]
+
+
+def table() -> str:
+    lines = [
+        "| call | shape | dtype | path | MB moved | × fewest | predicted on an H100 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows():
+        microseconds = r.moved / H100_BYTES_PER_SECOND * 1e6
+        lines.append(
+            f"| {r.call} | {r.shape} | {r.dtype} | {r.path} | {r.moved / 1e6:.1f} | {r.moved / r.fewest:.2f} "
+            f"| {microseconds:.3g} µs |"
+        )
+    return HEADER + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    OUTPUT.write_text(table(), encoding="utf-8")

@@ -1,0 +1,185 @@
+"""Defects put into our own kernels, one at a time: each must be caught by the tests that pass on the kernels today.
+
+A mutant replaces `old`, which stands once in a file of csrc/cuda/kernels, by `new`. It is compiled for float alone, in
+one flavour, and run with the samples of its op (or other `tests`) under one schedule.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .ops import CSRC
+
+SAMPLES = {
+    "cross_entropy": ("tests/test_cross_entropy.py", "-k", "as_close_to_float64 and float32"),
+    "embedding": ("tests/test_embedding.py", "-k", "as_close_to_float64 and float32"),
+}
+OFFSETS = ("tests/test_large_offsets.py",)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    op: str
+    file: str
+    old: str
+    new: str
+    flavour: str = "plain"
+    schedule: str = "forward"
+    tests: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        return self.tests or SAMPLES[self.op]
+
+    def write(self, folder: Path) -> Path:
+        """A copy of csrc with the defect."""
+        copy = shutil.copytree(CSRC, folder / "csrc")
+        path = copy / "cuda" / "kernels" / self.file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(self.old) == 1, f"{self.file} holds {self.old!r} {text.count(self.old)} times, not once"
+        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+        return copy
+
+
+MUTANTS = (
+    Mutant(
+        "dropped_barrier_after_loading_a_tile",
+        "cross_entropy",
+        "cross_entropy_tile.cuh",
+        "rows.logits_stride, n_rows, n_classes, true);\n    __syncthreads();",
+        "rows.logits_stride, n_rows, n_classes, true);",
+    ),
+    Mutant(
+        "dropped_barrier_before_storing_a_tile",
+        "cross_entropy",
+        "cross_entropy_tile.cuh",
+        "      __syncthreads();\n      T* const to",
+        "      T* const to",
+    ),
+    Mutant(
+        "dropped_warp_barrier_between_reading_and_writing_a_row",
+        "cross_entropy",
+        "cross_entropy_tile.cuh",
+        "if constexpr (kWritesLoss) __syncwarp();",
+        "",
+        flavour="thread",
+        tests=("tests/test_cross_entropy_inplace.py",),
+    ),
+    Mutant(
+        "dropped_barrier_in_the_reduction_of_a_block",
+        "cross_entropy",
+        "reduce.cuh",
+        "  if (lane == 0) shared[threadIdx.x / kWarp] = value;\n  __syncthreads();",
+        "  if (lane == 0) shared[threadIdx.x / kWarp] = value;",
+    ),
+    Mutant(
+        "wrong_shuffle_width",
+        "cross_entropy",
+        "reduce.cuh",
+        "for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync",
+        "for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync",
+    ),
+    Mutant(
+        "missing_tail",
+        "cross_entropy",
+        "cross_entropy_block.cuh",
+        "    for (int64_t i = pack(n_packs) + threadIdx.x; i < n; i += blockDim.x) use(i);\n",
+        "",
+    ),
+    Mutant(
+        "unaligned_vector_access",
+        "cross_entropy",
+        "cross_entropy_block.cuh",
+        "head = first != elements_to_alignment(y) || first > n ? n : first;",
+        "head = 0 * first;",
+        flavour="address",
+    ),
+    Mutant(
+        "one_element_too_many",
+        "cross_entropy",
+        "cross_entropy_block.cuh",
+        "i = pack(n_packs) + threadIdx.x; i < n; i",
+        "i = pack(n_packs) + threadIdx.x; i <= n; i",
+        flavour="address",
+    ),
+    Mutant(
+        "kept_pack_past_the_end",
+        "cross_entropy",
+        "cross_entropy_launch.cuh",
+        "n_kept * kPackBytes, rows_",
+        "(n_kept - 1) * kPackBytes, rows_",
+        flavour="address",
+        tests=("tests/test_cross_entropy_inplace.py", "tests/test_cross_entropy_ahead.py"),
+    ),
+    Mutant(
+        "offset_of_32_bits",
+        "cross_entropy",
+        "cross_entropy_row.cuh",
+        "return rows_.logits + n_ * rows_.logits_stride;",
+        "return rows_.logits + static_cast<int>(n_ * rows_.logits_stride);",
+        tests=(*OFFSETS, "-k", "logits"),
+    ),
+    Mutant(
+        "sum_not_rescaled_for_a_larger_maximum",
+        "cross_entropy",
+        "softmax.cuh",
+        "    sum *= exp_of<T>(max - larger);\n",
+        "",
+    ),
+    Mutant(
+        "only_the_first_block_counts_targets",
+        "cross_entropy",
+        "cross_entropy_totals.cuh",
+        "sum_over_lanes(lane < n_totals ? totals[lane].weight : 0)",
+        "sum_over_lanes(lane < 1 ? totals[lane].weight : 0)",
+    ),
+    Mutant(
+        "target_as_large_as_the_number_of_classes",
+        "cross_entropy",
+        "index.cuh",
+        "static_cast<uint64_t>(index) < static_cast<uint64_t>(indices.against.limit)",
+        "static_cast<uint64_t>(index) <= static_cast<uint64_t>(indices.against.limit)",
+        tests=("tests/test_cuda_indices.py",),
+    ),
+    Mutant(
+        "sums_of_losses_added_without_an_atomic",
+        "cross_entropy",
+        "cross_entropy_block.cuh",
+        "if (threadIdx.x == 0) losses[blockIdx.x] = loss_sum;",
+        "if (threadIdx.x == 0) losses[0] = (blockIdx.x == 0 ? 0 : losses[0]) + loss_sum;\n"
+        "  if (threadIdx.x == 0 && blockIdx.x > 0) losses[blockIdx.x] = 0;",
+        flavour="thread",
+    ),
+    Mutant(
+        "equal_indices_of_one_load_overwrite_each_other",
+        "embedding",
+        "embedding_tables.cuh",
+        "      if (offset[earlier] == offset[k]) sum[k] = sum[earlier];\n",
+        "",
+    ),
+    Mutant(
+        "dropped_barrier_before_adding_tables",
+        "embedding",
+        "embedding_tables.cuh",
+        "  __syncthreads();\n  if (column >= d) return;",
+        "  if (column >= d) return;",
+    ),
+    Mutant(
+        "a_segment_that_began_before_is_taken_for_whole",
+        "embedding",
+        "embedding_sorted.cuh",
+        "const bool first_goes_on = begin > 0 && index_of[-1] == index_of[0];",
+        "const bool first_goes_on = false;",
+    ),
+    Mutant(
+        "weight_row_offset_of_32_bits",
+        "embedding",
+        "embedding_forward.cuh",
+        "static_cast<const char*>(table.weight) + index[k] * table.row_stride",
+        "static_cast<const char*>(table.weight) + static_cast<int>(index[k] * table.row_stride)",
+        tests=(*OFFSETS, "-k", "weight"),
+    ),
+)

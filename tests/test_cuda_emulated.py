@@ -1,0 +1,136 @@
+"""csrc/cuda without a GPU: its adapters and kernels, run on the CPU by the emulator, under the tests of the ops.
+
+Each run is a pytest of its own in which the emulated ops take the place of the CPU's; two go on at a time. What no run
+shows: the GPU's memory model, its speed, and what nvcc makes of the source (tests/test_cuda_build.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_emulator.build import ROOT, SANITIZER_EXIT_STATUS
+from tests.cuda_emulator.mutants import MUTANTS, Mutant
+from tests.cuda_emulator.ops import build_ops, pytest_command, pytest_environment
+
+OPS_TESTS = (
+    *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cross_entropy*.py")),
+    "tests/test_embedding.py",
+    "tests/test_large_offsets.py",
+    "tests/test_modules.py",
+    "tests/test_torch_citizenship_compile.py",
+    "tests/test_torch_citizenship_dispatch.py",
+    "tests/test_torch_citizenship_functorch.py",
+    "tests/test_cuda.py",
+)
+SAMPLES = ("tests/test_cross_entropy.py", "tests/test_embedding.py", "-k", "as_close_to_float64")
+FLOAT_SAMPLES = (*SAMPLES[:-1], "as_close_to_float64 and float32")
+TESTS_FAILED = 1  # pytest's exit status
+
+
+@dataclass(frozen=True)
+class Run:
+    """A pytest on emulated ops."""
+
+    name: str
+    flavour: str
+    schedule: str
+    arguments: tuple[str, ...]
+    seed: int = 0
+    float_only: bool = False
+    exhaustive: bool = False
+
+    def start(self) -> subprocess.CompletedProcess[str]:
+        return run(_library(self.flavour, self.float_only), self.flavour, self.schedule, self.seed, self.arguments)
+
+
+RUNS = (
+    Run("ops_forward", "plain", "forward", OPS_TESTS),
+    Run("samples_reverse", "plain", "reverse", SAMPLES),
+    *(Run(f"samples_random_{seed}", "plain", "random", SAMPLES, seed) for seed in (1, 2, 3)),
+    Run("float_samples_address", "address", "random", FLOAT_SAMPLES, 4, float_only=True),
+    Run("float_samples_thread", "thread", "random", FLOAT_SAMPLES, 5, float_only=True),
+    Run("ops_reverse", "plain", "reverse", OPS_TESTS, exhaustive=True),
+    *(Run(f"ops_random_{seed}", "plain", "random", OPS_TESTS, seed, exhaustive=True) for seed in (6, 7)),
+    *(
+        Run(f"samples_{flavour}_{schedule}", flavour, schedule, SAMPLES, seed=8, exhaustive=True)
+        for flavour in ("address", "thread")
+        for schedule in ("forward", "reverse", "random")
+    ),
+)
+# Mutants that stand for their kind in `make test`; `make test-all` runs all of them.
+FEW_MUTANTS = {"dropped_barrier_after_loading_a_tile", "wrong_shuffle_width", "missing_tail", "offset_of_32_bits"}
+
+
+def run(
+    library: Path, flavour: str, schedule: str, seed: int, arguments: tuple[str, ...]
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        pytest_command(flavour, *arguments),
+        env=pytest_environment(flavour, library, schedule, seed),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+
+
+@functools.cache
+def _library(flavour: str, float_only: bool) -> Path:
+    return build_ops(flavour, float_only=float_only)
+
+
+def run_mutant(mutant: Mutant) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = mutant.write(Path(folder))
+        library = build_ops(mutant.flavour, csrc=csrc, float_only=True, kernels=(mutant.op,))
+        return run(library, mutant.flavour, mutant.schedule, 0, ("-x", *mutant.arguments))
+
+
+JOBS: dict[str, Callable[[], subprocess.CompletedProcess[str]]] = {
+    **{job.name: job.start for job in RUNS},
+    **{mutant.name: functools.partial(run_mutant, mutant) for mutant in MUTANTS},
+}
+
+
+def parameters(items: tuple[Run, ...] | tuple[Mutant, ...], exhaustive: set[str]) -> list[object]:
+    marks = {name: [pytest.mark.exhaustive] for name in exhaustive}
+    return [pytest.param(item, id=item.name, marks=marks.get(item.name, [])) for item in items]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """By name, what was asked for: started at once, two at a time, in the order of the tests."""
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = [item.callspec.params["job"].name for item in here if "job" in item.callspec.params]
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(JOBS[name]) for name in names}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("job", parameters(RUNS, {job.name for job in RUNS if job.exhaustive}))
+def test_the_tests_of_the_ops_pass_on_emulated_cuda_kernels(
+    job: Run, results: dict[str, Future[subprocess.CompletedProcess[str]]]
+) -> None:
+    done = results[job.name].result()
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("job", parameters(MUTANTS, {mutant.name for mutant in MUTANTS} - FEW_MUTANTS))
+def test_a_defect_in_a_kernel_is_caught(
+    job: Mutant, results: dict[str, Future[subprocess.CompletedProcess[str]]]
+) -> None:
+    done = results[job.name].result()
+    caught = {TESTS_FAILED, SANITIZER_EXIT_STATUS} if job.flavour != "plain" else {TESTS_FAILED}
+    assert done.returncode in caught, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    if job.flavour == "thread":
+        assert "data race" in done.stdout + done.stderr
