@@ -45,12 +45,13 @@ def _cross_entropy(inputs: CrossEntropyInputs, result: Tensor | tuple[Tensor, Te
     loss, gradient = result if isinstance(result, tuple) else (result, None)
     logits, target = inputs.logits, inputs.target
     n, v = logits.shape
-    rows = _both_ends(n, v)
+    rows = _both_ends(n, v).to(logits.device)
     shares = _shares(inputs)  # (N): the weight of each row's loss in the mean
     with torch.no_grad():
         if inputs.cotangent is None:
+            every_row = torch.arange(n, device=logits.device)
             every_loss = torch.cat(
-                [_row_losses(inputs, piece, torch.float64)[1] for piece in torch.arange(n).split(max(1, ELEMENTS // v))]
+                [_row_losses(inputs, piece, torch.float64)[1] for piece in every_row.split(max(1, ELEMENTS // v))]
             )
             baseline = reference.cross_entropy(logits, target, **inputs.options)
             _assert_close(loss, baseline, every_loss.sum() / shares.sum(), "loss")
@@ -63,7 +64,7 @@ def _cross_entropy(inputs: CrossEntropyInputs, result: Tensor | tuple[Tensor, Te
     expected = []
     for dtype in (logits.dtype, torch.float64):
         leaf, losses = _row_losses(inputs, rows, dtype)
-        cotangent = torch.ones(len(rows)).double() / shares.sum()
+        cotangent = torch.ones_like(rows, dtype=torch.float64) / shares.sum()
         cotangent = cotangent if inputs.cotangent is None else inputs.cotangent[rows]
         expected.append(torch.autograd.grad(losses, leaf, cotangent.to(dtype))[0])
     _assert_close(gradient[rows], *expected, "gradient")
@@ -81,7 +82,7 @@ def _row_losses(inputs: CrossEntropyInputs, rows: Tensor, dtype: torch.dtype) ->
 
 def _shares(inputs: CrossEntropyInputs) -> Tensor:
     if inputs.target.is_floating_point():
-        return torch.ones(len(inputs.target), dtype=torch.float64)
+        return inputs.target.new_ones(len(inputs.target), dtype=torch.float64)
     valid = inputs.target != -100
     weight = inputs.options.get("weight")
     return valid.double() if weight is None else weight.double()[torch.where(valid, inputs.target, 0)] * valid

@@ -71,7 +71,7 @@ def _cross_entropy(name: str, case: Case, inputs: CrossEntropyInputs) -> Call:
     if name == "ours_float32":
         return _with_gradient(_loss(functional.cross_entropy, inputs), inputs, logits.float())
     if name == "ours" and case.variant in INPLACE:
-        return _inplace(INPLACE[case.variant], inputs)
+        return over_logits(_loss(functional.cross_entropy, inputs, inplace=INPLACE[case.variant]), inputs)
     loss = _loss(functional.cross_entropy if name == "ours" else F.cross_entropy, inputs)
     if name == "compile":
         loss = _compiled(loss)
@@ -101,19 +101,18 @@ class _Produced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, memory: torch.UntypedStorage) -> Tensor:
-        return torch.empty(0, dtype=leaf.dtype).set_(memory, 0, leaf.shape)
+        return leaf.new_empty(0).set_(memory, 0, leaf.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
-def _inplace(mode: str, inputs: CrossEntropyInputs) -> Call:
-    """Ours on logits that nobody else needs. From the second call on they hold the gradient of the one before."""
+def over_logits(loss_of: Callable[[Tensor], Tensor], inputs: CrossEntropyInputs) -> Call:
+    """A loss that writes over its logits, which nobody else needs: from the second call on they hold a gradient."""
     memory = inputs.logits.clone().untyped_storage()
     # The shape of the logits, and memory for one element.
     leaf = inputs.logits.new_zeros(()).expand(inputs.logits.shape).requires_grad_()
-    loss_of = _loss(functional.cross_entropy, inputs, inplace=mode)
 
     def call() -> tuple[Tensor, Tensor]:
         loss = loss_of(_Produced.apply(leaf, memory))

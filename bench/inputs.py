@@ -41,10 +41,16 @@ class EmbeddingInputs:
     gradient: Tensor | None = None
 
 
-def make_inputs(case: Case, tensors_at_once: int = TENSORS_AT_ONCE) -> CrossEntropyInputs | EmbeddingInputs:
+def make_inputs(
+    case: Case, tensors_at_once: int = TENSORS_AT_ONCE, device: str = "cpu"
+) -> CrossEntropyInputs | EmbeddingInputs:
     """The same values each time: a record can be compared with another. BadRequest if memory is short."""
-    require_memory(bytes_needed(case, tensors_at_once))
-    generator = torch.Generator().manual_seed(0)
+    require_memory(bytes_needed(case, tensors_at_once), device)
+    with torch.device(device):
+        return _inputs(case, torch.Generator(device).manual_seed(0))
+
+
+def _inputs(case: Case, generator: torch.Generator) -> CrossEntropyInputs | EmbeddingInputs:
     if case.op == "cross_entropy":
         return _cross_entropy_inputs(case, generator)
     n, v, d = case.shape
@@ -113,7 +119,12 @@ def available_memory() -> int | None:
     return None
 
 
-def require_memory(needed: int) -> None:
-    available = available_memory()
+def _available_gpu_memory(device: str) -> int:
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def require_memory(needed: int, device: str) -> None:
+    available = available_memory() if device == "cpu" else _available_gpu_memory(device)
     if available is not None and needed > available:
         raise BadRequest(f"too little memory: it needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -58,7 +58,7 @@ def measure(case: Case, clock: Clock, budget: Budget, without: Collection[str] =
     absent: dict[str, str] = {}
     names = [name for name in contenders.names(case) if name not in without]
     for name in names[1:]:
-        call = _warm(name, case, inputs)
+        call = warm(lambda name=name: contenders.build(name, case, inputs))
         if isinstance(call, str):
             absent[name] = call
         else:
@@ -93,10 +93,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _warm(name: str, case: Case, inputs: CrossEntropyInputs | EmbeddingInputs) -> Call | str:
+def warm(build: Callable[[], Call]) -> Call | str:
     """Ready to be timed: compiled, jitted, its memory touched. Or why it cannot take part: a dash in its column."""
     try:
-        call = contenders.build(name, case, inputs)
+        call = build()
         call()
     except Exception as reason:
         return _first_line(reason)

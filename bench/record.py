@@ -17,6 +17,7 @@ import charlm
 from bench.cases import FLOORS, BadRequest
 from bench.jax_peer import cores
 from bench.measure import Result
+from bench.units import duration, ratio
 
 SCHEMA = 1
 RECORD = Path(__file__).with_name("record.json")
@@ -180,15 +181,3 @@ def readme_table(record: dict[str, Any]) -> str:
         f"{peers}.)",
     ]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Three digits: 4.51 ms, 17.2 µs, 312 µs."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:#.3g} {unit}".replace(". ", " ")
-    return f"{seconds * 1e9:.0f} ns"
-
-
-def ratio(value: float) -> str:
-    return f"{value:.2f}" if value < 9.95 else f"{value:.0f}" if value > 99.5 else f"{value:.1f}"

@@ -12,7 +12,7 @@ from rich.table import Table
 from bench.cases import FLOORS
 from bench.clock import Timing
 from bench.measure import Result
-from bench.record import duration, ratio
+from bench.units import duration, ratio
 
 DASH = "–"
 NARROWEST = 200  # columns: a table that goes to a file keeps its lines whole

@@ -1,0 +1,251 @@
+"""`make gpu`: on a machine with a GPU, build what stands here, test it, check it and time it, in nine minutes at most.
+
+    python -m bench.gpu [--json build/gpu.json] [--no-build] [--device cpu]
+
+Needed: python3 with a CUDA build of torch, nvcc of the same major version, and setuptools, ninja, pybind11 and numpy.
+No network, and nothing is installed: the build goes to build/gpu, compiled for this GPU alone. pytest,
+compute-sanitizer, triton and Liger take part where they are there.
+
+Each step is processes of their own with a share of the time; what a quick step leaves over, later ones may use. The
+JSON and the table beside it (.txt) are written again after each step. The exit code is 1 if a step failed, and 77, with
+one sentence, where a CUDA torch, a GPU or nvcc is missing. `--device cpu` is a dry run of the same steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.gpu_process import Child, Outcome
+from bench.gpu_report import render, write
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "build" / "gpu"  # where the built package is put
+FAILED, MISSING = 1, 77
+TOTAL = 520.0  # seconds of all steps; the rest of the nine minutes is for what stands around them
+LONGEST_BENCH = 240.0
+LAST_CASE = 20.0  # the bench begins no case in this time before its end
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FOUND = 86  # the exit code that compute-sanitizer is given for errors
+TAIL = 60  # lines of a failed process that are kept
+
+Finding = dict[str, Any]  # of a step: "status", "note", and what else is kept of it
+
+
+class Run:
+    """What is known so far, and how much time is left."""
+
+    def __init__(self, device: str, path: Path, builds: bool, environment: dict[str, Any]) -> None:
+        self.device, self.path = device, path
+        self.site = SITE if builds else ROOT
+        self.end = time.monotonic() + TOTAL
+        self.environment = environment
+        self.record: dict[str, Any] = {
+            "schema": 1,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "commit": _commit(),
+            "device": device,
+            "status": "running",
+            "environment": environment,
+            "steps": [],
+        }
+
+    def start(self, *command: str, prefix: tuple[str, ...] = (), **variables: str) -> Child:
+        """`python command`, in the folder of the built package, so that no other charlm is imported."""
+        path = [str(self.site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **variables}
+        return Child([*prefix, sys.executable, *command], self.site, env)
+
+    def step(self, name: str, work: Callable[[Run, float], Finding], end: float) -> bool:
+        """One step, from its line on the screen to its entry in the JSON; whether it did not fail."""
+        began = time.monotonic()
+        entry: dict[str, Any] = {"name": name, "status": "running", "seconds": None, "note": ""}
+        self.record["steps"].append(entry)
+        self.write()
+        print(f"{name} …", flush=True)
+        finding: Finding = {"status": "failed", "note": "interrupted"}
+        try:
+            finding = work(self, end)
+        except (OSError, ValueError) as error:
+            finding = {"status": "failed", "note": f"{type(error).__name__}: {error}"}
+        finally:
+            entry.update(finding, seconds=time.monotonic() - began)
+            self.write()
+        print(f"{name}: {entry['status']}. {entry['note']} ({entry['seconds']:.0f} s)", flush=True)
+        if entry["status"] == "failed":
+            print(*(f"    {line}" for line in entry.get("output", [])), sep="\n", file=sys.stderr, flush=True)
+        return entry["status"] != "failed"
+
+    def finish(self) -> None:
+        failed = any(step["status"] == "failed" for step in self.record["steps"])
+        self.record["status"] = "failed" if failed else "passed"
+        self.write()
+
+    def write(self) -> None:
+        write(self.path, json.dumps(self.record, indent=1, ensure_ascii=False))
+        write(self.path.with_suffix(".txt"), render(self.record))
+
+
+def build(run: Run, end: float) -> Finding:
+    """With what is installed, for the GPU that is there."""
+    SITE.mkdir(parents=True, exist_ok=True)
+    if importlib.util.find_spec("pip"):
+        options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--upgrade", "-v")
+        command = ["-m", "pip", "install", *options, "--target", str(SITE), "."]
+    else:
+        command = ["setup.py", "build", "--build-lib", str(SITE)]
+    env = {**os.environ, "MAX_JOBS": str(run.environment["cores"])}
+    if run.device == "cuda":
+        env |= {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": run.environment["gpu"]["capability"]}
+    outcome = Child([sys.executable, *command], ROOT, env).wait(end)
+    if outcome.failed:
+        return _finding(outcome)
+    code = "import charlm; info = charlm.build_info(); print(*info['cuda_architectures'] or [info['why_no_cuda']])"
+    shown = run.start("-c", code).wait(end)
+    return _finding(shown, f"CUDA: {shown.last_line}")
+
+
+def tests(run: Run, end: float) -> Finding:
+    """The tests that need a GPU, without the settings, plugins and conftest that a pytest may be too old for."""
+    if importlib.util.find_spec("pytest") is None:
+        outcome = run.start("-m", "bench.gpu_samples", "--device", run.device, "--compare").wait(end)
+        return _finding(outcome, f"pytest is not installed, so the sample inputs only: {outcome.last_line}")
+    options = ("-q", "-rfEs", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", "--noconftest")
+    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("cuda", "cuda_indices", "cuda_runtime")]
+    command = ["-m", "pytest", *files, "-c", os.devnull, "--rootdir", str(ROOT)]
+    if run.device == "cpu":
+        options += ("-k", "not (torch.float64 or float16 or long_rows or 70001)")  # seconds, not a minute
+    variables = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "CHARLM_TEST_DEVICE": run.device}
+    return _finding(run.start(*command, *options, **variables).wait(end))
+
+
+def sanitizer(run: Run, end: float) -> Finding:
+    """compute-sanitizer's tools, side by side, on a few samples."""
+    path = run.environment["compute_sanitizer"]
+    if path is None:
+        return {"status": "absent", "note": "compute-sanitizer is not installed"}
+    options = ("--show-backtrace", "no", "--print-limit", "20", "--error-exitcode", str(FOUND))
+    # Each tensor is memory of its own: inside a block of torch's cache no tool can see where one ends.
+    variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    samples = ("-m", "bench.gpu_samples", "--device", run.device, "--small")
+    children: dict[str, Child] = {}
+    try:
+        for tool in TOOLS:
+            children[tool] = run.start(*samples, prefix=(path, "--tool", tool, *options), **variables)
+        found = {tool: _of_tool(child.wait(end)) for tool, child in children.items()}
+    finally:
+        for child in children.values():
+            child.end()
+    statuses = [finding["status"] for finding in found.values()]
+    status = next((status for status in ("failed", "absent") if status in statuses), "passed")
+    note = "; ".join(f"{tool} {finding['note']}" for tool, finding in found.items())
+    output = [line for finding in found.values() for line in finding.get("output", [])]
+    return {"status": status, "note": note, "tools": found, **({"output": output} if output else {})}
+
+
+def _of_tool(outcome: Outcome) -> Finding:
+    """Errors count where they are in a kernel of ours: torch's own kernels read padding that nobody has written."""
+    if "Device not supported" in outcome.output:
+        return {"status": "absent", "note": "does not support this device"}
+    if outcome.code == FOUND and "charlm::" not in outcome.output:
+        return {"status": "passed", "note": f"found nothing in charlm's kernels ({outcome.last_line.strip('= ')})"}
+    return _finding(outcome, "found nothing" if not outcome.failed else None)
+
+
+def bench(run: Run, end: float) -> Finding:
+    end = min(end, time.monotonic() + LONGEST_BENCH)
+    seconds = max(0.0, end - time.monotonic() - LAST_CASE)
+    path = run.path.with_suffix(".bench.json")
+    path.unlink(missing_ok=True)
+    command = ("-m", "bench.gpu_bench", "--json", str(path), "--device", run.device, "--seconds", f"{seconds:.0f}")
+    try:
+        return _finding(run.start(*command).wait(end))
+    finally:
+        if path.exists():  # what was measured counts, however it ended
+            run.record["bench"] = json.loads(path.read_text(encoding="utf-8"))
+            path.unlink()
+
+
+def _finding(outcome: Outcome, note: str | None = None) -> Finding:
+    if not outcome.failed:
+        return {"status": "passed", "note": note or outcome.last_line}
+    why = f"ended after {outcome.seconds:.0f} s: no time was left" if outcome.code is None else outcome.last_line
+    return {"status": "failed", "note": why, "code": outcome.code, "output": outcome.output.splitlines()[-TAIL:]}
+
+
+# The seconds that each step is sure to have; it may take more where those before it took less.
+STEPS: dict[str, tuple[Callable[[Run, float], Finding], float]] = {
+    "build": (build, 190.0),
+    "tests": (tests, 90.0),
+    "sanitizer": (sanitizer, 60.0),
+    "bench": (bench, 180.0),
+}
+
+
+def missing(found: dict[str, Any], builds: bool) -> str | None:
+    """The sentence that says what this machine lacks; None if it lacks nothing."""
+    if found["torch"] is None:
+        return f"torch cannot be imported by {found['executable']} ({found['why_no_torch']})"
+    if found["torch_cuda"] is None:
+        return f"torch {found['torch']} is a CPU build, and a CUDA build of torch is needed"
+    if found["gpu"] is None:
+        return f"torch {found['torch']} sees no GPU (torch.cuda.is_available() is false)"
+    if builds and found["nvcc"] is None:
+        return "nvcc is missing: there is no CUDA toolkit in CUDA_HOME or on PATH"
+    return None
+
+
+def _environment() -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.gpu_environment"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+    return json.loads(printed.strip().splitlines()[-1])
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=ROOT / "build" / "gpu.json", help="default: build/gpu.json")
+    parser.add_argument("--no-build", action="store_true", help="take the charlm that was built in place")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    given = parser.parse_args(arguments)
+    builds = not given.no_build
+    environment = _environment()
+    lacking = missing(environment, builds) if given.device == "cuda" else None
+    if lacking is not None:
+        print(f"make gpu cannot run here: {lacking}.", file=sys.stderr)
+        return MISSING
+    run = Run(given.device, given.json.resolve(), builds, environment)
+    steps = {name: step for name, step in STEPS.items() if name != "build" or builds}
+    later = sum(share for _, share in steps.values())
+    try:
+        for name, (work, share) in steps.items():
+            later -= share
+            if not run.step(name, work, run.end - later) and name == "build":
+                break
+    finally:
+        run.finish()
+    print(f"\n{render(run.record)}\n\n{run.path}\n{run.path.with_suffix('.txt')}")
+    return 0 if run.record["status"] == "passed" else FAILED
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that what runs is ended, and noted
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    raise SystemExit(main())

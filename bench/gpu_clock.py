@@ -1,0 +1,65 @@
+"""Interleaved samples A B C A B C … on a GPU, timed by events, each after the L2 cache was flushed.
+
+The flush is a write of a gigabyte, which takes longer than Python needs to launch a call's kernels: they wait in the
+queue behind it, and the time between the two events is the GPU's alone, as it is in the middle of a training step.
+On the CPU, for a dry run, a sample is a plain difference of times.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from bench.clock import Budget
+
+FLUSH_BYTES = 1 << 30
+COPY_BYTES = 1 << 30
+MOST_ROUNDS = 50
+BUDGET = Budget(0.25, 10)
+DRY_RUN = Budget(0.0, 2)
+
+
+class GpuClock:
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.on_gpu = device != "cpu"
+        self.budget = BUDGET if self.on_gpu else DRY_RUN
+        self.scratch = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.int8, device=device)
+
+    def rounds(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of each contender's calls, of one round at equal index. Each has been called before."""
+        longest = max(self._round(contenders).values())
+        n_rounds = max(self.budget.rounds, min(MOST_ROUNDS, int(self.budget.seconds / max(longest, 1e-9))))
+        taken = [self._round(contenders) for _ in range(n_rounds)]
+        return {name: [seconds[name] for seconds in taken] for name in contenders}
+
+    def copy_bandwidth(self) -> float:
+        """Bytes read and written in a second by a device-to-device copy of a gigabyte."""
+        source = torch.zeros(COPY_BYTES if self.on_gpu else 1 << 20, dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        target.copy_(source)
+        return 2 * source.nbytes / statistics.median(self.rounds({"copy": lambda: target.copy_(source)})["copy"])
+
+    def _round(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+        marks = {name: self._sample(call) for name, call in contenders.items()}
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in marks.items()}
+        return {name: end - start for name, (start, end) in marks.items()}
+
+    def _sample(self, call: Callable[[], object]) -> tuple[Any, Any]:
+        self.scratch.zero_()
+        start = self._mark()
+        call()
+        return start, self._mark()
+
+    def _mark(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
