@@ -1,9 +1,11 @@
 # make train    set up .venv, build charlm, train on the names that ship, print the table and samples
 # make test     the same set-up, then the tests
+# make test-all the same with the exhaustive ones, which take long
 # make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
 # make lint     ruff and clang-format, nothing changed; `make format` applies them
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
-# make clean    remove the build products; .venv stays. `make distclean` removes .venv and trained models too
+# make cuda-check   build for CUDA in .venv-cuda (a torch of several GB) and test what needs no GPU; needs nvcc
+# make clean    remove the build products; .venv stays. `make distclean` removes the .venvs and trained models too
 #
 # Needed: python3 (>= 3.10, with its headers), make, g++. Every target is quick the second time: the stamp
 # files in .venv are newer than what they were made from.
@@ -13,17 +15,24 @@ OUT ?= out
 
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
-LINTED_CXX_FILES := $(CXX_FILES) bench/noop.cpp
+CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES := $(shell find csrc $(CXX_NAMES))
+LINTED_CXX_FILES := $(CXX_FILES) $(shell find bench tests $(CXX_NAMES))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test bench lint format build clean distclean
+.PHONY: train test test-all cuda-check bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
 
 test: $(VENV)/dev $(VENV)/built
 	$(BIN)/python -m pytest
+
+test-all: $(VENV)/dev $(VENV)/built
+	$(BIN)/python -m pytest -m ""
+
+cuda-check:
+	$(PYTHON) scripts/cuda_check.py
 
 bench: $(VENV)/bench $(VENV)/built
 	$(BIN)/python -m bench
@@ -46,7 +55,7 @@ clean:
 	find bench charlm tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) .venv-cuda $(OUT)
 
 $(VENV)/runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -63,6 +63,14 @@ _RETURN_ALL = {
     "return_token_accuracy": True,
 }
 
+_ALL_EXTRAS = {
+    "label_smoothing": 0.1,
+    "lse_square_scale": 0.02,
+    "softcap": 4.0,
+    "logit_scale": 0.7,
+    **_RETURN_ALL,
+}
+
 _CROSS_ENTROPY_CASES = (
     _CrossEntropyCase("one_class", (3, 1)),
     _CrossEntropyCase("two_classes", (33, 2)),
@@ -128,13 +136,7 @@ _CROSS_ENTROPY_CASES = (
         target=PROBABILITIES,
         class_weight=True,
         token_weight=True,
-        options={
-            "label_smoothing": 0.1,
-            "lse_square_scale": 0.02,
-            "softcap": 4.0,
-            "logit_scale": 0.7,
-            **_RETURN_ALL,
-        },
+        options=_ALL_EXTRAS,
     ),
     _CrossEntropyCase("probabilities_many_classes", (9, 515), target=PROBABILITIES, class_weight=True),
     _CrossEntropyCase(
@@ -165,13 +167,7 @@ _CROSS_ENTROPY_CASES = (
         class_weight=True,
         token_weight=True,
         ignored=0.3,
-        options={
-            "label_smoothing": 0.1,
-            "lse_square_scale": 0.02,
-            "softcap": 4.0,
-            "logit_scale": 0.7,
-            **_RETURN_ALL,
-        },
+        options=_ALL_EXTRAS,
     ),
     _CrossEntropyCase(
         "all_extras_many_classes",
@@ -179,13 +175,7 @@ _CROSS_ENTROPY_CASES = (
         class_weight=True,
         token_weight=True,
         ignored=0.3,
-        options={
-            "label_smoothing": 0.1,
-            "lse_square_scale": 0.02,
-            "softcap": 4.0,
-            "logit_scale": 0.7,
-            **_RETURN_ALL,
-        },
+        options=_ALL_EXTRAS,
     ),
     _CrossEntropyCase(
         "all_extras_strided_none",
@@ -288,6 +278,8 @@ _EMBEDDING_CASES = (
     _EmbeddingCase("int16_index", (33,), (1000, 17), index=torch.int16),
     _EmbeddingCase("large_table", (257,), (4099, 65), index=torch.int32),
     _EmbeddingCase("hot_row", (4099,), (27, 10), hot=True),
+    _EmbeddingCase("many_indices", (9001,), (27, 2)),
+    _EmbeddingCase("hot_row_of_a_large_table", (17001,), (1000, 3), hot=True),
     _EmbeddingCase("transposed_weight", (33,), (27, 10), weight_layout="transposed"),
     _EmbeddingCase("sliced_weight", (33,), (27, 10), weight_layout="sliced_columns"),
     _EmbeddingCase("every_other_weight_row", (33,), (27, 10), weight_layout="every_other_row"),

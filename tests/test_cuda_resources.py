@@ -49,14 +49,14 @@ MACHINE_CODE = """
 """
 
 
-def figures(registers=32, shared=0, local=0, threads=256, **accesses):
-    return cuda_resources.Figures(registers, shared, local, threads, Counter(accesses))
+def figures(registers=32, shared=0, stack=0, spilled=0, threads=256, **accesses):
+    return cuda_resources.Figures(registers, shared, stack, spilled, threads, Counter(accesses))
 
 
 def test_registers_shared_and_local_memory_are_read_from_ptxas():
     assert cuda_resources.parse_ptxas(PTXAS) == {
-        "_Z4copyPf": cuda_resources.Figures(registers=14, shared=128, local=0),
-        "_Z5spillPf": cuda_resources.Figures(registers=64, shared=0, local=104 + 16 + 8 + 104),
+        "_Z4copyPf": figures(registers=14, shared=128, threads=0),
+        "_Z5spillPf": figures(registers=64, stack=104, spilled=16 + 8, threads=0),
     }
 
 
@@ -93,13 +93,29 @@ def test_occupancy_is_what_registers_blocks_and_shared_memory_leave(kernel, arch
 
 
 def test_every_rule_that_a_kernel_breaks_is_said():
-    good = figures(LDG=1)
-    measured = {"op": {"good": {"8.0": good}, "bad": {"8.0": good, "9.0": figures(threads=0, local=8)}}}
-    assert cuda_resources.broken_rules(measured) == [
+    good, bad = figures(LDG=1, STG=1), figures(threads=0, stack=8, spilled=12, LDG=1)
+    assert cuda_resources.broken_rules({"op": {"good": {"8.0": good}, "bad": {"8.0": good, "9.0": bad}}}) == [
         "bad on 9.0 has no __launch_bounds__",
-        "bad on 9.0 uses local memory: 8 bytes, 0 accesses",
-        "bad on 9.0 neither loads nor stores 128 bits",
+        "bad on 9.0 spills registers: 12 bytes",
+        "bad on 9.0 uses local memory: 8 bytes",
+        "bad on 9.0 has no STG of 128 bits",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("cross_entropy_tile<float, kBackward, true>", ("LDG", "STG")),
+        ("cross_entropy_tile<float, kForwardBackward, true>", ("LDG", "STG")),
+        ("cross_entropy_tile<float, kForward, true>", ("LDG",)),
+        ("embedding_copy_rows<uint4, 4>", ("LDG", "STG")),
+        ("embedding_copy_rows<unsigned int, 4>", ()),
+        ("embedding_sum_chunks<BFloat16, 8>", ("LDG", "STG")),
+        ("a_kernel_that_is_new<float>", ("LDG", "STG")),
+    ],
+)
+def test_a_kernel_loads_and_stores_128_bits_unless_it_is_listed(name, kinds):
+    assert cuda_resources.wide(name) == kinds
 
 
 def table(**kernels):

@@ -84,6 +84,7 @@ struct CrossEntropyBackward final : Node {
   // The backward is itself differentiated: torch's formula, by autograd.
   variable_list differentiable(const Tensor& grad_loss, const Tensor& x, const Tensor& y, const OptionalTensor& w,
                                const OptionalTensor& t) {
+    raise_recorded_index_error(y);
     const Tensor loss = cross_entropy_formula(options, x, y, w, t);
     const variable_list all = {x, y, tensor_or_undefined(w)};
     variable_list inputs;

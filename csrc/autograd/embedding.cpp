@@ -46,6 +46,7 @@ struct EmbeddingBackward final : Node {
   // The backward is itself differentiated: torch's own op. The division by the counts stands outside of it, because
   // its derivative forgets them.
   Tensor differentiable(const Tensor& grad_output, const Tensor& index) const {
+    raise_recorded_index_error(index);
     Tensor grad = grad_output;
     if (scale_grad_by_freq) {
       const Tensor ones = at::ones_like(index, grad.options());

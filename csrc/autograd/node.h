@@ -1,6 +1,7 @@
 // What the autograd kernels share: which inputs leave C++ autograd for torch's own formula, and nodes.
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -43,6 +44,15 @@ inline bool is_plain(const at::Tensor& t) {
          !t.key_set().has_any(
              c10::DispatchKeySet({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::FuncTorchGradWrapper,
                                   DispatchKey::FuncTorchBatched, DispatchKey::Batched}));
+}
+
+// On CUDA torch's own ops, of which derivatives of derivatives are made, end the context for an index that our forward
+// has only recorded: so it is raised before, at the cost of waiting for the device.
+inline void raise_recorded_index_error(const at::Tensor& index) {
+  if (!index.is_cuda()) return;
+  static const auto synchronize =
+      c10::Dispatcher::singleton().findSchemaOrThrow("charlm::synchronize", "").typed<void(const at::Tensor&)>();
+  synchronize.call(index);
 }
 
 inline bool requires_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }

@@ -137,12 +137,12 @@ MUTANTS = (
         "sum_over_lanes(lane < 1 ? totals[lane].weight : 0)",
     ),
     Mutant(
-        "target_as_large_as_the_number_of_classes",
-        "cross_entropy",
+        "index_as_large_as_the_number_of_rows",
+        "embedding",
         "index.cuh",
         "static_cast<uint64_t>(index) < static_cast<uint64_t>(indices.against.limit)",
         "static_cast<uint64_t>(index) <= static_cast<uint64_t>(indices.against.limit)",
-        tests=("tests/test_cuda_indices.py",),
+        tests=("tests/test_embedding.py", "-k", "out_of_range"),
     ),
     Mutant(
         "sums_of_losses_added_without_an_atomic",

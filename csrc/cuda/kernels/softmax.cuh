@@ -25,10 +25,11 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 template <class T>
 __device__ __forceinline__ float exp_of(float x) {
   constexpr float kLog2e = 1.44269504f, kLog2eRest = 1.92596299e-8f, kLn2 = 0.693147181f;
+  constexpr float kSmallest = -87.3365f;  // below, the result is subnormal: the hardware gives 0
   const float product = x * kLog2e, power = exp2_approximate(product);
   if constexpr (sizeof(T) < sizeof(float)) return power;
   const float lost = fmaf(x, kLog2eRest, fmaf(x, kLog2e, -product));
-  return x < -100.0f ? 0.0f : fmaf(power, lost * kLn2, power);
+  return x < kSmallest ? 0.0f : fmaf(power, lost * kLn2, power);
 }
 
 template <class T>

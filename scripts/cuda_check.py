@@ -1,0 +1,125 @@
+"""Builds charlm for CUDA and tests what needs no GPU, in an environment of its own: what `make cuda-check` runs.
+
+With the nvcc of this machine and a torch that was built with CUDA (.venv-cuda, requirements-cuda.txt: several GB), it
+builds the whole extension, imports it, and runs the tests of the ops: on the CPU, with the kernels of this build, and
+tests/test_cuda_build.py, which looks at what is registered for CUDA. No GPU is shown to any of it. charlm is installed
+into that environment, and the tests run from a copy that has no charlm beside it: what is built in the source folder
+for another torch stays as it is.
+
+Ends with 0, with 1 where a step fails, or with 77 (automake's "skipped") where there is no nvcc.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from cuda_toolkit import find_toolkit, nvcc_release
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = ROOT / ".venv-cuda"
+PYTHON = ENVIRONMENT / "bin" / "python"
+REQUIREMENTS = ROOT / "requirements-cuda.txt"
+SKIPPED = 77
+TESTED_FOLDER = ("tests", "bench", "scripts", "csrc", "setup.py", "pyproject.toml")
+TESTS = (
+    "test_build_info.py",
+    "test_cross_entropy*.py",
+    "test_cuda_build.py",
+    "test_embedding.py",
+    "test_modules.py",
+    "test_torch_citizenship_*.py",
+)
+SUMMARY = """
+import charlm
+info = charlm.build_info()
+print(f"charlm {info['charlm']} for {', '.join(info['cuda_architectures'])}, torch {info['torch']}")
+"""
+
+
+class StepError(Exception):
+    """A step that failed; its output has been printed."""
+
+
+def step(what: str, *command: str | Path, cwd: Path = ROOT, **env: str) -> list[str]:
+    """Says what is done, does it, and returns the lines that it printed."""
+    print(f"cuda-check: {what}", flush=True)
+    settings = ("CHARLM_BACKEND", "CHARLM_CPU_ISA", "PYTHONPATH")
+    clean = {name: value for name, value in os.environ.items() if name not in settings}
+    lines = []
+    with subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**clean, "CUDA_VISIBLE_DEVICES": "", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    if process.returncode:
+        raise StepError(what)
+    return lines
+
+
+def make_environment() -> None:
+    """.venv-cuda with the requirements; nothing where it has them already."""
+    installed = ENVIRONMENT / "installed.txt"
+    wanted = REQUIREMENTS.read_text(encoding="utf-8")
+    if installed.exists() and installed.read_text(encoding="utf-8") == wanted:
+        return
+    if not PYTHON.exists():
+        venv.create(ENVIRONMENT, with_pip=True)
+    step(f"install {REQUIREMENTS.name} into {ENVIRONMENT.name}", *pip("install", "-r", REQUIREMENTS))
+    installed.write_text(wanted, encoding="utf-8")
+
+
+def pip(*arguments: str | Path) -> list[str | Path]:
+    return [PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments]
+
+
+def check(toolkit: Path) -> str:
+    """Every step; the line that sums them up."""
+    start = time.perf_counter()
+    make_environment()
+    step(
+        f"build charlm with nvcc {nvcc_release(toolkit)} ({toolkit})",
+        *pip("install", "--no-build-isolation", "--no-deps", "--force-reinstall", "."),
+        FORCE_CUDA="1",
+        CUDA_HOME=str(toolkit),
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in TESTED_FOLDER:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy2
+            copy(ROOT / part, folder / part)
+        built = step("import it without a GPU", PYTHON, "-c", SUMMARY, cwd=folder)[-1]
+        tests = sorted(str(path) for pattern in TESTS for path in (folder / "tests").glob(pattern))
+        result = step("test it without a GPU", PYTHON, "-m", "pytest", *tests, cwd=folder, CUDA_HOME=str(toolkit))[-1]
+    return f"{built}: {result} ({time.perf_counter() - start:.0f} s in all)"
+
+
+def main() -> int:
+    toolkit = find_toolkit(os.environ)
+    if toolkit is None:
+        print("cuda-check: skipped: no CUDA toolkit (put its nvcc on PATH, or set CUDA_HOME to its folder)")
+        return SKIPPED
+    try:
+        print(f"cuda-check: passed: {check(toolkit)}")
+    except StepError as failed:
+        print(f"cuda-check: failed: {failed}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

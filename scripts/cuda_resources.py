@@ -1,0 +1,358 @@
+"""Compiles every CUDA kernel for every architecture, and writes what each takes: csrc/cuda/RESOURCES.md. Needs no GPU.
+
+    python scripts/cuda_resources.py            write the file
+    python scripts/cuda_resources.py --check    compare with it; fails where it is stale, or a rule is broken
+
+nvcc (its warnings are errors) makes one cubin per source and architecture. ptxas says what a kernel takes; its machine
+code, as nvdisasm (of the Python package nvidia-cuda-nvdisasm) prints it, says how it moves data. The rules:
+
+    a kernel says how many threads a block has (__launch_bounds__), so that its registers are enough for every launch;
+    nothing is spilled, and nothing else is in local memory;
+    a kernel loads and stores 128 bits at once, but for those that READ_ONLY and NARROW list.
+
+Ends with 0, with 1 where something is wrong, or with 77 where there is no nvcc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from cuda_toolkit import ARCHITECTURES, find_toolkit, nvcc_release
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "cuda" / "kernels"
+TABLES = ROOT / "csrc" / "cuda" / "RESOURCES.md"
+SKIPPED = 77  # as in automake
+REGISTER_STEP = 8  # the hardware gives a thread registers by eights
+NVCC_FLAGS = ("-O3", "-std=c++20", "-Werror", "all-warnings", "-Xptxas", "-v")
+
+# Kernels that read whole rows and write a number of each; patterns for their names.
+READ_ONLY = (r"cross_entropy_(block|tile)<\w+, kForward,", r"cross_entropy_chunk_softmax<")
+
+# Kernels that need not move 128 bits at once, and why.
+NARROW = {
+    r"cross_entropy_(totals|reduce|join_chunks)<": "a few numbers of each row",
+    r"cross_entropy_metrics_kernel<": "for logging, not for training",
+    r"embedding_copy_rows<unsigned ": "rows that do not start at multiples of 16 bytes",
+    r"embedding_(sum|join)_chunks<\w+, 1>": "the same",
+    r"embedding_fill_tables<": "a thread sums a column: a warp reads 32 neighbours",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a multiprocessor has: the CUDA programming guide, "Technical specifications per compute capability"."""
+
+    threads: int
+    blocks: int
+    shared: int  # bytes
+    registers: int = 65536
+
+
+LIMITS = {
+    "8.0": Limits(threads=2048, blocks=32, shared=164 << 10),
+    "8.6": Limits(threads=1536, blocks=16, shared=100 << 10),
+    "8.9": Limits(threads=1536, blocks=24, shared=100 << 10),
+    "9.0": Limits(threads=2048, blocks=32, shared=228 << 10),
+    "10.0": Limits(threads=2048, blocks=32, shared=228 << 10),
+    "12.0": Limits(threads=1536, blocks=24, shared=100 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a kernel takes on one architecture."""
+
+    registers: int
+    shared: int  # bytes, static
+    stack: int  # bytes, in local memory
+    spilled: int  # bytes, stored and loaded
+    threads: int = 0  # of a block, from __launch_bounds__; 0: it has none
+    accesses: Mapping[str, int] = field(default_factory=Counter)  # "LDG", "STG", "LDS", "STS" of 128 bits; "local"
+
+
+Kernels = dict[str, dict[str, Figures]]  # by name, then by architecture
+
+
+# --- what a kernel takes ------------------------------------------------------------------------------------
+
+
+def parse_ptxas(text: str) -> dict[str, Figures]:
+    """What `ptxas -v` says of each kernel, by mangled name."""
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?Function properties for \1\s+"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    kernels = {}
+    for name, stack, stores, loads, registers, rest in re.findall(pattern, text, re.DOTALL):
+        uses = {what: int(size) for size, what in re.findall(r"(\d+) bytes ([\w ]+)", rest)}
+        deepest = max(int(stack), uses.get("cumulative stack size", 0))
+        kernels[name] = Figures(int(registers), uses.get("smem", 0), deepest, int(stores) + int(loads))
+    return kernels
+
+
+def parse_machine_code(text: str) -> dict[str, tuple[int, Counter[str]]]:
+    """Of each kernel in what nvdisasm prints: the threads of a block, and how often it accesses memory."""
+    threads: dict[str, int] = {}
+    accesses: dict[str, Counter[str]] = {}
+    for section in re.split(r"^\s*\.section\s+\.", text, flags=re.MULTILINE):
+        header, _, body = section.partition("\n")
+        kind, _, name = header.partition(",")[0].rpartition(".")
+        if kind == "text":
+            instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
+            accesses[name] = Counter(filter(None, map(kind_of_access, instructions)))
+        elif kind == "nv.info" and "EIATTR_MAX_THREADS" in body:
+            sizes = re.findall(r"\.word\s+(0x[0-9a-f]+)", body.partition("EIATTR_MAX_THREADS")[2])
+            threads[name] = math.prod(int(size, 16) for size in sizes[:3])
+    return {name: (threads.get(name, 0), counts) for name, counts in accesses.items()}
+
+
+def kind_of_access(instruction: str) -> str | None:
+    """ "LDG" for LDG.E.128, and so on; "local" for any access to local memory; None for all that is not counted."""
+    operation, *modifiers = instruction.split(".")
+    if operation in ("LDL", "STL"):
+        return "local"
+    if operation in ("LDG", "STG", "LDS", "STS", "LDGSTS") and {"128", "256"} & set(modifiers):
+        return operation[:3]
+    return None
+
+
+def occupancy(figures: Figures, architecture: str) -> int:
+    """Percent of a multiprocessor's threads that can be resident; dynamic shared memory not counted."""
+    limits = LIMITS[architecture]
+    warps = -(-figures.threads // 32)
+    by_warp = -(-figures.registers * 32 // 256) * 256  # registers are given to warps, by 256,
+    resident = limits.registers // 4 // by_warp * 4  # by four schedulers, each with a quarter of them
+    reserved = 1024  # bytes of each block's shared memory that CUDA keeps for itself
+    by_block = -(-(figures.shared + reserved) // 128) * 128
+    blocks = min(limits.blocks, limits.threads // (warps * 32), resident // warps, limits.shared // by_block)
+    return 100 * blocks * warps * 32 // limits.threads
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+def enumerators(sources: Iterable[str]) -> dict[str, list[str]]:
+    """The names of the values of every enum class, in order."""
+    found = re.findall(r"enum class (\w+)[^{;]*\{([^}]*)\}", "\n".join(sources))
+    return {name: re.findall(r"(\w+)\s*(?:,|\Z|=|//|\n)", re.sub(r"//.*", "", values)) for name, values in found}
+
+
+def short_name(demangled: str, enums: Mapping[str, list[str]]) -> str:
+    """cross_entropy_block<float, kForward, true>: what c++filt says, without namespaces, result and arguments."""
+
+    def value(match: re.Match[str]) -> str:
+        names = enums.get(match[1].rpartition("::")[2], [])
+        index = int(match[2])
+        return names[index] if index < len(names) else match[0]
+
+    name = demangled.replace("(anonymous namespace)::", "")
+    name = re.sub(r"\(([\w:]+)\)(\d+)", value, name)
+    return re.sub(r"\b\w+::", "", name.partition("(")[0].removeprefix("void ")).strip()
+
+
+# --- compiling ----------------------------------------------------------------------------------------------
+
+
+def compile_kernels(toolkit: Path, nvdisasm: str, source: Path, architecture: str) -> dict[str, Figures]:
+    """Figures of every kernel of a source on one architecture, by mangled name; SystemExit where nvcc complains."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernels.cubin")
+        target = f"-arch=sm_{architecture.replace('.', '')}"
+        command = [toolkit / "bin" / "nvcc", *NVCC_FLAGS, target, "-cubin", "-o", cubin, source]
+        compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+        if compiled.returncode:
+            raise SystemExit(f"{source.name} does not compile for {architecture}:\n{compiled.stdout}{compiled.stderr}")
+        printed = subprocess.run([nvdisasm, "-ndf", cubin], capture_output=True, text=True, check=True).stdout
+    machine_code = parse_machine_code(printed)
+    print(f"{source.name} for {architecture}: {time.perf_counter() - start:.0f} s", flush=True)
+    return {
+        name: replace(taken, threads=machine_code[name][0], accesses=machine_code[name][1])
+        for name, taken in parse_ptxas(compiled.stdout + compiled.stderr).items()
+    }
+
+
+def measure(toolkit: Path, nvdisasm: str, sources: Iterable[Path]) -> dict[str, Kernels]:
+    """Figures of every kernel, by the name of its source, its own, and the architecture."""
+    jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(lambda job: compile_kernels(toolkit, nvdisasm, *job), jobs))
+    mangled = sorted({name for result in results for name in result})
+    filtered = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    enums = enumerators(path.read_text(encoding="utf-8") for path in sorted(KERNELS.glob("*.*h")))
+    names = {name: short_name(demangled, enums) for name, demangled in zip(mangled, filtered.splitlines(), strict=True)}
+    measured: dict[str, Kernels] = {}
+    for (source, architecture), result in zip(jobs, results, strict=True):
+        kernels = measured.setdefault(source.stem, {})
+        for name, figures in result.items():
+            kernels.setdefault(names[name], {})[architecture] = figures
+    return measured
+
+
+def broken_rules(measured: Mapping[str, Kernels]) -> list[str]:
+    """A sentence for each kernel, architecture and rule that it breaks."""
+    broken = []
+    for kernels in measured.values():
+        for name, by_architecture in kernels.items():
+            for architecture, figures in by_architecture.items():
+                where = f"{name} on {architecture}"
+                if not figures.threads:
+                    broken.append(f"{where} has no __launch_bounds__")
+                if figures.spilled:
+                    broken.append(f"{where} spills registers: {figures.spilled} bytes")
+                if figures.stack or figures.accesses["local"]:
+                    broken.append(f"{where} uses local memory: {figures.stack} bytes")
+                broken += [f"{where} has no {kind} of 128 bits" for kind in wide(name) if not figures.accesses[kind]]
+    return broken
+
+
+def wide(name: str) -> tuple[str, ...]:
+    """The accesses to global memory that a kernel of this name makes by 128 bits."""
+    if any(re.match(pattern, name) for pattern in NARROW):
+        return ()
+    return ("LDG",) if any(re.match(pattern, name) for pattern in READ_ONLY) else ("LDG", "STG")
+
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+
+COLUMNS = ("threads", "shared", *ARCHITECTURES, "global accesses", "shared accesses")
+HEADER = """# What the CUDA kernels take
+
+Generated by `python scripts/cuda_resources.py` with nvcc {release}; a test compares. No GPU was asked: registers are
+ptxas's, accesses are counted in the machine code, occupancy follows from registers, threads and static shared memory.
+
+- threads: of a block, the most that its launch uses. shared: static shared memory, bytes; what a launch asks for on top
+  is not counted, in the occupancy neither.
+- 8.0 to 12.0: registers of a thread (resident threads, percent of a multiprocessor's most).
+- global, shared accesses: instructions that load / store 128 bits, the fewest of any architecture.
+
+No kernel spills a register or uses local memory.
+"""
+
+
+def render(measured: Mapping[str, Kernels], release: str) -> str:
+    """The file: a table for each source."""
+    lines = [HEADER.format(release=release)]
+    for source, kernels in sorted(measured.items()):
+        lines += [f"## {source}", "", "| kernel | " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
+        lines += [row(name, kernels[name]) for name in sorted(kernels)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def row(name: str, by_architecture: Mapping[str, Figures]) -> str:
+    figures = by_architecture.values()
+
+    def fewest(loads: str, stores: str) -> str:
+        return " / ".join(str(min(one.accesses[kind] for one in figures)) for kind in (loads, stores))
+
+    cells = [
+        f"`{name}`",
+        str(max(one.threads for one in figures)),
+        str(max(one.shared for one in figures)),
+        *(f"{one.registers} ({occupancy(one, at)} %)" for at, one in by_architecture.items()),
+        fewest("LDG", "STG"),
+        fewest("LDS", "STS"),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def read_tables(text: str) -> dict[str, list[str]]:
+    """The cells of each kernel's row, by "source: kernel"."""
+    rows = {}
+    for section in text.split("\n## ")[1:]:
+        source = section.partition("\n")[0]
+        for line in re.findall(r"^\| (`.*) \|$", section, re.MULTILINE):
+            name, *cells = line.split(" | ")
+            rows[f"{source}: {name.strip('`')}"] = cells
+    return rows
+
+
+def stale_rows(committed: str, fresh: str) -> list[str]:
+    """A sentence for each kernel of which the committed file says something else than the fresh one.
+
+    Registers may differ by a step; of accesses it counts whether there are any.
+    """
+    old, new = read_tables(committed), read_tables(fresh)
+    stale = [f"{name} is not in the file" for name in new if name not in old]
+    stale += [f"{name} is in the file, but no kernel" for name in old if name not in new]
+    for name in old.keys() & new.keys():
+        for column, before, after in zip(COLUMNS, old[name], new[name], strict=True):
+            if column in ARCHITECTURES:
+                same = abs(int(before.split()[0]) - int(after.split()[0])) <= REGISTER_STEP
+            elif "accesses" in column:
+                same = [count == "0" for count in before.split(" / ")] == [count == "0" for count in after.split(" / ")]
+            else:
+                same = before == after
+            if not same:
+                stale.append(f"{name}, {column}: {before} in the file, now {after}")
+    return sorted(stale)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def find_nvdisasm() -> str | None:
+    """nvdisasm on PATH, or where its Python package puts it."""
+    site = Path(sysconfig.get_paths()["purelib"], "nvidia")
+    folders = [os.environ.get("PATH", ""), *map(str, sorted(site.glob("*/bin")))]
+    return shutil.which("nvdisasm", path=os.pathsep.join(folders))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
+    arguments = parser.parse_args()
+
+    toolkit = find_toolkit(os.environ)
+    if toolkit is None:
+        print("No CUDA toolkit: put its nvcc on PATH, or set CUDA_HOME to its folder.")
+        return SKIPPED
+    nvdisasm = find_nvdisasm()
+    if nvdisasm is None:
+        print("nvdisasm is not there. Install it: pip install nvidia-cuda-nvdisasm")
+        return 1
+
+    start = time.perf_counter()
+    measured = measure(toolkit, nvdisasm, sorted(KERNELS.glob("*.cu")))
+    release = nvcc_release(toolkit)
+    fresh = render(measured, release)
+    problems = broken_rules(measured)
+    if not arguments.check:
+        TABLES.write_text(fresh, encoding="utf-8")
+    else:
+        committed = TABLES.read_text(encoding="utf-8")
+        if f"with nvcc {release};" in committed:
+            problems += stale_rows(committed, fresh)
+        else:
+            print(f"{TABLES.name} is of another nvcc than {release}: not compared.")
+    for problem in problems:
+        print(problem)
+    n_kernels = sum(len(kernels) for kernels in measured.values())
+    print(
+        f"{n_kernels} kernels for {len(ARCHITECTURES)} architectures with nvcc {release}, "
+        f"{time.perf_counter() - start:.0f} s: {len(problems) or 'no'} problems"
+    )
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

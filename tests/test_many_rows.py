@@ -1,0 +1,30 @@
+"""More rows than a launch has blocks, on any backend: the same blocks, or threads, walk over the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from charlm import functional
+
+CUDA_BLOCKS = 8192  # kMaxBlocks of csrc/cuda/kernels/grid.h
+ROWS_OF_A_TILE = 256  # at most 8 classes
+
+
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(CUDA_BLOCKS * ROWS_OF_A_TILE + 3, 1), (CUDA_BLOCKS + 70, 300)])
+def test_losses_and_gradients_of_all_rows_are_torchs(n_rows: int, n_classes: int) -> None:
+    logits, target = torch.randn(n_rows, n_classes), torch.randint(n_classes, (n_rows,))
+    results = []
+    for cross_entropy in (functional.cross_entropy, F.cross_entropy):
+        for reduction in ("mean", "none"):
+            x = logits.clone().requires_grad_()
+            loss = cross_entropy(x, target, reduction=reduction)
+            loss.backward(torch.ones_like(loss))
+            results.append((loss.detach(), x.grad))
+    torch.testing.assert_close(results[:2], results[2:], rtol=2e-6, atol=2e-6)
+
+
+def test_all_rows_are_looked_up() -> None:
+    index, weight = torch.randint(5, (CUDA_BLOCKS * 8 + 500,)), torch.randn(5, 33)
+    assert torch.equal(functional.embedding(index, weight), weight[index])
