@@ -26,7 +26,7 @@ int chunk_blocks(const CrossEntropyRows<T>& rows) {
 }
 
 template <class T, bool kPlain>
-__global__ void __launch_bounds__(kChunkThreads)
+__global__ void __launch_bounds__(kChunkThreads, kMinBlocks)
     cross_entropy_chunk_softmax(const __grid_constant__ CrossEntropyRows<T> rows, Softmax<T, !kPlain>* softmaxes) {
   using RowSoftmax = Softmax<T, !kPlain>;
   CHARLM_SHARED(RowSoftmax, parts, kMaxWarps);
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kWarp)
 }
 
 template <class T, Pass kPass, bool kPlain>
-__global__ void __launch_bounds__(kChunkThreads, 2)
+__global__ void __launch_bounds__(kChunkThreads, kMinBlocks)
     cross_entropy_chunk_gradient(const __grid_constant__ CrossEntropyRows<T> rows, const Totals* totals, int n_totals) {
   if (kPass == Pass::kBackward && rows.keep_if_one && *rows.grad_loss == 1) return;
   const double scale = 1 / divisor(rows, totals, n_totals);

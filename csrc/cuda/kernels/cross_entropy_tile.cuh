@@ -36,12 +36,16 @@ __device__ __forceinline__ void copy_tile(T* shared, T* at, int n) {
     }
   };
   for (int i = threadIdx.x; i < head; i += kTileThreads) copy(i);
+#pragma unroll 4
   for (int p = threadIdx.x; p < n_packs; p += kTileThreads) {
     const int i = head + p * kPackSize<T>;
+    // As they are, not as T: else ptxas stores the numbers of a pack one by one for some architectures.
+    auto* const in_shared = reinterpret_cast<uint4*>(shared + i);
+    auto* const in_global = reinterpret_cast<uint4*>(at + i);
     if constexpr (kToShared) {
-      store_pack(shared + i, load_pack(at + i));
+      *in_shared = *in_global;
     } else {
-      store_pack(at + i, load_pack(shared + i));
+      *in_global = *in_shared;
     }
   }
   for (int i = head + n_packs * kPackSize<T> + threadIdx.x; i < n; i += kTileThreads) copy(i);

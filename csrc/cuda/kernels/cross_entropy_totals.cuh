@@ -23,7 +23,7 @@ bool needs_totals(const CrossEntropyRows<T>& rows) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTotalsThreads)
+__global__ void __launch_bounds__(kTotalsThreads, kMinBlocks)
     cross_entropy_totals(const __grid_constant__ CrossEntropyRows<T> rows, Totals* totals) {
   CHARLM_SHARED(double, weights, kMaxWarps);
   CHARLM_SHARED(int64_t, counts, kMaxWarps);
