@@ -5,6 +5,7 @@
 # make lint     ruff and clang-format, nothing changed; `make format` applies them
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
 # make cuda-check   build for CUDA in .venv-cuda (a torch of several GB) and test what needs no GPU; needs nvcc
+# make gpu      with a GPU: build for it with what is installed, test, check and time; nine minutes at most
 # make clean    remove the build products; .venv stays. `make distclean` removes the .venvs and trained models too
 #
 # Needed: python3 (>= 3.10, with its headers), make, g++. Every target is quick the second time: the stamp
@@ -20,7 +21,7 @@ CXX_FILES := $(shell find csrc $(CXX_NAMES))
 LINTED_CXX_FILES := $(CXX_FILES) $(shell find bench tests $(CXX_NAMES))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-all cuda-check bench lint format build clean distclean
+.PHONY: train test test-all cuda-check gpu bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
@@ -33,6 +34,9 @@ test-all: $(VENV)/dev $(VENV)/built
 
 cuda-check:
 	$(PYTHON) scripts/cuda_check.py
+
+gpu:
+	$(PYTHON) -m bench.gpu
 
 bench: $(VENV)/bench $(VENV)/built
 	$(BIN)/python -m bench

@@ -84,11 +84,10 @@ def embedding(
         with torch.no_grad():
             # embedding_renorm_ scales rows until it meets a bad index: look all of them up first.
             _embedding(weight, input, row, scale_grad_by_freq, sparse)
-            indices = input.to(torch.int64).contiguous()
-            if indices.is_cuda:
-                # A bad one would end the CUDA context. To select waits for the device, as torch's function does.
-                indices = indices[(indices >= 0) & (indices < weight.size(0))]
-            torch.embedding_renorm_(weight, indices, max_norm, norm_type)
+            if weight.is_cuda:
+                # A bad index would end the CUDA context in torch's function, which waits for the device too.
+                torch.ops.charlm.synchronize.default(weight)
+            torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
     return _embedding(weight, input, row, scale_grad_by_freq, sparse)
 
 
