@@ -59,8 +59,6 @@ RUNS = (
     *(Run(f"samples_random_{seed}", "plain", "random", SAMPLES, seed) for seed in (1, 2, 3)),
     Run("float_samples_address", "address", "random", FLOAT_SAMPLES, 4, float_only=True),
     Run("float_samples_thread", "thread", "random", FLOAT_SAMPLES, 5, float_only=True),
-    Run("ops_reverse", "plain", "reverse", OPS_TESTS, exhaustive=True),
-    Run("ops_random", "plain", "random", OPS_TESTS, 6, exhaustive=True),
     Run("device_tests_forward", "plain", "forward", DEVICE_TESTS, exhaustive=True),
     *(
         Run(f"samples_{flavour}_{schedule}", flavour, schedule, SAMPLES, 7, exhaustive=True)
