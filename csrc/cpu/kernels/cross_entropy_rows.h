@@ -229,7 +229,7 @@ class CrossEntropyRow {
   template <class Width>
   V gradient(V e, C softmax_factor, C g, int64_t c, Width width) const {
     if constexpr (kDense == Dense::kNone) return e * (softmax_factor * g);
-    return (e * softmax_factor - dense(c, width)) * g;
+    return fma<C>(e, broadcast(softmax_factor), -dense(c, width)) * g;
   }
 
   // What multiplies the softmax beside the target's own coefficient: the sum of the others, and the derivative of the

@@ -91,6 +91,21 @@ CHARLM_INLINE Vec<float> min<float>(Vec<float> a, Vec<float> b) {
 }
 #endif
 
+// a * b + c, rounded once where there is an instruction for it. The compiler makes such ones of operators too, but of
+// two products in a sum it takes either, and the last bit differs from loop to loop.
+template <class C>
+CHARLM_INLINE Vec<C> fma(Vec<C> a, Vec<C> b, Vec<C> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == sizeof(float)) return _mm512_fmadd_ps(a, b, c);
+  if constexpr (sizeof(C) == sizeof(double)) return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == sizeof(float)) return _mm256_fmadd_ps(a, b, c);
+  if constexpr (sizeof(C) == sizeof(double)) return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // The first n lanes.
 template <class C>
 CHARLM_INLINE Mask<C> first_lanes(int64_t n) {

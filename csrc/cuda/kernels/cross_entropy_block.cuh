@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
       });
       __syncthreads();  // the parts of the row before have been read
       softmax = softmax.over_block(parts);
-      softmax.finish();
+      row.finish(softmax);
       if (threadIdx.x == 0) {
         const Compute<T> loss = row.loss(softmax, target_logit);
         loss_sum += loss;

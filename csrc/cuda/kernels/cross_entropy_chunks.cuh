@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kWarp)
       }
       __syncthreads();  // the parts of the row before have been read
       softmax = softmax.over_block(parts);
-      softmax.finish();
+      row.finish(softmax);
       if (threadIdx.x == 0) {
         const Compute<T> loss = row.loss(softmax, row.target_logit(row.logits()));
         loss_sum += loss;

@@ -77,6 +77,13 @@ class CrossEntropyRow {
     }
   }
 
+  // After all classes were added. What is the same for every row is not taken from the sum, whose last bit depends on
+  // who added it: a gradient made with the loss and one made later are the same bits.
+  __device__ __forceinline__ void finish(RowSoftmax& softmax) const {
+    if (softmax.sum == 0) softmax.sum = 1;  // a row of -inf; the sum tells, for a NaN too can leave -inf as the maximum
+    if (!kPlain && has_target()) softmax.dense_sum = known_dense_sum();
+  }
+
   // Of a finished softmax.
   __device__ __forceinline__ C loss(const RowSoftmax& softmax, C target_logit) const {
     const C log_sum = log(softmax.sum);
@@ -111,11 +118,7 @@ class CrossEntropyRow {
     softmax.max = rows_.row_max[n_];
     softmax.sum = rows_.row_sum[n_];
     if constexpr (!kPlain) {
-      if (rows_.row_dense_sum) {
-        softmax.dense_sum = rows_.row_dense_sum[n_];
-      } else if (has_dense()) {
-        softmax.dense_sum = rows_.label_smoothing * (rows_.weight ? *rows_.weight_sum / n_classes() : C(1));
-      }
+      softmax.dense_sum = has_target() ? known_dense_sum() : rows_.row_dense_sum[n_];
     }
     return softmax;
   }
@@ -170,6 +173,11 @@ class CrossEntropyRow {
   }
 
   __device__ __forceinline__ C n_classes() const { return static_cast<C>(rows_.n_classes); }
+
+  // sum_c d_c of class indices.
+  __device__ __forceinline__ C known_dense_sum() const {
+    return rows_.weight ? rows_.label_smoothing / n_classes() * *rows_.weight_sum : rows_.label_smoothing;
+  }
 
   // d_c
   __device__ __forceinline__ C dense(int64_t c) const {

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kPlain>)
         softmax.dense_loss = sum_over_lanes(softmax.dense_loss, lanes);
         softmax.dense_sum = sum_over_lanes(softmax.dense_sum, lanes);
       }
-      softmax.finish();
+      row.finish(softmax);
       if (has_row && lane == 0) {
         const C loss = row.is_counted() ? row.loss(softmax, target_logit) : C(0);
         loss_sum += loss;

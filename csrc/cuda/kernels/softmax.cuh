@@ -103,11 +103,6 @@ struct Softmax {
     return join_over_block(*this, shared, Softmax{}, &Softmax::join,
                            [](const Softmax& s, int step) { return s.shuffled(step); });
   }
-
-  // A row of nothing but -inf: the sum tells, for a NaN too can leave -inf as the maximum.
-  __device__ __forceinline__ void finish() {
-    if (sum == 0) sum = 1;
-  }
 };
 
 }  // namespace
