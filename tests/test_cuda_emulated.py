@@ -31,6 +31,9 @@ OPS_TESTS = (
     "tests/test_torch_citizenship_dispatch.py",
     "tests/test_torch_citizenship_functorch.py",
 )
+# Under another order another of several bad targets is the first to be found, as on a GPU.
+FIRST_BAD_TARGET = "tests/test_cross_entropy_torch_parity.py::test_the_first_of_several_bad_targets_is_named"
+OPS_TESTS_IN_ANY_ORDER = (*OPS_TESTS, "--deselect", FIRST_BAD_TARGET)
 DEVICE_TESTS = ("tests/test_cuda.py",)
 SAMPLES = ("tests/test_cross_entropy.py", "tests/test_embedding.py", "-k", "as_close_to_float64")
 FLOAT_SAMPLES = (*SAMPLES[:-1], "as_close_to_float64 and float32")
@@ -59,6 +62,8 @@ RUNS = (
     *(Run(f"samples_random_{seed}", "plain", "random", SAMPLES, seed) for seed in (1, 2, 3)),
     Run("float_samples_address", "address", "random", FLOAT_SAMPLES, 4, float_only=True),
     Run("float_samples_thread", "thread", "random", FLOAT_SAMPLES, 5, float_only=True),
+    Run("ops_reverse", "plain", "reverse", OPS_TESTS_IN_ANY_ORDER, exhaustive=True),
+    Run("ops_random", "plain", "random", OPS_TESTS_IN_ANY_ORDER, 6, exhaustive=True),
     Run("device_tests_forward", "plain", "forward", DEVICE_TESTS, exhaustive=True),
     *(
         Run(f"samples_{flavour}_{schedule}", flavour, schedule, SAMPLES, 7, exhaustive=True)
