@@ -82,8 +82,7 @@ class CrossEntropyCall {
 
   void launch_totals() {
     if (!needs_totals(rows_)) return;
-    constexpr int64_t kTargets = 4 * kTotalsThreads;  // for a block
-    const int64_t blocks = (rows_.n_rows + kTargets - 1) / kTargets;
+    const int64_t blocks = ceil_div(rows_.n_rows, kTargetsInFlight * kTotalsThreads);
     n_totals_ = static_cast<int>(blocks < 1 ? 1 : blocks < kMaxTotals ? blocks : kMaxTotals);
     next(cross_entropy_totals<T>, n_totals_, kTotalsThreads, 0, rows_, totals_);
   }

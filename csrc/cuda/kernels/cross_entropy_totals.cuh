@@ -13,9 +13,11 @@ struct Totals {
   int64_t count;
 };
 
-// The targets are counted by so many blocks at most: a warp adds up their totals.
-constexpr int kMaxTotals = kWarp;
+// The targets are counted by so many blocks at most: each lane of a warp adds up a few of their totals.
+constexpr int kTotalsPerLane = 4;
+constexpr int kMaxTotals = kTotalsPerLane * kWarp;
 constexpr int kTotalsThreads = 256;
+constexpr int kTargetsInFlight = 4;  // that a thread waits for at once
 
 template <class T>
 bool needs_totals(const CrossEntropyRows<T>& rows) {
@@ -29,15 +31,23 @@ __global__ void __launch_bounds__(kTotalsThreads, kMinBlocks)
   CHARLM_SHARED(int64_t, counts, kMaxWarps);
   double weight = 0;
   int64_t count = 0;
-  for (int64_t n = blockIdx.x * kTotalsThreads + threadIdx.x; n < rows.n_rows; n += gridDim.x * kTotalsThreads) {
-    double w = rows.token_weight ? rows.token_weight[n] : 1;
-    if (rows.has_target) {
-      const int64_t target = load_index(rows.target, n);
-      if ((rows.may_ignore && target == rows.ignore_index) || !in_range(rows.target, target)) continue;
-      if (rows.weight) w *= rows.weight[target];
+  const int64_t step = int64_t(gridDim.x) * kTotalsThreads;
+  for (int64_t first = blockIdx.x * kTotalsThreads + threadIdx.x; first < rows.n_rows;
+       first += kTargetsInFlight * step) {
+    int64_t targets[kTargetsInFlight];
+    if (rows.has_target) load_indices(rows.target, first, step, rows.n_rows, targets);
+#pragma unroll
+    for (int k = 0; k < kTargetsInFlight; k++) {
+      const int64_t n = first + k * step;
+      if (n >= rows.n_rows) break;
+      double w = rows.token_weight ? rows.token_weight[n] : 1;
+      if (rows.has_target) {
+        if ((rows.may_ignore && targets[k] == rows.ignore_index) || !in_range(rows.target, targets[k])) continue;
+        if (rows.weight) w *= rows.weight[targets[k]];
+      }
+      weight += w;
+      count++;
     }
-    weight += w;
-    count++;
   }
   weight = sum_over_block(weight, weights);
   count = sum_over_block(count, counts);
@@ -49,10 +59,16 @@ template <class T>
 __device__ __forceinline__ double divisor(const CrossEntropyRows<T>& rows, const Totals* totals, int n_totals) {
   if (!rows.mean) return 1;
   if (n_totals == 0) return rows.zero_if_all_ignored && rows.n_rows == 0 ? 1 : static_cast<double>(rows.n_rows);
-  const int lane = threadIdx.x % kWarp;
-  const double weight = sum_over_lanes(lane < n_totals ? totals[lane].weight : 0);
-  const int64_t count = sum_over_lanes(lane < n_totals ? totals[lane].count : int64_t(0));
-  return rows.zero_if_all_ignored && count == 0 ? 1 : weight;
+  double weight = 0;
+  int64_t count = 0;
+#pragma unroll
+  for (int k = 0; k < kTotalsPerLane; k++) {
+    const int i = k * kWarp + threadIdx.x % kWarp;
+    weight += i < n_totals ? totals[i].weight : 0;
+    count += i < n_totals ? totals[i].count : 0;
+  }
+  weight = sum_over_lanes(weight);
+  return rows.zero_if_all_ignored && sum_over_lanes(count) == 0 ? 1 : weight;
 }
 
 // One block: the sum or mean of the losses from the sums that the blocks of a kernel made.
