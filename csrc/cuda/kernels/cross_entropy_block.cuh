@@ -55,13 +55,17 @@ __device__ __forceinline__ typename CrossEntropyRow<T, kPlain>::RowSoftmax walk(
                                                                                 const Span<T>& span, const T* x,
                                                                                 int64_t begin, Keep keep) {
   typename CrossEntropyRow<T, kPlain>::RowSoftmax softmax;
-  const auto add = [&]<int K>(const T(&values)[K], int64_t i) {
+  const auto add = [&](const auto& values, int64_t i) {
+    constexpr int K = sizeof(values) / sizeof(T);
     Compute<T> z[K];
 #pragma unroll
     for (int k = 0; k < K; k++) z[k] = row.transformed(values[k]);
     row.template add<K>(softmax, z, begin + i, 1, INT64_MAX);
   };
-  span.for_each_single([&](int64_t i) { add({x[i]}, i); });
+  span.for_each_single([&](int64_t i) {
+    const T single[] = {x[i]};
+    add(single, i);
+  });
   span.template for_each_pack<kLoadsInFlight>([&](int64_t p) { return load_pack(x + span.pack(p)); },
                                               [&](int64_t p, const Pack<T>& pack) {
                                                 keep(p, pack);
