@@ -8,7 +8,8 @@ code, as nvdisasm (of the Python package nvidia-cuda-nvdisasm) prints it, says h
 
     a kernel says how many threads a block has (__launch_bounds__), so that its registers are enough for every launch;
     nothing is spilled, and nothing else is in local memory;
-    a kernel loads and stores 128 bits at once, but for those that READ_ONLY and NARROW list.
+    a kernel loads and stores 128 bits at once, but for those that READ_ONLY and NARROW list, and nowhere stores them
+    in pieces.
 
 Ends with 0, with 1 where something is wrong, or with 77 where there is no nvcc.
 """
@@ -84,7 +85,8 @@ class Figures:
     stack: int  # bytes, in local memory
     spilled: int  # bytes, stored and loaded
     threads: int = 0  # of a block, from __launch_bounds__; 0: it has none
-    accesses: Mapping[str, int] = field(default_factory=Counter)  # "LDG", "STG", "LDS", "STS" of 128 bits; "local"
+    # "LDG", "STG", "LDS", "STS": of 128 bits; "pieces": 128 bits stored in pieces; "local"
+    accesses: Mapping[str, int] = field(default_factory=Counter)
 
 
 Kernels = dict[str, dict[str, Figures]]  # by name, then by architecture
@@ -117,6 +119,7 @@ def parse_machine_code(text: str) -> dict[str, tuple[int, Counter[str]]]:
         if kind == "text":
             instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
             accesses[name] = Counter(filter(None, map(kind_of_access, instructions)))
+            accesses[name].update(pieces=stores_in_pieces(body))
         elif kind == "nv.info" and "EIATTR_MAX_THREADS" in body:
             sizes = re.findall(r"\.word\s+(0x[0-9a-f]+)", body.partition("EIATTR_MAX_THREADS")[2])
             threads[name] = math.prod(int(size, 16) for size in sizes[:3])
@@ -131,6 +134,26 @@ def kind_of_access(instruction: str) -> str | None:
     if operation in ("LDG", "STG", "LDS", "STS", "LDGSTS") and {"128", "256"} & set(modifiers):
         return operation[:3]
     return None
+
+
+def stores_in_pieces(body: str) -> int:
+    """How often narrower instructions without a branch between them store 16 neighbouring bytes of global memory.
+
+    What the record of a bad index writes is not counted: it ends with a store for the whole system to see.
+    """
+    found = 0
+    for block in re.split(r"^\s*\.L_\w+:|\bBRA\b", body, flags=re.MULTILINE):
+        if "STRONG.SYS" in block:
+            continue
+        stores = re.findall(r"\bSTG\.([\w.]+)\s+(?:desc\[\w+\])?\[(.*?)(?:\+(-?0x[0-9a-f]+))?\]", block)
+        offsets: dict[str, set[int]] = {}
+        for modifiers, base, offset in stores:
+            bits = {"64": 64, "128": 0, "U8": 8, "U16": 16}  # no other modifier is a width
+            width = next((bits[one] for one in modifiers.split(".") if one in bits), 32) // 8
+            first = int(offset or "0", 16)
+            offsets.setdefault(base, set()).update(range(first, first + width))
+        found += sum(set(range(first, first + 16)) <= bytes_ for bytes_ in offsets.values() for first in bytes_)
+    return found
 
 
 def occupancy(figures: Figures, architecture: str) -> int:
@@ -220,6 +243,8 @@ def broken_rules(measured: Mapping[str, Kernels]) -> list[str]:
                 if figures.stack or figures.accesses["local"]:
                     broken.append(f"{where} uses local memory: {figures.stack} bytes")
                 broken += [f"{where} has no {kind} of 128 bits" for kind in wide(name) if not figures.accesses[kind]]
+                if "STG" in wide(name) and figures.accesses["pieces"]:
+                    broken.append(f"{where} stores 128 bits in pieces")
     return broken
 
 

@@ -67,6 +67,24 @@ def test_threads_and_wide_accesses_are_read_from_the_machine_code():
     }
 
 
+@pytest.mark.parametrize(
+    ("stores", "count"),
+    [
+        (["STG.E [R2.64], R8", "STG.E [R2.64+0x4], R9", "STG.E [R2.64+0xc], R9", "STG.E [R2.64+0x8], R9"], 1),
+        (["STG.E [R2.64], R8", "STG.E [R2.64+0x4], R9", "STG.E [R2.64+0x8], R9"], 0),
+        (["STG.E.64 desc[UR6][R2.64+-0x8], R8", "@P0 STG.E.64 desc[UR6][R2.64], R9"], 1),
+        (["STG.E.64 desc[UR6][R2.64+0x8], R8", "STG.E.64 desc[UR6][R4.64], R9"], 0),
+        (["STG.E.64 [R2.64+0x8], R8", "@P0 BRA `(.L_x_1)", "STG.E.64 [R2.64], R9"], 0),
+        ([f"STG.E.U16 [R2.64+{2 * k:#x}], R{k}" for k in range(8)], 1),
+        (["STG.E.128 [R2.64], R8", "STG.E.128 [R2.64+0x10], R8"], 0),
+        (["STG.E.64 [R2.64+0x8], R8", "STG.E.64 [R2.64], R9", "STG.E.STRONG.SYS [R2.64+0x10], R9"], 0),
+    ],
+)
+def test_a_wide_store_in_pieces_is_found_in_the_machine_code(stores, count):
+    body = "".join(f"        /*{16 * i:04x}*/    {store} ;\n" for i, store in enumerate(stores))
+    assert cuda_resources.stores_in_pieces(body) == count
+
+
 def test_names_are_those_of_the_source():
     enums = cuda_resources.enumerators(["enum class Pass : int {  // why\n  kForward,\n  kBackward,  // last\n};"])
     assert enums == {"Pass": ["kForward", "kBackward"]}
@@ -93,12 +111,13 @@ def test_occupancy_is_what_registers_blocks_and_shared_memory_leave(kernel, arch
 
 
 def test_every_rule_that_a_kernel_breaks_is_said():
-    good, bad = figures(LDG=1, STG=1), figures(threads=0, stack=8, spilled=12, LDG=1)
+    good, bad = figures(LDG=1, STG=1), figures(threads=0, stack=8, spilled=12, LDG=1, pieces=4)
     assert cuda_resources.broken_rules({"op": {"good": {"8.0": good}, "bad": {"8.0": good, "9.0": bad}}}) == [
         "bad on 9.0 has no __launch_bounds__",
         "bad on 9.0 spills registers: 12 bytes",
         "bad on 9.0 uses local memory: 8 bytes",
         "bad on 9.0 has no STG of 128 bits",
+        "bad on 9.0 stores 128 bits in pieces",
     ]
 
 

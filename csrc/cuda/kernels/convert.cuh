@@ -58,9 +58,17 @@ __device__ __forceinline__ Pack<T> load_pack(const T* p) {
   return __builtin_bit_cast(Pack<T>, *reinterpret_cast<const uint4*>(p));
 }
 
+// To global memory. The instruction is spelled out: of numbers that come from branches, nvcc would store each alone.
 template <class T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T>& pack) {
-  *reinterpret_cast<uint4*>(p) = __builtin_bit_cast(uint4, pack);
+  const uint4 bits = __builtin_bit_cast(uint4, pack);
+#ifdef __CUDA_ARCH__
+  asm("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(bits.x), "r"(bits.y),
+      "r"(bits.z), "r"(bits.w)
+      : "memory");
+#else
+  *reinterpret_cast<uint4*>(p) = bits;
+#endif
 }
 
 // kCount neighbours: one, or whole packs from a multiple of 16 bytes on.
