@@ -6,7 +6,6 @@ fake CUDA tensors gives, is tested where charlm was built with CUDA (`make cuda-
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from setup_module import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import charlm
@@ -24,17 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import cuda_toolkit  # noqa: E402
-
-
-def load_setup():
-    """setup.py as a module: its functions, without a build."""
-    spec = importlib.util.spec_from_file_location("charlm_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load_setup()
 
 needs_cuda_build = pytest.mark.skipif(
     not charlm.build_info()["cuda_architectures"], reason="charlm is built without CUDA here"

@@ -7,26 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gpu_machine import ENVIRONMENT
 
 from bench import gpu_bench, gpu_cases, gpu_report
 from bench.cases import Case
-
-ENVIRONMENT: dict[str, Any] = {
-    "python": "3.12.3",
-    "packages": {"numpy": "2.5.2", "liger-kernel": None},
-    "torch": "2.11.0+cu130",
-    "torch_cuda": "13.0",
-    "gpu": {
-        "name": "NVIDIA H100 80GB HBM3",
-        "count": 1,
-        "capability": "9.0",
-        "memory": 80 * 2**30,
-        "multiprocessors": 132,
-        "l2_cache": 50 * 2**20,
-    },
-    "driver": "580.159.04",
-    "nvcc": "13.0",
-}
 
 
 def test_cases_for_which_no_time_is_left_are_named_and_wrong_ones_are_not_timed(

@@ -13,29 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gpu_machine import ENVIRONMENT
 
 from bench import gpu, gpu_cases, gpu_report
 from bench.gpu_process import Child, Outcome
 
-ENVIRONMENT: dict[str, Any] = {
-    "python": "3.12.3",
-    "executable": "/usr/bin/python3",
-    "cores": 16,
-    "packages": {"numpy": "2.5.2", "liger-kernel": None},
-    "torch": "2.11.0+cu130",
-    "torch_cuda": "13.0",
-    "gpu": {
-        "name": "NVIDIA H100 80GB HBM3",
-        "count": 1,
-        "capability": "9.0",
-        "memory": 80 * 2**30,
-        "multiprocessors": 132,
-        "l2_cache": 50 * 2**20,
-    },
-    "driver": "580.159.04",
-    "nvcc": "13.0",
-    "compute_sanitizer": None,
-}
 PASSED = {"status": "passed", "note": "all of it"}
 
 

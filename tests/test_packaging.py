@@ -8,7 +8,6 @@ torch, a compiler or a setting that is wrong.
 from __future__ import annotations
 
 import email
-import importlib.util
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from setup_module import build
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(
@@ -37,17 +37,6 @@ NOT_SOURCE = shutil.ignore_patterns(
     ".*_cache",
 )
 TORCH_PUBLIC = torch.__version__.partition("+")[0]
-
-
-def load_setup():
-    """setup.py as a module: its functions, without a build."""
-    spec = importlib.util.spec_from_file_location("charlm_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load_setup()
 
 
 def run(*command, cwd, check=True, **env):
