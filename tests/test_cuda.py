@@ -98,6 +98,27 @@ def test_long_rows_are_as_close_to_float64_as_torchs(n_classes: int) -> None:
             assert_matches_reference(functional.cross_entropy, reference.cross_entropy, sample)
 
 
+# 48 KiB of shared memory are granted unasked, to static and dynamic memory together.
+@pytest.mark.parametrize(
+    ("n_classes", "dtype"), [(6144, torch.float64), (12288, torch.float32), (24576, torch.bfloat16)]
+)
+def test_rows_that_fill_48_kib_of_shared_memory(n_classes: int, dtype: torch.dtype) -> None:
+    n = on_gpu_or_dry(300, 3)
+    logits, target = randn(n, n_classes, dtype=dtype).requires_grad_(), randint(n_classes, n)
+    loss, grad = loss_and_gradient(logits, target)
+    expected = F.cross_entropy(logits, target)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(grad, *torch.autograd.grad(expected, logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("num_embeddings", [23, 46, 47, 48, 191, 383])
+def test_tables_that_fill_48_kib_of_shared_memory(num_embeddings: int, dtype: torch.dtype) -> None:
+    weight = randn(num_embeddings, 32, dtype=dtype).requires_grad_()
+    _, grad = embedding_and_gradient(weight, torch.arange(num_embeddings, device=DEVICE).repeat(20))
+    torch.testing.assert_close(grad, 20 * weight.detach())
+
+
 @pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
 def test_every_integer_dtype_of_indices_gives_the_int64_result(dtype: torch.dtype) -> None:
     index, weight, logits = randint(27, 257), randn(27, 10), randn(257, 27)

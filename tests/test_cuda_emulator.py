@@ -36,6 +36,7 @@ REPORTED_BY_EMULATOR = {
     "shuffle_past_its_width": r"__shfl_xor_sync at .* with distance 16 and width 16",
     "different_masks": r"divergent warp collective: .* mask 0x0000ffff|names lanes that have exited|exited while",
     "too_much_static_shared": r"more than 48 KiB of static shared memory",
+    "static_beside_dynamic_shared": r"more than 48 KiB of static and dynamic shared memory, and none was asked for",
     "too_much_dynamic_shared": r"invalid launch configuration: 232449 bytes of dynamic shared memory",
     "block_of_1025_threads": r"invalid launch configuration: a block of \(1025,1,1\) threads",
     "grid_of_no_blocks": r"invalid launch configuration: a grid of \(0,1,1\) blocks",

@@ -40,6 +40,8 @@ const Kernel kKernels[] = {
     {"too_much_static_shared", [](float* out) { launch(too_much_static_shared, 1, kThreads, 0, nullptr, out); }, ones},
     {"too_much_dynamic_shared", [](float* out) { launch(fill, 1, kThreads, (227 << 10) + 1, nullptr, out, kNumbers); },
      ones},
+    {"static_beside_dynamic_shared",
+     [](float* out) { launch(static_beside_dynamic_shared, 1, kThreads, 32 << 10, nullptr, out); }, ones},
     {"block_of_1025_threads", [](float* out) { launch(fill, 1, 1025, 0, nullptr, out, kNumbers); }, ones},
     {"grid_of_no_blocks", [](float* out) { launch(fill, 0, kThreads, 0, nullptr, out, kNumbers); }, ones},
     {"grid_of_65536_in_y", [](float* out) { launch(fill, dim3(1, 65536), kThreads, 0, nullptr, out, kNumbers); }, ones},

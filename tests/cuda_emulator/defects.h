@@ -87,6 +87,12 @@ __global__ void too_much_static_shared(float* out) {
   out[threadIdx.x] = buffer[threadIdx.x];
 }
 
+__global__ void static_beside_dynamic_shared(float* out) {
+  CHARLM_SHARED(float, buffer, 4097);
+  buffer[threadIdx.x] = 1;
+  out[threadIdx.x] = buffer[threadIdx.x];
+}
+
 __global__ void fill(float* out, int n) {
   if (global_thread() < n) out[global_thread()] = 1;
 }

@@ -9,6 +9,14 @@
 #include "../../types.h"
 #include "stream.h"
 
+namespace charlm::cuda {
+
+// Bytes of dynamic shared memory up to which a launch need not ask: 48 KiB are granted to a kernel's static and dynamic
+// shared memory together, and static memory stays below the rest.
+constexpr int64_t kMostUnaskedShared = 32 << 10;
+
+}  // namespace charlm::cuda
+
 #ifdef __CUDACC__
 
 #include <cuda_bf16.h>
@@ -25,14 +33,24 @@
 
 namespace charlm::cuda {
 
+// Lets a kernel have all the shared memory of a block. What is set is the function's, not a launch's: always the same
+// number, so that no thread takes away what another is about to launch with.
+inline cudaError_t allow_all_shared(const void* kernel) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - static_cast<int>(attributes.sharedSizeBytes));
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {
-  constexpr int64_t kAlwaysGranted = 48 << 10;  // bytes; more must be asked for
-  if (shared_bytes > kAlwaysGranted) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes));
+  if (shared_bytes > kMostUnaskedShared) {
+    const cudaError_t error = allow_all_shared(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return error;
   }
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
