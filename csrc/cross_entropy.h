@@ -106,4 +106,12 @@ inline at::ScalarType compute_dtype(const Tensor& input) {
 void check_cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                          const OptionalTensor& weight, const OptionalTensor& token_weight);
 
+// The dtype to which logits, probabilities and weight are to be converted, as torch promotes them; none if they have
+// it. Class indices take no part in it.
+std::optional<at::ScalarType> promoted_dtype(const Tensor& input, const Tensor& target, const OptionalTensor& weight);
+
+inline OptionalTensor to(const OptionalTensor& t, at::ScalarType dtype) {
+  return t ? OptionalTensor(t->to(dtype)) : std::nullopt;
+}
+
 }  // namespace charlm

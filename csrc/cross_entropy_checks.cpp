@@ -62,4 +62,13 @@ void check_cross_entropy(const CrossEntropyOptions& options, const Tensor& input
   }
 }
 
+std::optional<at::ScalarType> promoted_dtype(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
+  if (!target.is_floating_point() || !has_probabilities(input, target)) return std::nullopt;
+  at::ScalarType dtype = c10::promoteTypes(input.scalar_type(), target.scalar_type());
+  if (weight) dtype = c10::promoteTypes(dtype, weight->scalar_type());
+  const bool same =
+      dtype == input.scalar_type() && dtype == target.scalar_type() && (!weight || dtype == weight->scalar_type());
+  return same ? std::nullopt : std::optional(dtype);
+}
+
 }  // namespace charlm

@@ -39,6 +39,9 @@ class CrossEntropyOps {
  private:
   static LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                                          const OptionalTensor& weight, const OptionalTensor& token_weight) {
+    if (const auto dtype = promoted_dtype(input, target, weight)) {  // in inference mode nobody has done it
+      return cross_entropy(options, input.to(*dtype), target.to(*dtype), to(weight, *dtype), token_weight);
+    }
     check_cross_entropy(options, input, target, weight, token_weight);
     return with_float_type(input.scalar_type(), "cross_entropy", [&]<class T>() {
       Call<T> call(options, input, target, weight, token_weight);

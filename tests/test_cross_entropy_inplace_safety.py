@@ -70,6 +70,20 @@ def test_inplace_forward_with_reduction_none_is_refused(leaf: torch.Tensor, targ
 
 
 @in_both_modes
+def test_logits_and_probabilities_of_different_dtypes_are_refused(mode: str) -> None:
+    probabilities = torch.randn(33, 27).softmax(1)
+    for logits, target in (
+        (torch.randn(33, 27).bfloat16(), probabilities),
+        (torch.randn(33, 27), probabilities.bfloat16()),
+    ):
+        logits.requires_grad_()
+        before = logits.detach().clone()
+        with pytest.raises(RuntimeError, match="of one dtype: convert them to Float, or use inplace=None"):
+            cross_entropy(logits * 1, target, inplace=mode)
+        assert torch.equal(logits.detach(), before)
+
+
+@in_both_modes
 def test_without_grad_nothing_is_written(mode: str, target: torch.Tensor) -> None:
     expected = torch.randn(33, 27)
     for logits, grad_mode in (

@@ -103,6 +103,18 @@ def test_calls_without_grad_run_our_kernels(context: Callable[[], Any]) -> None:
     assert record.torchs == []
 
 
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_probabilities_of_another_dtype_are_promoted_as_torchs_are(context: Callable[[], Any]) -> None:
+    logits, probabilities = torch.randn(33, 27), torch.randn(33, 27).softmax(1)
+    for dtypes in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float16)):
+        arguments = [tensor.to(dtype) for tensor, dtype in zip((logits, probabilities), dtypes, strict=True)]
+        with context():
+            loss, of_torch = functional.cross_entropy(*arguments), F.cross_entropy(*arguments)
+        assert loss.dtype == of_torch.dtype
+        expected = F.cross_entropy(*(tensor.double() for tensor in arguments))
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_autocast_runs_our_kernels(dtype: torch.dtype) -> None:
     x = torch.randn(33, 27).to(dtype).requires_grad_()

@@ -116,20 +116,6 @@ void check_no_derivative(const Tensor& target, const Tensor& input, const Option
               "the derivative for 'token_weight' is not implemented: it must not require grad");
 }
 
-// torch promotes the dtypes of logits, probabilities and weight; class indices take no part in it.
-std::optional<at::ScalarType> promoted_dtype(const Tensor& input, const Tensor& target, const OptionalTensor& weight) {
-  if (!target.is_floating_point() || !has_probabilities(input, target)) return std::nullopt;
-  at::ScalarType dtype = c10::promoteTypes(input.scalar_type(), target.scalar_type());
-  if (weight) dtype = c10::promoteTypes(dtype, weight->scalar_type());
-  const bool same =
-      dtype == input.scalar_type() && dtype == target.scalar_type() && (!weight || dtype == weight->scalar_type());
-  return same ? std::nullopt : std::optional(dtype);
-}
-
-OptionalTensor to(const OptionalTensor& t, at::ScalarType dtype) {
-  return t ? OptionalTensor(t->to(dtype)) : std::nullopt;
-}
-
 LossAndNormalizer by_formula(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                              const OptionalTensor& weight, const OptionalTensor& token_weight) {
   return {cross_entropy_formula(options, input, target, weight, token_weight), at::empty({0}, input.options())};
@@ -242,6 +228,10 @@ LossAndNormalizer cross_entropy_inplace(const CrossEntropyOptions& options, Tens
   constexpr bool written_by_forward = kName == kInplaceForward;
   check_cross_entropy(options, input, target, weight, token_weight);
   check_no_derivative(target, input, weight, token_weight);
+  const auto dtype = promoted_dtype(input, target, weight);
+  TORCH_CHECK(!dtype,
+              "cross_entropy(inplace=...) needs logits, probabilities and weight of one dtype: convert them to ",
+              *dtype, ", or use inplace=None");
   TORCH_CHECK(!needs_formula(input) && !needs_formula(target) && !needs_formula(weight) && !needs_formula(token_weight),
               "cross_entropy(inplace=...) works neither under torch.func's transforms nor in forward-mode AD: use "
               "inplace=None");

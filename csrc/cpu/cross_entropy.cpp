@@ -50,7 +50,7 @@ class Call {
     rows.softcap = static_cast<C>(options.softcap);
     rows.weight_sum = static_cast<C>(rows.n_classes);
     if (has_probabilities(input, target)) {
-      target_ = as_rows(target);
+      target_ = as_rows(target.to(input.scalar_type()));
       rows.probabilities = const_data<T>(target_);
       rows.probabilities_stride = target_.stride(0);
     } else {

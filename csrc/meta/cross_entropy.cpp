@@ -16,6 +16,9 @@ c10::SymInt n_rows(const Tensor& input) { return c10::multiply_integers(loss_sha
 
 LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                                 const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  if (const auto dtype = promoted_dtype(input, target, weight)) {
+    return cross_entropy(options, input.to(*dtype), target.to(*dtype), to(weight, *dtype), token_weight);
+  }
   check_cross_entropy(options, input, target, weight, token_weight);
   return {empty_like_loss(options, input), at::empty_symint({normalizer_size(input, target), n_rows(input)},
                                                             input.options().dtype(compute_dtype(input)))};
