@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -130,6 +131,61 @@ def test_the_tests_of_the_ops_pass_on_emulated_cuda_kernels(
     done = results[job.name].result()
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert " passed" in done.stdout
+
+
+BAD_ROWS = """
+import sys
+import torch
+import charlm
+
+torch.ops.load_library(sys.argv[1])
+ops = torch.ops.charlm
+options = (-100, 0.0, 0.0, 0.0, 1.0, False)
+
+
+def then_raises(results):
+    try:
+        ops.synchronize(torch.zeros(1))
+    except IndexError:
+        return results
+    raise AssertionError("no IndexError")
+
+
+target = torch.tensor([1, 700000, -1, 2])
+kept = [0, 3]
+for n_classes in (27, 1000, 70001):
+    logits = torch.randn(4, n_classes)
+    right = ops.cross_entropy_forward_backward(logits[kept], target[kept], None, None, 2, *options)[2]
+    _, normalizer, grad = then_raises(
+        ops.cross_entropy_forward_backward(logits, target, None, None, 2, *options)
+    )
+    assert not grad[1:3].any() and torch.allclose(grad[kept], right), grad
+    losses, _ = then_raises(ops.cross_entropy(logits, target, None, None, 0, *options))
+    assert not losses[1:3].any() and losses[kept].all(), losses
+    later = then_raises(
+        ops.cross_entropy_backward(torch.tensor(1.0), logits, target, None, None, normalizer, 2, *options)
+    )
+    assert torch.equal(later, grad)
+    given = logits.requires_grad_() * 1
+    then_raises(ops.cross_entropy_inplace_forward(given, target, None, None, 2, *options))
+    assert torch.equal(given[1:3], logits[1:3]) and torch.equal(given[kept], grad[kept])
+for width in (1, 10, 300):
+    table, index = torch.randn(27, width), torch.tensor([3, 27, 4, -1, 5])
+    rows = then_raises(ops.embedding(table, index, -1, False, False))
+    assert not rows[1::2].any() and torch.equal(rows[::2], table[3:6])
+"""
+
+
+def test_a_bad_index_gets_zeros_and_leaves_logits_in_place_as_they_are() -> None:
+    environment = pytest_environment("plain", _library("plain", False), "random", 8) | {"CHARLM_CUDA_CHECK": "0"}
+    command = [sys.executable, "-c", BAD_ROWS, _library("plain", False)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_place_of_every_defect_is_in_our_kernels(mutant: Mutant, tmp_path: Path) -> None:
+    mutant.write(tmp_path)
 
 
 @pytest.mark.parametrize("job", parameters(MUTANTS, {mutant.name for mutant in MUTANTS} - FEW_MUTANTS))

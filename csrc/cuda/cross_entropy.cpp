@@ -35,7 +35,7 @@ class Call {
     rows_.mean = options.is(Reduction::kMean);
     rows_.zero_if_all_ignored = options.zero_if_all_ignored;
     if (has_probabilities(input, target)) {
-      target_ = as_rows(target);
+      target_ = as_rows(target.to(input.scalar_type()));
       rows_.probabilities = const_data<T>(target_);
       rows_.probabilities_stride = target_.stride(0);
     } else {
@@ -117,6 +117,9 @@ class Call {
 };
 
 void scale_grad_(Tensor& grad, const Tensor& factor) {
+  TORCH_CHECK(factor.numel() == 1 && factor.device() == grad.device(),
+              "factor must be one number on the gradient's device, got shape ", factor.sizes(), " on ",
+              factor.device());
   const Tensor rows = as_rows(grad);
   if (!rows.is_alias_of(grad)) {
     grad.mul_(factor);

@@ -44,7 +44,9 @@ IndexError* allocate_record() {
 }
 
 bool is_capturing(Stream stream) {
-  return c10::cuda::captureStatusMayInitCtx(stream) != c10::cuda::CaptureStatus::None;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
 }
 
 void wait_for(Stream stream) { c10::cuda::stream_synchronize(stream); }
@@ -137,7 +139,8 @@ void synchronize(const at::Tensor& device) { DeviceCall call(device.device()); }
 
 void synchronize(const at::Tensor& device) {
   const c10::cuda::CUDAGuard guard(device.device());
-  c10::cuda::device_synchronize();
+  // While a graph is captured nothing runs that could be waited for.
+  if (!is_capturing(c10::cuda::getCurrentCUDAStream())) c10::cuda::device_synchronize();
   DeviceCall call(device.device());
 }
 

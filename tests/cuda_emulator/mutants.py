@@ -133,8 +133,8 @@ MUTANTS = (
         "only_the_first_block_counts_targets",
         "cross_entropy",
         "cross_entropy_totals.cuh",
-        "sum_over_lanes(lane < n_totals ? totals[lane].weight : 0)",
-        "sum_over_lanes(lane < 1 ? totals[lane].weight : 0)",
+        "weight += i < n_totals ? totals[i].weight : 0;",
+        "weight += i < 1 ? totals[i].weight : 0;",
     ),
     Mutant(
         "index_as_large_as_the_number_of_rows",

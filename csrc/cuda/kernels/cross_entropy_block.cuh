@@ -74,11 +74,12 @@ __device__ __forceinline__ typename CrossEntropyRow<T, kPlain>::RowSoftmax walk(
   return softmax;
 }
 
-// Writes the gradient of the same classes to y; `load(p)` gives their packs. For an ignored row it is zero.
+// Writes the gradient of the same classes to y; `load(p)` gives their packs.
 template <Pass kPass, int kBatch, class T, bool kPlain, class Load>
 __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>& row, const Span<T>& span, const T* x,
                                                T* y, int64_t begin, Load load) {
-  if (row.is_ignored()) {
+  if (!row.is_counted()) {
+    if (!row.has_zero_gradient()) return;
     const T zero = from_compute<T>(0);
     span.for_each_single([&](int64_t i) { y[i] = zero; });
     for (int64_t p = threadIdx.x; p < span.n_packs; p += blockDim.x) store_pack(y + span.pack(p), Pack<T>{});
@@ -115,10 +116,7 @@ __global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
     const T* const x = row.logits();
     T* const y = kPass == Pass::kForward ? nullptr : row.grad();
     const Span<T> span(x, kPass == Pass::kForward ? x : y, rows.n_classes);
-    if (row.is_bad()) {
-      if (threadIdx.x == 0) row.record_bad();
-      continue;
-    }
+    if (threadIdx.x == 0 && row.is_bad()) row.record_bad();
     if (row.is_counted()) {
       const Compute<T> target_logit = row.target_logit(x);
       auto softmax = walk(row, span, x, 0, [&](int64_t p, const Pack<T>& pack) {
@@ -134,7 +132,7 @@ __global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
       }
       if constexpr (kPass == Pass::kForwardBackward) row.set_softmax(softmax, scale);
     } else if (threadIdx.x == 0) {
-      row.store_ignored();
+      row.store_uncounted();
     }
     if constexpr (kPass == Pass::kForwardBackward) {
       write_gradient<kPass, 1>(row, span, x, y, 0,

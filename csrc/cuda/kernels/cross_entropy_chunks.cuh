@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kWarp)
         row.store(softmax, loss);
       }
     } else if (threadIdx.x == 0) {
-      if (row.is_ignored()) row.store_ignored();
+      row.store_uncounted();
       if (row.is_bad()) row.record_bad();
     }
   }
@@ -86,10 +86,7 @@ __global__ void __launch_bounds__(kChunkThreads, kMinBlocks)
   for (int64_t i = blockIdx.x; i < rows.n_rows * n_chunks; i += gridDim.x) {
     const int64_t n = i / n_chunks, begin = (i - n * n_chunks) * kChunk<T>;
     CrossEntropyRow<T, kPlain> row(rows, n);
-    if (row.is_bad()) {
-      if (threadIdx.x == 0 && begin == 0) row.record_bad();
-      continue;
-    }
+    if (threadIdx.x == 0 && begin == 0 && row.is_bad()) row.record_bad();
     if (row.is_counted()) row.set_softmax(row.stored(), scale);
     const int64_t left = rows.n_classes - begin;
     const T* const x = row.logits() + begin;

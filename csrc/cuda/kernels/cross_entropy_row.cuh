@@ -46,6 +46,11 @@ class CrossEntropyRow {
   __device__ __forceinline__ bool is_ignored() const { return is_ignored_; }
   __device__ __forceinline__ bool is_bad() const { return is_bad_; }
   __device__ __forceinline__ bool is_counted() const { return !is_ignored_ && !is_bad_; }
+  // A row with a bad target has the loss 0 and no gradient, until its IndexError is raised; if the gradient is to be
+  // written over the logits, these stay.
+  __device__ __forceinline__ bool has_zero_gradient() const {
+    return is_ignored_ || (is_bad_ && rows_.grad != rows_.logits);
+  }
   __device__ __forceinline__ void record_bad() const { record_index_error(rows_.target, n_, target_); }
 
   __device__ __forceinline__ const T* logits() const { return rows_.logits + n_ * rows_.logits_stride; }
@@ -105,7 +110,7 @@ class CrossEntropyRow {
     if (rows_.loss) rows_.loss[n_] = from_compute<T>(loss);
   }
 
-  __device__ __forceinline__ void store_ignored() const {
+  __device__ __forceinline__ void store_uncounted() const {
     RowSoftmax none;
     none.max = 0;
     none.sum = 1;

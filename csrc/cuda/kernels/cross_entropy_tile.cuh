@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kPlain>)
         const C loss = row.is_counted() ? row.loss(softmax, target_logit) : C(0);
         loss_sum += loss;
         if (row.is_counted()) row.store(softmax, loss);
-        if (row.is_ignored()) row.store_ignored();
+        if (!row.is_counted()) row.store_uncounted();
       }
     } else if (row.is_counted()) {
       softmax = row.stored();
@@ -125,13 +125,11 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kPlain>)
     if constexpr (kPass != Pass::kForward) {
       if constexpr (kWritesLoss) __syncwarp();  // the row's other lanes have read its target's logit
       if (row.is_counted()) row.set_softmax(softmax, scale);
-      // A row with a bad target stays as it is if it is the logits' own memory, and is zero elsewhere.
-      const bool zero = row.is_ignored() || (row.is_bad() && rows.grad != rows.logits);
 #pragma unroll
       for (int k = 0; k < kTileClasses; k++) {
         const int c = k * lanes + lane;
         if (c >= end) continue;
-        if (zero) x[c] = from_compute<T>(C(0));
+        if (row.has_zero_gradient()) x[c] = from_compute<T>(C(0));
         if (row.is_counted()) {
           x[c] = kPass == Pass::kTargetBackward ? row.target_gradient(z[k], c) : row.gradient(z[k], c);
         }

@@ -27,6 +27,7 @@ bool needs_totals(const CrossEntropyRows<T>& rows) {
 template <class T>
 __global__ void __launch_bounds__(kTotalsThreads, kMinBlocks)
     cross_entropy_totals(const __grid_constant__ CrossEntropyRows<T> rows, Totals* totals) {
+  if (rows.keep_if_one && *rows.grad_loss == 1) return;  // nor will the next kernel do anything
   CHARLM_SHARED(double, weights, kMaxWarps);
   CHARLM_SHARED(int64_t, counts, kMaxWarps);
   double weight = 0;

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kCopyThreads, kMinBlocks)
 #pragma unroll
         for (int j = 0; j < kWords; j++) {
           const int64_t at = w + j * blockDim.x;
+          words[k][j] = Word{};  // what a bad index gets, until its IndexError is raised
           if (row[k] && at < n_words) {
             words[k][j] = *reinterpret_cast<const Word*>(row[k] + at * table.column_stride);
           }
@@ -48,8 +49,8 @@ __global__ void __launch_bounds__(kCopyThreads, kMinBlocks)
       for (int k = 0; k < kRows; k++) {
 #pragma unroll
         for (int j = 0; j < kWords; j++) {
-          const int64_t at = w + j * blockDim.x;
-          if (row[k] && at < n_words) output[(first + k * blockDim.y) * n_words + at] = words[k][j];
+          const int64_t at = w + j * blockDim.x, n = first + k * blockDim.y;
+          if (n < n_indices && at < n_words) output[n * n_words + at] = words[k][j];
         }
       }
     }
