@@ -110,7 +110,7 @@ def run(cases: list[Case], device: str, seconds: float, path: Path) -> dict[str,
         except (BadRequest, torch.OutOfMemoryError) as reason:
             content["not_run"][case.name] = str(reason).splitlines()[0]
             continue
-        content["cases"].append(to_json(result))
+        content["cases"].append({**to_json(result), "late": {name: n for name, n in clock.late.items() if n}})
         print(f"{case.name}: {'WRONG: ' + result.error if result.error else 'timed'}", flush=True)
         write(path, json.dumps(content))
     write(path, json.dumps(content))

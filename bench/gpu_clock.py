@@ -1,14 +1,16 @@
 """Interleaved samples A B C A B C … on a GPU, timed by events, each after the L2 cache was flushed.
 
 The flush is a write of a gigabyte, which takes longer than Python needs to launch a call's kernels: they wait in the
-queue behind it, and the time between the two events is the GPU's alone, as it is in the middle of a training step.
-On the CPU, for a dry run, a sample is a plain difference of times.
+queue behind it, and the time between the two events is the GPU's alone, as it is in the middle of a training step. A
+sample whose kernels were not all in the queue before the flush was over is late: it may hold time that the GPU waited
+for Python. Late samples are counted. On the CPU, for a dry run, a sample is a plain difference of times.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,10 +30,12 @@ class GpuClock:
         self.device = device
         self.on_gpu = device != "cpu"
         self.budget = BUDGET if self.on_gpu else DRY_RUN
+        self.late: Counter[str] = Counter()  # samples of each contender since the last rounds() began
         self.scratch = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.int8, device=device)
 
     def rounds(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of each contender's calls, of one round at equal index. Each has been called before."""
+        self.late.clear()
         longest = max(self._round(contenders).values())
         n_rounds = max(self.budget.rounds, min(MOST_ROUNDS, int(self.budget.seconds / max(longest, 1e-9))))
         taken = [self._round(contenders) for _ in range(n_rounds)]
@@ -45,17 +49,19 @@ class GpuClock:
         return 2 * source.nbytes / statistics.median(self.rounds({"copy": lambda: target.copy_(source)})["copy"])
 
     def _round(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-        marks = {name: self._sample(call) for name, call in contenders.items()}
+        marks = {name: self._sample(name, call) for name, call in contenders.items()}
         if self.on_gpu:
             torch.cuda.synchronize()
             return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in marks.items()}
         return {name: end - start for name, (start, end) in marks.items()}
 
-    def _sample(self, call: Callable[[], object]) -> tuple[Any, Any]:
+    def _sample(self, name: str, call: Callable[[], object]) -> tuple[Any, Any]:
         self.scratch.zero_()
         start = self._mark()
         call()
-        return start, self._mark()
+        end = self._mark()
+        self.late[name] += self.on_gpu and start.query()
+        return start, end
 
     def _mark(self) -> Any:
         if not self.on_gpu:

@@ -88,6 +88,9 @@ def _remarks(bench: dict[str, Any]) -> list[str]:
     lines.append("goals: " + ", ".join(f"{outcomes.count(value)} {text.lower()}" for value, text in MARKS.items()))
     reasons: dict[str, list[str]] = {}
     for case in bench["cases"]:
+        for name, count in case["late"].items():
+            reason = f"{PEERS.get(name, name)}: {count} samples may hold time that the GPU waited for Python"
+            reasons.setdefault(reason, []).append(case["name"])
         for peer, reason in case["absent"].items():
             reasons.setdefault(f"{PEERS.get(peer, peer)}: {reason}", []).append(case["name"])
     for name, reason in bench["not_run"].items():

@@ -103,7 +103,6 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], str]] = {
         INDEX_SENTENCE,
     ),
 }
-NOT_AT_ONCE = ("loss", "index")  # calls of one op each
 every_bad_call = pytest.mark.parametrize("name", BAD_CALLS)
 
 
@@ -118,11 +117,23 @@ def test_a_bad_index_is_raised_once_by_synchronize_at_the_latest_and_the_context
     assert functional.embedding(on_gpu([1]), _table()).shape == (1, 10)
 
 
-@pytest.mark.parametrize("name", NOT_AT_ONCE)
-def test_a_bad_index_is_not_waited_for(name: str) -> None:
-    call, sentence = BAD_CALLS[name]
+@pytest.mark.parametrize(
+    ("op", "values", "indices", "sentence"),
+    [
+        (functional.cross_entropy, _logits, TARGETS, TARGET_SENTENCE),
+        (lambda table, index: functional.embedding(index, table), _table, INDICES, INDEX_SENTENCE),
+    ],
+    ids=["cross_entropy", "embedding"],
+)
+def test_a_bad_index_is_not_waited_for(
+    op: Callable[..., Tensor], values: Callable[[], Tensor], indices: list[int], sentence: str
+) -> None:
+    given = values(), on_gpu(indices)
     torch.cuda._sleep(20 * ABOUT_10_MS)
-    call()
+    op(*given)
+    done = torch.cuda.Event()
+    done.record()
+    assert not done.query()
     with pytest.raises(IndexError, match=sentence):
         charlm.synchronize()
 

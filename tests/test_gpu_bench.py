@@ -65,6 +65,7 @@ def test_the_table_says_times_ratios_goals_and_what_is_missing() -> None:
             "figures": {"eager": 5.0, "copy_bandwidth": 0.93},
             "goals": [goal],
             "absent": {"liger": "liger_kernel is not installed"},
+            "late": {},
             "error": None,
             **changes,
         }
@@ -81,7 +82,7 @@ def test_the_table_says_times_ratios_goals_and_what_is_missing() -> None:
             "copy_bandwidth": 2.9e12,
             "cases": [
                 case("cross_entropy/default/8192x32000/bfloat16"),
-                case("embedding_backward/default/262144x27x10/float32", goals=missed),
+                case("embedding_backward/default/262144x27x10/float32", goals=missed, late={"eager": 3}),
                 case(
                     "cross_entropy/default/65536x27/float32",
                     error="loss: NaN",
@@ -109,4 +110,6 @@ def test_the_table_says_times_ratios_goals_and_what_is_missing() -> None:
     assert "device-to-device copy of a gigabyte: 2900 GB/s, read and written" in lines
     assert "goals: 1 reached, 1 missed, 0 unproven" in lines
     assert "– Liger: liger_kernel is not installed (2 cases)" in lines
+    late = "– torch: 3 samples may hold time that the GPU waited for Python"
+    assert f"{late} (embedding_backward/default/262144x27x10/float32)" in lines
     assert "– not run: no time was left (embedding/int64/262144x27x10/float32)" in lines

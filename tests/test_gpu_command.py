@@ -38,7 +38,7 @@ def python(code: str, end: float = 60.0) -> Outcome:
 
 @pytest.fixture
 def run(tmp_path: Path) -> gpu.Run:
-    return gpu.Run("cuda", tmp_path / "gpu.json", True, copy.deepcopy(ENVIRONMENT))
+    return gpu.Run("cuda", tmp_path / "gpu.json", True, copy.deepcopy(ENVIRONMENT), time.monotonic())
 
 
 def written(run: gpu.Run) -> dict[str, Any]:
@@ -204,6 +204,13 @@ def test_without_pytest_the_sample_inputs_are_compared(run: gpu.Run, monkeypatch
     assert started == [("-m", "bench.gpu_samples", "--device", "cuda", "--compare")]
 
 
+def test_of_a_failed_build_the_compilers_errors_are_kept_with_the_last_lines() -> None:
+    said = ["[3/9] nvcc …", "loss.cu(7): error: expected a ;", *(f"line {i}" for i in range(200)), "CalledProcessError"]
+    kept = gpu._finding(Outcome(1, "\n".join(said), 1.0))["output"]
+    assert kept[0] == "loss.cu(7): error: expected a ;"
+    assert (kept[1:], len(kept)) == (said[-gpu.TAIL :], gpu.TAIL + 1)
+
+
 @pytest.mark.parametrize(
     ("code", "output", "status"),
     [
@@ -212,7 +219,8 @@ def test_without_pytest_the_sample_inputs_are_compared(run: gpu.Run, monkeypatch
         (86, "========= Uninitialized read\n=========     at at::native::sort\n", "passed"),
         (1, "AssertionError: a bad index was not reported\n", "failed"),
         (1, "========= Error: Device not supported\n", "absent"),
-        (None, "", "failed"),
+        (None, "", "unfinished"),
+        (None, "========= Invalid read\n=========     at charlm::cuda::sum<float>\n", "failed"),
     ],
 )
 def test_what_compute_sanitizer_finds_counts_in_our_kernels(code: int | None, output: str, status: str) -> None:
