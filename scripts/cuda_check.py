@@ -34,6 +34,7 @@ TESTS = (
     "test_build_info.py",
     "test_cross_entropy*.py",
     "test_cuda_build.py",
+    "test_devices.py",
     "test_embedding.py",
     "test_modules.py",
     "test_torch_citizenship_*.py",

@@ -17,6 +17,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "kernels"
 OUTPUT = KERNELS.parent / "ROOFLINE.md"
 H100_BYTES_PER_SECOND = 3.35e12  # nominal
 H100_SHARED_BYTES = 227 << 10  # of a block
+SOFTMAX_SHARED_BYTES = 512  # of which a row's parts take so much
 TARGET, PARTIAL_SOFTMAX = 8, 16  # bytes; a float32 row's softmax is stored as a maximum and a sum
 DTYPES = {"float32": 4, "bfloat16": 2}
 
@@ -27,8 +28,9 @@ Bytes of one call between a GPU's memory and its multiprocessors, against the fe
 reading of the logits and targets and one writing of the gradient, for embedding one reading of the indices and of the
 gradient or the rows, and one writing of the result. **Predicted** is these bytes over the 3.35 TB/s of an H100
 (nominal); nobody has measured it. It leaves out launches, a few microseconds each, and a second reading that hits the
-second-level cache counts like any other. Beyond about 114,000 classes of bfloat16 a row no longer fits in shared
-memory: with its gradient it is then read a second time from there on.
+second-level cache counts like any other. A row of more than {fits:,} classes of bfloat16 does not fit in an H100's
+shared memory: with its gradient it is read a second time from there on. A backward after "forward and gradient", for a
+gradient of the loss of 1, reads that one number.
 
 """
 
@@ -68,7 +70,7 @@ def cross_entropy(call: str, n: int, v: int, dtype: str) -> Row:
         chunk = constant("cross_entropy_chunks.cuh", "kChunkPacks") * 16
         moved += 2 * PARTIAL_SOFTMAX * -(-row // chunk) + (row if both else 0)
     elif both:
-        moved += max(0, row - (H100_SHARED_BYTES - 512))
+        moved += max(0, row - (H100_SHARED_BYTES - SOFTMAX_SHARED_BYTES))
     fewest = row * (2 if both else 1) + TARGET
     return Row(f"cross_entropy {call}", f"{n} × {v}", dtype, path, n * moved, n * fewest)
 
@@ -133,7 +135,8 @@ def table() -> str:
             f"| {r.call} | {r.shape} | {r.dtype} | {r.path} | {r.moved / 1e6:.1f} | {r.moved / r.fewest:.2f} "
             f"| {microseconds:.3g} µs |"
         )
-    return HEADER + "\n".join(lines) + "\n"
+    fits = (H100_SHARED_BYTES - SOFTMAX_SHARED_BYTES) // DTYPES["bfloat16"]
+    return HEADER.format(fits=fits) + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
