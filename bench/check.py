@@ -1,7 +1,7 @@
 """Is the result right? Ours against the reference in float64, by the rule of charlm/testing.py, before any timing.
 
-The loss is compared as a whole. Of large logits the first and last rows of the gradient are, so that a float64 copy of
-all of it need never exist.
+The loss is compared as a whole. Of large logits rows of the gradient are, evenly spread from the first to the last, so
+that a float64 copy of all of it need never exist.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from bench.cases import Case
 from bench.inputs import CrossEntropyInputs, EmbeddingInputs
 from charlm import reference, testing
 
-ROWS_AT_EACH_END = 64
-ELEMENTS = 1 << 22  # of float64, at a time; rows are checked up to here even where that is more than 64
+ROWS = 128
+ELEMENTS = 1 << 22  # of float64, at a time; rows are checked up to here even where that is more than 128
 
 
 def error(case: Case, inputs: CrossEntropyInputs | EmbeddingInputs, result: Any) -> str | None:
@@ -29,10 +29,10 @@ def error(case: Case, inputs: CrossEntropyInputs | EmbeddingInputs, result: Any)
     return None
 
 
-def _both_ends(n: int, row_length: int) -> Tensor:
-    """Indices of all rows, or of as many at each end as the limits above allow."""
-    each = max(ROWS_AT_EACH_END, ELEMENTS // row_length // 2)
-    return torch.arange(n) if n <= 2 * each else torch.cat([torch.arange(each), torch.arange(n - each, n)])
+def _spread_rows(n: int, row_length: int) -> Tensor:
+    """Indices of all rows, or of as many as the limits above allow."""
+    most = max(ROWS, ELEMENTS // row_length)
+    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most, dtype=torch.float64).long()
 
 
 def _assert_close(actual: Tensor, baseline: Tensor, exact: Tensor, what: str) -> None:
@@ -45,7 +45,7 @@ def _cross_entropy(inputs: CrossEntropyInputs, result: Tensor | tuple[Tensor, Te
     loss, gradient = result if isinstance(result, tuple) else (result, None)
     logits, target = inputs.logits, inputs.target
     n, v = logits.shape
-    rows = _both_ends(n, v).to(logits.device)
+    rows = _spread_rows(n, v).to(logits.device)
     shares = _shares(inputs)  # (N): the weight of each row's loss in the mean
     with torch.no_grad():
         if inputs.cotangent is None:
@@ -91,7 +91,7 @@ def _shares(inputs: CrossEntropyInputs) -> Tensor:
 def _embedding(inputs: EmbeddingInputs, output: Tensor) -> None:
     n, d = len(inputs.index), inputs.weight.size(1)
     assert output.shape == (n, d), f"output: shape {tuple(output.shape)}"
-    rows = _both_ends(n, d)
+    rows = _spread_rows(n, d)
     baseline = reference.embedding(inputs.index[rows], inputs.weight)
     exact = reference.embedding(inputs.index[rows], inputs.weight.double())
     _assert_close(output[rows], baseline, exact, "output")
