@@ -113,9 +113,13 @@ def test_a_wrong_kernel_is_caught_and_not_timed(quiet: None, monkeypatch: pytest
         scaling.measure(quick=True)
 
 
-@pytest.mark.parametrize("row", [0, 63, -64, -1])
-def test_a_wrong_row_of_the_gradient_is_caught(row: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "ELEMENTS", 27)  # as if the logits were large: 64 rows at each end
+@pytest.mark.parametrize("place", [0, 1, 64, -1])
+def test_a_wrong_row_of_the_gradient_is_caught(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "ELEMENTS", 27)  # as if the logits were large
+    rows = check._spread_rows(1000, 27)
+    assert (len(rows), rows[0], rows[-1]) == (128, 0, 999)
+    assert set(rows.diff().tolist()) == {7, 8}
+    row = rows[place]
     case = Case("cross_entropy", "default", (1000, 27))
     made = inputs.make_inputs(case)
     loss, gradient = contenders.build("ours", case, made)()

@@ -205,3 +205,12 @@ def test_all_ignored_zero_leaves_zero_class_weights_nan() -> None:
 def test_a_bad_option_is_refused(options: dict, exception: type[Exception]) -> None:
     with pytest.raises(exception):
         cross_entropy(torch.randn(33, 27), torch.randint(27, (33,)), **options)
+
+
+def test_an_infinite_weight_of_a_class_that_is_no_target_takes_no_part(isa: str) -> None:
+    logits, target = torch.randn(5, 7, requires_grad=True), torch.tensor([0, 1, 2, 3, 0])
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0, math.inf, 5.0, 6.0])
+    loss = cross_entropy(logits, target, weight, lse_square_scale=0.1)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert math.isfinite(loss.item())
+    assert grad.isfinite().all()

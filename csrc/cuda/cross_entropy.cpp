@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 
 #include "../cross_entropy_ops.h"
 #include "device.h"
@@ -47,8 +48,10 @@ class Call {
     }
     if (weight) {
       weight_ = weight->to(compute_dtype(input)).contiguous();
-      weight_sum_ = weight_.sum(at::kDouble).to(weight_.scalar_type());
       rows_.weight = const_data<C>(weight_);
+      // Without smoothing, which multiplies it, the sum is left out: it might be infinite.
+      weight_sum_ = rows_.label_smoothing > 0 ? weight_.sum(at::kDouble).to(weight_.scalar_type())
+                                              : at::zeros({}, weight_.options());
       rows_.weight_sum = const_data<C>(weight_sum_);
     }
     if (token_weight) {

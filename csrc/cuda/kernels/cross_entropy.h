@@ -24,7 +24,7 @@ struct CrossEntropyRows {
   const T* probabilities = nullptr;  // [N, V]
   int64_t probabilities_stride = 0;
   const C* weight = nullptr;        // [V], optional: a weight for each class
-  const C* weight_sum = nullptr;    // [1] their sum; null without `weight`
+  const C* weight_sum = nullptr;    // [1] their sum, or 0 without smoothing; null without `weight`
   const C* token_weight = nullptr;  // [N], optional: a weight for each row
 
   C label_smoothing = 0;
