@@ -1,4 +1,4 @@
-"""Is the result right? Ours against the reference in float64, by the rule of charlm/testing.py, before any timing.
+"""Is the result right? Ours against the reference in float64, by the rule of charlm/testing, before any timing.
 
 The loss is compared as a whole. Of large logits rows of the gradient are, evenly spread from the first to the last, so
 that a float64 copy of all of it need never exist.

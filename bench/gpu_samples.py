@@ -3,7 +3,7 @@
     python -m bench.gpu_samples [--device cuda] [--small] [--compare]
 
 `make gpu` runs a few of them (--small) under compute-sanitizer, and all of them, compared with the reference by the
-rule of charlm/testing.py (--compare), where pytest is missing.
+rule of charlm/testing (--compare), where pytest is missing.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
     parser.add_argument("--small", action="store_true", help="one sample of a kind, two dtypes")
-    parser.add_argument("--compare", action="store_true", help="with the reference, by the rule of charlm/testing.py")
+    parser.add_argument("--compare", action="store_true", help="with the reference, by the rule of charlm/testing")
     arguments = parser.parse_args()
     n_samples = n_wrong = 0
     for op, of_reference, sample in samples(arguments.device, arguments.small):

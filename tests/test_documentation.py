@@ -1,6 +1,8 @@
 """What the documentation shows is run: the README's Python, and the examples in the docstrings."""
 
 import doctest
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -26,7 +28,15 @@ def test_the_readmes_python_runs_in_its_order() -> None:
     assert torch.nn.functional.cross_entropy is not functional.cross_entropy  # the patch of the last block has ended
 
 
-@pytest.mark.parametrize("module", [functional, nn, patching, reference], ids=lambda module: module.__name__)
+OPS = [
+    importlib.import_module(f"{package.__name__}.{module.name}")
+    for package in (functional, reference)
+    for module in pkgutil.iter_modules(package.__path__)
+    if module.name in package.__all__
+]
+
+
+@pytest.mark.parametrize("module", [*OPS, nn, patching], ids=lambda module: module.__name__)
 def test_examples_in_docstrings_print_what_they_say(module: ModuleType) -> None:
     result = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted > 0

@@ -1,13 +1,4 @@
-"""Every op in plain torch, with the signature of `charlm.functional`: the tests' oracle, and the fallback.
-
-What each op means is written here once, as a formula and as a few lines of torch that anyone can check. The
-kernels are judged against these functions in float64; a tensor on a device for which charlm has no kernel,
-and `CHARLM_BACKEND=reference`, run them as they are. torch differentiates them to any order, in both modes.
-
-Without an extra both call the function of torch itself, so torch's semantics hold by construction. torch's
-originals are bound when this module is imported, so `charlm.patch_torch()` cannot make the reference call the
-kernels.
-"""
+"""Softmax cross-entropy of logits and class indices or class probabilities."""
 
 from __future__ import annotations
 
@@ -17,19 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 from torch.nn.functional import cross_entropy as _torch_cross_entropy
-from torch.nn.functional import embedding as _torch_embedding
 
-INDEX_DTYPES = (
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.uint8,
-    torch.uint16,
-    torch.uint32,
-    torch.uint64,
-)
-_INT64_MAX = torch.iinfo(torch.int64).max
+from .indices import raise_if_out_of_range, widened
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -49,54 +29,6 @@ class CrossEntropyOutput(NamedTuple):
     entropy: Tensor | None = None
     predicted_tokens: Tensor | None = None
     token_accuracy: Tensor | None = None
-
-
-def embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """Rows of a table: `out[..., :] = weight[input[...], :]`. Same arguments as `F.embedding`.
-
-    Args:
-        input: indices, any shape (*), any integer dtype; each in [0, V). Never negative.
-        weight: (V, D), any floating dtype; a view with any strides.
-        padding_idx: a row whose gradient is zero, in [-V, V). The output at this index is the row itself.
-        max_norm: first scale every row that is looked up and whose p-norm is larger down to this norm, in
-            `weight` itself. Nothing is written if an index is out of range.
-        norm_type: p of that norm.
-        scale_grad_by_freq: divide a row's gradient by the number of times its index occurs in `input`.
-        sparse: give `weight` a sparse COO gradient.
-
-    Returns:
-        (*, D), the dtype of `weight`.
-
-    Raises:
-        IndexError: an index outside [0, V); the text names the index, its position and V.
-        RuntimeError: indices that are not integers (bool included), a weight that is not 2-D, and, in
-            backward, `sparse` together with `scale_grad_by_freq`.
-        AssertionError: `padding_idx` outside [-V, V).
-
-    Example:
-        >>> weight = torch.eye(3)
-        >>> embedding(torch.tensor([2, 0]), weight)
-        tensor([[0., 0., 1.],
-                [1., 0., 0.]])
-    """
-    index = _widened(input, "indices")
-    try:
-        if max_norm is not None:
-            # embedding_renorm_ writes until it meets a bad index: look all of them up before.
-            with torch.no_grad():
-                _torch_embedding(index, weight)
-        return _torch_embedding(index, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    except IndexError:
-        _raise_if_out_of_range(input, index, weight.size(0), "index", "embeddings")
-        raise
 
 
 def cross_entropy(
@@ -187,7 +119,7 @@ def cross_entropy(
     _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
     _check_options(reduction, softcap, all_ignored, inplace)
 
-    index = _widened(target, "targets", ignore_index)
+    index = widened(target, "targets", ignore_index)
     wants_output = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
     plain_loss = (
         lse_square_scale == 0 and softcap is None and logit_scale == 1 and token_weight is None and all_ignored == "nan"
@@ -222,7 +154,7 @@ def cross_entropy(
     except IndexError:
         if input.dim() > 0:
             n_classes = input.size(_class_dim(input))
-            _raise_if_out_of_range(target, index, n_classes, "target", "classes", ignore_index)
+            raise_if_out_of_range(target, index, n_classes, "target", "classes", ignore_index)
         raise
     if not wants_output:
         return loss
@@ -365,35 +297,3 @@ def _check_options(reduction: str, softcap: float | None, all_ignored: str, inpl
         raise ValueError(f'inplace must be None, "backward" or "forward", got {inplace!r}')
     if inplace == "forward" and reduction == "none":
         raise ValueError('inplace="forward" needs reduction "mean" or "sum": with "none" the gradient is not yet known')
-
-
-def _widened(index: Tensor, name: str, ignore_index: int | None = None) -> Tensor:
-    """Indices of any integer dtype as int64; anything else is left for torch to judge, except bool."""
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
-        return index
-    if index.dtype not in INDEX_DTYPES:
-        raise RuntimeError(f"expected {name} of an integer dtype, got {index.dtype}")
-    wide = index.to(torch.int64)
-    if index.dtype == torch.uint64:
-        # 2**64 - 100 must not turn into ignore_index: what int64 cannot hold becomes a value that is out of
-        # range.
-        out_of_range = _INT64_MAX - 1 if ignore_index == _INT64_MAX else _INT64_MAX
-        wide = torch.where(wide < 0, out_of_range, wide)
-    return wide
-
-
-def _raise_if_out_of_range(
-    given: Tensor, wide: Tensor, limit: int, noun: str, things: str, ignore_index: int | None = None
-) -> None:
-    """IndexError that names the first index outside [0, limit); returns if there is none.
-
-    given: the indices as the caller passed them; wide: the same as int64.
-    """
-    bad = (wide < 0) | (wide >= limit)
-    if ignore_index is not None:
-        bad &= wide != ignore_index
-    positions = bad.nonzero()
-    if len(positions) > 0:
-        position = tuple(positions[0].tolist())
-        value = given[position].item()
-        raise IndexError(f"{noun} {value} at position {position} is out of range for {limit} {things}")

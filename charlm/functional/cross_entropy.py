@@ -1,9 +1,4 @@
-"""What users import: `embedding` and `cross_entropy`, with torch's names, argument order, defaults and results.
-
-A call goes straight to the dispatcher through the compiled module; under torch.compile and torch.export it goes
-through `torch.ops.charlm`, which those can record. A tensor on a device for which there is no kernel takes
-`charlm.reference`, and so does everything under CHARLM_BACKEND=reference.
-"""
+"""Softmax cross-entropy of logits and class indices or class probabilities."""
 
 from __future__ import annotations
 
@@ -12,83 +7,10 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _ext, reference
-from .reference import CrossEntropyOutput
+from charlm import reference
+from charlm.reference import CrossEntropyOutput
 
-__all__ = ["CrossEntropyOutput", "cross_entropy", "embedding"]
-
-_C = _ext._C
-_CUDA = _C is not None and _C.has_cuda_kernels()
-
-
-def embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    """Rows of `weight`, one for each index: `out[..., :] = weight[input[...], :]`. The arguments of `F.embedding`.
-
-    Since one-hot(i) @ C only picks row i of C, the row is copied and the matmul never happens; the gradient sums, for
-    each row, the gradients of the places where it was picked, in an order that does not depend on the threads.
-
-    Args:
-        input: indices, any shape (*), any integer dtype (uint8 included), each in [0, V).
-        weight: (V, D), any dtype and strides.
-        padding_idx: a row whose gradient is zero, in [-V, V). The output at this index is the row itself.
-        max_norm: first scale every row that is looked up and whose p-norm is larger down to this norm, in `weight`
-            itself. Nothing is written if an index is out of range.
-        norm_type: p of that norm.
-        scale_grad_by_freq: divide a row's gradient by the number of times its index occurs in `input`.
-        sparse: give `weight` a sparse COO gradient.
-
-    Returns:
-        (*, D), the dtype of `weight`. Differentiable with respect to `weight`, to any order.
-
-    Raises:
-        IndexError: an index outside [0, V); the text names the index, its position and V. On CUDA see
-            `charlm.synchronize`.
-        RuntimeError: indices that are not integers (bool included), a weight that is not 2-D, and, in backward,
-            `sparse` together with `scale_grad_by_freq`.
-        AssertionError: `padding_idx` outside [-V, V).
-
-    Example:
-        >>> embedding(torch.tensor([2, 0], dtype=torch.uint8), torch.eye(3))
-        tensor([[0., 0., 1.],
-                [1., 0., 0.]])
-    """
-    if has_torch_function_variadic(input, weight):
-        return handle_torch_function(
-            embedding,
-            (input, weight),
-            input,
-            weight,
-            padding_idx=padding_idx,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            scale_grad_by_freq=scale_grad_by_freq,
-            sparse=sparse,
-        )
-    if not _have_kernels(weight, input):
-        return reference.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    row = -1
-    if padding_idx is not None:
-        num_embeddings = weight.size(0)
-        if not -num_embeddings <= padding_idx < num_embeddings:
-            raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
-        row = padding_idx % num_embeddings
-    if max_norm is not None:
-        with torch.no_grad():
-            # embedding_renorm_ scales rows until it meets a bad index: look all of them up first.
-            _embedding(weight, input, row, scale_grad_by_freq, sparse)
-            if weight.is_cuda:
-                # A bad index would end the CUDA context in torch's function, which waits for the device too.
-                torch.ops.charlm.synchronize.default(weight)
-            torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
-    return _embedding(weight, input, row, scale_grad_by_freq, sparse)
+from .kernels import _C, have_kernels
 
 
 def cross_entropy(
@@ -191,7 +113,7 @@ def cross_entropy(
         tensor(1.3863)
     """
     overridden = has_torch_function_variadic(input, target, weight, token_weight)
-    if overridden or not _have_kernels(input, target, weight, token_weight):
+    if overridden or not have_kernels(input, target, weight, token_weight):
         arguments = {
             "weight": weight,
             "size_average": size_average,
@@ -253,22 +175,6 @@ _INPLACE = (
         "forward": _C.cross_entropy_inplace_forward,
     }
 )
-
-
-def _have_kernels(*tensors: Tensor | None) -> bool:
-    """False sends the call to the reference. What is no tensor gets its TypeError from the compiled module."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and not (
-            (tensor.is_cpu or tensor.is_meta or (_CUDA and tensor.is_cuda)) and tensor.layout is torch.strided
-        ):
-            return False
-    return _C is not None
-
-
-def _embedding(weight: Tensor, input: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.ops.charlm.embedding.default(weight, input, padding_idx, scale_grad_by_freq, sparse)
-    return _C.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
 
 
 def _loss(
