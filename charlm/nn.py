@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import functional
 from .reference import CrossEntropyOutput
+from .reference.embedding_linear import check_options
 
 
 class Embedding(torch.nn.Embedding):
@@ -37,6 +38,69 @@ class Embedding(torch.nn.Embedding):
             self.scale_grad_by_freq,
             self.sparse,
         )
+
+
+class EmbeddingLinear(torch.nn.Module):
+    """`torch.nn.Embedding`, the concatenation of a context's rows, `torch.nn.Linear` and an activation, in one step:
+    `charlm.functional.embedding_linear`.
+
+    The parameters are those of two submodules, `embedding` and `linear`, initialised as torch does; modules that exist
+    already can take their places.
+
+    Args:
+        num_embeddings: size of the vocabulary, V.
+        embedding_dim: width of an embedding, D.
+        context_size: tokens in a context, T.
+        out_features: width of the output, H.
+        bias: whether `linear` has one.
+        padding_idx: as `torch.nn.Embedding`: its row starts as zeros and gets no gradient.
+        activation: "none", "tanh", "relu" or "gelu".
+        plan: "auto", "folded" or "gathered".
+        device, dtype: of the parameters.
+
+    Shape:
+        input: (..., context_size), any integer dtype
+        output: (..., out_features)
+
+    Example:
+        >>> EmbeddingLinear(27, 10, 3, 200, activation="tanh")(torch.zeros(32, 3, dtype=torch.uint8)).shape
+        torch.Size([32, 200])
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        context_size: int,
+        out_features: int,
+        bias: bool = True,
+        padding_idx: int | None = None,
+        *,
+        activation: str = "none",
+        plan: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_options(activation, plan)
+        self.activation = activation
+        self.plan = plan
+        self.embedding = Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.linear = torch.nn.Linear(context_size * embedding_dim, out_features, bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.embedding_linear(
+            input,
+            self.embedding.weight,
+            self.linear.weight,
+            self.linear.bias,
+            padding_idx=self.embedding.padding_idx,
+            activation=self.activation,
+            plan=self.plan,
+        )
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, plan={self.plan!r}"
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

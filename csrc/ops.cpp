@@ -1,6 +1,7 @@
 // The table of contents: every op's schema, and the module that Python imports.
 #include <torch/extension.h>
 
+#include "cpu/embedding_linear_plan.h"
 #include "cpu/isa.h"
 #include "cross_entropy.h"
 
@@ -15,6 +16,14 @@ TORCH_LIBRARY(charlm, m) {
   m.def(
       "embedding_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, int padding_idx, "
       "bool scale_grad_by_freq) -> Tensor");
+
+  // (output, before): the activation's input where its derivative needs it, else nothing.
+  m.def(
+      "embedding_linear(Tensor input, Tensor embedding_weight, Tensor linear_weight, Tensor? linear_bias, "
+      "int padding_idx, int activation, int plan) -> (Tensor output, Tensor before)");
+  m.def(
+      "embedding_linear_backward(Tensor grad_output, Tensor input, Tensor embedding_weight, Tensor linear_weight, "
+      "Tensor kept, int padding_idx, int activation, int plan, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
   // (loss, normalizer), the normalizer being what the gradients need of each row.
   m.def("cross_entropy(Tensor input, " TARGETS CROSS_ENTROPY_OPTIONS " -> (Tensor loss, Tensor normalizer)");
@@ -59,6 +68,13 @@ Tensor embedding(const Tensor& weight, const Tensor& indices, int64_t padding_id
   return op.call(weight, indices, padding_idx, scale_grad_by_freq, sparse);
 }
 
+Tensor embedding_linear(const Tensor& input, const Tensor& embedding_weight, const Tensor& linear_weight,
+                        const OptionalTensor& linear_bias, int64_t padding_idx, int64_t activation, int64_t plan) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding_linear", "").typed<EmbeddingLinearForward>();
+  return std::get<0>(op.call(input, embedding_weight, linear_weight, linear_bias, padding_idx, activation, plan));
+}
+
 Tensor cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                      const OptionalTensor& weight, const OptionalTensor& token_weight) {
   static const ForwardOp op("charlm::cross_entropy");
@@ -72,6 +88,13 @@ Tensor cross_entropy_inplace(const CrossEntropyOptions& options, Tensor input, c
   if (!at::GradMode::is_enabled()) return cross_entropy(options, input, target, weight, token_weight);
   static const InplaceForwardOp op(kName);
   return std::get<0>(op(options, input, target, weight, token_weight));
+}
+
+// The forward's plan and the backward's, as kAuto chooses them on the CPU.
+std::pair<int64_t, int64_t> embedding_linear_plans(int64_t n_rows, int64_t n_places, int64_t vocabulary,
+                                                   int64_t embedding_dim, int64_t hidden, int64_t element_size) {
+  const EmbeddingLinearSizes sizes{n_rows, n_places, vocabulary, embedding_dim, hidden, element_size};
+  return {static_cast<int64_t>(choose_forward_plan(sizes)), static_cast<int64_t>(choose_backward_plan(sizes))};
 }
 
 constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
@@ -103,6 +126,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace charlm;
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("embedding", &embedding, release);
+  m.def("embedding_linear", &embedding_linear, release);
+  m.def("embedding_linear_plans", &embedding_linear_plans);
   m.def("cross_entropy", Flat<&cross_entropy>::call, release);
   m.def("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace<kInplaceForward>>::call, release);
   m.def("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace<kInplaceBackward>>::call, release);

@@ -11,6 +11,14 @@ kernels.
 
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .embedding import embedding
+from .embedding_linear import EmbeddingLinearOutput, embedding_linear
 from .indices import INDEX_DTYPES
 
-__all__ = ["INDEX_DTYPES", "CrossEntropyOutput", "cross_entropy", "embedding"]
+__all__ = [
+    "INDEX_DTYPES",
+    "CrossEntropyOutput",
+    "EmbeddingLinearOutput",
+    "cross_entropy",
+    "embedding",
+    "embedding_linear",
+]

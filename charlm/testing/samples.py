@@ -11,6 +11,9 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PROBABILITIES = "probabilities"
 
+# Seen to reach 10 ulps of the largest element over all samples of sums as long as a row (an entropy is a difference).
+FLOAT64_ULPS = 16.0
+
 
 @dataclass(frozen=True)
 class SampleInput:
@@ -19,11 +22,13 @@ class SampleInput:
     name:           what is special about it, for a test's id and a table's row.
     arguments:      every argument by its name.
     differentiable: the names of those that get a gradient.
+    float64_ulps:   the floor of float64's tolerance, whose oracle is no more exact than what it judges.
     """
 
     name: str
     arguments: dict[str, Any]
     differentiable: tuple[str, ...]
+    float64_ulps: float = FLOAT64_ULPS
 
 
 def laid_out(logits: Tensor, layout: str) -> Tensor:

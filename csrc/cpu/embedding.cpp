@@ -5,11 +5,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <numeric>
 
 #include "adapter.h"
+#include "indices.h"
 
 namespace charlm {
 namespace {
@@ -85,15 +85,13 @@ class Gradient {
   Gradient(const Tensor& grad_output, const Tensor& indices, int64_t num_embeddings, int64_t padding_idx,
            bool scale_grad_by_freq)
       : grad_output_(grad_output.contiguous()),
-        index_(indices.to(at::kLong).contiguous()),
+        index_(checked_indices(indices, num_embeddings)),
         n_(index_.numel()),
         v_(num_embeddings),
         d_(grad_output.size(-1)),
         padding_idx_(padding_idx),
         scale_grad_by_freq_(scale_grad_by_freq),
-        kernels_(cpu_kernels().of<T>().embedding) {
-    check_indices(indices);
-  }
+        kernels_(cpu_kernels().of<T>().embedding) {}
 
   Tensor operator()() const {
     Tensor grad = new_output({v_, d_}, grad_output_.options());
@@ -116,16 +114,6 @@ class Gradient {
 
   // Rows of a table are whole vectors.
   int64_t table_stride() const { return (d_ + kVectorElements - 1) / kVectorElements * kVectorElements; }
-
-  // IndexError for the first index outside [0, V).
-  void check_indices(const Tensor& given) const {
-    std::atomic<bool> bad = false;
-    at::parallel_for(0, n_, 16384, [&](int64_t begin, int64_t end) {
-      if (cpu_kernels().first_out_of_range(index(), begin, end, v_) >= 0) bad = true;
-    });
-    if (!bad) return;
-    raise_out_of_range(given, cpu_kernels().first_out_of_range(index(), 0, n_, v_), v_, "index", "embeddings");
-  }
 
   // Few rows: each of a fixed number of blocks of indices has a whole table of its own; then they are added up.
   void from_tables(const Tensor& grad) const {

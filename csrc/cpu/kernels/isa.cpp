@@ -2,7 +2,9 @@
 // set, with -DCHARLM_ISA=<name>. No torch or STL header may be included here: an inline function of theirs, compiled
 // for AVX-512, could be the copy that the linker keeps for everyone.
 #include "cross_entropy_passes.h"
+#include "embedding_linear_rows.h"
 #include "embedding_rows.h"
+#include "gemm.h"
 #include "kernels.h"
 
 #define CHARLM_CONCAT_(a, b) a##b
@@ -21,6 +23,16 @@ constexpr TypedKernels<T> kTypedKernels = {
         &cross_entropy_metrics<T>,
     },
     {&embedding_accumulate<T>, &embedding_sum_rows<T>, &embedding_sum_tables<T>},
+    {
+        &folded_slab<Compute<T>>,
+        &folded_pack<T>,
+        &folded_unpack<T>,
+        &embedding_linear_forward<T>,
+        &embedding_linear_backward<T>,
+        &embedding_linear_activate<T>,
+        &embedding_linear_activation_backward<T>,
+        &small_gemm<Compute<T>>,
+    },
 };
 
 }  // namespace CHARLM_ISA

@@ -3,6 +3,7 @@
 
 #include "cross_entropy.h"
 #include "embedding.h"
+#include "embedding_linear.h"
 
 namespace charlm {
 
@@ -21,6 +22,7 @@ template <class T>
 struct TypedKernels {
   CrossEntropyKernels<T> cross_entropy;
   EmbeddingKernels<T> embedding;
+  EmbeddingLinearKernels<T> embedding_linear;
 };
 
 struct Kernels {

@@ -1,0 +1,127 @@
+"""The first linear layer over embedded tokens, without its matmul."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from charlm import reference
+from charlm.reference import EmbeddingLinearOutput
+from charlm.reference.embedding_linear import ACTIVATIONS, PLANS, check_options
+
+from .embedding import embedding
+from .kernels import _C, have_kernels
+
+_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_PLAN_NUMBERS = {name: number for number, name in enumerate(PLANS)}
+
+
+def embedding_linear(
+    input: Tensor,
+    embedding_weight: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    padding_idx: int | None = None,
+    activation: str = "none",
+    plan: str = "auto",
+    return_plan: bool = False,
+) -> Tensor | EmbeddingLinearOutput:
+    """`activation(linear(embedding(input, embedding_weight).flatten(-2), linear_weight, linear_bias))`.
+
+    With C the embedding, x the T tokens of a context and W_t the D columns of W that meet the t-th of them::
+
+        output = activation(b + sum_t C[x_t] @ W_t^T)
+
+    Since one-hot(x) @ C only picks a row of C, C[x] @ W_t^T only picks a row of the table C @ W_t^T: it is made once,
+    of V rows in place of N, and its rows are summed. In the backward the gradients of the sums are added to the rows
+    of the table's gradient, and two small GEMMs make those of C and W of it. Nothing of the size (N, T, D) exists.
+    Where the contexts are too few for the table to be worth it, rows of C are gathered and multiplied as usual; the
+    sizes decide, for the forward and for the backward. Either way arithmetic is in float32 (float64 for float64) and
+    each result is rounded once. The same bits for any number of threads, but for GEMMs of torch.
+
+    Args:
+        input: tokens, (..., T), any integer dtype (uint8 included), each in [0, V).
+        embedding_weight: C, (V, D), float32, float64, bfloat16 or float16, any strides.
+        linear_weight: W, (H, T * D), as of `torch.nn.Linear`; the dtype of `embedding_weight`.
+        linear_bias: b, (H).
+        padding_idx: a row of `embedding_weight` whose gradient is zero, in [-V, V). It is looked up like any other.
+        activation: "none", "tanh", "relu" or "gelu" (with the exact erf).
+        plan: "folded", "gathered", or "auto": the faster of them, by a model of their cost.
+        return_plan: return an `EmbeddingLinearOutput`, which names the plans chosen.
+
+    Returns:
+        (..., H), the dtype of the weights; under autocast, autocast's. Differentiable to any order with respect to
+        the weights and the bias.
+
+    Raises:
+        IndexError: a token outside [0, V); the text names it, its position and V.
+        RuntimeError: shapes, dtypes or devices that do not fit, the shapes in the text; tokens that are not integers;
+            plan "folded" for a table of 2^31 numbers or more.
+        ValueError: an unknown `activation` or `plan`.
+        AssertionError: `padding_idx` outside [-V, V).
+        NotImplementedError: weights that are not of a floating dtype.
+
+    Tensors on CUDA take the gathered plan, of charlm's `embedding` and torch's GEMM.
+
+    Example:
+        >>> C, W = torch.eye(2), torch.arange(4.0).reshape(1, 4)
+        >>> embedding_linear(torch.tensor([[1, 0], [0, 0]]), C, W, activation="relu")
+        tensor([[3.],
+                [2.]])
+    """
+    tensors = (input, embedding_weight, linear_weight, linear_bias)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            embedding_linear,
+            tensors,
+            input,
+            embedding_weight,
+            linear_weight,
+            linear_bias,
+            padding_idx=padding_idx,
+            activation=activation,
+            plan=plan,
+            return_plan=return_plan,
+        )
+    if not have_kernels(*tensors):
+        return reference.embedding_linear(
+            input,
+            embedding_weight,
+            linear_weight,
+            linear_bias,
+            padding_idx=padding_idx,
+            activation=activation,
+            plan=plan,
+            return_plan=return_plan,
+        )
+    check_options(activation, plan)
+    row = -1
+    if padding_idx is not None:
+        num_embeddings = embedding_weight.size(0)
+        if not -num_embeddings <= padding_idx < num_embeddings:
+            raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
+        row = padding_idx % num_embeddings
+    if embedding_weight.is_cuda:
+        rows = embedding(input, embedding_weight, padding_idx)
+        output = ACTIVATIONS[activation](torch.nn.functional.linear(rows.flatten(-2), linear_weight, linear_bias))
+        return EmbeddingLinearOutput(output, "gathered", "gathered") if return_plan else output
+    options = (row, _ACTIVATION_NUMBERS[activation], _PLAN_NUMBERS[plan])
+    if torch.compiler.is_compiling():
+        output = torch.ops.charlm.embedding_linear.default(*tensors, *options)[0]
+    else:
+        output = _C.embedding_linear(*tensors, *options)
+    if not return_plan:
+        return output
+    if plan != "auto":
+        return EmbeddingLinearOutput(output, plan, plan)
+    vocabulary, dim = embedding_weight.shape
+    hidden = linear_weight.size(0)
+    element_size = 8 if embedding_weight.dtype == torch.float64 else 4
+    plans = _C.embedding_linear_plans(
+        math.prod(input.shape[:-1]), input.size(-1), vocabulary, dim, hidden, element_size
+    )
+    return EmbeddingLinearOutput(output, PLANS[plans[0]], PLANS[plans[1]])

@@ -1,0 +1,356 @@
+// embedding_linear on the CPU. Folded, the table C @ W[:, t]^T is one GEMM, its rows are summed by the kernels, and
+// the table's gradient is turned into those of C and W by two more. Gathered, rows of C meet W in GEMMs of N rows.
+// Both compute in float for the half types and round each result once.
+#include "../embedding_linear.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "adapter.h"
+#include "embedding_linear_plan.h"
+#include "indices.h"
+
+namespace charlm {
+namespace {
+
+int64_t n_contexts(const Tensor& input) { return c10::multiply_integers(input.sizes().slice(0, input.dim() - 1)); }
+
+template <class T>
+class EmbeddingLinear {
+  using C = Compute<T>;
+
+ public:
+  EmbeddingLinear(const Tensor& input, const Tensor& embedding_weight, const Tensor& linear_weight, int64_t activation)
+      : index_(checked_indices(input, embedding_weight.size(0))),
+        embedding_(embedding_weight.to(kComputeDtype).contiguous()),
+        linear_(linear_weight.contiguous()),
+        options_(embedding_weight.options()),
+        kernels_(cpu_kernels().of<T>().embedding_linear) {
+    sizes_ = {.n_rows = n_contexts(input),
+              .n_places = input.size(-1),
+              .vocabulary = embedding_weight.size(0),
+              .embedding_dim = embedding_weight.size(1),
+              .hidden = linear_weight.size(0),
+              .element_size = sizeof(C)};
+    rows_.activation = static_cast<Activation>(activation);
+    FoldedLayout& layout = rows_.layout;
+    layout.n_places = sizes_.n_places;
+    layout.hidden = sizes_.hidden;
+    layout.embedding_dim = sizes_.embedding_dim;
+    layout.slab = kernels_.slab(sizes_.hidden);
+    layout.n_slabs = (sizes_.hidden + layout.slab - 1) / layout.slab;
+  }
+
+  // Writes `output` and, for an activation that needs it, its input `before`: [N, H].
+  void forward(const OptionalTensor& bias, Plan plan, const Tensor& output, const Tensor& before) {
+    rows_.output = mutable_data<T>(output);
+    if (before.numel() > 0) rows_.before = mutable_data<T>(before);
+    if (is_folded(plan, &choose_forward_plan)) {
+      folded_forward(bias);
+    } else {
+      gathered_forward(bias, output, before);
+    }
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& kept, int64_t padding_idx,
+                                              Plan plan, std::array<bool, 3> needs) {
+    const Tensor grad = grad_output.contiguous(), contiguous_kept = kept.contiguous();
+    rows_.grad_output = const_data<T>(grad);
+    rows_.kept = const_data<T>(contiguous_kept);
+    auto [embedding, linear, bias] =
+        is_folded(plan, &choose_backward_plan) ? folded_backward(needs) : gathered_backward(needs);
+    if (embedding.defined()) {
+      if (padding_idx >= 0) embedding.select(0, padding_idx).zero_();
+      embedding = embedding.to(options_.dtype());
+    }
+    return {embedding, linear, bias};
+  }
+
+ private:
+  static constexpr at::ScalarType kComputeDtype = std::is_same_v<C, double> ? at::kDouble : at::kFloat;
+
+  bool is_folded(Plan plan, Plan (*choose)(const EmbeddingLinearSizes&)) const {
+    const bool fits = sizes_.vocabulary * rows_.layout.token_stride() <= std::numeric_limits<int32_t>::max();
+    TORCH_CHECK(plan != Plan::kFolded || fits, "plan \"folded\" needs a table of fewer than 2^31 numbers, but ",
+                sizes_.vocabulary, " tokens at ", sizes_.n_places, " places of ", sizes_.hidden, " numbers are more");
+    return fits && (plan == Plan::kAuto ? choose(sizes_) : plan) == Plan::kFolded;
+  }
+
+  Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, options_.dtype(kComputeDtype)); }
+  Tensor new_gradient(at::IntArrayRef shape) const { return new_output(shape, options_); }
+
+  // Rows that are worth a thread.
+  int64_t grain(int64_t numbers_per_row) const {
+    return std::max<int64_t>(1, kThreadNumbers / std::max<int64_t>(1, numbers_per_row));
+  }
+
+  // ------------------------------------------------------------------------------------------------------ folded
+
+  // W as [n_slabs * T * slab, D].
+  Tensor packed() const {
+    const FoldedLayout& layout = rows_.layout;
+    const Tensor packed = empty({layout.token_stride(), layout.embedding_dim});
+    if (layout.hidden % layout.slab != 0) {
+      packed.narrow(0, layout.token_stride() - layout.n_places * layout.slab, layout.n_places * layout.slab).zero_();
+    }
+    at::parallel_for(0, layout.hidden, grain(linear_.size(1)), [&](int64_t begin, int64_t end) {
+      kernels_.pack(layout, const_data<T>(linear_), mutable_data<C>(packed), begin, end);
+    });
+    return packed;
+  }
+
+  Tensor offsets() const {
+    const int64_t places = sizes_.n_places, stride = rows_.layout.token_stride();
+    const Tensor offsets = at::empty({index_.numel()}, index_.options().dtype(at::kInt));
+    const int64_t* const index = const_data<int64_t>(index_);
+    int32_t* const out = mutable_data<int32_t>(offsets);
+    at::parallel_for(0, sizes_.n_rows, grain(places), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        for (int64_t t = 0; t < places; t++) {
+          out[n * places + t] = static_cast<int32_t>(index[n * places + t] * stride + t * rows_.layout.slab);
+        }
+      }
+    });
+    return offsets;
+  }
+
+  void folded_forward(const OptionalTensor& bias) {
+    const FoldedLayout& layout = rows_.layout;
+    const Tensor table = embedding_.mm(packed().t()), offset = offsets();  // [V, n_slabs * T * slab]
+    std::vector<C> padded_bias(layout.n_slabs * layout.slab);
+    if (bias) {
+      const Tensor wide = bias->to(kComputeDtype).contiguous();
+      std::copy_n(const_data<C>(wide), layout.hidden, padded_bias.data());
+    }
+    rows_.table = const_data<C>(table);
+    rows_.offsets = const_data<int32_t>(offset);
+    rows_.bias = padded_bias.data();
+    const int64_t n_blocks = (sizes_.n_rows + kFoldedRows - 1) / kFoldedRows;
+    at::parallel_for(0, n_blocks, grain(kFoldedRows * (layout.n_places + kActivationCost) * layout.hidden),
+                     [&](int64_t begin, int64_t end) {
+                       std::vector<C> scratch(kFoldedRows * layout.slab);
+                       kernels_.forward(rows_, scratch.data(), begin * kFoldedRows,
+                                        std::min(end * kFoldedRows, sizes_.n_rows));
+                     });
+  }
+
+  // Slabs of columns, times fixed blocks of rows where these are many: each has a table of its own, and they are added
+  // up in their order, so that the sums do not depend on the threads.
+  int64_t backward_blocks() const {
+    const int64_t by_rows = sizes_.n_rows / 2048,
+                  by_table = sizes_.n_rows / std::max<int64_t>(1, 16 * sizes_.vocabulary);
+    return std::clamp<int64_t>(std::min(by_rows, by_table), 1, 8);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> folded_backward(std::array<bool, 3> needs) {
+    const FoldedLayout& layout = rows_.layout;
+    const int64_t n_blocks = backward_blocks(), stride = layout.token_stride(), table_size = sizes_.vocabulary * stride;
+    const int64_t slab_row = layout.n_places * layout.slab, padded = layout.n_slabs * layout.slab;
+    const Tensor offset = offsets(), tables = empty({n_blocks, sizes_.vocabulary, stride});
+    rows_.offsets = const_data<int32_t>(offset);
+    std::vector<C> bias_sums(n_blocks * padded);
+    const auto sum_slab = [&](int64_t block, int64_t slab, C* scratch) {
+      C* const table = mutable_data<C>(tables) + block * table_size;
+      for (int64_t v = 0; v < sizes_.vocabulary; v++) {
+        std::fill_n(table + v * stride + slab * slab_row, slab_row, C(0));
+      }
+      kernels_.backward(rows_, table, bias_sums.data() + block * padded + slab * layout.slab, scratch, slab,
+                        sizes_.n_rows * block / n_blocks, sizes_.n_rows * (block + 1) / n_blocks);
+    };
+    const int64_t numbers = sizes_.n_rows / n_blocks * (layout.n_places + kActivationCost) * layout.slab;
+    at::parallel_for(0, n_blocks * layout.n_slabs, grain(numbers), [&](int64_t begin, int64_t end) {
+      std::vector<C> scratch(kFoldedRows * layout.slab);
+      for (; begin < end; begin++) sum_slab(begin / layout.n_slabs, begin % layout.n_slabs, scratch.data());
+    });
+    const Tensor grad_table = sum_of_tables(tables);  // [V, n_slabs * T * slab]
+
+    Tensor grad_embedding, grad_linear, grad_bias;
+    if (needs[0]) grad_embedding = grad_table.mm(packed());
+    if (needs[1]) {
+      const Tensor grad_packed = grad_table.t().mm(embedding_);
+      grad_linear = new_gradient(linear_.sizes());
+      at::parallel_for(0, layout.hidden, grain(linear_.size(1)), [&](int64_t begin, int64_t end) {
+        kernels_.unpack(layout, const_data<C>(grad_packed), mutable_data<T>(grad_linear), begin, end);
+      });
+    }
+    if (needs[2]) {
+      const Tensor sums = empty({layout.hidden});
+      for (int64_t h = 0; h < layout.hidden; h++) {
+        C sum = 0;
+        for (int64_t block = 0; block < n_blocks; block++) sum += bias_sums[block * padded + h];
+        mutable_data<C>(sums)[h] = sum;
+      }
+      grad_bias = sums.to(options_.dtype());
+    }
+    return {grad_embedding, grad_linear, grad_bias};
+  }
+
+  Tensor sum_of_tables(const Tensor& tables) const {
+    if (tables.size(0) == 1) return tables.squeeze(0);
+    const int64_t stride = tables.size(2);
+    const Tensor sum = empty({tables.size(1), stride});
+    at::parallel_for(0, tables.size(1), grain(stride), [&](int64_t begin, int64_t end) {
+      cpu_kernels().of<C>().embedding.sum_tables(mutable_data<C>(sum), const_data<C>(tables), tables.size(0),
+                                                 tables.stride(0), stride, stride, begin, end);
+    });
+    return sum;
+  }
+
+  // ---------------------------------------------------------------------------------------------------- gathered
+
+  Tensor gathered() const {  // [N, T * D]
+    Tensor rows = empty({sizes_.n_rows, sizes_.n_places * sizes_.embedding_dim});
+    EmbeddingTable table;
+    table.weight = const_data<char>(embedding_);
+    table.element_size = sizeof(C);
+    table.column_stride = sizeof(C);
+    table.row_stride = sizes_.embedding_dim * static_cast<int64_t>(sizeof(C));
+    table.embedding_dim = sizes_.embedding_dim;
+    table.num_embeddings = sizes_.vocabulary;
+    at::parallel_for(0, index_.numel(), grain(sizes_.embedding_dim), [&](int64_t begin, int64_t end) {
+      cpu_kernels().embedding_forward.int64(table, const_data<int64_t>(index_), mutable_data<char>(rows), begin, end);
+    });
+    return rows;
+  }
+
+  // Whether the products are left to our own loops: a call of torch's GEMM takes longer.
+  bool is_small() const {
+    return sizes_.n_rows * sizes_.n_places * sizes_.embedding_dim * sizes_.hidden <= kSmallProduct;
+  }
+
+  // out[M, N] = a b, and start in each row; a is [M, K], b [K, N] with contiguous rows.
+  void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& start = {}) const {
+    if (!is_small()) {
+      Tensor result = out;
+      start.defined() ? at::addmm_out(result, start, a, b) : at::mm_out(result, a, b);
+      return;
+    }
+    kernels_.small_gemm({const_data<C>(a), a.stride(0), a.stride(1), const_data<C>(b), b.stride(0),
+                         start.defined() ? const_data<C>(start) : nullptr, mutable_data<C>(out), out.size(0),
+                         out.size(1), a.size(1)});
+  }
+
+  // Of a small matrix: torch's copy takes longer.
+  static Tensor transposed(const Tensor& matrix) {
+    const int64_t n = matrix.size(0), m = matrix.size(1);
+    const Tensor result = at::empty({m, n}, matrix.options());
+    const C* const from = const_data<C>(matrix);
+    C* const to = mutable_data<C>(result);
+    for (int64_t j = 0; j < m; j++) {
+      for (int64_t i = 0; i < n; i++) to[j * n + i] = from[i * m + j];
+    }
+    return result;
+  }
+
+  void gathered_forward(const OptionalTensor& bias, const Tensor& output, const Tensor& before) {
+    const Tensor weight = is_small() ? transposed(linear_.to(kComputeDtype)) : linear_.to(kComputeDtype).t();
+    const bool in_place = std::is_same_v<T, C> && !rows_.before;
+    const Tensor sums = in_place ? output.view({sizes_.n_rows, sizes_.hidden}) : empty({sizes_.n_rows, sizes_.hidden});
+    multiply(sums, gathered(), weight, bias ? bias->to(kComputeDtype).contiguous() : Tensor());
+    if (rows_.before) before.view(sums.sizes()).copy_(sums);
+    if (in_place && rows_.activation == Activation::kNone) return;
+    at::parallel_for(0, sums.numel(), grain(kActivationCost), [&](int64_t begin, int64_t end) {
+      kernels_.activate(rows_.activation, const_data<C>(sums) + begin, rows_.output + begin, end - begin);
+    });
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> gathered_backward(std::array<bool, 3> needs) {
+    const int64_t hidden = sizes_.hidden, rows_per_block = std::max<int64_t>(kFoldedRows, sizes_.n_rows / kMaxSums);
+    const int64_t n_blocks = (sizes_.n_rows + rows_per_block - 1) / rows_per_block;
+    const Tensor grad = empty({sizes_.n_rows, hidden}), sums = empty({n_blocks, hidden});
+    at::parallel_for(0, n_blocks, grain(rows_per_block * hidden * kActivationCost), [&](int64_t first, int64_t last) {
+      for (; first < last; first++) {
+        const int64_t begin = first * rows_per_block * hidden;
+        const int64_t n_rows = std::min(rows_per_block, sizes_.n_rows - first * rows_per_block);
+        kernels_.activation_backward(rows_.activation, rows_.grad_output + begin, rows_.kept + begin,
+                                     mutable_data<C>(grad) + begin, mutable_data<C>(sums) + first * hidden, n_rows,
+                                     hidden);
+      }
+    });
+    Tensor grad_embedding, grad_linear, grad_bias;
+    if (needs[0]) grad_embedding = embedding_gradient(grad);
+    if (needs[1]) {
+      grad_linear = std::is_same_v<T, C> ? new_gradient(linear_.sizes()) : empty(linear_.sizes());
+      multiply(grad_linear, grad.t(), gathered());
+      grad_linear = grad_linear.to(options_.dtype());
+    }
+    if (needs[2]) grad_bias = (n_blocks == 1 ? sums.squeeze(0) : sums.sum(0)).to(options_.dtype());
+    return {grad_embedding, grad_linear, grad_bias};
+  }
+
+  // From the gradient of the activation's input, [N, H].
+  Tensor embedding_gradient(const Tensor& grad) const {
+    const int64_t n = index_.numel(), dim = sizes_.embedding_dim;
+    const Tensor grad_rows = empty({sizes_.n_rows, sizes_.n_places * dim});
+    multiply(grad_rows, grad, linear_.to(kComputeDtype));
+    if (is_small()) {
+      const Tensor sum = empty({sizes_.vocabulary, dim});
+      std::fill_n(mutable_data<C>(sum), sum.numel(), C(0));
+      cpu_kernels().of<C>().embedding.accumulate(mutable_data<C>(sum), dim, const_data<int64_t>(index_),
+                                                 const_data<C>(grad_rows), dim, -1, 0, n, n);
+      return sum;
+    }
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("charlm::embedding_backward", "")
+                               .typed<Tensor(const Tensor&, const Tensor&, c10::SymInt, int64_t, bool)>();
+    return op.call(grad_rows.view({n, dim}), index_.view({n}), sizes_.vocabulary, -1, false);
+  }
+
+  static constexpr int64_t kSmallProduct = 1 << 19;
+  static constexpr int64_t kMaxSums = 64;           // partial sums of the bias's gradient
+  static constexpr int64_t kThreadNumbers = 32768;  // additions that take as long as to start a thread
+  static constexpr int64_t kActivationCost = 4;     // of a number, in additions of numbers
+
+  const Tensor index_, embedding_, linear_;  // [..., T] int64; [V, D] of C; [H, T * D] of T
+  const at::TensorOptions options_;
+  const EmbeddingLinearKernels<T>& kernels_;
+  EmbeddingLinearSizes sizes_;
+  EmbeddingLinearRows<T> rows_;
+};
+
+std::tuple<Tensor, Tensor> embedding_linear(const Tensor& input, const Tensor& embedding_weight,
+                                            const Tensor& linear_weight, const OptionalTensor& linear_bias,
+                                            int64_t padding_idx, int64_t activation, int64_t plan) {
+  check_embedding_linear(input, embedding_weight, linear_weight, linear_bias, padding_idx, activation, plan);
+  return with_float_type(embedding_weight.scalar_type(), "embedding_linear", [&]<class T>() {
+    EmbeddingLinear<T> call(input, embedding_weight, linear_weight, activation);
+    at::DimVector shape(input.sizes().begin(), input.sizes().end());
+    shape.back() = linear_weight.size(0);
+    const Tensor output = new_output(shape, embedding_weight.options());
+    const Tensor before =
+        keeps_input(activation) ? new_output(shape, output.options()) : at::empty({0}, output.options());
+    call.forward(linear_bias, static_cast<Plan>(plan), output, before);
+    return std::make_tuple(output, before);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> embedding_linear_backward(const Tensor& grad_output, const Tensor& input,
+                                                             const Tensor& embedding_weight,
+                                                             const Tensor& linear_weight, const Tensor& kept,
+                                                             int64_t padding_idx, int64_t activation, int64_t plan,
+                                                             std::array<bool, 3> output_mask) {
+  check_embedding_linear(input, embedding_weight, linear_weight, {}, padding_idx, activation, plan);
+  const at::ScalarType dtype = embedding_weight.scalar_type();
+  TORCH_CHECK(grad_output.sizes() == kept.sizes() && grad_output.numel() == n_contexts(input) * linear_weight.size(0) &&
+                  grad_output.scalar_type() == dtype && kept.scalar_type() == dtype,
+              "grad_output and kept must have the shape and dtype of the output, got ", grad_output.sizes(), " and ",
+              kept.sizes());
+  return with_float_type(embedding_weight.scalar_type(), "embedding_linear_backward", [&]<class T>() {
+    EmbeddingLinear<T> call(input, embedding_weight, linear_weight, activation);
+    return call.backward(grad_output, kept, padding_idx, static_cast<Plan>(plan), output_mask);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(charlm, CPU, m) {
+  m.impl("embedding_linear", &embedding_linear);
+  m.impl("embedding_linear_backward", &embedding_linear_backward);
+}
+
+}  // namespace charlm
