@@ -219,9 +219,7 @@ class EmbeddingLinear {
   }
 
   // Whether the products are left to our own loops: a call of torch's GEMM takes longer.
-  bool is_small() const {
-    return sizes_.n_rows * sizes_.n_places * sizes_.embedding_dim * sizes_.hidden <= kSmallProduct;
-  }
+  bool is_small() const { return linear_.numel() <= kSmallWeight && sizes_.n_rows * linear_.numel() <= kSmallProduct; }
 
   // out[M, N] = a b, and start in each row; a is [M, K], b [K, N] with contiguous rows.
   void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& start = {}) const {
@@ -301,7 +299,7 @@ class EmbeddingLinear {
     return op.call(grad_rows.view({n, dim}), index_.view({n}), sizes_.vocabulary, -1, false);
   }
 
-  static constexpr int64_t kSmallProduct = 1 << 19;
+  static constexpr int64_t kSmallWeight = 1 << 13, kSmallProduct = 1 << 19;
   static constexpr int64_t kMaxSums = 64;           // partial sums of the bias's gradient
   static constexpr int64_t kThreadNumbers = 32768;  // additions that take as long as to start a thread
   static constexpr int64_t kActivationCost = 4;     // of a number, in additions of numbers
