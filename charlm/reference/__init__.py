@@ -12,5 +12,6 @@ kernels.
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .embedding import embedding
 from .indices import INDEX_DTYPES
+from .linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["INDEX_DTYPES", "CrossEntropyOutput", "cross_entropy", "embedding"]
+__all__ = ["INDEX_DTYPES", "CrossEntropyOutput", "cross_entropy", "embedding", "linear_cross_entropy"]

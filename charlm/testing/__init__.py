@@ -19,6 +19,7 @@ from .comparison import (
 )
 from .cross_entropy import sample_inputs_cross_entropy
 from .embedding import sample_inputs_embedding
+from .linear_cross_entropy import sample_inputs_linear_cross_entropy
 from .samples import FLOAT_DTYPES, PROBABILITIES, SampleInput
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "evaluate",
     "sample_inputs_cross_entropy",
     "sample_inputs_embedding",
+    "sample_inputs_linear_cross_entropy",
     "strided_copy",
     "tolerances",
 ]
