@@ -99,7 +99,7 @@ Records& records() {
   const std::string shown = against.type == IndexType::kUInt64 ? std::to_string(static_cast<uint64_t>(error.value))
                                                                : std::to_string(error.value);
   const bool is_target = against.kind == IndexKind::kTarget;
-  raise_out_of_range(shown, {against.sizes, static_cast<size_t>(against.n_dims)}, against.first + error.position,
+  raise_out_of_range(shown, {against.sizes, static_cast<size_t>(against.n_dims)}, against.first() + error.position,
                      against.limit, is_target ? "target" : "index", is_target ? "classes" : "embeddings");
 }
 
@@ -177,7 +177,7 @@ Indices DeviceCall::indices(const at::Tensor& given, const at::Tensor& contiguou
   indices.error = error_;
   IndexLimit& against = indices.against;
   against.limit = limit;
-  against.first = first;
+  against.first() = first;
   against.kind = kind;
   against.type = index_type(given, contiguous);
   if (given.dim() <= IndexLimit::kMaxDims) {

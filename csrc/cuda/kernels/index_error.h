@@ -19,8 +19,11 @@ struct IndexLimit {
   IndexKind kind = IndexKind::kIndex;
   IndexType type = IndexType::kInt64;
   int32_t n_dims = 0;  // of the tensor of indices as the caller gave it, or 1 if it has more than kMaxDims
-  int64_t sizes[kMaxDims] = {};
-  int64_t first = 0;  // position of the kernel's first index in that tensor
+  // Its sizes and, in the last place, first(): in a field of its own that would cost the kernels registers.
+  int64_t sizes[kMaxDims + 1] = {};
+
+  int64_t& first() { return sizes[kMaxDims]; }  // position of the kernel's first index in that tensor
+  int64_t first() const { return sizes[kMaxDims]; }
 };
 
 // One for each device, in pinned host memory; all zero until an index is out of range.
