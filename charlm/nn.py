@@ -6,7 +6,8 @@ torch's class lacks are class attributes first, so that a module whose class is 
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from . import functional
 from .reference import CrossEntropyOutput
 from .reference.embedding_linear import check_options
+
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyOptions
 
 
 class Embedding(torch.nn.Embedding):
@@ -168,4 +172,93 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             return_entropy=self.return_entropy,
             return_predicted_tokens=self.return_predicted_tokens,
             return_token_accuracy=self.return_token_accuracy,
+        )
+
+
+# torch has had one since 2.13.
+_LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.Module)
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
+    """`torch.nn.LinearCrossEntropyLoss` through `charlm.functional.linear_cross_entropy`, with its keyword-only extras.
+
+    The parameters are those of `self.linear`, a `torch.nn.Linear` of num_classes * prod(out_features) outputs.
+
+    Shape:
+        input: (in_features) or (N, in_features)
+        target: (), (N) or (N, *out_features) class indices, or (num_classes) or (N, num_classes, *out_features) class
+            probabilities
+        output: a loss in nats, () or, with reduction "none", one per target; a `CrossEntropyOutput` if any
+            `return_*` is set
+
+    Example:
+        >>> LinearCrossEntropyLoss(3, 4, bias=True)(torch.randn(2, 3), torch.tensor([1, 3])).shape
+        torch.Size([])
+    """
+
+    lse_square_scale: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    all_ignored: str = "nan"
+    return_lse: bool = False
+    return_entropy: bool = False
+    return_predicted_tokens: bool = False
+    return_token_accuracy: bool = False
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: LinearCrossEntropyOptions | None = None,
+        **extras: Any,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if label_smoothing < 0 or label_smoothing > 1.0:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        torch.nn.Module.__init__(self)
+        self.reduction = reduction
+        self.register_buffer("weight", weight)
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.linear = torch.nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
+        self.options = options
+        for name, value in extras.items():
+            if name not in LinearCrossEntropyLoss.__annotations__:
+                raise TypeError(f"LinearCrossEntropyLoss.__init__() got an unexpected keyword argument {name!r}")
+            setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        extras = (
+            f"{name}={getattr(self, name)!r}"
+            for name in LinearCrossEntropyLoss.__annotations__
+            if getattr(self, name) != getattr(LinearCrossEntropyLoss, name)
+        )
+        return ", ".join(part for part in (super().extra_repr(), *extras) if part)
+
+    def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor | CrossEntropyOutput:
+        shape, bias = (self.num_classes, *self.out_features), self.linear.bias
+        return functional.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            token_weight=token_weight,
+            **{name: getattr(self, name) for name in LinearCrossEntropyLoss.__annotations__},
         )

@@ -1,6 +1,6 @@
-"""Swap torch's embedding and cross-entropy for ours, for a program or for one model, and back.
+"""Swap torch's embedding and cross-entropies for ours, for a program or for one model, and back.
 
-`patch_torch` exchanges two attributes of `torch.nn.functional`; `patch_model` changes the class of a model's
+`patch_torch` exchanges attributes of `torch.nn.functional`; `patch_model` changes the class of a model's
 own modules. Both leave every parameter, and so every optimizer and checkpoint, as it is.
 """
 
@@ -26,6 +26,9 @@ _MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Embedding: nn.Embedding,
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
 }
+if hasattr(torch.nn.functional, "linear_cross_entropy"):  # not in torch 2.11
+    _FUNCTIONS["linear_cross_entropy"] = functional.linear_cross_entropy
+    _MODULES[torch.nn.LinearCrossEntropyLoss] = nn.LinearCrossEntropyLoss
 
 
 class _PatchedFunctions:
@@ -97,9 +100,9 @@ class TorchPatch:
 
 
 def patch_torch() -> TorchPatch:
-    """Makes `F.embedding` and `F.cross_entropy` of torch ours, from this call on, in the whole process.
+    """Makes `F.embedding`, `F.cross_entropy` and `F.linear_cross_entropy` of torch ours, in the whole process.
 
-    `torch.nn.Embedding` and `torch.nn.CrossEntropyLoss` look these functions up at each call, so models built
+    The last one where this torch has it. `torch.nn`'s modules look these functions up at each call, so models built
     before and after, their subclasses and third-party code follow. Out of reach are a name bound earlier by
     `from torch.nn.functional import cross_entropy`, graphs that torch.jit or torch.export has already
     recorded, and `torch.embedding`. Patches nest; when the last one ends, what the first one found is back.
@@ -117,7 +120,7 @@ def patch_torch() -> TorchPatch:
 
 
 def patch_model(model: ModuleT) -> ModuleT:
-    """Turns every `torch.nn.Embedding` and `torch.nn.CrossEntropyLoss` of `model` into ours, in place.
+    """Turns every `Embedding`, `CrossEntropyLoss` and `LinearCrossEntropyLoss` of torch in `model` into ours, in place.
 
     Only the class of a module changes: it remains the same object, with the same Parameters (tied ones stay
     tied), buffers, hooks, parametrizations, names and training flag. Subclasses stay as they are, since they

@@ -11,12 +11,14 @@
 
 namespace charlm {
 
-// Call<T>(options, input, target, weight, token_weight) has
+// Call<T>(options, input, target, weight, token_weight), with two more where these are only some rows of a target, the
+// whole target and their first row in it, has
 //   logits                                             Tensor [N, V], of input
 //   new_grad(N, V, tensor options)                     memory for a gradient
 //   set_normalizer(row_max, row_sum, row_dense_sum)    C* [N]; the last for class probabilities only
 //   set_grad_loss(C*, stride), set_grad(Tensor [N, V])
 //   forward(loss), forward_backward(loss)              write the loss, () or one for each row; the normalizer; grad
+//   block(losses)                                      C [N]: writes each row's; and grad, if it was set
 //   backward(), target_backward()                      write grad
 //   rescale()                                          ... which is already that for a grad_loss of 1
 //   metrics(lse, entropy, predicted_tokens)            C*, C*, int64_t* [N]
@@ -34,6 +36,7 @@ class CrossEntropyOps {
     m.impl("cross_entropy_rescale_", Flat<&cross_entropy_rescale_>::call);
     m.impl("cross_entropy_target_backward", Flat<&cross_entropy_target_backward>::call);
     m.impl("cross_entropy_metrics", Flat<&cross_entropy_metrics>::call);
+    m.impl("cross_entropy_block_", Flat<&cross_entropy_block_>::call);
   }
 
  private:
@@ -155,6 +158,36 @@ class CrossEntropyOps {
       const Tensor n_counted = counted.sum();
       const Tensor divisor = options.zero_if_all_ignored ? n_counted.clamp_min(1) : n_counted;
       return std::make_tuple(lse, entropy, predicted, right.sum().div(divisor));
+    });
+  }
+
+  // What linear_cross_entropy makes of a block of logits [n, V], rows [first_row, first_row + n) of a target [N]. It
+  // has checked shapes and dtypes; the reduction is its own.
+  static Tensor cross_entropy_block_(const CrossEntropyOptions& given, Tensor& logits, const Tensor& target,
+                                     const OptionalTensor& weight, const OptionalTensor& token_weight,
+                                     const OptionalTensor& grad_loss, int64_t first_row) {
+    CrossEntropyOptions options = given;
+    options.reduction = static_cast<int64_t>(Reduction::kSum);
+    const int64_t n = logits.size(0);
+    TORCH_CHECK(logits.dim() == 2 && as_rows(logits).is_same(logits), "logits must be rows, got strides ",
+                logits.strides());
+    const auto of_block = [&](const Tensor& t) { return t.narrow(0, first_row, n); };
+    return with_float_type(logits.scalar_type(), "cross_entropy_block_", [&]<class T>() {
+      const auto compute = logits.options().dtype(compute_dtype(logits));
+      const Tensor losses = at::empty({n}, compute), normalizer = at::empty({3, n}, compute);
+      Call<T> call(options, logits, of_block(target), weight,
+                   token_weight ? OptionalTensor(of_block(*token_weight)) : std::nullopt, target, first_row);
+      set_normalizer(call, normalizer);
+      if (grad_loss) {
+        const bool one_for_all = grad_loss->dim() == 0;
+        TORCH_CHECK(grad_loss->scalar_type() == compute_dtype(logits) && grad_loss->is_contiguous() &&
+                        (one_for_all || grad_loss->size(0) == target.size(0)),
+                    "grad_loss must be one number, or one for each target, in the losses' dtype");
+        call.set_grad_loss(const_data<Compute<T>>(*grad_loss) + (one_for_all ? 0 : first_row), one_for_all ? 0 : 1);
+        call.set_grad(logits);
+      }
+      call.block(losses);
+      return losses;
     });
   }
 

@@ -10,6 +10,10 @@
   "int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float softcap, " \
   "float logit_scale, bool zero_if_all_ignored)"
 #define TARGETS "Tensor target, Tensor? weight, Tensor? token_weight, "
+// ... and what stands before them in linear_cross_entropy's: LinearCrossEntropyArguments.
+#define LINEAR_ARGUMENTS                                                                                           \
+  "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, " \
+  "bool unrounded, int block_rows, int gemm, "
 
 TORCH_LIBRARY(charlm, m) {
   m.def("embedding(Tensor weight, Tensor indices, int padding_idx, bool scale_grad_by_freq, bool sparse) -> Tensor");
@@ -48,6 +52,19 @@ TORCH_LIBRARY(charlm, m) {
   m.def("cross_entropy_target_backward(Tensor grad_loss, Tensor input, " TARGETS
         "Tensor normalizer, " CROSS_ENTROPY_OPTIONS " -> Tensor");
   m.def("cross_entropy_metrics(Tensor input, Tensor target, " CROSS_ENTROPY_OPTIONS
+        " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
+  // linear_cross_entropy's part of it: the losses [n] of logits [n, V], in the dtype of the arithmetic, which are those
+  // of targets first_row, first_row + 1, ...; with grad_loss, () or one for each target, the logits become their
+  // gradient.
+  m.def("cross_entropy_block_(Tensor(a!) logits, " TARGETS "Tensor? grad_loss, int first_row, " CROSS_ENTROPY_OPTIONS
+        " -> Tensor");
+
+  m.def("linear_cross_entropy(" LINEAR_ARGUMENTS CROSS_ENTROPY_OPTIONS " -> Tensor");
+  // The loss, and the gradients of input, linear_weight and linear_bias, of those that output_mask asks for; grad_loss:
+  // that of the loss, None for 1.
+  m.def("linear_cross_entropy_gradients(Tensor? grad_loss, bool[3] output_mask, " LINEAR_ARGUMENTS CROSS_ENTROPY_OPTIONS
+        " -> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  m.def("linear_cross_entropy_metrics(" LINEAR_ARGUMENTS CROSS_ENTROPY_OPTIONS
         " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
 
   // Waits for the device of `on` and raises the IndexError of an index that a kernel found out of range.

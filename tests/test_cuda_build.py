@@ -18,7 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import charlm
 from charlm import functional
-from charlm.testing import FLOAT_DTYPES, sample_inputs_cross_entropy, sample_inputs_embedding
+from charlm.testing import (
+    FLOAT_DTYPES,
+    sample_inputs_cross_entropy,
+    sample_inputs_embedding,
+    sample_inputs_linear_cross_entropy,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -203,6 +208,7 @@ def fake_calls():
     for function, samples in (
         (functional.embedding, sample_inputs_embedding(torch.float32)),
         (functional.cross_entropy, sample_inputs_cross_entropy(torch.float32)),
+        (functional.linear_cross_entropy, sample_inputs_linear_cross_entropy(torch.float32)),
     ):
         for sample in samples:
             yield pytest.param(function, sample.arguments, id=f"{function.__name__}-{sample.name}")

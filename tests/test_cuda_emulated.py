@@ -26,6 +26,8 @@ OPS_TESTS = (
     *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cross_entropy*.py")),
     "tests/test_embedding.py",
     "tests/test_large_offsets.py",
+    "tests/test_linear_cross_entropy.py",
+    "tests/test_linear_cross_entropy_calls.py",
     "tests/test_many_rows.py",
     "tests/test_modules.py",
     "tests/test_torch_citizenship_compile.py",

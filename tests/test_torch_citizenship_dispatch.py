@@ -20,6 +20,7 @@ from charlm.testing import (
     evaluate,
     sample_inputs_cross_entropy,
     sample_inputs_embedding,
+    sample_inputs_linear_cross_entropy,
     strided_copy,
 )
 
@@ -194,6 +195,11 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             torch.ops.charlm.cross_entropy_rescale_.default(gradient, factor, logits, *targets, normalizer, *options)
             torch.ops.charlm.cross_entropy_scale_grad_.default(gradient, factor)
         torch.ops.charlm.synchronize.default(logits)
+        for gradient in (None, torch.ones(33)):
+            torch.ops.charlm.cross_entropy_block_.default(logits, *targets, gradient, 0, *options)
+        linear = {sample.name: sample for sample in sample_inputs_linear_cross_entropy(torch.float32)}
+        for name in ("names", "no_batch_dimension", "all_extras", "returns_none", "probabilities_all_extras"):
+            evaluate(functional.linear_cross_entropy, linear[name])
     return found
 
 
@@ -203,7 +209,8 @@ RECORDED_CALLS = _recorded_calls()
 @pytest.mark.parametrize("name", RECORDED_CALLS)
 def test_opcheck_passes(name: str) -> None:
     func, args, kwargs = RECORDED_CALLS[name]
-    public = func in (torch.ops.charlm.embedding.default, torch.ops.charlm.cross_entropy.default)
+    ops = torch.ops.charlm
+    public = func in (ops.embedding.default, ops.cross_entropy.default, ops.linear_cross_entropy.default)
     copies = [strided_copy(a) if isinstance(a, torch.Tensor) else a for a in args]
     if public:
         copies[0].requires_grad_()
@@ -224,9 +231,10 @@ def test_opcheck_saw_every_registered_op() -> None:
     assert {str(func) for func, _, _ in RECORDED_CALLS.values()} == registered
 
 
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("key", ["CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched"])
-def test_cross_entropy_is_registered_to_the_dispatch_key(key: str) -> None:
-    assert torch._C._dispatch_has_kernel_for_dispatch_key("charlm::cross_entropy", key)
+def test_cross_entropies_are_registered_to_the_dispatch_key(key: str, op: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"charlm::{op}", key)
 
 
 def test_embedding_has_no_autocast_rule_like_torch() -> None:

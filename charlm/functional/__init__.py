@@ -10,5 +10,13 @@ from charlm.reference import CrossEntropyOutput, EmbeddingLinearOutput
 from .cross_entropy import cross_entropy
 from .embedding import embedding
 from .embedding_linear import embedding_linear
+from .linear_cross_entropy import linear_cross_entropy
 
-__all__ = ["CrossEntropyOutput", "EmbeddingLinearOutput", "cross_entropy", "embedding", "embedding_linear"]
+__all__ = [
+    "CrossEntropyOutput",
+    "EmbeddingLinearOutput",
+    "cross_entropy",
+    "embedding",
+    "embedding_linear",
+    "linear_cross_entropy",
+]

@@ -13,6 +13,7 @@ from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .embedding import embedding
 from .embedding_linear import EmbeddingLinearOutput, embedding_linear
 from .indices import INDEX_DTYPES
+from .linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "INDEX_DTYPES",
@@ -21,4 +22,5 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "embedding_linear",
+    "linear_cross_entropy",
 ]

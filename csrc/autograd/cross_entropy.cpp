@@ -3,13 +3,11 @@
 // always for float16, the backward makes it from the logits and two numbers per row: nothing is rounded before the
 // scale is known.
 #include <ATen/MemoryOverlap.h>
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/result_type.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -19,6 +17,7 @@
 #include <mutex>
 #include <utility>
 
+#include "cross_entropy_ahead.h"
 #include "cross_entropy_formula.h"
 #include "node.h"
 
@@ -121,16 +120,6 @@ LossAndNormalizer by_formula(const CrossEntropyOptions& options, const Tensor& i
   return {cross_entropy_formula(options, input, target, weight, token_weight), at::empty({0}, input.options())};
 }
 
-// Where the gradient depends on the loss's by a factor alone. A traced call keeps to ops whose results do not depend on
-// the value of that factor; and where hooks decide what becomes of saved tensors (activation checkpointing,
-// offloading), nothing of the logits' size is kept beside them.
-bool makes_gradient_ahead(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
-                          const OptionalTensor& weight) {
-  return requires_grad(input) && !requires_grad(target) && !requires_grad(weight) && !options.is(Reduction::kNone) &&
-         input.scalar_type() != at::kHalf && is_plain(input) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !at::SavedTensorDefaultHooks::get_hooks(/*ignore_is_tracing=*/true).has_value();
-}
-
 LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                                 const OptionalTensor& weight, const OptionalTensor& token_weight) {
   static const ForwardOp op("charlm::cross_entropy");
@@ -151,7 +140,7 @@ LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor
   const auto node = make_node<CrossEntropyBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input, target, tensor_or_undefined(weight)));
   Tensor loss, normalizer;
-  if (makes_gradient_ahead(options, input, target, weight)) {
+  if (requires_grad(input) && !requires_grad(target) && !requires_grad(weight) && may_go_ahead(options, input)) {
     static const ForwardBackwardOp op_with_gradient("charlm::cross_entropy_forward_backward");
     at::AutoDispatchBelowADInplaceOrView guard;
     std::tie(loss, normalizer, node->grad) = op_with_gradient(options, input, target, weight, token_weight);
@@ -343,8 +332,9 @@ TORCH_LIBRARY_IMPL(charlm, Autograd, m) {
   m.impl("cross_entropy", Flat<&cross_entropy>::call);
   m.impl("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace_forward>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace_backward>::call);
-  for (const char* name : {"cross_entropy_forward_backward", "cross_entropy_backward", "cross_entropy_backward_",
-                           "cross_entropy_rescale_", "cross_entropy_scale_grad_", "cross_entropy_target_backward"}) {
+  for (const char* name :
+       {"cross_entropy_forward_backward", "cross_entropy_backward", "cross_entropy_backward_", "cross_entropy_rescale_",
+        "cross_entropy_scale_grad_", "cross_entropy_target_backward", "cross_entropy_block_"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <optional>
+#include <utility>
 
 namespace charlm {
 
@@ -18,12 +19,12 @@ using torch::autograd::variable_list;
 // Nodes are counted by c10::intrusive_ptr in newer versions of torch, by std::shared_ptr in older ones.
 using NodePtr = decltype(torch::autograd::Edge::function);
 
-template <class N>
-auto make_node() {
+template <class N, class... Arguments>
+auto make_node(Arguments&&... arguments) {
   if constexpr (std::is_same_v<NodePtr, std::shared_ptr<Node>>) {
-    return std::make_shared<N>();
+    return std::make_shared<N>(std::forward<Arguments>(arguments)...);
   } else {
-    return c10::make_intrusive<N>();
+    return c10::make_intrusive<N>(std::forward<Arguments>(arguments)...);
   }
 }
 

@@ -38,7 +38,11 @@ class Call {
 
   Call(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
        const OptionalTensor& token_weight)
-      : logits(as_rows(input)), options_(options), given_target_(target) {
+      : Call(options, input, target, weight, token_weight, target, 0) {}
+
+  Call(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+       const OptionalTensor& token_weight, const Tensor& whole_target, int64_t first_row)
+      : logits(as_rows(input)), options_(options), whole_target_(whole_target), first_row_(first_row) {
     n_rows = logits.size(0);
     rows.n_classes = logits.size(1);
     rows.logits = const_data<T>(logits);
@@ -93,20 +97,27 @@ class Call {
   }
 
   void forward(const Tensor& loss) {
-    reduce(loss, [&] {
-      return [&](int64_t begin, int64_t end) { return cpu_kernels().of<T>().cross_entropy.forward(rows, begin, end); };
-    });
+    if (options_.is(Reduction::kNone)) {
+      rows.loss = mutable_data<T>(loss);
+      forward_sum();
+    } else {
+      reduce(loss, forward_sum());
+    }
   }
 
   void forward_backward(const Tensor& loss) {
     const C one = 1;
     set_grad_loss(&one, 0);
-    reduce(loss, [&] {
-      const bool half = sizeof(T) < sizeof(C);
-      return [&, scratch = std::vector<C>(half ? rows.n_classes : 0)](int64_t begin, int64_t end) mutable {
-        return cpu_kernels().of<T>().cross_entropy.forward_backward(rows, scratch.data(), begin, end);
-      };
-    });
+    reduce(loss, forward_backward_sum());
+  }
+
+  void block(const Tensor& losses) {
+    rows.unrounded_loss = mutable_data<C>(losses);
+    if (rows.grad) {
+      forward_backward_sum();
+    } else {
+      forward_sum();
+    }
   }
 
   void backward() { for_each_block(cpu_kernels().of<T>().cross_entropy.backward); }
@@ -137,14 +148,23 @@ class Call {
     blocks().parallel_for([&](int64_t, int64_t begin, int64_t end) { kernel(rows, begin, end); });
   }
 
-  // Walks over the blocks with the workers that `make_worker` makes, one for each thread; a worker returns the sum of
-  // the losses of its rows.
-  template <class MakeWorker>
-  void reduce(const Tensor& loss, MakeWorker&& make_worker) {
-    const bool none = options_.is(Reduction::kNone);
-    if (none) rows.loss = mutable_data<T>(loss);
-    const double sum = blocks().parallel_sum(make_worker);
-    if (none) return;
+  // Each walks over the rows once, and returns the sum of their losses.
+  double forward_sum() const {
+    return blocks().parallel_sum([&] {
+      return [&](int64_t begin, int64_t end) { return cpu_kernels().of<T>().cross_entropy.forward(rows, begin, end); };
+    });
+  }
+
+  double forward_backward_sum() const {
+    return blocks().parallel_sum([&] {
+      const bool half = sizeof(T) < sizeof(C);
+      return [&, scratch = std::vector<C>(half ? rows.n_classes : 0)](int64_t begin, int64_t end) mutable {
+        return cpu_kernels().of<T>().cross_entropy.forward_backward(rows, scratch.data(), begin, end);
+      };
+    });
+  }
+
+  void reduce(const Tensor& loss, double sum) const {
     const bool of_nothing = n_rows == 0 || rows.n_classes == 0;
     const double total =
         options_.is(Reduction::kMean) && of_nothing && !options_.zero_if_all_ignored ? NAN : sum / divisor();
@@ -165,7 +185,7 @@ class Call {
       return counts;
     }
     // A uint64 target of 2^63 or more is negative here, but is never ignore_index.
-    const bool may_ignore = given_target_.scalar_type() != at::kUInt64 || rows.ignore_index >= 0;
+    const bool may_ignore = whole_target_.scalar_type() != at::kUInt64 || rows.ignore_index >= 0;
     const auto ignored_among = [&](int64_t begin, int64_t end) {
       return cpu_kernels().count_ignored(rows.target, begin, end, rows.n_classes, may_ignore, rows.ignore_index);
     };
@@ -179,7 +199,7 @@ class Call {
     if (bad) {
       int64_t n = 0;
       while (ignored_among(n, n + 1) >= 0) n++;
-      raise_out_of_range(given_target_, n, rows.n_classes, "target", "classes");
+      raise_out_of_range(whole_target_, first_row_ + n, rows.n_classes, "target", "classes");
     }
     counts.n -= ignored;
     counts.total_weight = rows.weight || rows.token_weight ? sum_of_weights() : static_cast<double>(counts.n);
@@ -197,7 +217,9 @@ class Call {
   }
 
   CrossEntropyOptions options_;
-  Tensor given_target_, target_, weight_, token_weight_;
+  Tensor whole_target_;  // as the caller gave it, these rows beginning with its `first_row_`
+  int64_t first_row_;
+  Tensor target_, weight_, token_weight_;
   TargetCounts counts_;
 };
 

@@ -6,6 +6,8 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include <type_traits>
+
 #include "../cross_entropy_ops.h"
 #include "device.h"
 
@@ -22,6 +24,10 @@ class Call {
 
   Call(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
        const OptionalTensor& token_weight)
+      : Call(options, input, target, weight, token_weight, target, 0) {}
+
+  Call(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+       const OptionalTensor& token_weight, const Tensor& whole_target, int64_t first_row)
       : device_(input.device()), reduced_(!options.is(Reduction::kNone)) {
     logits = as_rows(input);
     rows_.n_rows = logits.size(0);
@@ -42,7 +48,7 @@ class Call {
     } else {
       target_ = target.contiguous();
       rows_.has_target = true;
-      rows_.target = device_.indices(target, target_, rows_.n_classes, IndexKind::kTarget);
+      rows_.target = device_.indices(whole_target, target_, rows_.n_classes, IndexKind::kTarget, first_row);
       // A uint64 target of 2^63 or more is negative as int64_t, but is never ignore_index.
       rows_.may_ignore = target.scalar_type() != at::kUInt64 || rows_.ignore_index >= 0;
     }
@@ -81,13 +87,26 @@ class Call {
   }
 
   void forward(const Tensor& loss) {
-    set_loss(loss);
-    run(&cross_entropy_forward<T>);
+    if (reduced_) {
+      rows_.reduced_loss = mutable_data<T>(loss);
+      run(&cross_entropy_forward<T>);
+    } else if (std::is_same_v<T, C>) {
+      block(loss);
+    } else {
+      const Tensor losses = at::empty(loss.sizes(), loss.options().dtype(at::kFloat));
+      block(losses);
+      loss.copy_(losses);
+    }
   }
 
   void forward_backward(const Tensor& loss) {
-    set_loss(loss);
+    rows_.reduced_loss = mutable_data<T>(loss);
     run(&cross_entropy_forward_backward<T>);
+  }
+
+  void block(const Tensor& losses) {
+    rows_.loss = mutable_data<C>(losses);
+    run(rows_.grad ? &cross_entropy_forward_backward<T> : &cross_entropy_forward<T>);
   }
 
   void backward() { run(&cross_entropy_backward<T>); }
@@ -105,8 +124,6 @@ class Call {
   static bool scale_exactly(const Tensor&, const Tensor&) { return false; }
 
  private:
-  void set_loss(const Tensor& loss) { (reduced_ ? rows_.reduced_loss : rows_.loss) = mutable_data<T>(loss); }
-
   void run(int (*kernels)(const CrossEntropyRows<T>&, const CrossEntropyLaunch&)) {
     const Tensor workspace =
         at::empty({cross_entropy_workspace<T>(rows_.n_rows, rows_.n_classes)}, logits.options().dtype(at::kByte));

@@ -99,8 +99,8 @@ Records& records() {
   const std::string shown = against.type == IndexType::kUInt64 ? std::to_string(static_cast<uint64_t>(error.value))
                                                                : std::to_string(error.value);
   const bool is_target = against.kind == IndexKind::kTarget;
-  raise_out_of_range(shown, {against.sizes, static_cast<size_t>(against.n_dims)}, error.position, against.limit,
-                     is_target ? "target" : "index", is_target ? "classes" : "embeddings");
+  raise_out_of_range(shown, {against.sizes, static_cast<size_t>(against.n_dims)}, against.first() + error.position,
+                     against.limit, is_target ? "target" : "index", is_target ? "classes" : "embeddings");
 }
 
 void raise_recorded(IndexError* record, Stream stream) {
@@ -170,13 +170,14 @@ int64_t DeviceCall::max_shared_bytes() const {
 
 #endif
 
-Indices DeviceCall::indices(const at::Tensor& given, const at::Tensor& contiguous, int64_t limit,
-                            IndexKind kind) const {
+Indices DeviceCall::indices(const at::Tensor& given, const at::Tensor& contiguous, int64_t limit, IndexKind kind,
+                            int64_t first) const {
   Indices indices;
   indices.data = contiguous.const_data_ptr();
   indices.error = error_;
   IndexLimit& against = indices.against;
   against.limit = limit;
+  against.first() = first;
   against.kind = kind;
   against.type = index_type(given, contiguous);
   if (given.dim() <= IndexLimit::kMaxDims) {

@@ -33,9 +33,10 @@ class DeviceCall {
   // The most shared memory that a block can have, bytes.
   int64_t max_shared_bytes() const;
 
-  // Indices for a kernel: `contiguous` holds those of `given`, in the same order and with the same dtype or int64; each
-  // is to be in [0, limit).
-  Indices indices(const at::Tensor& given, const at::Tensor& contiguous, int64_t limit, IndexKind kind) const;
+  // Indices for a kernel: `contiguous` holds those of `given` from the `first` on, in the same order and with the same
+  // dtype or int64; each is to be in [0, limit).
+  Indices indices(const at::Tensor& given, const at::Tensor& contiguous, int64_t limit, IndexKind kind,
+                  int64_t first = 0) const;
 
   // What a launch function returned: torch's error if the launch failed. With CHARLM_CUDA_CHECK=1 waits for the kernel
   // and raises its IndexError, unless the stream is being captured.

@@ -69,6 +69,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_metrics(const CrossEntr
           at::empty_symint(accuracy_shape, input.options().dtype(at::kFloat))};
 }
 
+Tensor cross_entropy_block_(const CrossEntropyOptions&, Tensor& logits, const Tensor&, const OptionalTensor&,
+                            const OptionalTensor&, const OptionalTensor&, int64_t) {
+  return at::empty_symint({logits.sym_size(0)}, logits.options().dtype(compute_dtype(logits)));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(charlm, Meta, m) {
@@ -82,6 +87,7 @@ TORCH_LIBRARY_IMPL(charlm, Meta, m) {
   m.impl("cross_entropy_scale_grad_", &cross_entropy_scale_grad_);
   m.impl("cross_entropy_target_backward", Flat<&cross_entropy_backward>::call);
   m.impl("cross_entropy_metrics", Flat<&cross_entropy_metrics>::call);
+  m.impl("cross_entropy_block_", Flat<&cross_entropy_block_>::call);
 }
 
 }  // namespace charlm

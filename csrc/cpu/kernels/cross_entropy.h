@@ -28,10 +28,11 @@ struct CrossEntropyRows {
   C logit_scale = 1;
   C softcap = 0;  // 0: none
 
-  C* row_max = nullptr;        // [N] max_c z_c           written by forward, read by the gradients
-  C* row_sum = nullptr;        // [N] sum_c exp(z_c - row_max)
-  C* row_dense_sum = nullptr;  // [N] sum_c d_c, for probabilities only
-  T* loss = nullptr;           // [N], optional: the loss of each row
+  C* row_max = nullptr;         // [N] max_c z_c           written by forward, read by the gradients
+  C* row_sum = nullptr;         // [N] sum_c exp(z_c - row_max)
+  C* row_dense_sum = nullptr;   // [N] sum_c d_c, for probabilities only
+  T* loss = nullptr;            // [N], optional: the loss of each row
+  C* unrounded_loss = nullptr;  // [N], optional: the same, where it is still to be summed
 
   const C* grad_loss = nullptr;  // [1], or [N] with `grad_loss_stride` 1
   int64_t grad_loss_stride = 0;

@@ -42,6 +42,7 @@ double walk_rows(const CrossEntropyRows<T>& rows, Compute<T>* scratch, int64_t b
       } else {
         const Compute<T> loss = kPass == Pass::kForward ? row.forward() : row.forward_backward(scratch);
         if (rows.loss) store_one(rows.loss + n, loss);
+        if (rows.unrounded_loss) rows.unrounded_loss[n] = loss;
         sum += loss;
       }
     }

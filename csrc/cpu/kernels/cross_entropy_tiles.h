@@ -65,6 +65,7 @@ class CrossEntropyTile {
       memcpy(rows_.row_sum + n, sum, sizeof sum);
       for (int r = 0; r < kTileRows; r++) total_[r % kLanes<C>] += loss[r];
       for (int r = 0; rows_.loss && r < kTileRows; r++) store_one(rows_.loss + n + r, loss[r]);
+      for (int r = 0; rows_.unrounded_loss && r < kTileRows; r++) rows_.unrounded_loss[n + r] = loss[r];
     }
     if constexpr (kGradient) {
       T* const grad = rows_.grad + n * v_;

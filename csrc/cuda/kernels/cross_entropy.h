@@ -37,7 +37,7 @@ struct CrossEntropyRows {
   C* row_max = nullptr;        // [N] max_c z_c                      written by forward, read by the gradients
   C* row_sum = nullptr;        // [N] sum_c exp(z_c - row_max)
   C* row_dense_sum = nullptr;  // [N] sum_c d_c, for probabilities only
-  T* loss = nullptr;           // [N], optional: the loss of each row
+  C* loss = nullptr;           // [N], optional: the loss of each row, not yet rounded
   T* reduced_loss = nullptr;   // [1], optional: their sum or mean
 
   const C* grad_loss = nullptr;  // [1], or [N] with `grad_loss_stride` 1; null: 1

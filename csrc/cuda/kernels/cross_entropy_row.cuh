@@ -107,7 +107,7 @@ class CrossEntropyRow {
     rows_.row_max[n_] = softmax.max;
     rows_.row_sum[n_] = softmax.sum;
     if (rows_.row_dense_sum) rows_.row_dense_sum[n_] = softmax.dense_sum;
-    if (rows_.loss) rows_.loss[n_] = from_compute<T>(loss);
+    if (rows_.loss) rows_.loss[n_] = loss;
   }
 
   __device__ __forceinline__ void store_uncounted() const {

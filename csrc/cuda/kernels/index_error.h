@@ -13,13 +13,17 @@ enum class IndexType : int32_t { kInt8, kInt16, kInt32, kInt64, kUInt8, kUInt16,
 
 // What an index is checked against, and what its error will say.
 struct IndexLimit {
-  static constexpr int kMaxDims = 8;
+  static constexpr int kMaxDims = 7;
 
   int64_t limit = 0;  // an index is in [0, limit)
   IndexKind kind = IndexKind::kIndex;
   IndexType type = IndexType::kInt64;
   int32_t n_dims = 0;  // of the tensor of indices as the caller gave it, or 1 if it has more than kMaxDims
-  int64_t sizes[kMaxDims] = {};
+  // Its sizes and, in the last place, first(): in a field of its own that would cost the kernels registers.
+  int64_t sizes[kMaxDims + 1] = {};
+
+  int64_t& first() { return sizes[kMaxDims]; }  // position of the kernel's first index in that tensor
+  int64_t first() const { return sizes[kMaxDims]; }
 };
 
 // One for each device, in pinned host memory; all zero until an index is out of range.
@@ -27,7 +31,7 @@ struct IndexError {
   int32_t claimed = 0;  // not 0: a thread writes, or has written, what follows
   int32_t ready = 0;    // not 0: it has
   int64_t value = 0;
-  int64_t position = 0;  // in a contiguous walk over the indices
+  int64_t position = 0;  // in a contiguous walk over the kernel's indices
   IndexLimit against;
 };
 

@@ -1,0 +1,203 @@
+"""Softmax cross-entropy of logits that a linear layer makes, without the logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from charlm import reference
+from charlm.reference import CrossEntropyOutput
+from charlm.reference.linear_cross_entropy import check_shapes, checked_ignore_index, logits_shape, make_logits
+
+from .cross_entropy import cross_entropy
+from .kernels import have_kernels
+
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyOptions
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    all_ignored: str = "nan",
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predicted_tokens: bool = False,
+    return_token_accuracy: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """`cross_entropy(input @ linear_weight.T + linear_bias, target)` in nats: `F.linear_cross_entropy`.
+
+    The logits (N, C) never exist as a whole. A block of their rows is made in a buffer of at most 64 MB (of one row, if
+    that is larger), turned there into its losses and its own gradient, and used up by the products that make the
+    gradients of `input`, `linear_weight` and `linear_bias` before the next block is made: beyond the gradients a call
+    needs less than 100 MB whatever N is, and for half types one float32 copy of the gradient of `linear_weight`.
+
+    Sums over rows are in float32 (float64 for float64) and each gradient is rounded once. For float16 and bfloat16 on a
+    CPU that has no instructions for their products the logits and all products are in float32, of operands converted a
+    part at a time; elsewhere the logits of a block have the dtype of `input`, as torch's.
+
+    A mean or a sum over arguments that require grad makes their gradients together with the loss, in three products of
+    (N, C, D), and keeps them for backward, which hands them over, multiplied by the gradient of the loss if that is not
+    1. A second backward, "none" and float16 make the logits again in backward, in a fourth: nothing is refused, and
+    nothing of the logits' size is kept. On the CPU a row whose target is ignored costs nothing. On CUDA nothing waits
+    for the device, so that such rows are computed, to a gradient of zero. A loss that nobody will differentiate belongs
+    under `torch.no_grad()`.
+
+    The products are torch's: they give the same bits each time, but not for another number of threads.
+
+    With C classes, D features, K-dimensional weights (C, d1, ..., D), targets or class weights that require grad, and
+    probabilities of another dtype than `input` or under autocast, the whole logits are made: this is then
+    `cross_entropy(F.linear(...))`, as it always is in torch.func's transforms, forward-mode AD and double backward.
+
+    Args:
+        input: (D) or (N, D), float32, float64, bfloat16 or float16, any strides.
+        linear_weight: (C, D), or (C, d1, ..., D) for logits (N, C, d1, ...); the dtype of `input`.
+        target: class indices, () or (N) or (N, d1, ...), any integer dtype, each in [0, C) or `ignore_index`; or class
+            probabilities, the logits' shape and a floating dtype.
+        linear_bias: (C) or (C, d1, ...), the dtype of `input`.
+        weight: (C), a weight for each class; the dtype of `input` if the targets are class indices.
+        reduction: "mean", "sum" or "none".
+        ignore_index: class indices of this value count for nothing; None is -100. It must be None beside probabilities.
+        label_smoothing: in [0, 1].
+        options: torch's `LinearCrossEntropyOptions`. A `batch_chunk_size` or `chunking_method` sets a block's rows.
+            The others have no effect: sums are always in float32 or better, and backward may always be called again.
+        lse_square_scale, softcap, logit_scale, token_weight, all_ignored, return_lse, return_entropy,
+        return_predicted_tokens, return_token_accuracy: see `cross_entropy`, where the formulas stand too. What is
+            returned beside the loss costs a product of its own.
+
+    Returns:
+        The loss, () or one value per target with "none"; `CrossEntropyOutput` if any `return_*` is set. The loss has
+        the dtype of `input`; float32 under autocast, where the product is in autocast's dtype. Differentiable with
+        respect to `input`, `linear_weight`, `linear_bias`, to probability targets, and with them to `weight`.
+
+    Raises:
+        IndexError: a class index outside [0, C) that is not `ignore_index`, before anything is computed; the text names
+            it, its position and C. On CUDA see `charlm.synchronize`.
+        ValueError: batch sizes that differ; an unknown `reduction` or `all_ignored`; `softcap` <= 0; `options` whose
+            two ways to set the rows of a block differ.
+        RuntimeError: other shapes or dtypes that do not fit, an `ignore_index` beside probabilities, and a `weight`
+            beside class indices, or a `token_weight`, that requires grad.
+        NotImplementedError: an input that is not of a floating dtype.
+
+    Example:
+        >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
+        tensor(1.3863)
+    """
+    tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
+    extras = {
+        "lse_square_scale": lse_square_scale,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "token_weight": token_weight,
+        "all_ignored": all_ignored,
+        "return_lse": return_lse,
+        "return_entropy": return_entropy,
+        "return_predicted_tokens": return_predicted_tokens,
+        "return_token_accuracy": return_token_accuracy,
+    }
+    overridden = has_torch_function_variadic(*tensors)
+    if overridden or not have_kernels(*tensors):
+        arguments = {
+            "linear_bias": linear_bias,
+            "weight": weight,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "options": options,
+            **extras,
+        }
+        if overridden:
+            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **arguments)
+        return reference.linear_cross_entropy(input, linear_weight, target, **arguments)
+    check_shapes(input, linear_weight, linear_bias)
+    ignore_index = checked_ignore_index(input, linear_weight, target, ignore_index)
+    if _needs_whole_logits(input, linear_weight, target, weight, token_weight):
+        return cross_entropy(
+            make_logits(input, linear_weight, linear_bias),
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            **extras,
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0, got {softcap}")
+    if all_ignored not in ("nan", "zero"):
+        raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
+    scalars = (
+        _block_rows(options, input, linear_weight),
+        0,  # the dtype of the products: chosen by the op
+        _reduction.get_enum(reduction),
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        softcap or 0.0,
+        logit_scale,
+        all_ignored == "zero",
+    )
+    loss = torch.ops.charlm.linear_cross_entropy.default(
+        input, linear_weight, target, linear_bias, weight, token_weight, False, *scalars
+    )
+    if not (return_lse or return_entropy or return_predicted_tokens or return_token_accuracy):
+        return loss
+    lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.linear_cross_entropy_metrics.default(
+        *_as_the_loss_saw_them(input, linear_weight, target, linear_bias), None, None, True, *scalars
+    )
+    return CrossEntropyOutput(
+        loss,
+        lse if return_lse else None,
+        entropy if return_entropy else None,
+        predicted_tokens if return_predicted_tokens else None,
+        token_accuracy if return_token_accuracy else None,
+    )
+
+
+def _needs_whole_logits(
+    input: Tensor, linear_weight: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None
+) -> bool:
+    if linear_weight.dim() > 2:
+        return True
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (target, weight, token_weight)):
+        return True
+    if target.shape != logits_shape(input, linear_weight):
+        return False
+    same_dtype = target.dtype == input.dtype and (weight is None or weight.dtype == input.dtype)
+    return not same_dtype or torch.is_autocast_enabled(input.device.type)
+
+
+def _block_rows(options: LinearCrossEntropyOptions | None, input: Tensor, linear_weight: Tensor) -> int:
+    """What the caller's `options` say, or 0: the op's own choice."""
+    if options is None or (options.batch_chunk_size is None and options.chunking_method == "auto"):
+        return 0
+    n_rows = input.shape[0] if input.dim() == 2 else 1
+    adjusted = options._adjust(n_rows, input.shape[-1], linear_weight.shape[0], input.dtype, input.device)
+    return adjusted.batch_chunk_size
+
+
+def _as_the_loss_saw_them(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Without their history, and in autocast's dtype: what follows has no rule for either."""
+    tensors = [None if t is None else t.detach() for t in (input, linear_weight, linear_bias)]
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    return tensors[0], tensors[1], target.detach(), tensors[2]

@@ -1,0 +1,124 @@
+"""Softmax cross-entropy of logits that a linear layer makes."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn.functional import linear as _torch_linear
+
+from .cross_entropy import CrossEntropyOutput, cross_entropy
+
+if TYPE_CHECKING:
+    from torch.nn import LinearCrossEntropyOptions
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    all_ignored: str = "nan",
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predicted_tokens: bool = False,
+    return_token_accuracy: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """Cross-entropy, in nats, between a linear layer's output and class indices or probabilities.
+
+    It is `cross_entropy(input @ linear_weight.T + linear_bias, target, ...)`, where the whole logits exist.
+
+    Args:
+        input: (D) or (N, D), a floating dtype.
+        linear_weight: (C, D), or (C, d1, ..., D) for logits (N, C, d1, ...).
+        target: class indices, () or (N) or (N, d1, ...); or class probabilities, the logits' shape.
+        linear_bias: the shape of `linear_weight` without its last dimension.
+        ignore_index: None is -100; it must be None beside probabilities.
+        options: of no effect here.
+        weight, reduction, label_smoothing, lse_square_scale, softcap, logit_scale, token_weight, all_ignored,
+        return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: see `cross_entropy`.
+
+    Returns:
+        What `cross_entropy` returns.
+
+    Raises:
+        RuntimeError: shapes that do not fit, and an `ignore_index` beside probabilities.
+        IndexError, ValueError: see `cross_entropy`.
+
+    Example:
+        >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
+        tensor(1.3863)
+    """
+    return cross_entropy(
+        make_logits(input, linear_weight, linear_bias),
+        target,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=checked_ignore_index(input, linear_weight, target, ignore_index),
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        token_weight=token_weight,
+        all_ignored=all_ignored,
+        return_lse=return_lse,
+        return_entropy=return_entropy,
+        return_predicted_tokens=return_predicted_tokens,
+        return_token_accuracy=return_token_accuracy,
+    )
+
+
+def logits_shape(input: Tensor, linear_weight: Tensor) -> tuple[int, ...]:
+    """(C), (N, C) or (N, C, d1, ...)."""
+    return (*input.shape[:-1], *linear_weight.shape[:-1])
+
+
+def check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """torch's own checks of what makes the logits, in its words."""
+    if input.dim() < 1 or input.dim() > 2:
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+
+
+def checked_ignore_index(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> int:
+    """-100 for None, which it must be where the targets are probabilities."""
+    if ignore_index is None:
+        return -100
+    if target.shape == logits_shape(input, linear_weight):
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    return ignore_index
+
+
+def make_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """The whole logits, (C), (N, C) or (N, C, d1, ...)."""
+    check_shapes(input, linear_weight, linear_bias)
+    n_outputs = math.prod(linear_weight.shape[:-1])
+    bias = None if linear_bias is None else linear_bias.reshape(n_outputs)
+    logits = _torch_linear(input, linear_weight.reshape(n_outputs, linear_weight.shape[-1]), bias)
+    return logits.reshape(logits_shape(input, linear_weight))

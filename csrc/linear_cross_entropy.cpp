@@ -1,0 +1,277 @@
+// linear_cross_entropy on every device, of torch's own products (linear_products.h) and of
+// charlm::cross_entropy_block_: the logits [N, V] exist a block of rows at a time. A block is made, turned into its
+// losses and, in its own memory, into its gradient, and used up by the products of the gradients before the next one is
+// made:
+//
+//   Z = X W^T + b      [n, V]      loss_n, G = d loss / d Z      dX = G W   [n, D]      dW += G^T X   [V, D]      db +=
+//   G^T 1
+//
+// On the CPU, rows whose target is ignored are left out. On CUDA that would mean to wait for the targets: nothing here
+// waits for the device.
+#include "linear_cross_entropy.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "checks.h"
+#include "linear_products.h"
+
+namespace charlm {
+namespace {
+
+constexpr int64_t kLogitsBytes = 64 << 20;  // of the logits that exist at once
+constexpr int64_t kFastRows = 512;          // more make a product of a CPU no faster
+constexpr int64_t kFastLogits = 1 << 20;    // ... unless they are short
+constexpr int64_t kMultiple = 16;           // the rows of a kernel's tile
+
+// The call's tensors as rows.
+class Rows {
+ public:
+  explicit Rows(const LinearCrossEntropyArguments& arguments) : a(arguments) {
+    const bool one = a.input.dim() == 1;
+    x = one ? a.input.unsqueeze(0) : a.input;
+    probabilities = has_probabilities(like_logits(a), a.target);
+    target = probabilities ? a.target.reshape({x.size(0), n_classes()}) : a.target.reshape({x.size(0)}).contiguous();
+    if (a.token_weight) token_weight = a.token_weight->reshape({x.size(0)});
+    if (!probabilities) look_at_targets();
+  }
+
+  const LinearCrossEntropyArguments a;
+  bool probabilities;
+  Tensor x;                     // [N, D]
+  Tensor target;                // [N], or [N, V] probabilities
+  OptionalTensor token_weight;  // [N]
+  Tensor counted;               // [N] bool: targets that are not ignored; undefined: all
+
+  int64_t size() const { return x.size(0); }
+  int64_t n_classes() const { return a.linear_weight.size(0); }
+
+  // On the CPU: the rows whose targets are not ignored, of which `positions` are the places among all; undefined: all.
+  Rows only_counted(Tensor& positions) const {
+    if (!counted.defined() || x.is_cuda()) return *this;
+    positions = counted.nonzero().squeeze(1);
+    if (positions.size(0) == size()) {
+      positions.reset();
+      return *this;
+    }
+    Rows some = *this;
+    some.target = target.index_select(0, positions);
+    if (token_weight) some.token_weight = token_weight->index_select(0, positions);
+    some.counted.reset();
+    return some;
+  }
+
+  // What a mean divides by: the sum of the weights of the targets that are not ignored; double, ().
+  Tensor total() const {
+    const auto as_double = x.options().dtype(at::kDouble);
+    Tensor share = token_weight ? token_weight->to(at::kDouble) : at::ones({target.size(0)}, as_double);
+    if (a.weight && !probabilities && n_classes() > 0) {
+      const Tensor known = target.to(at::kLong).clamp(0, n_classes() - 1);
+      share = share * a.weight->to(at::kDouble).index_select(0, known);
+    }
+    if (counted.defined()) share = at::where(counted, share, at::zeros({}, as_double));
+    Tensor sum = share.sum();
+    if (!a.options.zero_if_all_ignored) return n_classes() > 0 ? sum : sum * NAN;
+    if (!counted.defined()) return target.size(0) > 0 ? sum : at::ones({}, as_double);
+    return at::where(counted.any(), sum, at::ones({}, as_double));
+  }
+
+ private:
+  // IndexError for the first target that is no class, before anything is computed: on CUDA the kernels record it.
+  void look_at_targets() {
+    const Tensor index = target.to(at::kLong);
+    // A uint64 target of 2^63 or more is negative here, but is never ignore_index.
+    const bool may_ignore = target.scalar_type() != at::kUInt64 || a.options.ignore_index >= 0;
+    counted = may_ignore ? index.ne(a.options.ignore_index) : at::ones(index.sizes(), index.options().dtype(at::kBool));
+    if (x.is_cuda()) return;
+    const Tensor bad = index.lt(0).logical_or_(index.ge(n_classes())).logical_and_(counted);
+    if (bad.any().item<bool>()) {
+      raise_out_of_range(a.target, bad.nonzero()[0][0].item<int64_t>(), n_classes(), "target", "classes");
+    }
+    target = index;
+  }
+};
+
+// Of n rows, how many make a block: blocks of equal size, whose logits are within the budget.
+int64_t block_rows(const Rows& rows, int64_t n) {
+  if (n == 0) return 1;
+  const LinearCrossEntropyArguments& a = rows.a;
+  if (a.block_rows > 0) return std::min(a.block_rows, n);
+  const bool widened = is_widened(a), half = rows.x.scalar_type() != compute_dtype(rows.x);
+  // A gradient of W of one block needs no sum in float: up to here that would be the larger of the two.
+  if (half && !widened && n <= 2 * rows.x.size(1)) return n;
+  int64_t row_bytes = rows.n_classes() * (widened ? 4 : rows.x.element_size());
+  if (widened && rows.probabilities) row_bytes *= 2;  // these are converted beside the logits
+  int64_t most = std::max<int64_t>(1, kLogitsBytes / std::max<int64_t>(1, row_bytes));
+  if (!rows.x.is_cuda()) {
+    most = std::min(most, std::max(kFastRows, kFastLogits / std::max<int64_t>(1, rows.n_classes())));
+  }
+  if (most > kMultiple) most -= most % kMultiple;
+  const int64_t n_blocks = (n + most - 1) / most, size = (n + n_blocks - 1) / n_blocks;
+  return std::min(most, (size + kMultiple - 1) / kMultiple * kMultiple);
+}
+
+// The blocks of a call, with their logits.
+class LogitBlocks {
+ public:
+  // `positions`: see Rows::only_counted().
+  LogitBlocks(const Rows& rows, Tensor positions)
+      : rows_(rows),
+        positions_(std::move(positions)),
+        n_(positions_.defined() ? positions_.size(0) : rows.size()),
+        size_(block_rows(rows, n_)),
+        products_(new_products(rows.a, /*one_block=*/n_ <= size_)) {}
+
+  LinearProducts& products() { return *products_; }
+
+  // f(first, x [n, D], logits [n, V]): the memory of the logits is one for all blocks.
+  template <class F>
+  void for_each(F f) {
+    Tensor memory;
+    for (int64_t first = 0; first < n_; first += size_) {
+      const int64_t n = std::min(size_, n_ - first);
+      const Tensor x = (positions_.defined() ? at::index_select(rows_.x, 0, positions_.narrow(0, first, n))
+                                             : rows_.x.narrow(0, first, n))
+                           .to(products_->dtype());
+      if (!memory.defined()) memory = new_memory({n, rows_.n_classes()}, x.options());
+      Tensor logits = memory.narrow(0, 0, n);
+      products_->logits(x, logits);
+      f(first, x, logits);
+    }
+  }
+
+  // Writes what belongs to the rows of the block at `first`: all[...] = block [n, ...].
+  void put(Tensor& all, int64_t first, const Tensor& block) const {
+    if (positions_.defined()) {
+      all.index_copy_(0, positions_.narrow(0, first, block.size(0)), block);
+    } else {
+      all.narrow(0, first, block.size(0)).copy_(block);
+    }
+  }
+
+  // dX[...] = g W
+  void put_input_gradient(Tensor& all, int64_t first, const Tensor& g) {
+    const int64_t n = g.size(0);
+    if (!positions_.defined()) return products_->input_gradient(g, all.narrow(0, first, n));
+    const Tensor block = new_memory({n, all.size(1)}, all.options());
+    products_->input_gradient(g, block);
+    put(all, first, block);
+  }
+
+ private:
+  const Rows& rows_;
+  Tensor positions_;
+  int64_t n_, size_;
+  std::unique_ptr<LinearProducts> products_;
+};
+
+using BlockOp = CrossEntropyOp<Tensor, Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor&, int64_t>;
+
+Tensor reduced(const LinearCrossEntropyArguments& a, const Tensor& losses, const Tensor& total) {
+  if (a.options.is(Reduction::kNone)) return losses.to(loss_dtype(a)).view(a.input.sizes().slice(0, a.input.dim() - 1));
+  const Tensor sum = losses.sum(at::kDouble);
+  return (total.defined() ? sum / total : sum).to(loss_dtype(a));
+}
+
+// The gradient of each row's loss, one for all or [N]; undefined where no gradient is wanted.
+Tensor grad_of_rows(const Rows& rows, const OptionalTensor& grad_loss, const Tensor& total, const Tensor& positions) {
+  const at::ScalarType dtype = compute_dtype(rows.x);
+  if (rows.a.options.is(Reduction::kNone)) {
+    TORCH_CHECK_VALUE(grad_loss, "with reduction \"none\" the gradients need that of each loss");
+    const Tensor all = grad_loss->reshape({rows.size()}).to(dtype).contiguous();
+    return positions.defined() ? all.index_select(0, positions) : all;
+  }
+  Tensor one = grad_loss ? grad_loss->to(at::kDouble).reshape({}) : at::ones({}, rows.x.options().dtype(at::kDouble));
+  return (total.defined() ? one / total : one).to(dtype);
+}
+
+LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
+                     OutputMask mask) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // a backward may be under it
+  check_linear_cross_entropy(a);
+  static const BlockOp op("charlm::cross_entropy_block_");
+  const Rows all(a);
+  Tensor positions;
+  const Rows rows = all.only_counted(positions);
+  const Tensor total = a.options.is(Reduction::kMean) ? rows.total() : Tensor();
+  const auto compute = a.input.options().dtype(compute_dtype(a.input));
+  Tensor losses = at::zeros({all.size()}, compute), grad_input;
+  OptionalTensor g;
+  if (with_gradients) g = grad_of_rows(all, grad_loss, total, positions);
+  if (mask[0]) grad_input = new_memory(all.x.sizes(), a.input.options());
+  if (mask[0] && positions.defined()) grad_input.zero_();
+
+  LogitBlocks blocks(all, positions);
+  blocks.for_each([&](int64_t first, const Tensor& x, Tensor& logits) {
+    blocks.put(losses, first, op(a.options, logits, rows.target, a.weight, rows.token_weight, g, first));
+    if (mask[0]) blocks.put_input_gradient(grad_input, first, logits);
+    if (mask[1]) blocks.products().add_weight_gradient(logits, x);
+    if (mask[2]) blocks.products().add_bias_gradient(logits);
+  });
+  const Tensor none = with_gradients ? at::empty({0}, a.input.options()) : Tensor();
+  return {reduced(a, losses, total), mask[0] ? grad_input.view(a.input.sizes()) : none,
+          mask[1] ? blocks.products().weight_gradient() : none, mask[2] ? blocks.products().bias_gradient() : none};
+}
+
+Tensor linear_cross_entropy(const LinearCrossEntropyArguments& a) {
+  return std::get<0>(run(a, /*with_gradients=*/false, {}, {}));
+}
+
+LossAndGradients linear_cross_entropy_gradients(const LinearCrossEntropyArguments& a, const OptionalTensor& grad_loss,
+                                                OutputMask mask) {
+  return run(a, /*with_gradients=*/true, grad_loss, mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_metrics(const LinearCrossEntropyArguments& a) {
+  check_linear_cross_entropy(a);
+  static const CrossEntropyOp<std::tuple<Tensor, Tensor, Tensor, Tensor>, const Tensor&, const Tensor&> op(
+      "charlm::cross_entropy_metrics");
+  CrossEntropyOptions of_each = a.options;
+  of_each.reduction = static_cast<int64_t>(Reduction::kNone);
+  const Rows rows(a);
+  const auto shape = a.input.sizes().slice(0, a.input.dim() - 1);
+  const auto compute = a.input.options().dtype(compute_dtype(a.input));
+  Tensor lse = at::empty({rows.size()}, compute), entropy = at::empty({rows.size()}, compute);
+  Tensor predicted = at::empty({rows.size()}, a.input.options().dtype(at::kLong));
+  Tensor right = at::empty({rows.size()}, a.input.options().dtype(at::kFloat));
+  LogitBlocks blocks(rows, {});
+  blocks.for_each([&](int64_t first, const Tensor&, const Tensor& logits) {
+    const auto of_block = op(of_each, logits, rows.target.narrow(0, first, logits.size(0)));
+    blocks.put(lse, first, std::get<0>(of_block));
+    blocks.put(entropy, first, std::get<1>(of_block));
+    blocks.put(predicted, first, std::get<2>(of_block));
+    blocks.put(right, first, std::get<3>(of_block));
+  });
+  Tensor accuracy = right.view(shape);
+  if (!a.options.is(Reduction::kNone)) {
+    const Tensor n = rows.counted.defined() ? rows.counted.sum() : at::ones({rows.size()}, right.options()).sum();
+    accuracy = right.sum().div(a.options.zero_if_all_ignored ? n.clamp_min(1) : n);
+  }
+  return {lse.view(shape), entropy.view(shape), predicted.view(shape), accuracy};
+}
+
+void register_in(torch::Library& m) {
+  m.impl("linear_cross_entropy", FlatLinear<&linear_cross_entropy>::call);
+  m.impl("linear_cross_entropy_gradients", FlatLinear<&linear_cross_entropy_gradients>::call);
+  m.impl("linear_cross_entropy_metrics", FlatLinear<&linear_cross_entropy_metrics>::call);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(charlm, CPU, m) { register_in(m); }
+
+#ifdef CHARLM_HAVE_CUDA
+TORCH_LIBRARY_IMPL(charlm, CUDA, m) { register_in(m); }
+#endif
+
+}  // namespace charlm
