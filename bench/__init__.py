@@ -10,6 +10,7 @@ measure.py     one case from its inputs to its `Result`
 record.py      the JSON: writing, reading, comparing, the README's table
 report.py      the printed tables
 scaling.py     time against N, V and threads, and its plot
+fold.py        embedding_linear's two plans against N: docs/skip_the_matmul.md
 units.py       how a time and a ratio are printed
 grid.py        many shapes: is any slower than torch?
 models.py      what the README says of the trained models (a command of its own)

@@ -2,6 +2,7 @@
 
     python -m bench [OP …] [--quick] [--json FILE] [--plot FILE] [--threads N] [--dtype NAME] [--shape 4096x27]
     python -m bench grid [--json FILE]
+    python -m bench fold [--quick] [--json FILE] [--plot FILE]
     python -m bench compare A.json B.json
     python -m bench table [FILE]
 
@@ -218,6 +219,30 @@ def run_grid(json_file: JsonFile = None, threads: Threads = None) -> None:
     problems.exit()
 
 
+@app.command("fold")
+def run_fold(
+    quick: Annotated[bool, typer.Option("--quick", help="Few N, few samples.")] = False,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw how time grows with N.")] = None,
+    threads: Threads = None,
+) -> None:
+    """embedding_linear's two plans against N: from where on does its table pay? Prints the table of docs/."""
+    from bench import fold
+
+    problems = Problems()
+    _check_files(json_file, plot, problems)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _refusing_a_busy_machine(), problems.collected():
+        panels = fold.measure(quick)
+        typer.echo(fold.document_table({"header": record.header(), "fold": panels}))
+        if json_file is not None:
+            record.write(json_file, [], fold=panels)
+        if plot is not None:
+            fold.draw(panels, plot)
+    problems.exit()
+
+
 @app.command()
 def compare(before: Path, after: Path) -> None:
     """Show how the time of ours changed between two records, and fail on a regression of more than 10 %."""
@@ -234,10 +259,13 @@ def compare(before: Path, after: Path) -> None:
 
 @app.command()
 def table(file: Annotated[Path, typer.Argument(help="A record.")] = record.RECORD) -> None:
-    """Print the README's table of speed, in Markdown."""
+    """Print the README's table of speed, or of a record of `fold` that of docs/skip_the_matmul.md, in Markdown."""
+    from bench import fold
+
     problems = Problems()
     with problems.collected():
-        typer.echo(record.readme_table(record.read(file)))
+        content = record.read(file)
+        typer.echo(fold.document_table(content) if "fold" in content else record.readme_table(content))
     problems.exit()
 
 

@@ -13,14 +13,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cases, check, clock, contenders, grid, inputs, jax_peer, memory, record, scaling
+from bench import cases, check, clock, contenders, fold, grid, inputs, jax_peer, memory, record, scaling
 from bench.__main__ import app
 from bench.cases import Case, at_least, at_most
 from bench.clock import Budget, Busy, Clock
 from bench.measure import Result, WrongResult, measure
 from charlm import functional
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLD_RECORD = ROOT / "docs" / "skip_the_matmul.json"
 SMALL = Case("cross_entropy", "default", (33, 27))
 TINY_BUDGET = Budget(0.0, 2)
 
@@ -426,3 +428,74 @@ def test_the_record_holds_every_case_and_every_peer() -> None:
     for case in recorded.values():
         assert case["error"] is None
         assert all(case["times"].get(peer) for peer in ("eager", "compile", "jax")), (case["name"], case["absent"])
+
+
+# ----------------------------------------------------------------------------------------- folded or gathered: `fold`
+
+
+def test_fold_measures_and_records(quiet: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fold, "QUICK_ROWS", (1, 64))
+    monkeypatch.setattr(fold, "QUICK", TINY_BUDGET)
+    path = tmp_path / "fold.json"
+    result = run("fold", "--quick", "--json", path)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.stdout == run("table", path).stdout
+    for panel, vocabulary in zip(record.read(path)["fold"], fold.VOCABULARIES, strict=True):
+        assert (panel["vocabulary"], panel["rows"]) == (vocabulary, [1, 64])
+        assert panel["seconds"].keys() == {"folded", "gathered", "auto", "torch"}
+        assert all(seconds > 0 for line in panel["seconds"].values() for seconds in line)
+
+
+def test_fold_draws_what_was_recorded(quiet: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(fold, "measure", lambda quick: record.read(FOLD_RECORD)["fold"])
+    result = run("fold", "--plot", tmp_path / "fold.png")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert (tmp_path / "fold.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fold_times_nothing_that_is_wrong(quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = functional.embedding_linear
+    monkeypatch.setattr(functional, "embedding_linear", lambda *args, **options: right(*args, **options) * 1.0001)
+    result = run("fold", "--quick")
+    assert result.exit_code == 1
+    assert result.stderr.startswith('bench: plan "folded", N = 1, V = 27: WRONG: output: relative error 1.0e-04')
+
+
+@pytest.mark.parametrize(
+    ("folded", "gathered", "expected"),
+    [
+        ([2.0, 2.0, 2.0], [1.0, 4.0, 16.0], 2.0),  # half-way between 1 and 4 in the logarithm
+        ([2.0, 8.0, 2.0], [4.0, 4.0, 4.0], 8.0),  # faster at 1 too, but not from there on
+        ([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], 1.0),
+        ([2.0, 2.0, 2.0], [1.0, 1.0, 1.0], None),
+    ],
+)
+def test_the_break_even_is_interpolated(folded: list[float], gathered: list[float], expected: float | None) -> None:
+    assert fold.break_even((1, 4, 16), folded, gathered) == pytest.approx(expected)
+
+
+def test_the_first_number_of_contexts_that_auto_folds_is_found() -> None:
+    for vocabulary in fold.VOCABULARIES:
+        for name, which in (("forward", "plan"), ("backward", "backward_plan")):
+            n = fold.auto_folds_from(vocabulary, 16384)[name]
+            for rows, expected in ((n - 1, "gathered"), (n, "folded")):
+                tokens, (*parameters, _) = fold._inputs(rows, vocabulary)
+                output = functional.embedding_linear(tokens, *parameters, activation="tanh", return_plan=True)
+                assert getattr(output, which) == expected
+
+
+def test_the_documents_table_is_the_recorded_one() -> None:
+    result = run("table", FOLD_RECORD)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() in FOLD_RECORD.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_record_of_fold_holds_every_point_and_follows_from_its_times() -> None:
+    for panel, vocabulary in zip(record.read(FOLD_RECORD)["fold"], fold.VOCABULARIES, strict=True):
+        seconds = panel["seconds"]
+        assert (panel["vocabulary"], tuple(panel["rows"])) == (vocabulary, fold.ROWS)
+        assert all(len(seconds[name]) == len(fold.ROWS) for name in (*fold.PLANS, "torch"))
+        break_even = fold.break_even(fold.ROWS, seconds["folded"], seconds["gathered"])
+        assert panel["break_even"] == pytest.approx(break_even)
+        assert panel["auto_folds_from"] == fold.auto_folds_from(vocabulary, fold.ROWS[-1])

@@ -1,7 +1,9 @@
-"""What the documentation shows is run: the README's Python, and the examples in the docstrings."""
+"""What the documentation shows is run: the Python of README.md and docs/, and the examples in the docstrings."""
 
+import contextlib
 import doctest
 import importlib
+import io
 import pkgutil
 import re
 import subprocess
@@ -26,6 +28,36 @@ def test_the_readmes_python_runs_in_its_order() -> None:
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert torch.nn.functional.cross_entropy is not functional.cross_entropy  # the patch of the last block has ended
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_the_python_of_a_document_runs_and_prints_what_the_document_says_next(path: Path) -> None:
+    namespace: dict[str, object] = {}
+    text = path.read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    assert blocks
+    for block in blocks:
+        printed = io.StringIO()
+        line = text.count("\n", 0, block.start(1))  # so that an error names the document's own line
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * line + block[1], path, "exec"), namespace)
+        assert printed.getvalue().strip() in text[block.end() :]
+
+
+def test_a_wrong_claim_of_a_document_fails(tmp_path: Path) -> None:
+    for block in ("assert 1 == 2", "print('| folded | 1.00 |')"):
+        path = tmp_path / "wrong.md"
+        path.write_text(f"```python\n{block}\n```\n\n| folded | 2.00 |\n", encoding="utf-8")
+        with pytest.raises(AssertionError):
+            test_the_python_of_a_document_runs_and_prints_what_the_document_says_next(path)
+
+
+def test_links_of_the_documentation_lead_to_files() -> None:
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert "://" in target or (path.parent / target).is_file(), f"{path.name}: {target}"
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{path.name})" in README
 
 
 OPS = [

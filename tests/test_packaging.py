@@ -144,6 +144,9 @@ def test_sdist_holds_every_source_and_header(sdist):
     assert any(source.endswith(".h") for source in sources)
     assert sources <= names
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "Makefile", "requirements.txt"} <= names
+    documents = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").iterdir()}
+    assert documents
+    assert documents <= names
 
 
 def test_sdist_holds_nothing_that_was_built(sdist):
