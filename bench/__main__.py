@@ -162,7 +162,7 @@ def _choose(
 def _cases_of_shape(text: str, ops: list[str], dtypes: list[str], variants: list[str]) -> Iterator[Case]:
     """Of the ops that take such a shape; where there is none, the first that was asked for says so."""
     shape = cases.parse_shape(text)
-    fitting = [op for op in ops if (len(shape) == 2) == (op == "cross_entropy")]
+    fitting = [op for op in ops if len(shape) == len(cases.SHAPES[op].split("x"))]
     for op in fitting or ops[:1]:
         for variant in [name for name in variants if name in VARIANTS[op]] or VARIANTS[op][:1]:
             for dtype in [name for name in dtypes if name in DTYPES] or DTYPES[:1]:

@@ -1,7 +1,7 @@
 """What the benchmark times: one list of cases per op, each with the goals that it has to reach.
 
 A goal bounds a figure, which is always a ratio of times taken in one run: ours / floor for the floors ("copy", "scale",
-"read", "fresh_copy", "read_write": at most so much) and peer / ours for the others ("eager", "eager_index",
+"read", "fresh_copy", "read_write", "gemms": at most so much) and peer / ours for the others ("eager", "eager_index",
 "best_peer": at least so much). Besides:
 
     noop          (ours - no-op) / (eager - no-op), the no-op being an autograd call that does nothing
@@ -9,6 +9,7 @@ A goal bounds a figure, which is always a ratio of times taken in one run: ours 
     int64         ours with int64 indices / ours with these
     threads       ours on 1 thread / ours on 2, where the in-place scaling itself gains as much
     bytes_per_row peak memory beyond inputs and outputs, divided by N: bounded where it is O(N) and not O(N V)
+    extra_mb      peak memory beyond inputs and outputs, in 10^6 bytes
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-FLOORS = ("scale", "copy", "read", "fresh_copy", "read_write")
+FLOORS = ("scale", "copy", "read", "fresh_copy", "read_write", "gemms")
 
 
 class BadRequest(ValueError):
@@ -54,7 +55,7 @@ def at_least(figure: str, value: float) -> Goal:
 class Case:
     """One line of the table.
 
-    shape: (N, V) of logits; (N, V, D) of an embedding: N indices into a (V, D) table.
+    shape: (N, V) of logits; (N, V, D) of an embedding: N indices into a (V, D) table; for the others see SHAPES.
     """
 
     op: str
@@ -141,10 +142,47 @@ def _embedding_backward() -> Iterable[Case]:
     yield Case("embedding_backward", "default", (8192, 50257, 768), goals=(at_least("eager", 2),))
 
 
+def _embedding_linear() -> Iterable[Case]:
+    for shape, by_index, eager in (
+        ((4096, 8, 24, 200, 27), 12, 8),
+        ((32, 3, 10, 200, 27), 1.8, 1.8),
+        ((4096, 8, 32, 256, 256), 5, 4),
+    ):
+        goals = (at_least("eager_index", by_index), at_least("eager", eager))
+        yield Case("embedding_linear", "default", shape, goals=goals)
+
+
+def _linear_cross_entropy() -> Iterable[Case]:
+    op = "linear_cross_entropy"
+    for shape in ((1024, 512, 32000), (512, 768, 50257)):
+        goals = (at_most("gemms", 1.1), at_least("eager", 1.35), at_most("extra_mb", 100))
+        yield Case(op, "default", shape, goals=goals)
+        a_float_gradient = 4e-6 * shape[1] * shape[2]  # of the weight
+        goals = (at_most("gemms", 1.15), at_least("eager", 1.9), at_most("extra_mb", round(100 + a_float_gradient)))
+        yield Case(op, "default", shape, "bfloat16", goals)
+
+
+def _train_step() -> Iterable[Case]:
+    first = (at_least("eager", 6), at_least("best_peer", 4))
+    yield Case("train_step", "default", (4096, 8, 24, 200, 27), goals=first)
+    yield Case("train_step", "default", (32, 3, 10, 200, 27), goals=(at_least("eager", 2),))
+
+
+SHAPES = {
+    "cross_entropy": "NxV",
+    "embedding": "NxVxD",
+    "embedding_backward": "NxVxD",
+    "embedding_linear": "NxTxDxHxV",
+    "linear_cross_entropy": "NxDxV",
+    "train_step": "NxTxDxHxV",
+}
 CASES: dict[str, list[Case]] = {
     "cross_entropy": [*_tiny_vocabulary(), *_default(), *_inplace(), *_others()],
     "embedding": [*_embedding()],
     "embedding_backward": [*_embedding_backward()],
+    "embedding_linear": [*_embedding_linear()],
+    "linear_cross_entropy": [*_linear_cross_entropy()],
+    "train_step": [*_train_step()],
 }
 OPS = tuple(CASES)
 VARIANTS = {op: tuple(dict.fromkeys(case.variant for case in cases)) for op, cases in CASES.items()}
@@ -160,20 +198,23 @@ QUICK = {
     ],
     "embedding": [("int64", (98304, 27, 10)), ("uint8", (98304, 27, 10))],
     "embedding_backward": [("default", (98304, 27, 10)), ("default", (65536, 256, 64))],
+    "embedding_linear": [("default", (4096, 8, 24, 200, 27)), ("default", (32, 3, 10, 200, 27))],
+    "linear_cross_entropy": [],
+    "train_step": [("default", (4096, 8, 24, 200, 27)), ("default", (32, 3, 10, 200, 27))],
 }
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
     """'4096x27' → (4096, 27), '98304x27x10' → (98304, 27, 10)."""
     parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+    if not 2 <= len(parts) <= 5 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise BadRequest(f"impossible shape {text!r}: NxV for cross_entropy, NxVxD for an embedding, each at least 1")
     return tuple(map(int, parts))
 
 
 def case_for_shape(op: str, shape: tuple[int, ...], variant: str, dtype: str) -> Case:
     """The listed case of this shape, with its goals, or a new one without."""
-    wanted = "NxV" if op == "cross_entropy" else "NxVxD"
+    wanted = SHAPES[op]
     if len(shape) != len(wanted.split("x")):
         raise BadRequest(f"impossible shape {'x'.join(map(str, shape))!r} for {op}: it takes {wanted}")
     if variant == "uint8" and shape[1] > 256:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.cases import Case
 from bench.inputs import CrossEntropyInputs, EmbeddingInputs
+from bench.layers import LAYERS
 from charlm import reference, testing
 
 ROWS = 128
@@ -23,7 +24,7 @@ def error(case: Case, inputs: CrossEntropyInputs | EmbeddingInputs, result: Any)
     """What is wrong with the result of `ours`, in one line; None if nothing is."""
     check = {"cross_entropy": _cross_entropy, "embedding": _embedding, "embedding_backward": _embedding_backward}
     try:
-        check[case.op](inputs, result)
+        (LAYERS[case.op].check if case.op in LAYERS else check[case.op])(inputs, result)
     except AssertionError as failed:
         return " ".join(str(failed).split()) or "differs from the reference"
     return None

@@ -19,7 +19,8 @@ from torch import Tensor
 from bench import jax_peer
 from bench.cases import Case
 from bench.inputs import CrossEntropyInputs, EmbeddingInputs
-from bench.jax_peer import Unavailable
+from bench.jax_runtime import Unavailable
+from bench.layers import LAYERS
 from bench.pages import fresh_like
 from charlm import functional
 
@@ -33,6 +34,8 @@ INPLACE = {"inplace_forward": "forward", "inplace_backward": "backward"}
 
 def names(case: Case) -> list[str]:
     """In the order of their samples; a contender that only a goal needs takes part only with that goal."""
+    if case.op in LAYERS:
+        return LAYERS[case.op].names(case)
     figures = {goal.figure for goal in case.goals}
     peers = ["eager", "compile", "jax"]
     if case.op == "embedding":
@@ -50,6 +53,8 @@ def names(case: Case) -> list[str]:
 
 def build(name: str, case: Case, inputs: CrossEntropyInputs | EmbeddingInputs) -> Call:
     """The call. Unavailable, or whatever the contender itself raises, where it cannot take part."""
+    if case.op in LAYERS:
+        return LAYERS[case.op].build(name, case, inputs)
     if name == "jax":
         return jax_peer.contender(case, inputs)
     if name.endswith("_1_thread"):

@@ -27,7 +27,7 @@ from bench.contenders import Call
 from bench.gpu_clock import GpuClock
 from bench.gpu_report import write
 from bench.inputs import CrossEntropyInputs, EmbeddingInputs, make_inputs
-from bench.jax_peer import Unavailable
+from bench.jax_runtime import Unavailable
 from bench.measure import Result, warm, why_wrong
 from bench.record import to_json
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.cases import BadRequest, Case
+from bench.layers import LAYERS
 
 MEMINFO = Path("/proc/meminfo")
 # Tensors of the size of the logits, or of an embedding's output, that are alive at once at the worst moment: the
@@ -51,6 +52,8 @@ def make_inputs(
 
 
 def _inputs(case: Case, generator: torch.Generator) -> CrossEntropyInputs | EmbeddingInputs:
+    if case.op in LAYERS:
+        return LAYERS[case.op].make_inputs(case, generator)
     if case.op == "cross_entropy":
         return _cross_entropy_inputs(case, generator)
     n, v, d = case.shape
@@ -88,18 +91,22 @@ def item_size(case: Case) -> int:
 
 
 def main_elements(case: Case) -> int:
-    """Of the logits; of an embedding's output."""
+    """Of the logits; of an embedding's output; of all tensors of a layer."""
+    if case.op in LAYERS:
+        return LAYERS[case.op].elements(case)
     return prod(case.shape) if case.op == "cross_entropy" else case.shape[0] * case.shape[2]
 
 
 def bytes_needed(case: Case, tensors_at_once: int) -> int:
-    table = 0 if case.op == "cross_entropy" else case.shape[1] * case.shape[2]
+    table = 0 if case.op == "cross_entropy" or case.op in LAYERS else case.shape[1] * case.shape[2]
     # torch.randn is float32: half types need as much while they are made.
     return tensors_at_once * max(4, item_size(case)) * (main_elements(case) + table)
 
 
 def minimal_bytes(case: Case) -> int:
     """What any implementation has to move: each input read once, each output written once."""
+    if case.op in LAYERS:
+        return LAYERS[case.op].minimal_bytes(case)
     size, elements = item_size(case), main_elements(case)
     if case.op == "cross_entropy":
         passes = {"forward_only": 1, "probabilities": 3}.get(case.variant, 2)

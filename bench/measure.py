@@ -12,6 +12,7 @@ from bench.cases import FLOORS, Case, Goal
 from bench.clock import Budget, Clock, Timing, paired_ratio
 from bench.contenders import PEERS, Call
 from bench.inputs import CrossEntropyInputs, EmbeddingInputs, item_size, main_elements, make_inputs, minimal_bytes
+from bench.layers import LAYERS
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,12 @@ def measure(case: Case, clock: Clock, budget: Budget, without: Collection[str] =
             calls[name] = call
     samples = clock.rounds(calls, budget)
     peaks = {name: memory.peak_bytes(calls[name]) for name in ("ours", "eager") if name in calls}
+    extra = peaks["ours"] - output_bytes(case)
     return Result(
         case,
         minimal_bytes(case),
         {name: Timing.of(samples[name]) if name in samples else None for name in names},
-        {**_figures(samples), "bytes_per_row": (peaks["ours"] - output_bytes(case)) / case.shape[0]},
+        {**_figures(samples), "bytes_per_row": extra / case.shape[0], "extra_mb": extra / 1e6},
         peaks,
         absent,
         clock.discarded,
@@ -131,6 +133,8 @@ def _median_difference(samples: list[float], others: list[float]) -> float:
 
 def output_bytes(case: Case) -> int:
     """Of the gradient or the output that a call returns in memory of its own."""
+    if case.op in LAYERS:
+        return LAYERS[case.op].output_bytes(case)
     if case.variant in (*contenders.INPLACE, "forward_only"):
         return 0
     elements = case.shape[1] * case.shape[2] if case.op == "embedding_backward" else main_elements(case)

@@ -15,7 +15,7 @@ import torch
 
 import charlm
 from bench.cases import FLOORS, BadRequest
-from bench.jax_peer import cores
+from bench.jax_runtime import cores
 from bench.measure import Result
 from bench.units import duration, ratio
 

@@ -11,7 +11,7 @@ from bench import contenders
 from bench.cases import Case
 from bench.clock import QUICK, Budget, Clock, Timing
 from bench.inputs import make_inputs
-from bench.jax_peer import cores
+from bench.jax_runtime import cores
 from bench.measure import WrongResult, why_wrong
 
 FLOOR = "scale"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cases, check, clock, contenders, fold, grid, inputs, jax_peer, memory, record, scaling
+from bench import cases, check, clock, contenders, fold, grid, inputs, jax_runtime, memory, record, scaling
 from bench.__main__ import app
 from bench.cases import Case, at_least, at_most
 from bench.clock import Budget, Busy, Clock
@@ -148,7 +148,7 @@ def test_an_exception_of_ours_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_peer_that_is_not_installed_is_a_dash(quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax_peer, "cores", torch.get_num_threads)
+    monkeypatch.setattr(jax_runtime, "cores", torch.get_num_threads)
     monkeypatch.setitem(sys.modules, "jax", None)
     result = run("cross_entropy", "--quick", "--shape", "33x27")
     assert result.exit_code == 0, result.stderr
@@ -168,19 +168,21 @@ def test_a_peer_that_fails_on_a_case_is_a_dash(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_jax_takes_part_with_all_cores_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax_peer, "cores", lambda: torch.get_num_threads() + 1)
-    with pytest.raises(jax_peer.Unavailable, match="XLA uses"):
+    monkeypatch.setattr(jax_runtime, "cores", lambda: torch.get_num_threads() + 1)
+    with pytest.raises(jax_runtime.Unavailable, match="XLA uses"):
         contenders.build("jax", SMALL, inputs.make_inputs(SMALL))
 
 
 @pytest.mark.parametrize("op", cases.OPS)
 def test_every_variant_is_checked_and_timed(op: str) -> None:
     for variant in cases.VARIANTS[op]:
-        shape = (33, 27) if op == "cross_entropy" else (33, 27, 10)
-        for dtype in ("float32", "float16") if variant in ("default", "int64") else ("float32",):
+        shape = {2: (33, 27), 3: (33, 27, 10), 5: (33, 3, 10, 20, 27)}[len(cases.SHAPES[op].split("x"))]
+        dtypes = ("float32", "float16") if variant in ("default", "int64") and op != "train_step" else ("float32",)
+        for dtype in dtypes:
             result = measured(Case(op, variant, shape, dtype))
             assert result.error is None
-            assert result.absent == {}
+            # Where the machine has no instructions for products of float16, torch's own take no part.
+            assert set(result.absent) <= ({"eager"} if op == "linear_cross_entropy" and dtype == "float16" else set())
             assert all(timing.p10 <= timing.median <= timing.p90 for timing in result.times.values() if timing)
             assert set(result.times) == set(contenders.names(result.case)) - {"compile", "jax"}
 
@@ -498,4 +500,3 @@ def test_the_record_of_fold_holds_every_point_and_follows_from_its_times() -> No
         assert all(len(seconds[name]) == len(fold.ROWS) for name in (*fold.PLANS, "torch"))
         break_even = fold.break_even(fold.ROWS, seconds["folded"], seconds["gathered"])
         assert panel["break_even"] == pytest.approx(break_even)
-        assert panel["auto_folds_from"] == fold.auto_folds_from(vocabulary, fold.ROWS[-1])

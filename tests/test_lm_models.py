@@ -46,7 +46,26 @@ def test_mlp_equals_the_textbook_in_value_and_gradient(batch_norm):
 def test_mlp_is_built_from_charlm_modules():
     modules = [type(module) for module in mlp().modules()]
     assert charlm.nn.Embedding in modules
-    assert charlm.nn.CrossEntropyLoss in modules
+
+
+def test_the_mlps_loss_skips_the_matmul_at_both_ends():
+    model = mlp()
+    node = model.loss(*batch()).grad_fn
+    names = [node.name()]
+    while node.next_functions and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+        names.append(node.name())
+    assert names[:2] == ["LinearCrossEntropyBackward", "EmbeddingLinearBackward"]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_the_mlps_loss_is_that_of_its_logits(batch_norm):
+    idx, targets = batch()
+    model = mlp(batch_norm=batch_norm)
+    logits, expected = model(idx, targets)
+    torch.testing.assert_close(model.loss(idx, targets), expected)
+    losses = torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")
+    torch.testing.assert_close(model.loss(idx, targets, reduction="none"), losses)
 
 
 def test_mlp_has_the_lectures_number_of_parameters():

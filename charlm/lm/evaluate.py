@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import charlm.functional as F
 from charlm.lm.data import Corpus, Examples
 from charlm.lm.models import COUNT_MODELS, LanguageModel
 
@@ -57,8 +56,7 @@ def evaluate(model: LanguageModel, examples: Examples, split: str) -> Evaluation
 
 def surprisal(model: LanguageModel, contexts: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target: contexts (N, T), targets (N,) → (N,) nats."""
-    logits, _ = model(contexts)
-    return F.cross_entropy(logits, targets, reduction="none")
+    return model.loss(contexts, targets, reduction="none")
 
 
 def baselines(corpus: Corpus, split: str = "dev", add_k: float = 1.0) -> dict[str, Evaluation]:

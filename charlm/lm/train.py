@@ -224,7 +224,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             rows = torch.randint(count, (config.batch_size,), generator=self.batches).to(self.device)  # (B,)
-            _, loss = model(contexts.index_select(0, rows), targets.index_select(0, rows))
+            loss = model.loss(contexts.index_select(0, rows), targets.index_select(0, rows))
             for parameter in parameters:
                 parameter.grad = None
             loss.backward()

@@ -85,13 +85,14 @@ _CASES = (
 )
 
 
+# The oracle's sum over 4099 classes, and ours, were both seen 30 ulps of the largest element away from the same in long
+# double.
+MANY_CLASSES_FLOAT64_ULPS = 64.0
+
+
 def sample_inputs_linear_cross_entropy(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
     """Calls of `linear_cross_entropy` with an input of `dtype`, about one for each option, shape and layout."""
     for seed, case in enumerate(_CASES):
-        # In float64 the oracle is torch itself, whose sum over many classes is no more exact than ours: on 4099 of them
-        # both were seen 30 ulps of the largest element away from the same in long double.
-        if dtype == torch.float64 and case.outputs[0] > 300:
-            continue
         yield _sample(case, dtype, device, torch.Generator(device).manual_seed(seed))
 
 
@@ -124,4 +125,4 @@ def _sample(case: _LinearCrossEntropyCase, dtype: torch.dtype, device: str, gene
         arguments["weight"] = (uniform(n_classes) + 0.5).to(dtype)
     if case.token_weight:
         arguments["token_weight"] = (uniform(*n_rows) + 0.5).to(dtype)
-    return SampleInput(case.name, {**arguments, **case.options}, tuple(differentiable))
+    return SampleInput(case.name, {**arguments, **case.options}, tuple(differentiable), MANY_CLASSES_FLOAT64_ULPS)

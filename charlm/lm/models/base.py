@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import charlm.functional as F
+
 
 class LanguageModel(nn.Module):
     """A model of the next token given the last `block_size` tokens.
@@ -26,6 +28,10 @@ class LanguageModel(nn.Module):
         idx (B, T) contexts and targets (B,), of any integer dtype → logits (B, V), loss () or None.
         """
         raise NotImplementedError
+
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """`forward`'s loss, for those who need no logits: in nats, () or, with reduction "none", (B,)."""
+        return F.cross_entropy(self(idx)[0], targets, reduction=reduction)
 
     @torch.no_grad()
     def generate(

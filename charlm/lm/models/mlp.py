@@ -4,6 +4,8 @@
     h      = tanh(e W + b)                     or tanh(BatchNorm(e W))
     logits = h U + d
 
+Neither end multiplies by a one-hot: e W adds up rows of C W, and the loss needs no logits that are kept.
+
 "A Neural Probabilistic Language Model", JMLR 3, 2003; without the direct connections from e to the logits.
 """
 
@@ -14,8 +16,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+import charlm.functional as F
 from charlm.lm.models.base import LanguageModel
-from charlm.nn import CrossEntropyLoss, Embedding
+from charlm.nn import Embedding
 
 TANH_GAIN = 5 / 3  # keeps the variance of a tanh network's activations through depth
 HEAD_GAIN = 0.1  # small logits: the first loss is log V, with no surprise to unlearn (makemore part 3)
@@ -49,7 +52,6 @@ class MLP(LanguageModel):
         self.norm = nn.BatchNorm1d(n_hidden) if batch_norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(n_hidden, vocab_size)
-        self.loss = CrossEntropyLoss()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -63,8 +65,15 @@ class MLP(LanguageModel):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """idx (B, T), targets (B,), any integer dtype → logits (B, V), mean loss in nats or None."""
-        logits = self._logits(self.embedding(idx))  # (B, T, D) → (B, V)
-        return logits, None if targets is None else self.loss(logits, targets)
+        logits = self.head(self._hidden(idx))  # (B, T) → (B, H) → (B, V)
+        return logits, None if targets is None else F.cross_entropy(logits, targets)
+
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """`forward`'s loss without its logits: idx (B, T), targets (B,) → () or, with "none", (B,)."""
+        hidden = self._hidden(idx)  # (B, H)
+        return F.linear_cross_entropy(
+            hidden, self.head.weight, targets, linear_bias=self.head.bias, reduction=reduction
+        )
 
     def forward_textbook(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` as the textbook writes it: one-hot rows times C, and the loss from a softmax.
@@ -72,12 +81,18 @@ class MLP(LanguageModel):
         Equal in value and gradient; here to be read and tested, not to be run.
         """
         one_hot = torch.nn.functional.one_hot(idx.long(), self.vocab_size).to(self.embedding.weight.dtype)
-        logits = self._logits(one_hot @ self.embedding.weight)  # (B, T, V) @ (V, D) → (B, T, D)
+        embedded = one_hot @ self.embedding.weight  # (B, T, V) @ (V, D) → (B, T, D)
+        hidden = torch.tanh(self.norm(self.hidden(embedded.flatten(1))))  # (B, T * D) @ (T * D, H) → (B, H)
+        logits = self.head(self.dropout(hidden))  # (B, H) @ (H, V) → (B, V)
         probabilities = logits.softmax(dim=-1)  # (B, V)
         picked = probabilities[torch.arange(len(targets), device=targets.device), targets.long()]  # (B,)
         return logits, -picked.log().mean()
 
-    def _logits(self, embedded: Tensor) -> Tensor:
-        """(B, T, D) → (B, V)."""
-        hidden = torch.tanh(self.norm(self.hidden(embedded.flatten(1))))  # (B, H)
-        return self.head(self.dropout(hidden))
+    def _hidden(self, idx: Tensor) -> Tensor:
+        """(B, T) → (B, H)."""
+        layers = (self.embedding.weight, self.hidden.weight, self.hidden.bias)
+        if isinstance(self.norm, nn.Identity):
+            hidden = F.embedding_linear(idx, *layers, activation="tanh")
+        else:
+            hidden = torch.tanh(self.norm(F.embedding_linear(idx, *layers)))
+        return self.dropout(hidden)
