@@ -11,9 +11,12 @@
 #include "linear_cross_entropy.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -31,7 +34,8 @@ namespace {
 constexpr int64_t kLogitsBytes = 64 << 20;  // of the logits that exist at once
 constexpr int64_t kFastRows = 512;          // more make a product of a CPU no faster
 constexpr int64_t kFastLogits = 1 << 20;    // ... unless they are short
-constexpr int64_t kMultiple = 16;           // the rows of a kernel's tile
+constexpr int64_t kFewLogits = 1 << 19;
+constexpr int64_t kMultiple = 16;  // the rows of a kernel's tile
 
 // The call's tensors as rows.
 class Rows {
@@ -195,10 +199,35 @@ Tensor grad_of_rows(const Rows& rows, const OptionalTensor& grad_loss, const Ten
   return (total.defined() ? one / total : one).to(dtype);
 }
 
+// Few logits, on the CPU and in their own dtype, of rows that all count: what the blocks need besides their products
+// would take longer than these. The loss is that of cross_entropy, which looks at the targets itself.
+bool are_few(const LinearCrossEntropyArguments& a) {
+  return a.input.is_cpu() && a.input.dim() == 2 && a.block_rows == 0 &&
+         a.input.scalar_type() == compute_dtype(a.input) && !a.options.is(Reduction::kNone) &&
+         a.input.size(0) * a.linear_weight.size(0) <= kFewLogits &&
+         (has_probabilities(like_logits(a), a.target) ||
+          !a.target.to(at::kLong).eq(a.options.ignore_index).any().item<bool>());
+}
+
+LossAndGradients run_at_once(const LinearCrossEntropyArguments& a, bool with_gradients, OutputMask mask) {
+  Tensor logits = a.linear_bias ? at::addmm(*a.linear_bias, a.input, a.linear_weight.t())
+                                : at::mm(a.input, a.linear_weight.t());  // [N, V]
+  if (!with_gradients) {
+    static const ForwardOp op("charlm::cross_entropy");
+    return {std::get<0>(op(a.options, logits, a.target, a.weight, a.token_weight)), Tensor(), Tensor(), Tensor()};
+  }
+  static const InplaceForwardOp op("charlm::cross_entropy_inplace_forward");
+  const Tensor loss = std::get<0>(op(a.options, logits, a.target, a.weight, a.token_weight));
+  const Tensor none = at::empty({0}, a.input.options());
+  return {loss, mask[0] ? at::mm(logits, a.linear_weight) : none, mask[1] ? at::mm(logits.t(), a.input) : none,
+          mask[2] ? at::sum(logits, 0) : none};
+}
+
 LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
                      OutputMask mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // a backward may be under it
   check_linear_cross_entropy(a);
+  if (are_few(a) && !grad_loss) return run_at_once(a, with_gradients, mask);
   static const BlockOp op("charlm::cross_entropy_block_");
   const Rows all(a);
   Tensor positions;
