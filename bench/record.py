@@ -16,11 +16,12 @@ import torch
 import charlm
 from bench.cases import FLOORS, BadRequest
 from bench.jax_runtime import cores
+from bench.layers import LAYERS
 from bench.measure import Result
 from bench.units import duration, ratio
 
 SCHEMA = 1
-RECORD = Path(__file__).with_name("record.json")
+RECORD, LAYERS_RECORD = (Path(__file__).with_name(name) for name in ("record.json", "record_layers.json"))
 REGRESSION = 1.10  # so much slower, after the floor's own change
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -40,6 +41,15 @@ HEADLINES = {
     "embedding/int64/98304x27x10/float32": "embedding, 98304 of 27 × 10",
     "embedding_backward/default/98304x27x10/float32": "its gradient",
     "embedding_backward/default/65536x256x64/float32": "its gradient, 65536 of 256 × 64",
+    "embedding_linear/default/4096x8x24x200x27/float32": "embedding_linear, N 4096, T 8, D 24, H 200, V 27",
+    "embedding_linear/default/32x3x10x200x27/float32": "N 32, T 3, D 10, H 200, V 27",
+    "embedding_linear/default/4096x8x32x256x256/float32": "N 4096, T 8, D 32, H 256, V 256",
+    "linear_cross_entropy/default/1024x512x32000/float32": "linear_cross_entropy, N 1024, D 512, V 32000",
+    "linear_cross_entropy/default/512x768x50257/float32": "N 512, D 768, V 50257",
+    "linear_cross_entropy/default/1024x512x32000/bfloat16": "N 1024, D 512, V 32000, bfloat16",
+    "linear_cross_entropy/default/512x768x50257/bfloat16": "N 512, D 768, V 50257, bfloat16",
+    "train_step/default/4096x8x24x200x27/float32": "a training step, batch 4096, T 8, D 24, H 200",
+    "train_step/default/32x3x10x200x27/float32": "batch 32, T 3, D 10, H 200",
 }
 
 
@@ -161,23 +171,31 @@ def _ratio(new: dict[str, Any], old: dict[str, Any], contender: str) -> float:
 def readme_table(record: dict[str, Any]) -> str:
     """The README's table of speed, in Markdown."""
     cases = {case["name"]: case for case in record["cases"]}
-    lines = ["| work | time | × copy | × torch eager | × best peer |", "|---|---|---|---|---|"]
+    layers = not LAYERS.keys().isdisjoint(case["op"] for case in cases.values())
+    floors, title = (("gemms",), "products") if layers else (("copy", "fresh_copy", "read_write"), "copy")
+    lines = [f"| work | time | × {title} | × torch eager | × best peer |", "|---|---|---|---|---|"]
     for name, work in HEADLINES.items():
         case = cases.get(name)
         if case is None or not case["times"]:
             continue
         figures = case["figures"]
-        copy = next((figures[floor] for floor in ("copy", "fresh_copy", "read_write") if floor in figures), None)
-        ratios = [copy, figures.get("eager"), figures.get("best_peer")]
+        of_floor = next((figures[floor] for floor in floors if floor in figures), None)
+        ratios = [of_floor, figures.get("eager"), figures.get("best_peer")]
         cells = [work, duration(case["times"]["ours"]["median"]), *("–" if r is None else ratio(r) for r in ratios)]
         lines.append(f"| {' | '.join(cells)} |")
     made = record["header"]
     peers = "torch eager, torch.compile" + (f" and JAX {made['jax']}" if made["jax"] else "")
+    explained = (
+        "× products: ours / the three bare products x Wᵀ, g W and gᵀ x (in float32 where the machine has no "
+        "instructions for bfloat16: torch's own then take minutes, and no part)"
+        if layers
+        else "× copy: ours / one copy of the logits, for an embedding of its output, for its gradient one read and one "
+        "write"
+    )
     lines += [
         "",
         f"({made['processor']}, {made['threads']} threads, {made['instruction_set']}, torch {made['torch']}; float32, "
-        "forward and gradient, unless said. × copy: ours / one copy of the logits, for an embedding of its output, for "
-        f"its gradient one read and one write. The others: how many times faster than torch, and than the best of "
-        f"{peers}.)",
+        f"forward and gradient, unless said. {explained}. The others: how many times faster than torch, and than the "
+        f"best of {peers}.)",
     ]
     return "\n".join(lines)
