@@ -99,7 +99,8 @@ Records& records() {
   const std::string shown = against.type == IndexType::kUInt64 ? std::to_string(static_cast<uint64_t>(error.value))
                                                                : std::to_string(error.value);
   const bool is_target = against.kind == IndexKind::kTarget;
-  raise_out_of_range(shown, {against.sizes, static_cast<size_t>(against.n_dims)}, error.position, against.limit,
+  const int64_t position = error.position * against.step + against.first;
+  raise_out_of_range(shown, {against.sizes, static_cast<size_t>(against.n_dims)}, position, against.limit,
                      is_target ? "target" : "index", is_target ? "classes" : "embeddings");
 }
 

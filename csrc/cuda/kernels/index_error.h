@@ -20,6 +20,8 @@ struct IndexLimit {
   IndexType type = IndexType::kInt64;
   int32_t n_dims = 0;  // of the tensor of indices as the caller gave it, or 1 if it has more than kMaxDims
   int64_t sizes[kMaxDims] = {};
+  // A kernel that is given every `step`-th index from `first` on counts positions among these.
+  int64_t step = 1, first = 0;
 };
 
 // One for each device, in pinned host memory; all zero until an index is out of range.
