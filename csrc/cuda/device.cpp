@@ -98,10 +98,11 @@ Records& records() {
   const IndexLimit& against = error.against;
   const std::string shown = against.type == IndexType::kUInt64 ? std::to_string(static_cast<uint64_t>(error.value))
                                                                : std::to_string(error.value);
-  const bool is_target = against.kind == IndexKind::kTarget;
-  const int64_t position = error.position * against.step + against.first;
-  raise_out_of_range(shown, {against.sizes, static_cast<size_t>(against.n_dims)}, position, against.limit,
-                     is_target ? "target" : "index", is_target ? "classes" : "embeddings");
+  const at::IntArrayRef sizes(against.sizes, static_cast<size_t>(against.n_dims));
+  const bool is_target = against.kind == IndexKind::kTarget, is_at_place = against.kind == IndexKind::kIndexAtPlace;
+  const int64_t position = is_at_place ? error.position * sizes.back() + against.sizes[against.n_dims] : error.position;
+  raise_out_of_range(shown, sizes, position, against.limit, is_target ? "target" : "index",
+                     is_target ? "classes" : "embeddings");
 }
 
 void raise_recorded(IndexError* record, Stream stream) {

@@ -7,18 +7,28 @@
 
 namespace charlm::cuda {
 
-// Indices of an op: all that it was given, or every `step`-th of them from `first` on.
+// Indices of an op: all that it was given, or those at one place of their last dimension.
 struct SomeIndices {
   at::Tensor given;
-  at::Tensor values;  // [N], contiguous
-  int64_t step = 1, first = 0;
+  at::Tensor values;   // [N], contiguous
+  int64_t place = -1;  // -1: all
 
   // For a kernel that reads them from `data`: `values`, or these in another order.
   Indices for_kernel(const DeviceCall& call, const at::Tensor& data, int64_t limit) const {
     Indices indices = call.indices(given, data, limit, IndexKind::kIndex);
-    indices.against.step = step;
-    indices.against.first = first;
+    if (place >= 0) name_place(indices.against);
     return indices;
+  }
+
+ private:
+  void name_place(IndexLimit& against) const {
+    against.kind = IndexKind::kIndexAtPlace;
+    if (given.dim() >= IndexLimit::kMaxDims) {
+      against.n_dims = 2;
+      against.sizes[0] = values.numel();
+      against.sizes[1] = given.size(-1);
+    }
+    against.sizes[against.n_dims] = place;
   }
 };
 

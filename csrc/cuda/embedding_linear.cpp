@@ -113,7 +113,7 @@ class Folded {
     const Tensor table = padded.narrow(1, 0, numbers).view({places, sizes_.vocabulary, sizes_.hidden});
     const Tensor columns = input_.reshape({sizes_.n_rows, places}).t().contiguous();  // [T, N]
     for (int64_t t = 0; t < places; t++) {
-      const SomeIndices index{input_, columns.select(0, t), /*step=*/places, /*first=*/t};
+      const SomeIndices index{input_, columns.select(0, t), /*place=*/t};
       sum_by_index<C>(device_, index, grad_sums, /*padding_idx=*/-1, /*scale_grad_by_freq=*/false, table.select(0, t));
     }
     return table;

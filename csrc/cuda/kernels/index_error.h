@@ -6,7 +6,9 @@
 
 namespace charlm::cuda {
 
-enum class IndexKind : int32_t { kIndex, kTarget };
+// kIndexAtPlace: of the caller's indices, a kernel is given and counts those at one place of the last dimension; which
+// one, sizes[n_dims] tells the host. (In a field of its own it would cost the kernels registers.)
+enum class IndexKind : int32_t { kIndex, kTarget, kIndexAtPlace };
 
 // The integer types that indices come in. As int64_t, a uint64 index of 2^63 or more is negative: out of any range.
 enum class IndexType : int32_t { kInt8, kInt16, kInt32, kInt64, kUInt8, kUInt16, kUInt32, kUInt64 };
@@ -20,8 +22,6 @@ struct IndexLimit {
   IndexType type = IndexType::kInt64;
   int32_t n_dims = 0;  // of the tensor of indices as the caller gave it, or 1 if it has more than kMaxDims
   int64_t sizes[kMaxDims] = {};
-  // A kernel that is given every `step`-th index from `first` on counts positions among these.
-  int64_t step = 1, first = 0;
 };
 
 // One for each device, in pinned host memory; all zero until an index is out of range.
