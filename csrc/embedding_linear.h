@@ -24,6 +24,29 @@ using EmbeddingLinearBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&
 // Folded: rows of the table C @ W[:, t]^T are gathered and summed. Gathered: rows of C are, and multiplied by W.
 enum class Plan : int64_t { kAuto = 0, kFolded = 1, kGathered = 2 };
 
+struct EmbeddingLinearSizes {
+  int64_t n_rows;         // N
+  int64_t n_places;       // T
+  int64_t vocabulary;     // V
+  int64_t embedding_dim;  // D
+  int64_t hidden;         // H
+  int64_t element_size;   // of the arithmetic: 4 or 8
+};
+
+inline int64_t n_contexts(const Tensor& input) {
+  return c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+}
+
+inline EmbeddingLinearSizes embedding_linear_sizes(const Tensor& input, const Tensor& embedding_weight,
+                                                   const Tensor& linear_weight) {
+  return {.n_rows = n_contexts(input),
+          .n_places = input.size(-1),
+          .vocabulary = embedding_weight.size(0),
+          .embedding_dim = embedding_weight.size(1),
+          .hidden = linear_weight.size(0),
+          .element_size = embedding_weight.scalar_type() == at::kDouble ? 8 : 4};
+}
+
 inline c10::SymDimVector embedding_linear_shape(const Tensor& input, const Tensor& linear_weight) {
   c10::SymDimVector shape(input.sym_sizes().begin(), input.sym_sizes().end());
   shape.back() = linear_weight.sym_size(0);
@@ -65,6 +88,15 @@ inline void check_embedding_linear(const Tensor& input, const Tensor& embedding_
   TORCH_CHECK(padding_idx >= -1, "padding_idx must be a row, or -1 for none, got ", padding_idx);
   TORCH_CHECK(activation >= 0 && activation <= 3, "activation must be 0, 1, 2 or 3, got ", activation);
   TORCH_CHECK(plan >= 0 && plan <= 2, "plan must be 0, 1 or 2, got ", plan);
+}
+
+inline void check_embedding_linear_gradient(const Tensor& grad_output, const Tensor& kept, const Tensor& input,
+                                            const Tensor& linear_weight) {
+  const at::ScalarType dtype = linear_weight.scalar_type();
+  TORCH_CHECK(grad_output.sizes() == kept.sizes() && grad_output.numel() == n_contexts(input) * linear_weight.size(0) &&
+                  grad_output.scalar_type() == dtype && kept.scalar_type() == dtype,
+              "grad_output and kept must have the shape and dtype of the output, got ", grad_output.sizes(), " and ",
+              kept.sizes());
 }
 
 }  // namespace charlm

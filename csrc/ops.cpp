@@ -4,6 +4,7 @@
 #include "cpu/embedding_linear_plan.h"
 #include "cpu/isa.h"
 #include "cross_entropy.h"
+#include "cuda/embedding_linear_plan.h"
 
 // The scalar arguments that every cross_entropy schema ends with: CrossEntropyOptions.
 #define CROSS_ENTROPY_OPTIONS                                                                       \
@@ -107,11 +108,13 @@ Tensor cross_entropy_inplace(const CrossEntropyOptions& options, Tensor input, c
   return std::get<0>(op(options, input, target, weight, token_weight));
 }
 
-// The forward's plan and the backward's, as kAuto chooses them on the CPU.
-std::pair<int64_t, int64_t> embedding_linear_plans(int64_t n_rows, int64_t n_places, int64_t vocabulary,
-                                                   int64_t embedding_dim, int64_t hidden, int64_t element_size) {
-  const EmbeddingLinearSizes sizes{n_rows, n_places, vocabulary, embedding_dim, hidden, element_size};
-  return {static_cast<int64_t>(choose_forward_plan(sizes)), static_cast<int64_t>(choose_backward_plan(sizes))};
+// The forward's plan and the backward's, as kAuto chooses them on the tensors' device.
+std::pair<int64_t, int64_t> embedding_linear_plans(const Tensor& input, const Tensor& embedding_weight,
+                                                   const Tensor& linear_weight) {
+  const EmbeddingLinearSizes sizes = embedding_linear_sizes(input, embedding_weight, linear_weight);
+  const bool is_cuda = embedding_weight.is_cuda();
+  return {static_cast<int64_t>(is_cuda ? cuda::choose_plan(sizes) : choose_forward_plan(sizes)),
+          static_cast<int64_t>(is_cuda ? cuda::choose_plan(sizes) : choose_backward_plan(sizes))};
 }
 
 constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";

@@ -36,6 +36,7 @@ TESTS = (
     "test_cuda_build.py",
     "test_devices.py",
     "test_embedding.py",
+    "test_embedding_linear.py",
     "test_linear_cross_entropy*.py",
     "test_modules.py",
     "test_torch_citizenship_*.py",

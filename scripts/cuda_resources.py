@@ -52,6 +52,7 @@ NARROW = {
     r"cross_entropy_metrics_kernel<": "for logging, not for training",
     r"embedding_copy_rows<unsigned ": "rows that do not start at multiples of 16 bytes",
     r"embedding_(sum|join)_chunks<\w+, 1>": "the same",
+    r"embedding_linear_(sum_rows|differentiate)<\w+, 1>": "the same",
     r"embedding_fill_tables<": "a thread sums a column: a warp reads 32 neighbours",
 }
 

@@ -39,6 +39,13 @@ def embedding_and_gradient(weight: Tensor, index: Tensor, **options: bool) -> Re
     return [output.detach(), *torch.autograd.grad(output, weight, output.detach())]
 
 
+def embedding_linear_and_gradients(weight: Tensor, index: Tensor, plan: str) -> Results:
+    """Of contexts of three tokens; the layer's weight is made of the embedding's numbers."""
+    layer = weight.detach()[:20].repeat(1, 3).requires_grad_()
+    output = functional.embedding_linear(index.view(-1, 3), weight, layer, activation="tanh", plan=plan)
+    return [output.detach(), *torch.autograd.grad(output, (weight, layer), output.detach())]
+
+
 # One for each path through the kernels: the call, the shape of its floating tensor, how many indices, their limit.
 CALLS: dict[str, tuple[Callable[..., Results], tuple[int, int], int, int]] = {
     "tiny_vocabulary": (loss_and_gradient, (65_537, 27), 65_537, 27),
@@ -48,6 +55,14 @@ CALLS: dict[str, tuple[Callable[..., Results], tuple[int, int], int, int]] = {
     "small_table": (embedding_and_gradient, (27, 10), 262_147, 27),
     "table_of_bytes": (embedding_and_gradient, (256, 65), 16_411, 256),
     "large_table": (embedding_and_gradient, (50_257, 64), 16_411, 50_257),
+    "folded_layer": (functools.partial(embedding_linear_and_gradients, plan="folded"), (27, 10), 49_152, 27),
+    "gathered_layer": (functools.partial(embedding_linear_and_gradients, plan="gathered"), (27, 10), 49_152, 27),
+    "folded_layer_of_many_tokens": (
+        functools.partial(embedding_linear_and_gradients, plan="folded"),
+        (4099, 10),
+        16_410,
+        4099,
+    ),
     "by_frequency": (functools.partial(embedding_and_gradient, scale_grad_by_freq=True), (4099, 64), 16_411, 4099),
 }
 every_call = pytest.mark.parametrize("name", CALLS)

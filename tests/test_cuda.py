@@ -29,6 +29,7 @@ from charlm.testing import (
     assert_matches_reference,
     sample_inputs_cross_entropy,
     sample_inputs_embedding,
+    sample_inputs_embedding_linear,
 )
 
 GIB = 2**30
@@ -36,6 +37,7 @@ GIB = 2**30
 SAMPLES = {
     "cross_entropy": (functional.cross_entropy, reference.cross_entropy, sample_inputs_cross_entropy),
     "embedding": (functional.embedding, reference.embedding, sample_inputs_embedding),
+    "embedding_linear": (functional.embedding_linear, reference.embedding_linear, sample_inputs_embedding_linear),
 }
 EVERY_SAMPLE = [(op, sample.name) for op, (*_, make) in SAMPLES.items() for sample in make(torch.float32)]
 

@@ -22,6 +22,7 @@ from charlm.testing import (
     FLOAT_DTYPES,
     sample_inputs_cross_entropy,
     sample_inputs_embedding,
+    sample_inputs_embedding_linear,
     sample_inputs_linear_cross_entropy,
 )
 
@@ -200,13 +201,14 @@ def test_every_op_with_a_cpu_kernel_has_a_cuda_kernel():
         return torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
 
     ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("charlm::") and has(name, "CPU")]
-    assert {"charlm::embedding", "charlm::cross_entropy"} <= set(ops)
+    assert {"charlm::embedding", "charlm::embedding_linear", "charlm::cross_entropy"} <= set(ops)
     assert [op for op in ops if not has(op, "CUDA")] == []
 
 
 def fake_calls():
     for function, samples in (
         (functional.embedding, sample_inputs_embedding(torch.float32)),
+        (functional.embedding_linear, sample_inputs_embedding_linear(torch.float32)),
         (functional.cross_entropy, sample_inputs_cross_entropy(torch.float32)),
         (functional.linear_cross_entropy, sample_inputs_linear_cross_entropy(torch.float32)),
     ):
@@ -244,6 +246,21 @@ def test_the_gradient_of_a_fake_cuda_embedding_has_the_tables_shape(dtype):
         with torch.no_grad():
             grad = output.grad_fn(torch.empty_like(output))
     assert (grad.shape, grad.dtype, grad.device) == (weight.shape, dtype, weight.device)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_the_gradients_of_a_fake_cuda_embedding_linear_have_the_weights_shapes(dtype, activation):
+    with FakeTensorMode():
+        shapes = ((27, 8), (33, 40), (33,))
+        weights = [torch.empty(shape, dtype=dtype, device="cuda", requires_grad=True) for shape in shapes]
+        index = torch.empty(7, 5, dtype=torch.uint8, device="cuda")
+        output = functional.embedding_linear(index, *weights, activation=activation)
+        assert output.grad_fn.name() == "EmbeddingLinearBackward"
+        with torch.no_grad():
+            grads = output.grad_fn(torch.empty_like(output))
+    assert [(g.shape, g.dtype, g.device) for g in grads] == [(w.shape, dtype, w.device) for w in weights]
 
 
 @needs_cuda_build

@@ -25,6 +25,7 @@ from tests.cuda_emulator.ops import build_ops, pytest_command, pytest_environmen
 OPS_TESTS = (
     *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cross_entropy*.py")),
     "tests/test_embedding.py",
+    "tests/test_embedding_linear.py",
     "tests/test_large_offsets.py",
     "tests/test_linear_cross_entropy.py",
     "tests/test_linear_cross_entropy_calls.py",
@@ -38,7 +39,8 @@ OPS_TESTS = (
 FIRST_BAD_TARGET = "tests/test_cross_entropy_torch_parity.py::test_the_first_of_several_bad_targets_is_named"
 OPS_TESTS_IN_ANY_ORDER = (*OPS_TESTS, "--deselect", FIRST_BAD_TARGET)
 DEVICE_TESTS = ("tests/test_cuda.py",)
-SAMPLES = ("tests/test_cross_entropy.py", "tests/test_embedding.py", "-k", "as_close_to_float64")
+SAMPLE_TESTS = tuple(f"tests/test_{op}.py" for op in ("cross_entropy", "embedding", "embedding_linear"))
+SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64")
 FLOAT_SAMPLES = (*SAMPLES[:-1], "as_close_to_float64 and float32")
 TESTS_FAILED = 1  # pytest's exit status
 
@@ -175,6 +177,16 @@ for width in (1, 10, 300):
     table, index = torch.randn(27, width), torch.tensor([3, 27, 4, -1, 5])
     rows = then_raises(ops.embedding(table, index, -1, False, False))
     assert not rows[1::2].any() and torch.equal(rows[::2], table[3:6])
+    index, weight, grad = torch.stack([index, index.flip(0)], 1), torch.randn(9, 2 * width), torch.randn(5, 9)
+    good, bad = [0, 2, 4], (index, table, weight)
+    for plan in (1, 2):
+        right, _ = ops.embedding_linear(index[good], table, weight, None, -1, 0, plan)
+        rows, _ = then_raises(ops.embedding_linear(*bad, None, -1, 0, plan))
+        assert torch.allclose(rows[good], right, atol=1e-4)
+    needs = [True, True, False]
+    right = ops.embedding_linear_backward(grad[good], index[good], table, weight, grad[good], -1, 0, 1, needs)
+    grads = then_raises(ops.embedding_linear_backward(grad, *bad, grad, -1, 0, 1, needs))
+    assert all(torch.allclose(ours, expected, atol=1e-4) for ours, expected in zip(grads[:2], right[:2], strict=True))
 """
 
 

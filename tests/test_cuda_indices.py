@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -63,6 +64,11 @@ def _table(**options: bool) -> Tensor:
     return torch.randn(27, 10, device="cuda", **options)
 
 
+def _layer_and_gradient(plan: str) -> None:
+    table, weight = _table(requires_grad=True), torch.randn(20, 30, device="cuda", requires_grad=True)
+    functional.embedding_linear(on_gpu(INDICES), table, weight, activation="tanh", plan=plan).sum().backward()
+
+
 BAD_CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "loss": (lambda: functional.cross_entropy(_logits(), on_gpu(TARGETS)), TARGET_SENTENCE),
     "loss_and_gradient": (
@@ -102,6 +108,10 @@ BAD_CALLS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: functional.embedding(on_gpu(INDICES), _table(requires_grad=True)).sum().backward(),
         INDEX_SENTENCE,
     ),
+    **{
+        f"{plan}_layer_and_gradient": (functools.partial(_layer_and_gradient, plan), INDEX_SENTENCE)
+        for plan in ("folded", "gathered")
+    },
 }
 every_bad_call = pytest.mark.parametrize("name", BAD_CALLS)
 

@@ -247,6 +247,15 @@ def test_a_token_out_of_range_is_named_with_its_position(plan: str) -> None:
         functional.embedding_linear(index, C, W, b, plan=plan)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_backward_names_a_token_out_of_range_with_its_position(plan: str) -> None:
+    index, C, W, _ = (t.detach() for t in _arguments())
+    index[3, 1] = 7
+    grad = torch.ones(5, 6, dtype=torch.float64)
+    with pytest.raises(IndexError, match=r"index 7 at position \(3, 1\) is out of range for 7 embeddings"):
+        torch.ops.charlm.embedding_linear_backward(grad, index, C, W, grad, -1, 0, 1 + PLANS.index(plan), [True] * 3)
+
+
 def test_bad_options_and_dtypes_are_refused() -> None:
     index, C, W, b = _arguments(torch.float32)
     with pytest.raises(ValueError, match="activation must be one of none, tanh, relu, gelu, got 'sigmoid'"):

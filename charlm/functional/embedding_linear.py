@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -12,7 +10,6 @@ from charlm import reference
 from charlm.reference import EmbeddingLinearOutput
 from charlm.reference.embedding_linear import ACTIVATIONS, PLANS, check_options
 
-from .embedding import embedding
 from .kernels import _C, have_kernels
 
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -60,12 +57,15 @@ def embedding_linear(
     Raises:
         IndexError: a token outside [0, V); the text names it, its position and V.
         RuntimeError: shapes, dtypes or devices that do not fit, the shapes in the text; tokens that are not integers;
-            plan "folded" for a table of 2^31 numbers or more.
+            plan "folded" on the CPU for a table of 2^31 numbers or more.
         ValueError: an unknown `activation` or `plan`.
         AssertionError: `padding_idx` outside [-V, V).
         NotImplementedError: weights that are not of a floating dtype.
 
-    Tensors on CUDA take the gathered plan, of charlm's `embedding` and torch's GEMM.
+    On CUDA "auto" is folded where there are at least 4 contexts for each token of the vocabulary and the table has at
+    most 4 MiB: a prediction, measured on no GPU. There "gathered" is charlm's `embedding` and torch's GEMM in the dtype
+    of the weights, "folded" takes a table of any size, and an index out of range is raised by `charlm.synchronize()` or
+    by the next op.
 
     Example:
         >>> C, W = torch.eye(2), torch.arange(4.0).reshape(1, 4)
@@ -105,10 +105,6 @@ def embedding_linear(
         if not -num_embeddings <= padding_idx < num_embeddings:
             raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
         row = padding_idx % num_embeddings
-    if embedding_weight.is_cuda:
-        rows = embedding(input, embedding_weight, padding_idx)
-        output = ACTIVATIONS[activation](torch.nn.functional.linear(rows.flatten(-2), linear_weight, linear_bias))
-        return EmbeddingLinearOutput(output, "gathered", "gathered") if return_plan else output
     options = (row, _ACTIVATION_NUMBERS[activation], _PLAN_NUMBERS[plan])
     if torch.compiler.is_compiling():
         output = torch.ops.charlm.embedding_linear.default(*tensors, *options)[0]
@@ -118,10 +114,5 @@ def embedding_linear(
         return output
     if plan != "auto":
         return EmbeddingLinearOutput(output, plan, plan)
-    vocabulary, dim = embedding_weight.shape
-    hidden = linear_weight.size(0)
-    element_size = 8 if embedding_weight.dtype == torch.float64 else 4
-    plans = _C.embedding_linear_plans(
-        math.prod(input.shape[:-1]), input.size(-1), vocabulary, dim, hidden, element_size
-    )
+    plans = _C.embedding_linear_plans(input, embedding_weight, linear_weight)
     return EmbeddingLinearOutput(output, PLANS[plans[0]], PLANS[plans[1]])

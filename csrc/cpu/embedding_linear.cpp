@@ -18,8 +18,6 @@
 namespace charlm {
 namespace {
 
-int64_t n_contexts(const Tensor& input) { return c10::multiply_integers(input.sizes().slice(0, input.dim() - 1)); }
-
 template <class T>
 class EmbeddingLinear {
   using C = Compute<T>;
@@ -30,13 +28,8 @@ class EmbeddingLinear {
         embedding_(embedding_weight.to(kComputeDtype).contiguous()),
         linear_(linear_weight.contiguous()),
         options_(embedding_weight.options()),
-        kernels_(cpu_kernels().of<T>().embedding_linear) {
-    sizes_ = {.n_rows = n_contexts(input),
-              .n_places = input.size(-1),
-              .vocabulary = embedding_weight.size(0),
-              .embedding_dim = embedding_weight.size(1),
-              .hidden = linear_weight.size(0),
-              .element_size = sizeof(C)};
+        kernels_(cpu_kernels().of<T>().embedding_linear),
+        sizes_(embedding_linear_sizes(input, embedding_weight, linear_weight)) {
     rows_.activation = static_cast<Activation>(activation);
     FoldedLayout& layout = rows_.layout;
     layout.n_places = sizes_.n_places;
@@ -307,7 +300,7 @@ class EmbeddingLinear {
   const Tensor index_, embedding_, linear_;  // [..., T] int64; [V, D] of C; [H, T * D] of T
   const at::TensorOptions options_;
   const EmbeddingLinearKernels<T>& kernels_;
-  EmbeddingLinearSizes sizes_;
+  const EmbeddingLinearSizes sizes_;
   EmbeddingLinearRows<T> rows_;
 };
 
@@ -333,11 +326,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_linear_backward(const Tensor& grad_
                                                              int64_t padding_idx, int64_t activation, int64_t plan,
                                                              std::array<bool, 3> output_mask) {
   check_embedding_linear(input, embedding_weight, linear_weight, {}, padding_idx, activation, plan);
-  const at::ScalarType dtype = embedding_weight.scalar_type();
-  TORCH_CHECK(grad_output.sizes() == kept.sizes() && grad_output.numel() == n_contexts(input) * linear_weight.size(0) &&
-                  grad_output.scalar_type() == dtype && kept.scalar_type() == dtype,
-              "grad_output and kept must have the shape and dtype of the output, got ", grad_output.sizes(), " and ",
-              kept.sizes());
+  check_embedding_linear_gradient(grad_output, kept, input, linear_weight);
   return with_float_type(embedding_weight.scalar_type(), "embedding_linear_backward", [&]<class T>() {
     EmbeddingLinear<T> call(input, embedding_weight, linear_weight, activation);
     return call.backward(grad_output, kept, padding_idx, static_cast<Plan>(plan), output_mask);

@@ -98,9 +98,11 @@ Records& records() {
   const IndexLimit& against = error.against;
   const std::string shown = against.type == IndexType::kUInt64 ? std::to_string(static_cast<uint64_t>(error.value))
                                                                : std::to_string(error.value);
+  const at::IntArrayRef sizes(against.sizes, static_cast<size_t>(against.n_dims));
   const bool is_target = against.kind == IndexKind::kTarget;
-  raise_out_of_range(shown, {against.sizes, static_cast<size_t>(against.n_dims)}, against.first() + error.position,
-                     against.limit, is_target ? "target" : "index", is_target ? "classes" : "embeddings");
+  const int64_t stride = against.kind == IndexKind::kIndexAtPlace ? sizes.back() : 1;
+  raise_out_of_range(shown, sizes, against.first() + error.position * stride, against.limit,
+                     is_target ? "target" : "index", is_target ? "classes" : "embeddings");
 }
 
 void raise_recorded(IndexError* record, Stream stream) {

@@ -15,6 +15,7 @@ from .ops import CSRC
 SAMPLES = {
     "cross_entropy": ("tests/test_cross_entropy.py", "-k", "as_close_to_float64 and float32"),
     "embedding": ("tests/test_embedding.py", "-k", "as_close_to_float64 and float32"),
+    "embedding_linear": ("tests/test_embedding_linear.py", "-k", "as_close_to_float64 and float32"),
 }
 OFFSETS = ("tests/test_large_offsets.py",)
 
@@ -181,5 +182,30 @@ MUTANTS = (
         "static_cast<const char*>(table.weight) + index[k] * table.row_stride",
         "static_cast<const char*>(table.weight) + static_cast<int>(index[k] * table.row_stride)",
         tests=(*OFFSETS, "-k", "weight"),
+    ),
+    Mutant(
+        "a_place_past_the_last_adds_a_row_of_its_own",
+        "embedding_linear",
+        "embedding_linear.cuh",
+        "at + k < end && bad.check(",
+        "bad.check(",
+        flavour="address",
+    ),
+    Mutant(
+        "columns_past_the_last_are_not_left_out",
+        "embedding_linear",
+        "embedding_linear.cuh",
+        "  if (column >= rows.hidden) return;\n",
+        "",
+        schedule="reverse",
+    ),
+    Mutant(
+        "the_activations_argument_is_stored_after_it",
+        "embedding_linear",
+        "embedding_linear.cuh",
+        "    if (rows.before) store_numbers(rows.before + n * rows.hidden + column, sum);\n"
+        "    activate(rows.activation, sum);\n",
+        "    activate(rows.activation, sum);\n"
+        "    if (rows.before) store_numbers(rows.before + n * rows.hidden + column, sum);\n",
     ),
 )

@@ -6,7 +6,8 @@
 
 namespace charlm::cuda {
 
-enum class IndexKind : int32_t { kIndex, kTarget };
+// kIndexAtPlace: of the caller's indices, a kernel is given and counts those at one place of the last dimension.
+enum class IndexKind : int32_t { kIndex, kTarget, kIndexAtPlace };
 
 // The integer types that indices come in. As int64_t, a uint64 index of 2^63 or more is negative: out of any range.
 enum class IndexType : int32_t { kInt8, kInt16, kInt32, kInt64, kUInt8, kUInt16, kUInt32, kUInt64 };
