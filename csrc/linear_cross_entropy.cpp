@@ -209,15 +209,18 @@ bool are_few(const LinearCrossEntropyArguments& a) {
           !a.target.to(at::kLong).eq(a.options.ignore_index).any().item<bool>());
 }
 
-LossAndGradients run_at_once(const LinearCrossEntropyArguments& a, bool with_gradients, OutputMask mask) {
+LossAndGradients run_at_once(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
+                             OutputMask mask) {
   Tensor logits = a.linear_bias ? at::addmm(*a.linear_bias, a.input, a.linear_weight.t())
                                 : at::mm(a.input, a.linear_weight.t());  // [N, V]
-  if (!with_gradients) {
-    static const ForwardOp op("charlm::cross_entropy");
-    return {std::get<0>(op(a.options, logits, a.target, a.weight, a.token_weight)), Tensor(), Tensor(), Tensor()};
-  }
-  static const InplaceForwardOp op("charlm::cross_entropy_inplace_forward");
-  const Tensor loss = std::get<0>(op(a.options, logits, a.target, a.weight, a.token_weight));
+  static const ForwardOp forward("charlm::cross_entropy");
+  static const InplaceForwardOp forward_backward("charlm::cross_entropy_inplace_forward");
+  static const InplaceBackwardOp backward("charlm::cross_entropy_backward_");
+  const bool ahead = with_gradients && !grad_loss;
+  const auto [loss, normalizer] = ahead ? forward_backward(a.options, logits, a.target, a.weight, a.token_weight)
+                                        : forward(a.options, logits, a.target, a.weight, a.token_weight);
+  if (!with_gradients) return {loss, Tensor(), Tensor(), Tensor()};
+  if (!ahead) backward(a.options, logits, *grad_loss, a.target, a.weight, a.token_weight, normalizer);
   const Tensor none = at::empty({0}, a.input.options());
   return {loss, mask[0] ? at::mm(logits, a.linear_weight) : none, mask[1] ? at::mm(logits.t(), a.input) : none,
           mask[2] ? at::sum(logits, 0) : none};
@@ -227,7 +230,7 @@ LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, 
                      OutputMask mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // a backward may be under it
   check_linear_cross_entropy(a);
-  if (are_few(a) && !grad_loss) return run_at_once(a, with_gradients, mask);
+  if (are_few(a)) return run_at_once(a, with_gradients, grad_loss, mask);
   static const BlockOp op("charlm::cross_entropy_block_");
   const Rows all(a);
   Tensor positions;

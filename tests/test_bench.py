@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bench_support
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from bench import cases, check, clock, contenders, fold, grid, inputs, jax_runtime, memory, record, scaling
-from bench.__main__ import app
+from bench import cases, check, clock, contenders, grid, inputs, jax_runtime, memory, record, scaling
 from bench.cases import Case, at_least, at_most
 from bench.clock import Budget, Busy, Clock
 from bench.measure import Result, WrongResult, measure
@@ -22,23 +21,11 @@ from charlm import functional
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FOLD_RECORD = ROOT / "docs" / "skip_the_matmul.json"
+quiet = bench_support.quiet  # a fixture
 SMALL = Case("cross_entropy", "default", (33, 27))
-TINY_BUDGET = Budget(0.0, 2)
 
 
-def run(*arguments: str | Path):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which nothing else seems to run: tests share theirs."""
-    monkeypatch.setattr(clock.EmptyRegion, "__call__", lambda self: None)
-    monkeypatch.setattr(clock, "DISTURBED", 10.0)
-
-
-def measured(case: Case, budget: Budget = TINY_BUDGET) -> Result:
+def measured(case: Case, budget: Budget = bench_support.TINY_BUDGET) -> Result:
     return measure(case, Clock(region=lambda: None), budget, without=("compile", "jax"))
 
 
@@ -60,7 +47,7 @@ def measured(case: Case, budget: Budget = TINY_BUDGET) -> Result:
     ],
 )
 def test_what_cannot_be_run_is_one_line_on_stderr_and_exit_code_1(quiet: None, arguments: list[str], said: str) -> None:
-    result = run(*arguments)
+    result = bench_support.run(*arguments)
     assert result.exit_code == 1, (result.output, result.exception)
     assert result.stderr.startswith("bench: ")
     assert said in result.stderr
@@ -71,10 +58,10 @@ def test_files_that_cannot_be_written_are_refused_before_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("bench.__main__.Clock", None)
-    result = run("--json", tmp_path / "none" / "a.json")
+    result = bench_support.run("--json", tmp_path / "none" / "a.json")
     assert (result.exit_code, result.stderr) == (1, f"bench: there is no folder {tmp_path / 'none'}\n")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    result = run("--plot", tmp_path / "a.png")
+    result = bench_support.run("--plot", tmp_path / "a.png")
     assert (result.exit_code, result.stderr) == (1, "bench: --plot needs matplotlib: pip install matplotlib\n")
 
 
@@ -85,7 +72,7 @@ def test_half_sums_that_overflow_in_torch_alone_are_right() -> None:
 
 def test_the_rest_goes_on_after_a_shape_that_does_not_fit(quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "available_memory", lambda: 10**6)
-    result = run("softmax", "cross_entropy", "--quick", "--shape", "4096x4096", "--shape", "33x27")
+    result = bench_support.run("softmax", "cross_entropy", "--quick", "--shape", "4096x4096", "--shape", "33x27")
     assert result.exit_code == 1
     assert [line.split(":")[1] for line in result.stderr.splitlines()] == [
         " unknown op 'softmax'",
@@ -96,7 +83,7 @@ def test_the_rest_goes_on_after_a_shape_that_does_not_fit(quiet: None, monkeypat
 
 def test_memory_that_torch_cannot_allocate_is_one_line(quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "available_memory", lambda: None)
-    result = run("cross_entropy", "--quick", "--shape", "1000000000x1000000")
+    result = bench_support.run("cross_entropy", "--quick", "--shape", "1000000000x1000000")
     assert result.exit_code == 1
     assert result.stderr == "bench: cross_entropy/default/1000000000x1000000/float32: too little memory\n"
 
@@ -107,7 +94,7 @@ def test_a_wrong_kernel_is_caught_and_not_timed(quiet: None, monkeypatch: pytest
     result = measured(SMALL)
     assert result.error.startswith("loss: RMS error")
     assert not result.times
-    printed = run("cross_entropy", "--quick", "--shape", "33x27")
+    printed = bench_support.run("cross_entropy", "--quick", "--shape", "33x27")
     assert printed.exit_code == 1
     assert "WRONG: loss: RMS error" in printed.stderr
     assert "WRONG" in printed.stdout
@@ -150,10 +137,10 @@ def test_an_exception_of_ours_is_a_wrong_result(monkeypatch: pytest.MonkeyPatch)
 def test_a_peer_that_is_not_installed_is_a_dash(quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax_runtime, "cores", torch.get_num_threads)
     monkeypatch.setitem(sys.modules, "jax", None)
-    result = run("cross_entropy", "--quick", "--shape", "33x27")
+    result = bench_support.run("cross_entropy", "--quick", "--shape", "33x27")
     assert result.exit_code == 0, result.stderr
     assert "– jax: jax is not installed (1 cases)" in result.stdout
-    assert measure(SMALL, Clock(lambda: None), TINY_BUDGET, ("compile",)).times["jax"] is None
+    assert measure(SMALL, Clock(lambda: None), bench_support.TINY_BUDGET, ("compile",)).times["jax"] is None
 
 
 def test_a_peer_that_fails_on_a_case_is_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +235,7 @@ def test_the_grid_lists_what_is_slower_than_torch_after_measuring_twice(
     monkeypatch.setattr(grid, "shapes", lambda: shapes)
     ratios = iter([0.5, 0.8, 0.9, 1.1])
     monkeypatch.setattr(grid, "paired_ratio", lambda a, b: next(ratios))
-    result = run("grid", "--json", tmp_path / "grid.json")
+    result = bench_support.run("grid", "--json", tmp_path / "grid.json")
     assert result.exit_code == 1
     assert result.stderr == f"bench: {SMALL.name}: slower than torch, 0.80×\n"
     points = record.read(tmp_path / "grid.json")["grid"]
@@ -320,7 +307,7 @@ def test_a_busy_machine_is_one_line_and_exit_code_2(monkeypatch: pytest.MonkeyPa
     with pytest.raises(Busy, match=r"an empty parallel region takes 8\.0 ms"):
         machine.clock()
     monkeypatch.setattr("bench.__main__.Clock", machine.clock)
-    result = run("cross_entropy", "--quick", "--json", tmp_path / "a.json")
+    result = bench_support.run("cross_entropy", "--quick", "--json", tmp_path / "a.json")
     assert result.exit_code == 2
     assert result.stderr.startswith("bench: the machine is busy")
     assert result.stderr.count("\n") == 1
@@ -332,7 +319,7 @@ def test_ctrl_c_is_one_line(quiet: None, monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bench.__main__.measure", interrupted)
-    result = run("cross_entropy", "--quick")
+    result = bench_support.run("cross_entropy", "--quick")
     assert (result.exit_code, result.stderr) == (130, "bench: interrupted\n")
 
 
@@ -354,7 +341,7 @@ def quick_record(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(clock.EmptyRegion, "__call__", lambda self: None)
         patch.setattr(clock, "DISTURBED", 10.0)
         shapes = ["--shape", "4096x27", "--shape", "33x27x10"]
-        result = run("cross_entropy", "embedding", "--quick", *shapes, "--json", path)
+        result = bench_support.run("cross_entropy", "embedding", "--quick", *shapes, "--json", path)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "default 4096×27" in result.stdout
     assert "int64 33×27×10" in result.stdout
@@ -391,7 +378,7 @@ def changed(path: Path, to: Path, ours: float, floor: float) -> Path:
 
 
 def test_compare_flags_a_regression(quick_record: Path, tmp_path: Path) -> None:
-    result = run("compare", quick_record, changed(quick_record, tmp_path / "slower.json", 1.2, 1.0))
+    result = bench_support.run("compare", quick_record, changed(quick_record, tmp_path / "slower.json", 1.2, 1.0))
     assert result.exit_code == 1
     assert "regression" in next(line for line in result.stdout.splitlines() if "4096x27" in line)
     assert "1 regressions in 2 cases" in result.stdout
@@ -401,7 +388,7 @@ def test_compare_flags_a_regression(quick_record: Path, tmp_path: Path) -> None:
 def test_compare_takes_out_what_changed_for_the_floor_too(
     quick_record: Path, tmp_path: Path, ours: float, floor: float
 ) -> None:
-    result = run("compare", quick_record, changed(quick_record, tmp_path / "other.json", ours, floor))
+    result = bench_support.run("compare", quick_record, changed(quick_record, tmp_path / "other.json", ours, floor))
     assert result.exit_code == 0, result.output
 
 
@@ -411,7 +398,7 @@ def test_compare_and_table_say_what_is_wrong_with_a_file(quick_record: Path, tmp
     old.write_text('{"schema": 0}', encoding="utf-8")
     for path, said in ((tmp_path / "none.json", "cannot read"), (broken, "is not JSON"), (old, "another version")):
         for arguments in (["compare", quick_record, path], ["table", path]):
-            result = run(*arguments)
+            result = bench_support.run(*arguments)
             assert result.exit_code == 1
             assert said in result.stderr
             assert result.stderr.count("\n") == 1
@@ -419,7 +406,7 @@ def test_compare_and_table_say_what_is_wrong_with_a_file(quick_record: Path, tmp
 
 @pytest.mark.parametrize("file", [record.RECORD, record.LAYERS_RECORD], ids=lambda path: path.stem)
 def test_the_readmes_tables_of_speed_are_the_recorded_ones(file: Path) -> None:
-    result = run("table", file)
+    result = bench_support.run("table", file)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() in README
 
@@ -434,73 +421,3 @@ def test_the_records_hold_every_case_and_every_peer() -> None:
             assert {reason.split(" without")[0] for reason in case["absent"].values()} <= {"products of bfloat16"}
         else:
             assert all(case["times"].get(peer) for peer in ("eager", "compile", "jax")), (case["name"], case["absent"])
-
-
-# ----------------------------------------------------------------------------------------- folded or gathered: `fold`
-
-
-def test_fold_measures_and_records(quiet: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fold, "QUICK_ROWS", (1, 64))
-    monkeypatch.setattr(fold, "QUICK", TINY_BUDGET)
-    path = tmp_path / "fold.json"
-    result = run("fold", "--quick", "--json", path)
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert result.stdout == run("table", path).stdout
-    for panel, vocabulary in zip(record.read(path)["fold"], fold.VOCABULARIES, strict=True):
-        assert (panel["vocabulary"], panel["rows"]) == (vocabulary, [1, 64])
-        assert panel["seconds"].keys() == {"folded", "gathered", "auto", "torch"}
-        assert all(seconds > 0 for line in panel["seconds"].values() for seconds in line)
-
-
-def test_fold_draws_what_was_recorded(quiet: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(fold, "measure", lambda quick: record.read(FOLD_RECORD)["fold"])
-    result = run("fold", "--plot", tmp_path / "fold.png")
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert (tmp_path / "fold.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_fold_times_nothing_that_is_wrong(quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = functional.embedding_linear
-    monkeypatch.setattr(functional, "embedding_linear", lambda *args, **options: right(*args, **options) * 1.0001)
-    result = run("fold", "--quick")
-    assert result.exit_code == 1
-    assert result.stderr.startswith('bench: plan "folded", N = 1, V = 27: WRONG: output: relative error 1.0e-04')
-
-
-@pytest.mark.parametrize(
-    ("folded", "gathered", "expected"),
-    [
-        ([2.0, 2.0, 2.0], [1.0, 4.0, 16.0], 2.0),  # half-way between 1 and 4 in the logarithm
-        ([2.0, 8.0, 2.0], [4.0, 4.0, 4.0], 8.0),  # faster at 1 too, but not from there on
-        ([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], 1.0),
-        ([2.0, 2.0, 2.0], [1.0, 1.0, 1.0], None),
-    ],
-)
-def test_the_break_even_is_interpolated(folded: list[float], gathered: list[float], expected: float | None) -> None:
-    assert fold.break_even((1, 4, 16), folded, gathered) == pytest.approx(expected)
-
-
-def test_the_first_number_of_contexts_that_auto_folds_is_found() -> None:
-    for vocabulary in fold.VOCABULARIES:
-        for name, which in (("forward", "plan"), ("backward", "backward_plan")):
-            n = fold.auto_folds_from(vocabulary, 16384)[name]
-            for rows, expected in ((n - 1, "gathered"), (n, "folded")):
-                tokens, (*parameters, _) = fold._inputs(rows, vocabulary)
-                output = functional.embedding_linear(tokens, *parameters, activation="tanh", return_plan=True)
-                assert getattr(output, which) == expected
-
-
-def test_the_documents_table_is_the_recorded_one() -> None:
-    result = run("table", FOLD_RECORD)
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout.strip() in FOLD_RECORD.with_suffix(".md").read_text(encoding="utf-8")
-
-
-def test_the_record_of_fold_holds_every_point_and_follows_from_its_times() -> None:
-    for panel, vocabulary in zip(record.read(FOLD_RECORD)["fold"], fold.VOCABULARIES, strict=True):
-        seconds = panel["seconds"]
-        assert (panel["vocabulary"], tuple(panel["rows"])) == (vocabulary, fold.ROWS)
-        assert all(len(seconds[name]) == len(fold.ROWS) for name in (*fold.PLANS, "torch"))
-        break_even = fold.break_even(fold.ROWS, seconds["folded"], seconds["gathered"])
-        assert panel["break_even"] == pytest.approx(break_even)

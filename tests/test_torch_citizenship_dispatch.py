@@ -20,6 +20,7 @@ from charlm.testing import (
     evaluate,
     sample_inputs_cross_entropy,
     sample_inputs_embedding,
+    sample_inputs_embedding_linear,
     sample_inputs_linear_cross_entropy,
     strided_copy,
 )
@@ -200,6 +201,9 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         linear = {sample.name: sample for sample in sample_inputs_linear_cross_entropy(torch.float32)}
         for name in ("names", "no_batch_dimension", "all_extras", "returns_none", "probabilities_all_extras"):
             evaluate(functional.linear_cross_entropy, linear[name])
+        layers = {sample.name: sample for sample in sample_inputs_embedding_linear(torch.float32)}
+        for name in ("names_folded", "names_gelu_gathered", "padding_idx_folded", "no_bias_gathered"):
+            evaluate(functional.embedding_linear, layers[name])
     return found
 
 
@@ -214,6 +218,10 @@ def test_opcheck_passes(name: str) -> None:
     copies = [strided_copy(a) if isinstance(a, torch.Tensor) else a for a in args]
     if public:
         copies[0].requires_grad_()
+    if func is ops.embedding_linear.default:
+        public = True
+        for parameter in copies[1:3]:
+            parameter.requires_grad_()
     # The ops that only backward calls, or that write, have no derivative of their own to register.
     tests = ["test_schema", "test_faketensor"] + [
         "test_autograd_registration",
@@ -231,9 +239,9 @@ def test_opcheck_saw_every_registered_op() -> None:
     assert {str(func) for func, _, _ in RECORDED_CALLS.values()} == registered
 
 
-@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy", "embedding_linear"])
 @pytest.mark.parametrize("key", ["CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched"])
-def test_cross_entropies_are_registered_to_the_dispatch_key(key: str, op: str) -> None:
+def test_ops_with_products_and_losses_are_registered_to_the_dispatch_key(key: str, op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"charlm::{op}", key)
 
 
