@@ -1,6 +1,6 @@
 // What the folded and the gathered first layer cost, in nanoseconds on two threads of the machine of bench/NOTES.md,
-// fitted to its grid of 136 sizes (`python -m bench.plans` measures whether the choice holds elsewhere). The choice
-// depends on ratios of these times only, which vary far less between machines than the times do.
+// fitted to a grid of 136 sizes. The choice depends on ratios of these times only, which vary far less between machines
+// than the times do; `python -m bench fold` shows it beside the measured break-even.
 #include "embedding_linear_plan.h"
 
 #include <unistd.h>
