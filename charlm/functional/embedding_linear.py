@@ -74,30 +74,12 @@ def embedding_linear(
                 [2.]])
     """
     tensors = (input, embedding_weight, linear_weight, linear_bias)
-    if has_torch_function_variadic(*tensors):
-        return handle_torch_function(
-            embedding_linear,
-            tensors,
-            input,
-            embedding_weight,
-            linear_weight,
-            linear_bias,
-            padding_idx=padding_idx,
-            activation=activation,
-            plan=plan,
-            return_plan=return_plan,
-        )
-    if not have_kernels(*tensors):
-        return reference.embedding_linear(
-            input,
-            embedding_weight,
-            linear_weight,
-            linear_bias,
-            padding_idx=padding_idx,
-            activation=activation,
-            plan=plan,
-            return_plan=return_plan,
-        )
+    overridden = has_torch_function_variadic(*tensors)
+    if overridden or not have_kernels(*tensors):
+        keywords = {"padding_idx": padding_idx, "activation": activation, "plan": plan, "return_plan": return_plan}
+        if overridden:
+            return handle_torch_function(embedding_linear, tensors, *tensors, **keywords)
+        return reference.embedding_linear(*tensors, **keywords)
     check_options(activation, plan)
     row = -1
     if padding_idx is not None:

@@ -9,7 +9,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/result_type.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -85,19 +84,7 @@ struct CrossEntropyBackward final : Node {
                                const OptionalTensor& t) {
     raise_recorded_index_error(y);
     const Tensor loss = cross_entropy_formula(options, x, y, w, t);
-    const variable_list all = {x, y, tensor_or_undefined(w)};
-    variable_list inputs;
-    for (size_t i = 0; i < all.size(); i++) {
-      if (task_should_compute_output(i)) inputs.push_back(all[i]);
-    }
-    const auto grads = torch::autograd::grad({loss}, inputs, {grad_loss}, /*retain_graph=*/true,
-                                             /*create_graph=*/true, /*allow_unused=*/true);
-    variable_list result(all.size());
-    size_t next = 0;
-    for (size_t i = 0; i < all.size(); i++) {
-      if (task_should_compute_output(i)) result[i] = grads[next++];
-    }
-    return result;
+    return differentiable_gradients(*this, loss, grad_loss, {x, y, tensor_or_undefined(w)});
   }
 
   void release_variables() override {

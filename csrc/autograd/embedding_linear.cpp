@@ -9,7 +9,6 @@
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/relu.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -48,7 +47,7 @@ struct EmbeddingLinearNode final : Node {
     const std::array<bool, 3> needs = {task_should_compute_output(0), task_should_compute_output(1),
                                        task_should_compute_output(2)};
     const Tensor x = input.unpack(), embedding = embedding_weight.unpack(), linear = linear_weight.unpack();
-    if (at::GradMode::is_enabled()) return differentiable(grad_output, x, embedding, linear, needs);
+    if (at::GradMode::is_enabled()) return differentiable(grad_output, x, embedding, linear);
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("charlm::embedding_linear_backward", "")
                                .typed<EmbeddingLinearBackward>();
@@ -59,22 +58,11 @@ struct EmbeddingLinearNode final : Node {
 
   // The backward is itself differentiated.
   variable_list differentiable(const Tensor& grad_output, const Tensor& x, const Tensor& embedding,
-                               const Tensor& linear, std::array<bool, 3> needs) {
+                               const Tensor& linear) {
     raise_recorded_index_error(x);
     const OptionalTensor bias = optional_if_defined(linear_bias.unpack());
     const Tensor output = embedding_linear_formula(x, embedding, linear, bias, padding_idx, activation);
-    const variable_list all = {embedding, linear, tensor_or_undefined(bias)};
-    variable_list inputs, result(3);
-    for (size_t i = 0; i < 3; i++) {
-      if (needs[i]) inputs.push_back(all[i]);
-    }
-    const auto made = torch::autograd::grad({output}, inputs, {grad_output}, /*retain_graph=*/true,
-                                            /*create_graph=*/true, /*allow_unused=*/true);
-    size_t next = 0;
-    for (size_t i = 0; i < 3; i++) {
-      if (needs[i]) result[i] = made[next++];
-    }
-    return result;
+    return differentiable_gradients(*this, output, grad_output, {embedding, linear, tensor_or_undefined(bias)});
   }
 
   void release_variables() override {

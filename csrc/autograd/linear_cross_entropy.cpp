@@ -7,7 +7,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/linear.h>
-#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -94,19 +93,8 @@ struct LinearCrossEntropyBackward final : Node {
   variable_list differentiable(const Tensor& grad_loss, const LinearCrossEntropyArguments& a) {
     raise_recorded_index_error(a.target);
     const Tensor loss = by_formula(a);
-    const variable_list all = {a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)};
-    variable_list inputs;
-    for (size_t i = 0; i < all.size(); i++) {
-      if (task_should_compute_output(i)) inputs.push_back(all[i]);
-    }
-    const auto grads = torch::autograd::grad({loss}, inputs, {grad_loss}, /*retain_graph=*/true,
-                                             /*create_graph=*/true, /*allow_unused=*/true);
-    variable_list result(all.size());
-    size_t next = 0;
-    for (size_t i = 0; i < all.size(); i++) {
-      if (task_should_compute_output(i)) result[i] = grads[next++];
-    }
-    return result;
+    return differentiable_gradients(*this, loss, grad_loss,
+                                    {a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)});
   }
 
   void release_variables() override {
