@@ -11,10 +11,8 @@
 #include "linear_cross_entropy.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
@@ -26,6 +24,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "cpu/gemm.h"
 #include "linear_products.h"
 
 namespace charlm {
@@ -209,10 +208,15 @@ bool are_few(const LinearCrossEntropyArguments& a) {
           !a.target.to(at::kLong).eq(a.options.ignore_index).any().item<bool>());
 }
 
+Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& start = {}) {
+  const Tensor result = new_memory({a.size(0), b.size(1)}, a.options());
+  multiply(result, a, b, start);
+  return result;
+}
+
 LossAndGradients run_at_once(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
                              OutputMask mask) {
-  Tensor logits = a.linear_bias ? at::addmm(*a.linear_bias, a.input, a.linear_weight.t())
-                                : at::mm(a.input, a.linear_weight.t());  // [N, V]
+  Tensor logits = product(a.input, a.linear_weight.t(), a.linear_bias);  // [N, V]
   static const ForwardOp forward("charlm::cross_entropy");
   static const InplaceForwardOp forward_backward("charlm::cross_entropy_inplace_forward");
   static const InplaceBackwardOp backward("charlm::cross_entropy_backward_");
@@ -222,7 +226,7 @@ LossAndGradients run_at_once(const LinearCrossEntropyArguments& a, bool with_gra
   if (!with_gradients) return {loss, Tensor(), Tensor(), Tensor()};
   if (!ahead) backward(a.options, logits, *grad_loss, a.target, a.weight, a.token_weight, normalizer);
   const Tensor none = at::empty({0}, a.input.options());
-  return {loss, mask[0] ? at::mm(logits, a.linear_weight) : none, mask[1] ? at::mm(logits.t(), a.input) : none,
+  return {loss, mask[0] ? product(logits, a.linear_weight) : none, mask[1] ? product(logits.t(), a.input) : none,
           mask[2] ? at::sum(logits, 0) : none};
 }
 

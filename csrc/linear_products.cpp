@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 
 #include "cpu/adapter.h"
+#include "cpu/gemm.h"
 
 namespace charlm {
 namespace {
@@ -27,11 +28,7 @@ void for_each_part(const Tensor& weight, F f) {
 }
 
 void product_of_rows(Tensor out, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  if (bias) {
-    at::addmm_out(out, *bias, x, weight.t());
-  } else {
-    at::mm_out(out, x, weight.t());
-  }
+  multiply(out, x, weight.t(), bias);
 }
 
 // In the dtype of the input.
@@ -44,7 +41,7 @@ class OwnProducts final : public LinearProducts {
 
   void logits(const Tensor& x, Tensor out) override { product_of_rows(std::move(out), x, weight_, bias_); }
 
-  void input_gradient(const Tensor& g, Tensor out) override { at::mm_out(out, g, weight_); }
+  void input_gradient(const Tensor& g, Tensor out) override { multiply(out, g, weight_); }
 
   void add_weight_gradient(const Tensor& g, const Tensor& x) override {
     const at::ScalarType sum_dtype = compute_dtype(weight_);
@@ -133,10 +130,10 @@ Tensor LinearProducts::new_weight_sum(at::ScalarType dtype) const {
 
 void LinearProducts::add_product(const Tensor& g, const Tensor& x) {
   if (weight_sum_.defined()) {
-    at::addmm_out(weight_sum_, weight_sum_, g.t(), x);
+    charlm::add_product(weight_sum_, g.t(), x);
   } else {
     weight_sum_ = new_weight_sum(x.scalar_type());
-    at::mm_out(weight_sum_, g.t(), x);
+    multiply(weight_sum_, g.t(), x);
   }
 }
 

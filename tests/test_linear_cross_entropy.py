@@ -71,6 +71,27 @@ def test_a_weight_of_several_parts_gives_the_same_gradients(gemm: int) -> None:
     assert_matches_reference(op_with(16, gemm), reference.linear_cross_entropy, sample)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("n_rows", "n_features", "n_classes"),
+    [
+        (3000, 40, 27),  # long sums, in parts
+        (1300, 300, 5),  # blocks of columns, too
+        (100, 500, 31),  # blocks of rows, and sums that are added to others
+        (31, 33, 400),
+        (15, 70, 9),  # W^T stays as it is
+        (97, 1, 1),
+    ],
+)
+def test_products_with_a_short_side(n_rows: int, n_features: int, n_classes: int, dtype: torch.dtype, isa: str) -> None:
+    x, weight, target = (t.detach() for t in arguments(n_rows, n_features, n_classes, dtype))
+    bias = torch.randn(n_classes, dtype=dtype)
+    given = {"input": x, "linear_weight": weight / n_features**0.5, "target": target, "linear_bias": bias}
+    sample = SampleInput("short", given, ("input", "linear_weight", "linear_bias"), float64_ulps=64)
+    assert_matches_reference(functional.linear_cross_entropy, reference.linear_cross_entropy, sample)
+    assert_matches_reference(op_with(block_rows=40), reference.linear_cross_entropy, sample)
+
+
 @needs_torchs
 @pytest.mark.parametrize("sample", list(sample_inputs_linear_cross_entropy(torch.float32)), ids=lambda s: s.name)
 def test_a_call_without_extras_is_torchs(sample: SampleInput) -> None:
@@ -150,7 +171,7 @@ def test_a_second_backward_gives_the_gradients_of_the_first(dtype: torch.dtype, 
 
 
 def test_forward_and_backward_of_a_mean_are_three_products() -> None:
-    x, weight, target = arguments()
+    x, weight, target = arguments(40, 41, 42)  # shorter ones are not torch's
     names = ops_of(lambda: functional.linear_cross_entropy(x, weight, target).backward())
     assert names.count("aten::mm") + names.count("aten::addmm") == 3
     assert "charlm::linear_cross_entropy_gradients" in names

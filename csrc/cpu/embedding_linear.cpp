@@ -3,9 +3,7 @@
 // Both compute in float for the half types and round each result once.
 #include "../embedding_linear.h"
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
@@ -13,6 +11,7 @@
 
 #include "adapter.h"
 #include "embedding_linear_plan.h"
+#include "gemm.h"
 #include "indices.h"
 
 namespace charlm {
@@ -77,6 +76,12 @@ class EmbeddingLinear {
   Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, options_.dtype(kComputeDtype)); }
   Tensor new_gradient(at::IntArrayRef shape) const { return new_output(shape, options_); }
 
+  Tensor product(const Tensor& a, const Tensor& b) const {
+    Tensor result = empty({a.size(0), b.size(1)});
+    multiply(result, a, b);
+    return result;
+  }
+
   // Rows that are worth a thread.
   int64_t grain(int64_t numbers_per_row) const {
     return std::max<int64_t>(1, kThreadNumbers / std::max<int64_t>(1, numbers_per_row));
@@ -114,7 +119,7 @@ class EmbeddingLinear {
 
   void folded_forward(const OptionalTensor& bias) {
     const FoldedLayout& layout = rows_.layout;
-    const Tensor table = embedding_.mm(packed().t()), offset = offsets();  // [V, n_slabs * T * slab]
+    const Tensor table = product(embedding_, packed().t()), offset = offsets();  // [V, n_slabs * T * slab]
     std::vector<C> padded_bias(layout.n_slabs * layout.slab);
     if (bias) {
       const Tensor wide = bias->to(kComputeDtype).contiguous();
@@ -163,9 +168,9 @@ class EmbeddingLinear {
     const Tensor grad_table = sum_of_tables(tables);  // [V, n_slabs * T * slab]
 
     Tensor grad_embedding, grad_linear, grad_bias;
-    if (needs[0]) grad_embedding = grad_table.mm(packed());
+    if (needs[0]) grad_embedding = product(grad_table, packed());
     if (needs[1]) {
-      const Tensor grad_packed = grad_table.t().mm(embedding_);
+      const Tensor grad_packed = product(grad_table.t(), embedding_);
       grad_linear = new_gradient(linear_.sizes());
       at::parallel_for(0, layout.hidden, grain(linear_.size(1)), [&](int64_t begin, int64_t end) {
         kernels_.unpack(layout, const_data<C>(grad_packed), mutable_data<T>(grad_linear), begin, end);
@@ -211,38 +216,11 @@ class EmbeddingLinear {
     return rows;
   }
 
-  // Whether the products are left to our own loops: a call of torch's GEMM takes longer.
-  bool is_small() const { return linear_.numel() <= kSmallWeight && sizes_.n_rows * linear_.numel() <= kSmallProduct; }
-
-  // out[M, N] = a b, and start in each row; a is [M, K], b [K, N] with contiguous rows.
-  void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const Tensor& start = {}) const {
-    if (!is_small()) {
-      Tensor result = out;
-      start.defined() ? at::addmm_out(result, start, a, b) : at::mm_out(result, a, b);
-      return;
-    }
-    kernels_.small_gemm({const_data<C>(a), a.stride(0), a.stride(1), const_data<C>(b), b.stride(0),
-                         start.defined() ? const_data<C>(start) : nullptr, mutable_data<C>(out), out.size(0),
-                         out.size(1), a.size(1)});
-  }
-
-  // Of a small matrix: torch's copy takes longer.
-  static Tensor transposed(const Tensor& matrix) {
-    const int64_t n = matrix.size(0), m = matrix.size(1);
-    const Tensor result = at::empty({m, n}, matrix.options());
-    const C* const from = const_data<C>(matrix);
-    C* const to = mutable_data<C>(result);
-    for (int64_t j = 0; j < m; j++) {
-      for (int64_t i = 0; i < n; i++) to[j * n + i] = from[i * m + j];
-    }
-    return result;
-  }
-
   void gathered_forward(const OptionalTensor& bias, const Tensor& output, const Tensor& before) {
-    const Tensor weight = is_small() ? transposed(linear_.to(kComputeDtype)) : linear_.to(kComputeDtype).t();
     const bool in_place = std::is_same_v<T, C> && !rows_.before;
     const Tensor sums = in_place ? output.view({sizes_.n_rows, sizes_.hidden}) : empty({sizes_.n_rows, sizes_.hidden});
-    multiply(sums, gathered(), weight, bias ? bias->to(kComputeDtype).contiguous() : Tensor());
+    multiply(sums, gathered(), linear_.to(kComputeDtype).t(),
+             bias ? OptionalTensor(bias->to(kComputeDtype)) : std::nullopt);
     if (rows_.before) before.view(sums.sizes()).copy_(sums);
     if (in_place && rows_.activation == Activation::kNone) return;
     at::parallel_for(0, sums.numel(), grain(kActivationCost), [&](int64_t begin, int64_t end) {
@@ -279,7 +257,7 @@ class EmbeddingLinear {
     const int64_t n = index_.numel(), dim = sizes_.embedding_dim;
     const Tensor grad_rows = empty({sizes_.n_rows, sizes_.n_places * dim});
     multiply(grad_rows, grad, linear_.to(kComputeDtype));
-    if (is_small()) {
+    if (n * dim <= kFewGradients) {  // a call of embedding's op takes longer
       const Tensor sum = empty({sizes_.vocabulary, dim});
       std::fill_n(mutable_data<C>(sum), sum.numel(), C(0));
       cpu_kernels().of<C>().embedding.accumulate(mutable_data<C>(sum), dim, const_data<int64_t>(index_),
@@ -292,7 +270,7 @@ class EmbeddingLinear {
     return op.call(grad_rows.view({n, dim}), index_.view({n}), sizes_.vocabulary, -1, false);
   }
 
-  static constexpr int64_t kSmallWeight = 1 << 13, kSmallProduct = 1 << 19;
+  static constexpr int64_t kFewGradients = 1 << 12;
   static constexpr int64_t kMaxSums = 64;           // partial sums of the bias's gradient
   static constexpr int64_t kThreadNumbers = 32768;  // additions that take as long as to start a thread
   static constexpr int64_t kActivationCost = 4;     // of a number, in additions of numbers

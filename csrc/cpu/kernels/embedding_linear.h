@@ -36,18 +36,6 @@ struct EmbeddingLinearRows {
   const T* kept = nullptr;         // [N, H] what the activation's derivative is made of
 };
 
-// c[M, N] = start + a[M, K] b[K, N]. Rows of b and c are contiguous.
-template <class C>
-struct SmallGemm {
-  const C* a = nullptr;
-  int64_t a_row_stride = 0, a_column_stride = 0;
-  const C* b = nullptr;
-  int64_t b_row_stride = 0;
-  const C* start = nullptr;  // [N], optional
-  C* c = nullptr;
-  int64_t n_rows = 0, n_columns = 0, n_inner = 0;  // M, N, K
-};
-
 // Rows are summed so many at a time: `scratch`, below, is room for as many rows of a slab.
 constexpr int64_t kFoldedRows = 128;
 
@@ -71,7 +59,6 @@ struct EmbeddingLinearKernels {
   void (*activate)(Activation, const C* in, T* out, int64_t n);
   void (*activation_backward)(Activation, const T* grad_output, const T* kept, C* grad, C* sum, int64_t n_rows,
                               int64_t hidden);
-  void (*small_gemm)(const SmallGemm<C>&);
 };
 
 }  // namespace charlm

@@ -4,7 +4,7 @@
 #include "cross_entropy_passes.h"
 #include "embedding_linear_rows.h"
 #include "embedding_rows.h"
-#include "gemm.h"
+#include "gemm_tiles.h"
 #include "kernels.h"
 
 #define CHARLM_CONCAT_(a, b) a##b
@@ -31,8 +31,8 @@ constexpr TypedKernels<T> kTypedKernels = {
         &embedding_linear_backward<T>,
         &embedding_linear_activate<T>,
         &embedding_linear_activation_backward<T>,
-        &small_gemm<Compute<T>>,
     },
+    &gemm<Compute<T>>,
 };
 
 }  // namespace CHARLM_ISA

@@ -4,6 +4,7 @@
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "embedding_linear.h"
+#include "gemm.h"
 
 namespace charlm {
 
@@ -23,6 +24,7 @@ struct TypedKernels {
   CrossEntropyKernels<T> cross_entropy;
   EmbeddingKernels<T> embedding;
   EmbeddingLinearKernels<T> embedding_linear;
+  GemmKernel<Compute<T>> gemm;
 };
 
 struct Kernels {

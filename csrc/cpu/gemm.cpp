@@ -1,0 +1,168 @@
+// Products with a short side, by the kernels of kernels/gemm.h. What they stream through is cut into blocks that depend
+// on nothing but the sizes; a long sum is made of parts, which are added up in their order.
+#include "gemm.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+
+#include "adapter.h"
+
+namespace charlm {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kShort = 32;                 // a side up to here is short
+constexpr int64_t kNear = 1 << 14;             // numbers of b that stay in a near cache
+constexpr int64_t kWorthCopying = 16;          // rows of the result, for which b is brought into rows
+constexpr int64_t kRows = 96, kColumns = 256;  // of a block of the result: whole tiles of every width
+constexpr int64_t kInner = 64;                 // rows of b that are used up before the next, where they are many
+constexpr int64_t kPart = 256, kMaxParts = 16;
+constexpr int64_t kThreadProducts = 1 << 18;  // that are worth a thread
+
+struct Sizes {
+  int64_t n_rows, n_columns, n_inner;
+
+  Sizes(const Tensor& a, const Tensor& b) : n_rows(a.size(0)), n_columns(b.size(1)), n_inner(a.size(1)) {}
+
+  bool is_long_sum() const { return n_inner > 4 * kPart && 2 * n_rows * n_columns <= kNear; }
+  bool are_short() const {
+    return std::min({n_rows, n_columns, n_inner}) <= kShort && (n_inner * n_columns <= kNear || is_long_sum());
+  }
+};
+
+bool is_ours(const Tensor& out, const Tensor& a, const Tensor& b) {
+  const at::ScalarType dtype = out.scalar_type();
+  return out.is_cpu() && (dtype == at::kFloat || dtype == at::kDouble) && Sizes(a, b).are_short() &&
+         (b.stride(1) == 1 || out.size(0) >= kWorthCopying);
+}
+
+// Rows of b as the kernel reads them.
+template <class C>
+Tensor with_contiguous_rows(const Tensor& b) {
+  if (b.stride(1) == 1) return b;
+  const int64_t n_inner = b.size(0), n_columns = b.size(1), row_stride = b.stride(0), column_stride = b.stride(1);
+  const Tensor result = at::empty({n_inner, n_columns}, b.options());
+  const C* const from = const_data<C>(b);
+  C* const to = mutable_data<C>(result);
+  constexpr int64_t kBlock = 16;  // the lines of either are used up while they are near
+  for (int64_t first = 0; first < n_inner; first += kBlock) {
+    const int64_t last = std::min(n_inner, first + kBlock);
+    for (int64_t n = 0; n < n_columns; n++) {
+      for (int64_t k = first; k < last; k++) to[k * n_columns + n] = from[k * row_stride + n * column_stride];
+    }
+  }
+  return result;
+}
+
+// In parts of kInner products: rows of b that stay in a first-level cache, and a sum that rounds less than a long one.
+template <class C>
+void by_inner_parts(const GemmArguments<C>& whole) {
+  GemmArguments<C> g = whole;
+  for (int64_t k = 0; k == 0 || k < whole.n_inner; k += kInner) {
+    g.a = whole.a + k * g.a_column_stride;
+    g.b = whole.b + k * g.b_row_stride;
+    g.n_inner = std::min(kInner, whole.n_inner - k);
+    g.adds = whole.adds || k > 0;
+    cpu_kernels().of<C>().gemm(g);
+  }
+}
+
+int64_t grain(int64_t products) { return std::max<int64_t>(1, kThreadProducts / std::max<int64_t>(1, products)); }
+
+template <class C>
+void by_blocks(const GemmArguments<C>& whole) {
+  const int64_t row_blocks = (whole.n_rows + kRows - 1) / kRows,
+                column_blocks = (whole.n_columns + kColumns - 1) / kColumns;
+  const int64_t products = std::min(whole.n_rows, kRows) * std::min(whole.n_columns, kColumns) * whole.n_inner;
+  at::parallel_for(0, row_blocks * column_blocks, grain(products), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t row = block / column_blocks * kRows, column = block % column_blocks * kColumns;
+      GemmArguments<C> g = whole;
+      g.a += row * g.a_row_stride;
+      g.b += column;
+      if (g.start) g.start += column;
+      g.c += row * g.c_row_stride + column;
+      g.n_rows = std::min(kRows, whole.n_rows - row);
+      g.n_columns = std::min(kColumns, whole.n_columns - column);
+      by_inner_parts(g);
+    }
+  });
+}
+
+// A long sum into few numbers: parts of the sum, each with a result of its own.
+template <class C>
+void by_parts(const GemmArguments<C>& whole) {
+  const int64_t n_parts = std::min(kMaxParts, whole.n_inner / kPart), size = whole.n_rows * whole.n_columns;
+  std::vector<C> sums(n_parts * size);
+  at::parallel_for(0, n_parts, grain(size * whole.n_inner / n_parts), [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++) {
+      const int64_t first = whole.n_inner * part / n_parts;
+      GemmArguments<C> g = whole;
+      g.a += first * g.a_column_stride;
+      g.b += first * g.b_row_stride;
+      g.start = nullptr;
+      g.adds = false;
+      g.c = sums.data() + part * size;
+      g.c_row_stride = whole.n_columns;
+      g.n_inner = whole.n_inner * (part + 1) / n_parts - first;
+      by_inner_parts(g);
+    }
+  });
+  for (int64_t row = 0; row < whole.n_rows; row++) {
+    C* const c = whole.c + row * whole.c_row_stride;
+    const C* const sum = sums.data() + row * whole.n_columns;
+    for (int64_t n = 0; n < whole.n_columns; n++) {
+      C total = whole.adds ? c[n] : whole.start ? whole.start[n] : C(0);
+      for (int64_t part = 0; part < n_parts; part++) total += sum[part * size + n];
+      c[n] = total;
+    }
+  }
+}
+
+template <class C>
+void run(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& start, bool adds) {
+  const Tensor rows_of_b = with_contiguous_rows<C>(b), whole_start = start ? start->contiguous() : Tensor();
+  GemmArguments<C> g;
+  g.a = const_data<C>(a);
+  g.a_row_stride = a.stride(0);
+  g.a_column_stride = a.stride(1);
+  g.b = const_data<C>(rows_of_b);
+  g.b_row_stride = rows_of_b.stride(0);
+  g.start = start ? const_data<C>(whole_start) : nullptr;
+  g.adds = adds;
+  g.c = mutable_data<C>(out);
+  g.c_row_stride = out.stride(0);
+  g.n_rows = out.size(0);
+  g.n_columns = out.size(1);
+  g.n_inner = a.size(1);
+  Sizes(a, b).is_long_sum() ? by_parts(g) : by_blocks(g);
+}
+
+void run(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& start, bool adds) {
+  if (out.scalar_type() == at::kDouble) {
+    run<double>(out, a, b, start, adds);
+  } else {
+    run<float>(out, a, b, start, adds);
+  }
+}
+
+}  // namespace
+
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& start) {
+  if (is_ours(out, a, b)) return run(out, a, b, start, /*adds=*/false);
+  Tensor result = out;
+  start ? at::addmm_out(result, *start, a, b) : at::mm_out(result, a, b);
+}
+
+void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if (is_ours(out, a, b)) return run(out, a, b, std::nullopt, /*adds=*/true);
+  Tensor result = out;
+  at::addmm_out(result, result, a, b);
+}
+
+}  // namespace charlm
