@@ -102,6 +102,17 @@ class EmbeddingLinear {
     return packed;
   }
 
+  // W as [D, n_slabs * T * slab].
+  Tensor packed_columns() const {
+    const FoldedLayout& layout = rows_.layout;
+    const Tensor packed = empty({layout.embedding_dim, layout.token_stride()});
+    at::parallel_for(0, layout.n_slabs * layout.n_places, grain(layout.slab * layout.embedding_dim),
+                     [&](int64_t begin, int64_t end) {
+                       kernels_.pack_columns(layout, const_data<T>(linear_), mutable_data<C>(packed), begin, end);
+                     });
+    return packed;
+  }
+
   Tensor offsets() const {
     const int64_t places = sizes_.n_places, stride = rows_.layout.token_stride();
     const Tensor offsets = at::empty({index_.numel()}, index_.options().dtype(at::kInt));
@@ -119,7 +130,7 @@ class EmbeddingLinear {
 
   void folded_forward(const OptionalTensor& bias) {
     const FoldedLayout& layout = rows_.layout;
-    const Tensor table = product(embedding_, packed().t()), offset = offsets();  // [V, n_slabs * T * slab]
+    const Tensor table = product(embedding_, packed_columns()), offset = offsets();  // [V, n_slabs * T * slab]
     std::vector<C> padded_bias(layout.n_slabs * layout.slab);
     if (bias) {
       const Tensor wide = bias->to(kComputeDtype).contiguous();

@@ -16,9 +16,10 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kShort = 32;                 // a side up to here is short
-constexpr int64_t kNear = 1 << 14;             // numbers of b that stay in a near cache
-constexpr int64_t kWorthCopying = 16;          // rows of the result, for which b is brought into rows
+constexpr int64_t kShort = 32;         // a side up to here is short
+constexpr int64_t kNear = 1 << 14;     // numbers of b that stay in a near cache
+constexpr int64_t kWorthCopying = 16;  // rows of the result, for which b is brought into rows
+constexpr int64_t kMostCopied = 1 << 16;
 constexpr int64_t kRows = 96, kColumns = 256;  // of a block of the result: whole tiles of every width
 constexpr int64_t kInner = 64;                 // rows of b that are used up before the next, where they are many
 constexpr int64_t kPart = 256, kMaxParts = 16;
@@ -31,14 +32,15 @@ struct Sizes {
 
   bool is_long_sum() const { return n_inner > 4 * kPart && 2 * n_rows * n_columns <= kNear; }
   bool are_short() const {
-    return std::min({n_rows, n_columns, n_inner}) <= kShort && (n_inner * n_columns <= kNear || is_long_sum());
+    return std::min({n_rows, n_columns, n_inner}) <= kShort &&
+           (n_inner * std::min(n_columns, kColumns) <= kNear || is_long_sum());
   }
 };
 
 bool is_ours(const Tensor& out, const Tensor& a, const Tensor& b) {
   const at::ScalarType dtype = out.scalar_type();
   return out.is_cpu() && (dtype == at::kFloat || dtype == at::kDouble) && Sizes(a, b).are_short() &&
-         (b.stride(1) == 1 || out.size(0) >= kWorthCopying);
+         (b.stride(1) == 1 || (out.size(0) >= kWorthCopying && b.numel() <= kMostCopied));
 }
 
 // Rows of b as the kernel reads them.

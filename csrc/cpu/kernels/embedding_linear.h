@@ -48,6 +48,8 @@ struct EmbeddingLinearKernels {
   // packed[n_slabs, T, slab, D] = weight[H, T * D], and back, for rows [begin, end) of H; the rest of packed is zeros.
   void (*pack)(const FoldedLayout&, const T* weight, C* packed, int64_t begin, int64_t end);
   void (*unpack)(const FoldedLayout&, const C* packed, T* weight, int64_t begin, int64_t end);
+  // The same turned around, [D, n_slabs, T, slab], with its zeros, for pieces [begin, end) of n_slabs * T.
+  void (*pack_columns)(const FoldedLayout&, const T* weight, C* packed, int64_t begin, int64_t end);
   // `output` and `before` of rows [begin, end).
   void (*forward)(const EmbeddingLinearRows<T>&, C* scratch, int64_t begin, int64_t end);
   // Adds the gradient of the activation's input, of rows [begin, end), to one slab of the table's gradient and of the

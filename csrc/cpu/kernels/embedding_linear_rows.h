@@ -78,6 +78,26 @@ void folded_unpack(const FoldedLayout& layout, const Compute<T>* packed, T* weig
   }
 }
 
+template <class T>
+void folded_pack_columns(const FoldedLayout& layout, const T* weight, Compute<T>* packed, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const int64_t row = layout.n_places * layout.embedding_dim, stride = layout.token_stride();
+  for (; begin < end; begin++) {
+    const int64_t slab = begin / layout.n_places, place = begin % layout.n_places;
+    for (int64_t k = 0; k < layout.slab; k += kLanes<C>) {
+      const int64_t h = slab * layout.slab + k, left = layout.hidden - h;
+      const int64_t lanes = left < 0 ? 0 : left < kLanes<C> ? left : kLanes<C>;
+      const T* const from = weight + h * row + place * layout.embedding_dim;
+      C* const to = packed + begin * layout.slab + k;
+      for (int64_t d = 0; d < layout.embedding_dim; d++) {
+        C column[kLanes<C>] = {};
+        for (int64_t i = 0; i < lanes; i++) column[i] = load_one(from + i * row + d);
+        store(to + d * stride, load(column, Whole{}), Whole{});
+      }
+    }
+  }
+}
+
 // -------------------------------------------------------------------------------------------------------- forward
 
 // The columns of one slab that H has, in rows of H numbers. By value, as a store might change what a pointer leads to.

@@ -27,6 +27,7 @@ constexpr TypedKernels<T> kTypedKernels = {
         &folded_slab<Compute<T>>,
         &folded_pack<T>,
         &folded_unpack<T>,
+        &folded_pack_columns<T>,
         &embedding_linear_forward<T>,
         &embedding_linear_backward<T>,
         &embedding_linear_activate<T>,
