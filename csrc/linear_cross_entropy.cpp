@@ -24,6 +24,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "cpu/few_classes.h"
 #include "cpu/gemm.h"
 #include "linear_products.h"
 
@@ -234,6 +235,7 @@ LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, 
                      OutputMask mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // a backward may be under it
   check_linear_cross_entropy(a);
+  if (auto result = linear_cross_entropy_over_few_classes(a, with_gradients, grad_loss, mask)) return *result;
   if (are_few(a)) return run_at_once(a, with_gradients, grad_loss, mask);
   static const BlockOp op("charlm::cross_entropy_block_");
   const Rows all(a);

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from linear_cross_entropy_support import arguments, needs_torchs, op_with, ops_of
+from torch import Tensor
 
 import charlm
 from charlm import functional
@@ -136,6 +137,23 @@ def test_a_call_needs_less_than_100_mb_beyond_its_gradients(dtype: torch.dtype, 
         return torch.autograd.grad(loss, (x, weight), torch.ones_like(loss))
 
     assert peak_bytes(call) - gradients < 100e6
+
+
+def test_few_classes_give_the_same_bits_for_any_number_of_threads(n_threads: int, isa: str) -> None:
+    def results() -> list[Tensor]:
+        torch.manual_seed(0)
+        x, weight, target = arguments(1111, 70, 27)
+        bias = torch.randn(27, requires_grad=True)
+        loss = functional.linear_cross_entropy(x, weight, target, linear_bias=bias)
+        return [loss.detach(), *torch.autograd.grad(loss, (x, weight, bias))]
+
+    several = results()
+    torch.set_num_threads(1)
+    try:
+        one = results()
+    finally:
+        torch.set_num_threads(n_threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
 
 
 def test_ignored_rows_are_left_out_of_the_products() -> None:

@@ -3,12 +3,7 @@
 #include "gemm.h"
 
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-
-#include <algorithm>
-
-#include "adapter.h"
 
 namespace charlm {
 namespace {
@@ -16,12 +11,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kShort = 32;         // a side up to here is short
-constexpr int64_t kNear = 1 << 14;     // numbers of b that stay in a near cache
 constexpr int64_t kWorthCopying = 16;  // rows of the result, for which b is brought into rows
 constexpr int64_t kMostCopied = 1 << 16;
 constexpr int64_t kRows = 96, kColumns = 256;  // of a block of the result: whole tiles of every width
-constexpr int64_t kInner = 64;                 // rows of b that are used up before the next, where they are many
 constexpr int64_t kPart = 256, kMaxParts = 16;
 constexpr int64_t kThreadProducts = 1 << 18;  // that are worth a thread
 
@@ -43,37 +35,6 @@ bool is_ours(const Tensor& out, const Tensor& a, const Tensor& b) {
          (b.stride(1) == 1 || (out.size(0) >= kWorthCopying && b.numel() <= kMostCopied));
 }
 
-// Rows of b as the kernel reads them.
-template <class C>
-Tensor with_contiguous_rows(const Tensor& b) {
-  if (b.stride(1) == 1) return b;
-  const int64_t n_inner = b.size(0), n_columns = b.size(1), row_stride = b.stride(0), column_stride = b.stride(1);
-  const Tensor result = at::empty({n_inner, n_columns}, b.options());
-  const C* const from = const_data<C>(b);
-  C* const to = mutable_data<C>(result);
-  constexpr int64_t kBlock = 16;  // the lines of either are used up while they are near
-  for (int64_t first = 0; first < n_inner; first += kBlock) {
-    const int64_t last = std::min(n_inner, first + kBlock);
-    for (int64_t n = 0; n < n_columns; n++) {
-      for (int64_t k = first; k < last; k++) to[k * n_columns + n] = from[k * row_stride + n * column_stride];
-    }
-  }
-  return result;
-}
-
-// In parts of kInner products: rows of b that stay in a first-level cache, and a sum that rounds less than a long one.
-template <class C>
-void by_inner_parts(const GemmArguments<C>& whole) {
-  GemmArguments<C> g = whole;
-  for (int64_t k = 0; k == 0 || k < whole.n_inner; k += kInner) {
-    g.a = whole.a + k * g.a_column_stride;
-    g.b = whole.b + k * g.b_row_stride;
-    g.n_inner = std::min(kInner, whole.n_inner - k);
-    g.adds = whole.adds || k > 0;
-    cpu_kernels().of<C>().gemm(g);
-  }
-}
-
 int64_t grain(int64_t products) { return std::max<int64_t>(1, kThreadProducts / std::max<int64_t>(1, products)); }
 
 template <class C>
@@ -91,7 +52,7 @@ void by_blocks(const GemmArguments<C>& whole) {
       g.c += row * g.c_row_stride + column;
       g.n_rows = std::min(kRows, whole.n_rows - row);
       g.n_columns = std::min(kColumns, whole.n_columns - column);
-      by_inner_parts(g);
+      multiply_here(g);
     }
   });
 }
@@ -112,7 +73,7 @@ void by_parts(const GemmArguments<C>& whole) {
       g.c = sums.data() + part * size;
       g.c_row_stride = whole.n_columns;
       g.n_inner = whole.n_inner * (part + 1) / n_parts - first;
-      by_inner_parts(g);
+      multiply_here(g);
     }
   });
   for (int64_t row = 0; row < whole.n_rows; row++) {

@@ -1,12 +1,52 @@
-// Matrix products on the CPU: by our own loops where a side is short, which a BLAS runs at a half of its speed and less,
-// and by torch's BLAS elsewhere.
+// Matrix products on the CPU: by our own loops where a side is short, which a BLAS runs at a half of its speed and
+// less, and by torch's BLAS elsewhere.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <optional>
 
+#include "adapter.h"
+
 namespace charlm {
+
+constexpr int64_t kShort = 32;      // a side up to here is short
+constexpr int64_t kNear = 1 << 14;  // numbers of b that stay in a near cache
+
+// One product, by our loops and on this thread, in parts of 64 products of each sum: as many rows of b stay in a
+// first-level cache, and a long sum would round more.
+template <class C>
+void multiply_here(const GemmArguments<C>& whole) {
+  constexpr int64_t kInner = 64;
+  GemmArguments<C> g = whole;
+  for (int64_t k = 0; k == 0 || k < whole.n_inner; k += kInner) {
+    g.a = whole.a + k * g.a_column_stride;
+    g.b = whole.b + k * g.b_row_stride;
+    g.n_inner = std::min(kInner, whole.n_inner - k);
+    g.adds = whole.adds || k > 0;
+    cpu_kernels().of<C>().gemm(g);
+  }
+}
+
+// b with rows as the kernels read them.
+template <class C>
+at::Tensor with_contiguous_rows(const at::Tensor& b) {
+  if (b.stride(1) == 1) return b;
+  const int64_t n_inner = b.size(0), n_columns = b.size(1), row_stride = b.stride(0), column_stride = b.stride(1);
+  const at::Tensor result = at::empty({n_inner, n_columns}, b.options());
+  const C* const from = const_data<C>(b);
+  C* const to = mutable_data<C>(result);
+  constexpr int64_t kBlock = 16;  // the lines of either are used up while they are near
+  for (int64_t first = 0; first < n_inner; first += kBlock) {
+    const int64_t last = std::min(n_inner, first + kBlock);
+    for (int64_t n = 0; n < n_columns; n++) {
+      for (int64_t k = first; k < last; k++) to[k * n_columns + n] = from[k * row_stride + n * column_stride];
+    }
+  }
+  return result;
+}
 
 // out[M, N] = a[M, K] b[K, N], and `start` [N] added to each row; the same bits for any number of threads, if the loops
 // are our own. Rows of `out` are contiguous.
