@@ -3,6 +3,7 @@
     python -m bench [OP …] [--quick] [--json FILE] [--plot FILE] [--threads N] [--dtype NAME] [--shape 4096x27]
     python -m bench grid [--json FILE]
     python -m bench fold [--quick] [--json FILE] [--plot FILE]
+    python -m bench plans [--quick] [--json FILE]
     python -m bench compare A.json B.json
     python -m bench table [FILE]
 
@@ -240,6 +241,27 @@ def run_fold(
             record.write(json_file, [], fold=panels)
         if plot is not None:
             fold.draw(panels, plot)
+    problems.exit()
+
+
+@app.command("plans")
+def run_plans(
+    quick: Annotated[bool, typer.Option("--quick", help="Few N.")] = False,
+    json_file: JsonFile = None,
+    threads: Threads = None,
+) -> None:
+    """The plans that embedding_linear chooses, on a grid: exit code 1 if one takes 10 % longer than the other."""
+    from bench import plans
+
+    problems = Problems()
+    _check_files(json_file, None, problems)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _refusing_a_busy_machine(), problems.collected():
+        points = plans.measure(quick, problems.report)
+        typer.echo(plans.summary(points))
+        if json_file is not None:
+            record.write(json_file, [], plans=points)
     problems.exit()
 
 

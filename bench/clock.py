@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
+LONG_CALL, ROUNDS_OF_LONG_CALLS = 2.0, 3  # seconds: what the machine does meanwhile is a small part of such calls
 DISTURBED = 1e-3  # seconds of the empty parallel region
 WAKING = 0.05  # seconds that torch's threads may take to be back
 CHECKED = 3  # regions in a row that have to be fast then
@@ -109,10 +110,13 @@ class Clock:
         self.kept = self.discarded = 0
         repeats, longest = {}, 0.0
         for name, call in contenders.items():
-            seconds = min(self._timed(call) for _ in range(3))
+            seconds = self._timed(call)
+            if seconds < LONG_CALL:
+                seconds = min(seconds, self._timed(call), self._timed(call))
             repeats[name] = max(1, ceil(SHORTEST_SAMPLE / max(seconds, 1e-7)))
             longest = max(longest, repeats[name] * seconds)
-        n_rounds = max(budget.rounds, min(MOST_ROUNDS, int(budget.seconds / max(longest, 1e-9))))
+        fewest = budget.rounds if longest < LONG_CALL else ROUNDS_OF_LONG_CALLS
+        n_rounds = max(fewest, min(MOST_ROUNDS, int(budget.seconds / max(longest, 1e-9))))
         samples: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(n_rounds):
             for name, call in contenders.items():

@@ -120,7 +120,7 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def write(path: Path, results: list[Result], **parts: Any) -> None:
-    """parts: "scaling", "grid" and "fold", where they were run."""
+    """parts: "scaling", "grid", "fold" and "plans", where they were run."""
     content = {"schema": SCHEMA, "header": header(), "cases": [to_json(result) for result in results], **parts}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -73,7 +73,7 @@ class EmbeddingLinear {
     return fits && (plan == Plan::kAuto ? choose(sizes_) : plan) == Plan::kFolded;
   }
 
-  Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, options_.dtype(kComputeDtype)); }
+  Tensor empty(at::IntArrayRef shape) const { return new_output(shape, options_.dtype(kComputeDtype)); }
   Tensor new_gradient(at::IntArrayRef shape) const { return new_output(shape, options_); }
 
   Tensor product(const Tensor& a, const Tensor& b) const {

@@ -1,9 +1,13 @@
 // What the folded and the gathered first layer cost, in nanoseconds on two threads of the machine of bench/NOTES.md,
-// fitted to a grid of 136 sizes. The choice depends on ratios of these times only, which vary far less between machines
-// than the times do; `python -m bench fold` shows it beside the measured break-even.
+// fitted to a grid of 275 sizes. The choice depends on ratios of these times only, which vary far less between machines
+// than the times do; `python -m bench plans` shows how much longer than the better one it takes.
 #include "embedding_linear_plan.h"
 
 #include <unistd.h>
+
+#include <algorithm>
+
+#include "gemm.h"
 
 namespace charlm {
 namespace {
@@ -27,7 +31,9 @@ struct Work {
         weight(static_cast<double>(s.hidden) * s.n_places * s.embedding_dim),
         table(static_cast<double>(s.vocabulary) * s.n_places * s.hidden),
         embedding(static_cast<double>(s.vocabulary) * s.embedding_dim),
-        dim(s.embedding_dim),
+        n_rows(static_cast<double>(s.n_rows)),
+        inner(static_cast<double>(s.n_places) * s.embedding_dim),
+        dim(static_cast<double>(s.embedding_dim)),
         bytes(table * s.element_size) {}
 
   bool table_fits_second_level() const {
@@ -35,10 +41,14 @@ struct Work {
     return bytes <= size;
   }
 
-  // Of a row's numbers, wherever the table lies: most of the last level belongs to others.
-  double per_sum() const {
-    static const double third_level = cache_size(kThirdLevel, 32 << 20);
-    return table_fits_second_level() ? 0.03 : bytes <= third_level / 4 ? 0.06 : 0.25;
+  // Whether gather and GEMM is a product with a short side, which our own loops run (gemm.h).
+  bool has_short_product() const { return n_rows >= 16 && (n_rows <= kShort || inner <= kShort); }
+
+  // Of a number of a row, wherever the table lies.
+  double per_sum(double second_level, double third_level, double memory) const {
+    // Most of the last level belongs to others; and for an EPYC of eight parts of 32 MiB, sysconf says 256.
+    static const double share = std::min(cache_size(kThirdLevel, 32 << 20) / 4, 8.0 * (1 << 20));
+    return table_fits_second_level() ? second_level : bytes <= share ? third_level : memory;
   }
 
   double tokens;     // N T D
@@ -47,6 +57,8 @@ struct Work {
   double weight;     // T D H
   double table;      // V T H
   double embedding;  // V D
+  double n_rows;     // N
+  double inner;      // T D
   double dim;        // D
   double bytes;      // of the table
 };
@@ -55,19 +67,22 @@ struct Work {
 
 Plan choose_forward_plan(const EmbeddingLinearSizes& sizes) {
   const Work w(sizes);
-  const double written = w.table_fits_second_level() ? 0 : 0.1;
-  const double folded =
-      32e3 + 0.3 * w.weight + (0.03 * w.dim + written) * w.table + w.per_sum() * w.sums + 0.6 * w.outputs;
-  const double gathered = 15e3 + 0.5 * w.weight + 0.015 * w.sums * w.dim + 0.7 * w.tokens + 0.5 * w.outputs;
+  const double written = w.table_fits_second_level() ? 0.25 : 0.14;
+  const double folded = 9.3e3 + 0.54 * w.weight + (0.032 * w.dim + written) * w.table +
+                        w.per_sum(0.022, 0.092, 0.12) * w.sums + 0.33 * w.outputs;
+  const double product = w.has_short_product() ? 0.0091 : 0.013;
+  const double gathered =
+      13e3 + 0.39 * w.weight + product * w.sums * w.dim + 0.45 * w.tokens + 0.37 * w.outputs + 0.033 * w.embedding;
   return folded < gathered ? Plan::kFolded : Plan::kGathered;
 }
 
 Plan choose_backward_plan(const EmbeddingLinearSizes& sizes) {
   const Work w(sizes);
-  const double written = w.table_fits_second_level() ? 0.3 : 1.6;
-  const double folded = 60e3 + w.weight + (0.03 * w.dim + written) * w.table + w.per_sum() * w.sums + 0.8 * w.outputs;
+  const double written = w.table_fits_second_level() ? 1.1 : 1.3;
+  const double folded = 66e3 + 0.23 * w.weight + (0.02 * w.dim + written) * w.table +
+                        w.per_sum(0.018, 0.032, 0.68) * w.sums + 0.59 * w.outputs;
   const double gathered =
-      16e3 + 0.7 * w.weight + 0.028 * w.sums * w.dim + 1.5 * w.tokens + 1.5 * w.outputs + 3 * w.embedding;
+      55e3 + 0.57 * w.weight + 0.029 * w.sums * w.dim + 3.2 * w.tokens + 0.57 * w.outputs + 0.48 * w.embedding;
   return folded < gathered ? Plan::kFolded : Plan::kGathered;
 }
 
