@@ -46,6 +46,8 @@ HEADLINES = {
     "embedding_linear/default/4096x8x32x256x256/float32": "N 4096, T 8, D 32, H 256, V 256",
     "linear_cross_entropy/default/1024x512x32000/float32": "linear_cross_entropy, N 1024, D 512, V 32000",
     "linear_cross_entropy/default/512x768x50257/float32": "N 512, D 768, V 50257",
+    "linear_cross_entropy/default/8192x512x32000/float32": "N 8192, D 512, V 32000",
+    "linear_cross_entropy/default/4096x768x50257/float32": "N 4096, D 768, V 50257",
     "linear_cross_entropy/default/1024x512x32000/bfloat16": "N 1024, D 512, V 32000, bfloat16",
     "linear_cross_entropy/default/512x768x50257/bfloat16": "N 512, D 768, V 50257, bfloat16",
     "train_step/default/4096x8x24x200x27/float32": "a training step, batch 4096, T 8, D 24, H 200",

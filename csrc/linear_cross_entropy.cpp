@@ -24,8 +24,8 @@
 #include <cmath>
 
 #include "checks.h"
-#include "cpu/few_classes.h"
 #include "cpu/gemm.h"
+#include "cpu/linear_cross_entropy.h"
 #include "linear_products.h"
 
 namespace charlm {

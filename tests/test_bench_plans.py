@@ -58,3 +58,13 @@ def test_plans_times_nothing_that_is_wrong(quiet: None, monkeypatch: pytest.Monk
     result = bench_support.run("plans", "--quick")
     assert result.exit_code == 1
     assert result.stderr.startswith("bench: N 4, T 8, D 24, H 200, V 27: WRONG: the plans differ by 1.0e-03")
+
+
+def test_no_choice_of_the_record_takes_10_percent_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the whole grid
+    points = record.read(RECORD)["plans"]
+    sizes = {(n, *layer, v) for n in plans.ROWS for layer in plans.LAYERS for v in plans.VOCABULARIES}
+    assert {(point["pass"], *point["shape"]) for point in points} == {
+        (name, *size) for name in ("forward", "backward") for size in sizes
+    }
+    assert [plans.describe(point) for point in points if point["regret"] > plans.MOST_REGRET] == []

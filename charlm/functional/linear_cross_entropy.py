@@ -14,7 +14,7 @@ from charlm.reference import CrossEntropyOutput
 from charlm.reference.linear_cross_entropy import check_shapes, checked_ignore_index, logits_shape, make_logits
 
 from .cross_entropy import cross_entropy
-from .kernels import have_kernels
+from .kernels import _C, have_kernels
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
@@ -152,9 +152,11 @@ def linear_cross_entropy(
         logit_scale,
         all_ignored == "zero",
     )
-    loss = torch.ops.charlm.linear_cross_entropy.default(
-        input, linear_weight, target, linear_bias, weight, token_weight, False, *scalars
-    )
+    positional = (input, linear_weight, target, linear_bias, weight, token_weight, False, *scalars)
+    if torch.compiler.is_compiling():
+        loss = torch.ops.charlm.linear_cross_entropy.default(*positional)
+    else:
+        loss = _C.linear_cross_entropy(*positional)
     if not (return_lse or return_entropy or return_predicted_tokens or return_token_accuracy):
         return loss
     lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.linear_cross_entropy_metrics.default(

@@ -1,7 +1,7 @@
 // linear_cross_entropy over few classes in one walk over the rows: while some of them are in a near cache, one thread
 // makes their logits, losses and gradients and adds to those of W and b. Three products apart would read the input and
 // write the gradients through a far one.
-#include "few_classes.h"
+#include "linear_cross_entropy.h"
 
 #include <ATen/ops/zeros.h>
 
