@@ -11,7 +11,7 @@
 namespace charlm {
 namespace {
 
-constexpr int64_t kFewLogits = 1 << 23;             // 64 MiB of double
+constexpr int64_t kFewNumbers = 1 << 23;            // 64 MiB of double: the logits, and three numbers for each row
 constexpr int64_t kRows = 64;                       // that a near cache holds
 constexpr int64_t kPartRows = 256, kMaxParts = 16;  // rows whose gradients of W are summed apart
 constexpr int64_t kThreadProducts = 1 << 18;        // that are worth a thread
@@ -20,7 +20,7 @@ bool pays(const LinearCrossEntropyArguments& a) {
   if (!a.input.is_cpu() || a.input.dim() != 2 || a.block_rows > 0 || a.options.is(Reduction::kNone)) return false;
   const int64_t n_rows = a.input.size(0), n_features = a.input.size(1), n_classes = a.linear_weight.size(0);
   return a.input.scalar_type() == compute_dtype(a.input) && n_rows > 0 && n_features > 0 && n_classes > 0 &&
-         n_classes <= kShort && n_classes * n_features <= kNear && n_rows * n_classes <= kFewLogits;
+         n_classes <= kShort && n_classes * n_features <= kNear && n_rows * (n_classes + 3) <= kFewNumbers;
 }
 
 template <class C>

@@ -197,7 +197,7 @@ MUTANTS = (
         "embedding_linear.cuh",
         "  if (column >= rows.hidden) return;\n",
         "",
-        schedule="reverse",
+        flavour="address",
     ),
     Mutant(
         "the_activations_argument_is_stored_after_it",
