@@ -277,6 +277,13 @@ def test_samples_are_interleaved_and_paired() -> None:
     assert clock.paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
 
 
+@pytest.mark.parametrize(("seconds", "timed_before", "n_rounds"), [(1.9, 3, 7), (2.1, 1, 3)])
+def test_calls_of_seconds_are_taken_in_three_rounds(seconds: float, timed_before: int, n_rounds: int) -> None:
+    machine, calls = FakeMachine(forever(1e-5)), []
+    samples = machine.clock().rounds({"a": lambda: (calls.append(0), machine.spend(seconds))}, Budget(3.0, 7))
+    assert (len(samples["a"]), len(calls)) == (n_rounds, timed_before + n_rounds)
+
+
 def test_a_disturbed_sample_is_repeated() -> None:
     calibration, quiet, disturbed = [1e-5] * (1 + clock.CALIBRATION), [1e-5] * (1 + clock.CHECKED), [1e-5, 1e-5, 8e-3]
     # Disturbed after the first sample, which takes 0.9, then before the next.

@@ -14,8 +14,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kWorthCopying = 16;  // rows of the result, for which b is brought into rows
 constexpr int64_t kMostCopied = 1 << 16;
 constexpr int64_t kRows = 96, kColumns = 256;  // of a block of the result: whole tiles of every width
-constexpr int64_t kPart = 256, kMaxParts = 16;
-constexpr int64_t kThreadProducts = 1 << 18;  // that are worth a thread
 
 struct Sizes {
   int64_t n_rows, n_columns, n_inner;
@@ -35,14 +33,12 @@ bool is_ours(const Tensor& out, const Tensor& a, const Tensor& b) {
          (b.stride(1) == 1 || (out.size(0) >= kWorthCopying && b.numel() <= kMostCopied));
 }
 
-int64_t grain(int64_t products) { return std::max<int64_t>(1, kThreadProducts / std::max<int64_t>(1, products)); }
-
 template <class C>
 void by_blocks(const GemmArguments<C>& whole) {
   const int64_t row_blocks = (whole.n_rows + kRows - 1) / kRows,
                 column_blocks = (whole.n_columns + kColumns - 1) / kColumns;
   const int64_t products = std::min(whole.n_rows, kRows) * std::min(whole.n_columns, kColumns) * whole.n_inner;
-  at::parallel_for(0, row_blocks * column_blocks, grain(products), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, row_blocks * column_blocks, grain_of_products(products), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
       const int64_t row = block / column_blocks * kRows, column = block % column_blocks * kColumns;
       GemmArguments<C> g = whole;
@@ -62,7 +58,7 @@ template <class C>
 void by_parts(const GemmArguments<C>& whole) {
   const int64_t n_parts = std::min(kMaxParts, whole.n_inner / kPart), size = whole.n_rows * whole.n_columns;
   std::vector<C> sums(n_parts * size);
-  at::parallel_for(0, n_parts, grain(size * whole.n_inner / n_parts), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, n_parts, grain_of_products(size * whole.n_inner / n_parts), [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; part++) {
       const int64_t first = whole.n_inner * part / n_parts;
       GemmArguments<C> g = whole;

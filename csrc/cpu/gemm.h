@@ -14,6 +14,13 @@ namespace charlm {
 
 constexpr int64_t kShort = 32;      // a side up to here is short
 constexpr int64_t kNear = 1 << 14;  // numbers of b that stay in a near cache
+// A long sum is made of so many parts at most, each of so many products at least, which are added up in their order.
+constexpr int64_t kPart = 256, kMaxParts = 16;
+
+// How many pieces of work, of so many products each, are worth a thread.
+inline int64_t grain_of_products(int64_t products) {
+  return std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, products));
+}
 
 // One product, by our loops and on this thread, in parts of 64 products of each sum: as many rows of b stay in a
 // first-level cache, and a long sum would round more.

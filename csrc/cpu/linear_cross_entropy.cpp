@@ -11,10 +11,8 @@
 namespace charlm {
 namespace {
 
-constexpr int64_t kFewNumbers = 1 << 23;            // 64 MiB of double: the logits, and three numbers for each row
-constexpr int64_t kRows = 64;                       // that a near cache holds
-constexpr int64_t kPartRows = 256, kMaxParts = 16;  // rows whose gradients of W are summed apart
-constexpr int64_t kThreadProducts = 1 << 18;        // that are worth a thread
+constexpr int64_t kFewNumbers = 1 << 23;  // 64 MiB of double: the logits, and three numbers for each row
+constexpr int64_t kRows = 64;             // that a near cache holds
 
 bool pays(const LinearCrossEntropyArguments& a) {
   if (!a.input.is_cpu() || a.input.dim() != 2 || a.block_rows > 0 || a.options.is(Reduction::kNone)) return false;
@@ -32,7 +30,7 @@ class FewClasses {
         n_rows_(a.input.size(0)),
         n_features_(a.input.size(1)),
         n_classes_(a.linear_weight.size(0)),
-        n_parts_(std::clamp<int64_t>(n_rows_ / kPartRows, 1, kMaxParts)),
+        n_parts_(std::clamp<int64_t>(n_rows_ / kPart, 1, kMaxParts)),
         input_(with_contiguous_rows<C>(a.input)),
         weight_(with_contiguous_rows<C>(a.linear_weight)),
         columns_(with_contiguous_rows<C>(a.linear_weight.t())),
@@ -58,7 +56,7 @@ class FewClasses {
 
     c10::SmallVector<double, kMaxParts> losses(n_parts_, 0.0);
     const int64_t products = n_rows_ / n_parts_ * n_features_ * n_classes_;
-    at::parallel_for(0, n_parts_, std::max<int64_t>(1, kThreadProducts / products), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, n_parts_, grain_of_products(products), [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; part++) losses[part] = walk(part, with_gradients, grad_loss.has_value());
     });
     double sum = 0;
