@@ -175,7 +175,7 @@ def test_wheel_holds_the_module_its_record_the_data_and_the_type_marker(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         record = json.loads(archive.read("charlm/_build_config.json"))
-    assert {"charlm/py.typed", "charlm/data/names.txt", "charlm/lm/__init__.py", "charlm/cli.py"} <= names
+    assert {"charlm/py.typed", "charlm/data/names.txt", "charlm/lm/__init__.py", "charlm/cli/__init__.py"} <= names
     assert len([name for name in names if re.fullmatch(r"charlm/_C\..*so", name)]) == 1
     assert [name for name in names if name.startswith(("csrc", "tests", "scripts"))] == []
     assert any(name.endswith("LICENSE") for name in names)

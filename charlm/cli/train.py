@@ -1,22 +1,14 @@
-"""The command line: `charlm train`, `sample`, `eval`, `info`.
-
-Thin: each command reads its flags, calls charlm.lm, and prints. What a command needs is imported inside it,
-so that `charlm --help` does not wait for it. An error that the user can put right is one sentence on stderr
-and exit code 2; a run that a signal stopped has saved its state and exits with 128 + the signal's number, as
-shells count.
-"""
+"""`charlm train`: a run from its flags, or from its checkpoint on."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from charlm.cli.common import corpus_of, new_console, print_samples
 from charlm.lm.config import OPTIMIZERS, SCHEDULES, Config
 from charlm.lm.errors import UserError
 
@@ -27,48 +19,11 @@ if TYPE_CHECKING:
     from charlm.lm.data import Corpus
     from charlm.lm.train import Trainer
 
-EXIT_USER_ERROR = 2
 DEFAULT_DIRECTORY = Path("out")
 PASSAGE = 80  # characters of each of the 20 samples that training on running text ends with
 DEFAULT = Config()
 # What may change when a run is resumed: where it runs, how long, how often it reports; not what it computes.
 FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "log_interval"}
-
-app = typer.Typer(
-    help="A character language model, trained through charlm's kernels.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def main() -> None:
-    app(prog_name="charlm")
-
-
-def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns a UserError, or a file that cannot be written, into one sentence on stderr and exit code 2."""
-
-    @wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except UserError as error:
-            typer.echo(f"charlm: {error}", err=True)
-            raise typer.Exit(EXIT_USER_ERROR) from error
-        except OSError as error:
-            if error.filename is None:
-                raise
-            typer.echo(f"charlm: cannot write {error.filename}: {error.strerror}", err=True)
-            raise typer.Exit(EXIT_USER_ERROR) from error
-
-    return guarded
-
-
-InputFile = Annotated[Path | None, typer.Option("-i", "--input-file", help="UTF-8 text.", show_default=False)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-Directory = Annotated[Path, typer.Argument(help="The folder that `charlm train -o` wrote.")]
-
 DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 
 
@@ -77,8 +32,6 @@ def option(group: str, text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=group)
 
 
-@app.command()
-@reports_user_errors
 def train(
     context: typer.Context,
     input_file: Annotated[
@@ -157,8 +110,8 @@ def _run(config: Config, work_dir: Path, resumed: Checkpoint | None) -> None:
     from charlm.lm.display import ProgressReport
     from charlm.lm.train import StopRequest, Trainer
 
-    console = _console()
-    corpus = _corpus(config)
+    console = new_console()
+    corpus = corpus_of(config)
     guessed = ", guessed" if config.format is None else ""
     config = replace(config, format=corpus.format)
     trainer = Trainer(config, corpus, work_dir, resumed)
@@ -206,121 +159,4 @@ def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Tra
     print_losses(console, f"loss on dev, {result.tokens:,} tokens", rows)
     options = SamplingOptions(max_new_tokens=None if corpus.format == "line" else PASSAGE)
     samples = sample(trainer.model, corpus.vocabulary, options, trainer.device)
-    _print_samples(console, samples, corpus.format, corpus)
-
-
-@app.command()
-@reports_user_errors
-def sample(
-    directory: Directory,
-    num_samples: Annotated[int, typer.Option("-n", "--num-samples", help="How many.")] = 20,
-    prompt: Annotated[str, typer.Option(help="What each sample begins with.")] = "",
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(help="At most so many characters more; absent: 100 for an item, 500 for text."),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="Below 1 safer, above 1 wilder; 0: the most probable.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable characters.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw among the most probable that reach this probability.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws; equal seeds give equal samples.")] = 1337,
-    input_file: InputFile = None,
-    device: Device = "cpu",
-) -> None:
-    """Sample from a trained model; items are marked new, or with the split that they stand in."""
-    from charlm.lm import checkpoint
-    from charlm.lm.sample import SamplingOptions
-    from charlm.lm.sample import sample as draw
-    from charlm.lm.train import usable_device
-
-    options = SamplingOptions(num_samples, prompt, max_new_tokens, temperature, top_k, top_p, seed)
-    saved = checkpoint.load(directory)
-    target = usable_device(device)
-    samples = draw(saved.build_model(target), saved.vocabulary, options, target)
-    corpus = None
-    if saved.vocabulary.separator:
-        try:
-            corpus = _trained_corpus(saved, input_file)
-        except UserError as error:
-            if input_file is not None:
-                raise
-            typer.echo(f"charlm: samples are not marked new or known: {error}", err=True)
-    _print_samples(_console(), samples, "line" if saved.vocabulary.separator else "text", corpus)
-
-
-@app.command("eval")
-@reports_user_errors
-def evaluate(
-    directory: Directory,
-    split: Annotated[str, typer.Option(help="train, dev or test.")] = "dev",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    input_file: InputFile = None,
-    device: Device = "cpu",
-) -> None:
-    """The exact loss of a trained model on a whole split, every token weighing the same.
-
-    An item's end is a token too: it stands for the newline of the file.
-    """
-    from charlm.lm import checkpoint
-    from charlm.lm.data import SPLITS
-    from charlm.lm.display import print_losses
-    from charlm.lm.evaluate import baselines
-    from charlm.lm.evaluate import evaluate as measure
-    from charlm.lm.train import usable_device
-
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
-    saved = checkpoint.load(directory)
-    target = usable_device(device)
-    corpus = _trained_corpus(saved, input_file)
-    model = saved.build_model(target)
-    result = measure(model, corpus.examples(split, model.block_size).to(target), split)
-    if as_json:
-        typer.echo(json.dumps(result.to_json(), allow_nan=False))
-        return
-    rows = {**baselines(corpus, split, saved.config.add_k), f"this model ({saved.config.type})": result}
-    print_losses(_console(), f"loss on {split}, {result.tokens:,} tokens", rows)
-
-
-@app.command()
-@reports_user_errors
-def info() -> None:
-    """What charlm was built with, what it is running with, and which kernels it uses."""
-    import charlm
-
-    for name, value in charlm.build_info().items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        typer.echo(f"{name.replace('_', ' ')}: {'-' if shown in (None, '') else shown}")
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def _corpus(config: Config) -> Corpus:
-    from charlm.lm.data import read_corpus
-
-    path = None if config.input_file is None else Path(config.input_file)
-    return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
-
-
-def _trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
-    """The corpus that `saved` was trained on, from where it was or from `input_file`."""
-    config = saved.config if input_file is None else replace(saved.config, input_file=str(input_file))
-    corpus = _corpus(config)
-    if corpus.digest != saved.digest:
-        raise UserError(f"{config.input_file or 'names.txt'} is not what the model was trained on: its split differs")
-    return corpus
-
-
-def _print_samples(console: Console, samples: list[str], format: str, corpus: Corpus | None) -> None:
-    from charlm.lm.display import print_items, print_passages
-    from charlm.lm.sample import standing
-
-    if format == "line":
-        print_items(console, samples, None if corpus is None else standing(samples, corpus))
-    else:
-        print_passages(console, samples)
+    print_samples(console, samples, corpus.format, corpus)

@@ -1,0 +1,32 @@
+"""The command line: `charlm train`, `sample`, `eval`, `info`; one file each.
+
+Thin: each command reads its flags, calls charlm.lm, and prints. What a command needs is imported inside it,
+so that `charlm --help` does not wait for it. An error that the user can put right is one sentence on stderr
+and exit code 2; a run that a signal stopped has saved its state and exits with 128 + the signal's number, as
+shells count.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from charlm.cli import eval, info, sample, train
+from charlm.cli.common import reports_user_errors
+from charlm.cli.train import FREE_ON_RESUME
+
+__all__ = ["FREE_ON_RESUME", "app", "main"]
+
+app = typer.Typer(
+    help="A character language model, trained through charlm's kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("train")(reports_user_errors(train.train))
+app.command("sample")(reports_user_errors(sample.sample))
+app.command("eval")(reports_user_errors(eval.evaluate))
+app.command("info")(reports_user_errors(info.info))
+
+
+def main() -> None:
+    app(prog_name="charlm")

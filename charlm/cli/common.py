@@ -1,0 +1,81 @@
+"""What the commands share: their common flags, how an error ends them, the corpus of a checkpoint, the console."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from charlm.lm.config import Config
+from charlm.lm.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from charlm.lm.checkpoint import Checkpoint
+    from charlm.lm.data import Corpus
+
+EXIT_USER_ERROR = 2
+
+
+def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns a UserError, or a file that cannot be written, into one sentence on stderr and exit code 2."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            typer.echo(f"charlm: {error}", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            typer.echo(f"charlm: cannot write {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(EXIT_USER_ERROR) from error
+
+    return guarded
+
+
+InputFile = Annotated[Path | None, typer.Option("-i", "--input-file", help="UTF-8 text.", show_default=False)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Directory = Annotated[Path, typer.Argument(help="The folder that `charlm train -o` wrote.")]
+
+
+def new_console() -> Console:
+    """Standard output; rich leaves colours out where it is no terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def corpus_of(config: Config) -> Corpus:
+    """The corpus that `config` asks for."""
+    from charlm.lm.data import read_corpus
+
+    path = None if config.input_file is None else Path(config.input_file)
+    return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
+
+
+def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
+    """The corpus that `saved` was trained on, from where it was or from `input_file`."""
+    config = saved.config if input_file is None else replace(saved.config, input_file=str(input_file))
+    corpus = corpus_of(config)
+    if corpus.digest != saved.digest:
+        raise UserError(f"{config.input_file or 'names.txt'} is not what the model was trained on: its split differs")
+    return corpus
+
+
+def print_samples(console: Console, samples: list[str], format: str, corpus: Corpus | None) -> None:
+    """Items, marked new or with their splits where `corpus` is known; or passages."""
+    from charlm.lm.display import print_items, print_passages
+    from charlm.lm.sample import standing
+
+    if format == "line":
+        print_items(console, samples, None if corpus is None else standing(samples, corpus))
+    else:
+        print_passages(console, samples)

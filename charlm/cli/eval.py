@@ -1,0 +1,43 @@
+"""`charlm eval`: the exact loss of a trained model on a split."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from charlm.cli.common import Device, Directory, InputFile, new_console, trained_corpus
+from charlm.lm.errors import UserError
+
+
+def evaluate(
+    directory: Directory,
+    split: Annotated[str, typer.Option(help="train, dev or test.")] = "dev",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    input_file: InputFile = None,
+    device: Device = "cpu",
+) -> None:
+    """The exact loss of a trained model on a whole split, every token weighing the same.
+
+    An item's end is a token too: it stands for the newline of the file.
+    """
+    from charlm.lm import checkpoint
+    from charlm.lm.data import SPLITS
+    from charlm.lm.display import print_losses
+    from charlm.lm.evaluate import baselines
+    from charlm.lm.evaluate import evaluate as measure
+    from charlm.lm.train import usable_device
+
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
+    saved = checkpoint.load(directory)
+    target = usable_device(device)
+    corpus = trained_corpus(saved, input_file)
+    model = saved.build_model(target)
+    result = measure(model, corpus.examples(split, model.block_size).to(target), split)
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), allow_nan=False))
+        return
+    rows = {**baselines(corpus, split, saved.config.add_k), f"this model ({saved.config.type})": result}
+    print_losses(new_console(), f"loss on {split}, {result.tokens:,} tokens", rows)

@@ -1,0 +1,14 @@
+"""`charlm info`: what was built, what is running."""
+
+from __future__ import annotations
+
+import typer
+
+
+def info() -> None:
+    """What charlm was built with, what it is running with, and which kernels it uses."""
+    import charlm
+
+    for name, value in charlm.build_info().items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        typer.echo(f"{name.replace('_', ' ')}: {'-' if shown in (None, '') else shown}")

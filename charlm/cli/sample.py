@@ -1,0 +1,48 @@
+"""`charlm sample`: texts drawn from a trained model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from charlm.cli.common import Device, Directory, InputFile, new_console, print_samples, trained_corpus
+from charlm.lm.errors import UserError
+
+
+def sample(
+    directory: Directory,
+    num_samples: Annotated[int, typer.Option("-n", "--num-samples", help="How many.")] = 20,
+    prompt: Annotated[str, typer.Option(help="What each sample begins with.")] = "",
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="At most so many characters more; absent: 100 for an item, 500 for text."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Below 1 safer, above 1 wilder; 0: the most probable.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most probable characters.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the most probable that reach this probability.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws; equal seeds give equal samples.")] = 1337,
+    input_file: InputFile = None,
+    device: Device = "cpu",
+) -> None:
+    """Sample from a trained model; items are marked new, or with the split that they stand in."""
+    from charlm.lm import checkpoint
+    from charlm.lm.sample import SamplingOptions
+    from charlm.lm.sample import sample as draw
+    from charlm.lm.train import usable_device
+
+    options = SamplingOptions(num_samples, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+    saved = checkpoint.load(directory)
+    target = usable_device(device)
+    samples = draw(saved.build_model(target), saved.vocabulary, options, target)
+    corpus = None
+    if saved.vocabulary.separator:
+        try:
+            corpus = trained_corpus(saved, input_file)
+        except UserError as error:
+            if input_file is not None:
+                raise
+            typer.echo(f"charlm: samples are not marked new or known: {error}", err=True)
+    print_samples(new_console(), samples, "line" if saved.vocabulary.separator else "text", corpus)
