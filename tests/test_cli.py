@@ -167,7 +167,7 @@ def test_a_bad_flag_is_one_sentence(tmp_path, names, flags):
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_eval_json_is_one_object_of_the_fixed_form(trained, split):
     result = json.loads(succeeds("eval", trained, "--split", split, "--json"))
-    assert list(result) == ["split", "nats", "bits_per_char", "perplexity", "tokens"]
+    assert list(result) == ["split", "protocol", "nats", "bits_per_char", "perplexity", "tokens"]
     assert result["split"] == split
     assert result["bits_per_char"] == pytest.approx(result["nats"] / math.log(2))
     assert result["perplexity"] == pytest.approx(math.exp(result["nats"]))

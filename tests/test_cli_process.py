@@ -68,7 +68,7 @@ def test_eval_json_prints_one_object_and_nothing_else(tmp_path, names):
     result = run("eval", tmp_path / "run", "--split", "test", "--json")
     assert result.stderr == ""
     assert result.stdout.count("\n") == 1
-    assert set(json.loads(result.stdout)) == {"split", "nats", "bits_per_char", "perplexity", "tokens"}
+    assert set(json.loads(result.stdout)) == {"split", "protocol", "nats", "bits_per_char", "perplexity", "tokens"}
 
 
 def test_an_error_is_one_sentence_on_stderr_and_exit_code_2(tmp_path):

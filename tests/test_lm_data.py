@@ -18,12 +18,12 @@ from charlm.lm.data import (
     Vocabulary,
     build_corpus,
     guess_format,
-    line_examples,
     read_corpus,
     read_text,
     split_bounds,
 )
 from charlm.lm.errors import UserError
+from charlm.lm.examples import line_examples
 
 MAKEMORE = Path(__file__).resolve().parents[2] / "shared" / "data" / "names_makemore.txt"
 needs_makemore = pytest.mark.skipif(

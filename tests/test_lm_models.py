@@ -165,11 +165,12 @@ def test_evaluation_is_exact_over_chunks_and_weighs_every_token_alike():
 
 
 def test_bits_and_perplexity_follow_from_nats():
-    result = Evaluation("dev", nats=2.0 * math.log(2), tokens=5)
+    result = Evaluation("dev", "items", nats=2.0 * math.log(2), tokens=5)
     assert result.bits_per_char == pytest.approx(2.0)
     assert result.perplexity == pytest.approx(4.0)
-    assert Evaluation("dev", math.inf, 1).to_json() == {
+    assert Evaluation("dev", "items", math.inf, 1).to_json() == {
         "split": "dev",
+        "protocol": "items",
         "nats": None,
         "bits_per_char": None,
         "perplexity": None,
@@ -179,12 +180,17 @@ def test_bits_and_perplexity_follow_from_nats():
 
 # ---- generation
 
+SMALL = {
+    "mlp": {"n_embd": 4, "n_hidden": 8},
+    "wavenet": {"n_embd": 4, "n_hidden": 8},
+    "gpt": {"n_layer": 2, "n_head": 2, "n_embd": 8},
+}
+
 
 @pytest.mark.parametrize("type", list(MODELS))
 def test_every_model_generates_from_contexts_of_any_length(type):
-    own = {"n_embd": 4, "n_hidden": 8} if type == "mlp" else {}
-    model = build_model(type, vocab_size=V, block_size=T, **own)
-    for length in (0, 1, T, T + 4):
+    model = build_model(type, vocab_size=V, block_size=4, **SMALL.get(type, {}))
+    for length in (0, 1, 4, 8):
         idx = torch.randint(V, (5, length), dtype=torch.uint8)
         out = model.generate(idx, 6)
         assert out.shape == (5, length + 6)

@@ -259,3 +259,119 @@ def test_a_config_that_cannot_work_is_a_user_error(options):
 def test_an_unusable_device_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="device 'abacus' cannot be used here"):
         Trainer(replace(SMALL, device="abacus"), CORPUS, tmp_path)
+
+
+# ---- the step
+
+
+def small(type: str, **given) -> Config:
+    widths = {"n_embd": 8, "n_hidden": 16, "n_layer": 2, "n_head": 2, "block_size": 8}
+    run = {"max_steps": 12, "batch_size": 16, "eval_interval": 4, "log_interval": 3, "warmup_steps": 2}
+    return Config.of_type(type, **{**widths, **run, "dropout": 0.0, **given})
+
+
+@pytest.mark.parametrize("type", ["mlp", "gpt"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_accumulated_batches_are_one_large_batch(tmp_path, type, optimizer):
+    """Token by token: items are of many lengths, and so no two batches of a GPT hold as many."""
+    runs = []
+    for parts in (1, 4):
+        config = small(type, batch_size=16 // parts, gradient_accumulation_steps=parts, optimizer=optimizer)
+        trainer = Trainer(config, CORPUS, tmp_path / str(parts))
+        trainer.run()
+        runs.append((metrics(tmp_path / str(parts)), trainer.model.state_dict()))
+    for one, four in zip(runs[0][0], runs[1][0], strict=True):
+        assert (one["step"], one["split"]) == (four["step"], four["split"])
+        assert one["nats"] == pytest.approx(four["nats"], rel=1e-4)
+    for name, tensor in runs[0][1].items():
+        torch.testing.assert_close(tensor, runs[1][1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_accumulated_gradient_weighs_tokens_not_batches(tmp_path):
+    corpus = build_corpus("\n".join(["a", "abcdefg"] * 40))
+    gradients = []
+    for parts in (1, 8):
+        config = small("gpt", batch_size=16 // parts, gradient_accumulation_steps=parts)
+        trainer = Trainer(config, corpus, tmp_path / str(parts))
+        trainer._backward(trainer.model.loss, corpus.sequences("train", 8))
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    for one, eight in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, eight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_clipped_gradient_moves_plain_sgd_by_its_norm_at_most(tmp_path):
+    norms = []
+    for grad_clip in (0.0, 0.01):
+        config = small("mlp", optimizer="sgd", learning_rate=1.0, weight_decay=0.0, schedule="constant", warmup_steps=0)
+        trainer = Trainer(replace(config, max_steps=1, grad_clip=grad_clip), CORPUS, tmp_path / str(grad_clip))
+        before = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.run()
+        moved = [(p.detach() - b).norm() for p, b in zip(trainer.model.parameters(), before, strict=True)]
+        norms.append(torch.stack(moved).norm().item())
+    assert norms[0] > 0.1
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_training_ends_when_dev_has_not_become_better_for_so_long(tmp_path):
+    corpus = build_corpus("\n".join(NAMES.split("\n")[:40]))
+    config = replace(
+        SMALL, n_hidden=64, max_steps=600, learning_rate=3e-2, schedule="constant", dropout=0.0, patience=3
+    )
+    trainer = Trainer(config, corpus, tmp_path)
+    assert trainer.run()
+    assert trainer.step < 600
+    assert trainer.step == trainer.best_step + 3 * 20
+    again = Trainer(config, corpus, tmp_path, checkpoint.load(tmp_path))
+    assert again.run()
+    assert again.step == trainer.step
+
+
+@pytest.mark.parametrize("type", ["mlp", "wavenet", "gpt"])
+def test_bfloat16_trains_beside_float32(tmp_path, type):
+    last = []
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(small(type, dtype=dtype, max_steps=40), CORPUS, tmp_path / dtype)
+        trainer.run()
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        last.append(trainer.best_nats)
+    assert last[0] != last[1]
+    assert last[0] == pytest.approx(last[1], abs=0.1)
+
+
+@pytest.mark.parametrize("type", ["mlp", "gpt"])
+def test_a_compiled_run_is_the_run(tmp_path, type):
+    runs = []
+    for compile in (False, True):
+        trainer = Trainer(small(type, compile=compile, max_steps=4), CORPUS, tmp_path / str(compile))
+        trainer.run()
+        runs.append(trainer.model.state_dict())
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(tensor, runs[1][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("type", ["wavenet", "gpt"])
+def test_every_neural_type_resumes_exactly(tmp_path, type):
+    config = small(type, dropout=0.2, gradient_accumulation_steps=2, grad_clip=1.0)
+    whole = Trainer(config, CORPUS, tmp_path / "whole")
+    whole.run()
+    trainer = Trainer(config, CORPUS, tmp_path / "parts")
+    assert not trainer.run(stop=StopAt(trainer, 5))
+    saved = checkpoint.load(tmp_path / "parts")
+    Trainer(saved.config, CORPUS, tmp_path / "parts", saved).run()
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert_equal_tensors(checkpoint.load(tmp_path / "parts").training, checkpoint.load(tmp_path / "whole").training)
+
+
+@pytest.mark.parametrize(
+    ("type", "given", "words"),
+    [
+        ("wavenet", {"block_size": 6}, "block_size is 6, but must be a power of two"),
+        ("wavenet", {"batch_size": 1}, "batch_size is 1, but must be at least 2 with batch norm"),
+        ("gpt", {"n_head": 5, "n_embd": 12}, "n_head is 5, but must be a divisor of n_embd"),
+        ("gpt", {"dtype": "float16"}, "dtype is float16, but must be one of float32, bfloat16"),
+        ("mlp", {"patience": 0}, "patience is 0, but must be at least 1"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_a_user_error(type, given, words):
+    with pytest.raises(UserError, match=words):
+        Config.of_type(type, **given)

@@ -14,19 +14,28 @@ from charlm.lm.errors import UserError
 def evaluate(
     directory: Directory,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "dev",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Of running text: sliding (each character from the full context before it) or fixed (windows of "
+            "it side by side, as nanoGPT); absent: fixed for a gpt, sliding for the others.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     input_file: InputFile = None,
     device: Device = "cpu",
 ) -> None:
-    """The exact loss of a trained model on a whole split, every token weighing the same.
+    """The exact loss of a trained model on a whole split: nats, bits per character, perplexity.
 
-    An item's end is a token too: it stands for the newline of the file.
+    Every token weighs the same. An item's end is a token too: it stands for the newline of the file.
     """
     from charlm.lm import checkpoint
     from charlm.lm.data import SPLITS
     from charlm.lm.display import print_losses
-    from charlm.lm.evaluate import baselines
+    from charlm.lm.evaluate import baselines, predictions
     from charlm.lm.evaluate import evaluate as measure
+    from charlm.lm.examples import PROTOCOLS
     from charlm.lm.train import usable_device
 
     if split not in SPLITS:
@@ -35,9 +44,9 @@ def evaluate(
     target = usable_device(device)
     corpus = trained_corpus(saved, input_file)
     model = saved.build_model(target)
-    result = measure(model, corpus.examples(split, model.block_size).to(target), split)
+    result = measure(model, predictions(model, corpus, split, protocol).to(target), split)
     if as_json:
         typer.echo(json.dumps(result.to_json(), allow_nan=False))
         return
     rows = {**baselines(corpus, split, saved.config.add_k), f"this model ({saved.config.type})": result}
-    print_losses(new_console(), f"loss on {split}, {result.tokens:,} tokens", rows)
+    print_losses(new_console(), f"loss on {split}, {result.tokens:,} tokens, {PROTOCOLS[result.protocol]}", rows)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from charlm.cli.common import corpus_of, new_console, print_samples
-from charlm.lm.config import OPTIMIZERS, SCHEDULES, Config
+from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config
 from charlm.lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,13 +23,17 @@ DEFAULT_DIRECTORY = Path("out")
 PASSAGE = 80  # characters of each of the 20 samples that training on running text ends with
 DEFAULT = Config()
 # What may change when a run is resumed: where it runs, how long, how often it reports; not what it computes.
-FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "log_interval"}
+FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "patience", "log_interval"}
 DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 
 
-def option(group: str, text: str, *names: str) -> Any:
-    """A flag of `train`, in its panel of the help."""
-    return typer.Option(*names, help=text, rich_help_panel=group)
+def option(group: str, text: str, *names: str, by_type: str | None = None) -> Any:
+    """A flag of `train`, in its panel of the help; by_type: the field of Config whose default depends on the model."""
+    if by_type is None:
+        return typer.Option(*names, help=text, rich_help_panel=group)
+    others = [f"{type} {given[by_type]}" for type, given in TYPE_DEFAULTS.items() if by_type in given]
+    default = ", ".join([str(getattr(DEFAULT, by_type)), *others])
+    return typer.Option(*names, help=text, rich_help_panel=group, show_default=default)
 
 
 def train(
@@ -45,22 +49,37 @@ def train(
     work_dir: Annotated[Path, option(OUTPUT, "Checkpoint and metrics.", "-o", "--work-dir")] = DEFAULT_DIRECTORY,
     resume: Annotated[bool, option(OUTPUT, "Go on from the checkpoint in the work dir.", "--resume")] = False,
     overwrite: Annotated[bool, option(OUTPUT, "Replace the run in the work dir.", "--overwrite")] = False,
-    type: Annotated[str, option(MODEL, "mlp, bigram, unigram or uniform.")] = DEFAULT.type,
-    block_size: Annotated[int, option(MODEL, "Characters of context.")] = DEFAULT.block_size,
-    n_embd: Annotated[int, option(MODEL, "Width of an embedding.")] = DEFAULT.n_embd,
-    n_hidden: Annotated[int, option(MODEL, "Width of the tanh layer.")] = DEFAULT.n_hidden,
-    batch_norm: Annotated[bool, option(MODEL, "Batch norm before the tanh.")] = DEFAULT.batch_norm,
-    dropout: Annotated[float, option(MODEL, "Share of hidden units dropped.")] = DEFAULT.dropout,
+    type: Annotated[
+        str, option(MODEL, "mlp, wavenet or gpt, or, by counting, bigram, unigram or uniform.")
+    ] = DEFAULT.type,
+    block_size: Annotated[
+        int, option(MODEL, "Characters of context; of a wavenet a power of two.", by_type="block_size")
+    ] = DEFAULT.block_size,
+    n_embd: Annotated[int, option(MODEL, "Width of an embedding.", by_type="n_embd")] = DEFAULT.n_embd,
+    n_hidden: Annotated[int, option(MODEL, "Width of the tanh layers.", by_type="n_hidden")] = DEFAULT.n_hidden,
+    n_layer: Annotated[int, option(MODEL, "Blocks of the gpt.")] = DEFAULT.n_layer,
+    n_head: Annotated[int, option(MODEL, "Attention heads of each.")] = DEFAULT.n_head,
+    batch_norm: Annotated[bool, option(MODEL, "Batch norm before the mlp's tanh.")] = DEFAULT.batch_norm,
+    dropout: Annotated[float, option(MODEL, "Share of hidden units dropped.", by_type="dropout")] = DEFAULT.dropout,
     add_k: Annotated[float, option(MODEL, "Smoothing of the count models.")] = DEFAULT.add_k,
-    max_steps: Annotated[int, option(TRAINING, "Optimizer steps.")] = DEFAULT.max_steps,
-    batch_size: Annotated[int, option(TRAINING, "Examples a step.", "-b", "--batch-size")] = DEFAULT.batch_size,
+    max_steps: Annotated[int, option(TRAINING, "Optimizer steps.", by_type="max_steps")] = DEFAULT.max_steps,
+    batch_size: Annotated[
+        int,
+        option(TRAINING, "Examples a batch; of the gpt items or windows.", "-b", "--batch-size", by_type="batch_size"),
+    ] = DEFAULT.batch_size,
+    gradient_accumulation_steps: Annotated[
+        int, option(TRAINING, "Batches a step, each token weighing the same.")
+    ] = DEFAULT.gradient_accumulation_steps,
     optimizer: Annotated[str, option(TRAINING, f"{' or '.join(OPTIMIZERS)}.")] = DEFAULT.optimizer,
     learning_rate: Annotated[
-        float, option(TRAINING, "The largest of the schedule.", "-l", "--learning-rate")
+        float, option(TRAINING, "The largest of the schedule.", "-l", "--learning-rate", by_type="learning_rate")
     ] = DEFAULT.learning_rate,
     weight_decay: Annotated[
-        float, option(TRAINING, "Of the linear layers.", "-w", "--weight-decay")
+        float, option(TRAINING, "Of the linear layers.", "-w", "--weight-decay", by_type="weight_decay")
     ] = DEFAULT.weight_decay,
+    grad_clip: Annotated[
+        float, option(TRAINING, "Largest norm of a step's gradient; 0: any.", by_type="grad_clip")
+    ] = DEFAULT.grad_clip,
     schedule: Annotated[
         str, option(TRAINING, f"{', '.join(SCHEDULES)}; step: a tenth from the half on.")
     ] = DEFAULT.schedule,
@@ -68,30 +87,41 @@ def train(
     eval_interval: Annotated[
         int | None, option(TRAINING, "Steps between evaluations, each saved; absent: max-steps / 10.")
     ] = DEFAULT.eval_interval,
+    patience: Annotated[
+        int | None, option(TRAINING, "Stop after so many evaluations without a better loss on dev; absent: never.")
+    ] = DEFAULT.patience,
     log_interval: Annotated[int, option(TRAINING, "Steps between lines of the training loss.")] = DEFAULT.log_interval,
     seed: Annotated[int, option(TRAINING, "Of initialisation, batches and dropout.")] = DEFAULT.seed,
     device: Annotated[str, option(TRAINING, "cpu, cuda, cuda:1, …")] = DEFAULT.device,
+    dtype: Annotated[
+        str, option(TRAINING, f"{' or '.join(DTYPES)}: the second trains under autocast.")
+    ] = DEFAULT.dtype,
+    compile: Annotated[bool, option(TRAINING, "Train through torch.compile.", "--compile")] = DEFAULT.compile,
 ) -> None:
-    """Train a model, then show its loss beside the baselines', and 20 samples.
+    """Train a model, then show its loss (nats, bits per character, perplexity) beside the baselines', and 20 samples.
 
-    Without arguments: the names that ship, on the CPU, into ./out.
+    Without arguments: an mlp on the names that ship, on the CPU, into ./out.
     """
     from charlm.lm import checkpoint
 
-    flags = {name: context.params[name] for name in Config.names()}
-    flags["input_file"] = None if input_file is None else str(input_file.resolve())
+    given = {
+        name: context.params[name]
+        for name in Config.names()
+        if context.get_parameter_source(name).name == "COMMANDLINE"
+    }
+    if input_file is not None:
+        given["input_file"] = str(input_file.resolve())
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     if resume:
         saved = checkpoint.load(work_dir)
-        given = {name for name in flags if context.get_parameter_source(name).name == "COMMANDLINE"}
-        _run(_resumed_config(saved.config, {name: flags[name] for name in given}), work_dir, saved)
+        _run(_resumed_config(saved.config, given), work_dir, saved)
         return
     if checkpoint.exists(work_dir) and not overwrite:
         raise UserError(
             f"{work_dir} holds a trained model already: add --resume to go on, or --overwrite to replace it"
         )
-    _run(Config(**flags), work_dir, None)
+    _run(Config.of_type(**{"type": DEFAULT.type, **given}), work_dir, None)
 
 
 def _resumed_config(saved: Config, given: dict[str, Any]) -> Config:
@@ -149,14 +179,14 @@ def _print_header(console: Console, config: Config, corpus: Corpus, trainer: Tra
 
 def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
     from charlm.lm.display import print_losses
-    from charlm.lm.evaluate import baselines, evaluate
+    from charlm.lm.evaluate import baselines, evaluate, predictions
+    from charlm.lm.examples import PROTOCOLS
     from charlm.lm.sample import SamplingOptions, sample
 
-    dev = corpus.examples("dev", config.block_size).to(trainer.device)
     rows = baselines(corpus, "dev", config.add_k)
-    result = evaluate(trainer.model, dev, "dev")
+    result = evaluate(trainer.model, predictions(trainer.model, corpus, "dev").to(trainer.device), "dev")
     rows[f"this model ({config.type}, step {trainer.best_step})"] = result
-    print_losses(console, f"loss on dev, {result.tokens:,} tokens", rows)
+    print_losses(console, f"loss on dev, {result.tokens:,} tokens, {PROTOCOLS[result.protocol]}", rows)
     options = SamplingOptions(max_new_tokens=None if corpus.format == "line" else PASSAGE)
     samples = sample(trainer.model, corpus.vocabulary, options, trainer.device)
     print_samples(console, samples, corpus.format, corpus)

@@ -10,6 +10,29 @@ from charlm.lm.models import MODELS
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
+DTYPES = ("float32", "bfloat16")
+
+# What a model is trained with unless told otherwise; of what is not named here, `Config`'s own defaults are the MLP's.
+# Chosen on makemore's names, for two cores.
+TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "wavenet": {"n_embd": 24, "n_hidden": 128, "dropout": 0.1},
+    "gpt": {
+        "block_size": 32,
+        "n_embd": 64,
+        "dropout": 0.15,
+        "max_steps": 4000,
+        "batch_size": 256,
+        "learning_rate": 3e-3,
+        "grad_clip": 1.0,
+    },
+}
+# What each model's constructor takes beside what all take.
+MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
+    "mlp": ("n_embd", "n_hidden", "batch_norm", "dropout"),
+    "wavenet": ("n_embd", "n_hidden", "dropout"),
+    "gpt": ("n_layer", "n_head", "n_embd", "dropout"),
+}
+COUNT_OPTIONS = ("add_k",)
 
 
 @dataclass(frozen=True)
@@ -21,16 +44,24 @@ class Config:
     split_seed:    of the shuffle that splits items 80/10/10; 42 is makemore's.
     dedup:         keep only the first of equal items.
     type:          a key of `charlm.lm.models.MODELS`.
+    n_layer, n_head: blocks of the GPT, and attention heads of each.
     dropout:       share of hidden units dropped in training.
     add_k:         added to every count of a count model.
     max_steps:     optimizer steps; the schedule ends there.
+    batch_size:    rows put through the model at once: examples, or for the GPT items or windows.
+    gradient_accumulation_steps: batches whose gradients make one step, each token weighing the same: a step sees
+                   batch_size times as many rows.
     optimizer:     "adamw", or "sgd" without momentum as in the lecture.
+    grad_clip:     the norm that a step's gradient is scaled down to if it is larger; 0 never.
     weight_decay:  of the linear layers' weights; biases, norms and embeddings are spared.
     schedule:      "cosine" to 0; "step", a tenth of the learning rate from the half on; or "constant".
     warmup_steps:  over which the learning rate first rises linearly.
     eval_interval: steps between two evaluations on dev, each of which saves; None is a tenth of max_steps.
+    patience:      evaluations without a better loss on dev after which training ends; None never.
     log_interval:  steps between two lines of the training loss.
     seed:          of initialisation, batches and dropout.
+    dtype:         "bfloat16" trains under autocast; weights and evaluation are float32 either way.
+    compile:       train through torch.compile.
     """
 
     input_file: str | None = None
@@ -42,33 +73,50 @@ class Config:
     n_embd: int = 16
     n_hidden: int = 512
     batch_norm: bool = False
+    n_layer: int = 4
+    n_head: int = 4
     dropout: float = 0.1
     add_k: float = 1.0
     max_steps: int = 2500
     batch_size: int = 1024
+    gradient_accumulation_steps: int = 1
     optimizer: str = "adamw"
     learning_rate: float = 1e-2
     weight_decay: float = 0.1
+    grad_clip: float = 0.0
     schedule: str = "cosine"
     warmup_steps: int = 200
     eval_interval: int | None = None
+    patience: int | None = None
     log_interval: int = 100
     seed: int = 1337
     device: str = "cpu"
+    dtype: str = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "n_embd", "n_hidden", "max_steps", "batch_size", "log_interval"):
+        counts = ("block_size", "n_embd", "n_hidden", "n_layer", "n_head", "max_steps", "batch_size", "log_interval")
+        for name in (*counts, "gradient_accumulation_steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay"):
+        for name in ("warmup_steps", "weight_decay", "grad_clip"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "add_k"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        self._check("eval_interval", self.eval_interval is None or self.eval_interval >= 1, "at least 1")
+        for name in ("eval_interval", "patience"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
         self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self._check("type", self.type in MODELS, f"one of {', '.join(MODELS)}")
         self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-        self._check("batch_size", not self.batch_norm or self.batch_size >= 2, "at least 2 with batch norm")
+        self._check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        has_batch_norm = self.batch_norm or self.type == "wavenet"
+        self._check("batch_size", not has_batch_norm or self.batch_size >= 2, "at least 2 with batch norm")
+        if self.type == "wavenet":
+            is_power = self.block_size >= 2 and self.block_size & (self.block_size - 1) == 0
+            self._check("block_size", is_power, "a power of two for the wavenet")
+        if self.type == "gpt":
+            self._check("n_head", self.n_embd % self.n_head == 0, f"a divisor of n_embd, which is {self.n_embd}")
 
     def _check(self, name: str, holds: bool, must_be: str) -> None:
         if not holds:
@@ -81,16 +129,19 @@ class Config:
 
     def model_config(self, vocab_size: int, pad_token: int) -> dict[str, Any]:
         """The arguments of `build_model`."""
-        common = {
+        own = MODEL_OPTIONS.get(self.type, COUNT_OPTIONS)
+        return {
             "type": self.type,
             "vocab_size": vocab_size,
             "block_size": self.block_size,
             "pad_token": pad_token,
+            **{name: getattr(self, name) for name in own},
         }
-        if self.type != "mlp":
-            return {**common, "add_k": self.add_k}
-        own = ("n_embd", "n_hidden", "batch_norm", "dropout")
-        return {**common, **{name: getattr(self, name) for name in own}}
+
+    @classmethod
+    def of_type(cls, type: str, **given: Any) -> Config:
+        """The defaults of the model `type`, and what is given in their place."""
+        return cls(type=type, **{**TYPE_DEFAULTS.get(type, {}), **given})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

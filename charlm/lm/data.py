@@ -1,4 +1,4 @@
-"""A text file becomes items, a vocabulary, a split, and (context, target) examples.
+"""A text file becomes items, a vocabulary and a split; what is predicted of it stands in `examples`.
 
 Two formats:
 
@@ -18,21 +18,27 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from charlm.lm.errors import UserError
+from charlm.lm.examples import (
+    Examples,
+    Sequences,
+    in_windows,
+    line_examples,
+    line_sequences,
+    text_examples,
+    text_sequences,
+    text_windows,
+)
+from charlm.lm.vocabulary import Vocabulary
 
 SPLITS = ("train", "dev", "test")
 FORMATS = ("line", "text")
-SEPARATOR = 0  # token of the separator in line format
-SEPARATOR_GLYPH = "."  # how it is printed
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # What still counts as one item a line: short lines of few words, hardly an empty one.
@@ -74,138 +80,6 @@ def guess_format(text: str) -> str:
     return "line" if short >= 0.95 and words <= ITEM_WORDS else "text"
 
 
-# ---- vocabulary
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The characters of a corpus, sorted by code point, and their tokens.
-
-    With a separator the characters are tokens 1, 2, …; without one 0, 1, …. `chars` is all there is to save.
-    """
-
-    chars: str
-    separator: bool
-    stoi: dict[str, int] = field(init=False, repr=False, compare=False)
-    _table: np.ndarray = field(init=False, repr=False, compare=False)  # (largest code point + 1,) token, or -1
-
-    def __post_init__(self) -> None:
-        first = int(self.separator)
-        object.__setattr__(self, "stoi", {char: first + i for i, char in enumerate(self.chars)})
-        table = np.full(ord(self.chars[-1]) + 1 if self.chars else 1, -1, dtype=np.int32)
-        table[[ord(char) for char in self.chars]] = np.arange(first, first + len(self.chars))
-        object.__setattr__(self, "_table", table)
-
-    @classmethod
-    def of(cls, text: str, *, separator: bool) -> Vocabulary:
-        """The vocabulary of `text`; the newlines between items are no characters of theirs."""
-        chars = set(text)
-        return cls("".join(sorted(chars - {"\n"} if separator else chars)), separator)
-
-    def __len__(self) -> int:
-        return len(self.chars) + self.separator
-
-    @property
-    def itos(self) -> list[str]:
-        """What each token is printed as."""
-        return [SEPARATOR_GLYPH, *self.chars] if self.separator else list(self.chars)
-
-    @property
-    def pad_token(self) -> int:
-        """What fills a context where nothing comes before: the separator, else the newline (else token 0)."""
-        return SEPARATOR if self.separator else self.stoi.get("\n", 0)
-
-    @property
-    def stop_token(self) -> int | None:
-        """The token that ends a sample; None in running text."""
-        return SEPARATOR if self.separator else None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The smallest dtype that holds every token: tokens of most character models fit a byte."""
-        return torch.uint8 if len(self) <= 256 else torch.int32
-
-    def encode(self, text: str, what: str = "the text") -> Tensor:
-        """The tokens of `text`, (len(text),) of `self.dtype`.
-
-        Raises:
-            UserError: a character is not in the vocabulary; the text names it and its position in `what`.
-        """
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        known = points < len(self._table)
-        tokens = np.where(known, self._table[np.where(known, points, 0)], -1)
-        if (tokens < 0).any():
-            position = int((tokens < 0).argmax())
-            raise UserError(
-                f"character {text[position]!r} at position {position} of {what} (the first is 0) "
-                "is not in the model's vocabulary"
-            )
-        return torch.from_numpy(tokens.astype(np.int32)).to(self.dtype)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`; a separator is printed "."."""
-        itos = self.itos
-        return "".join(itos[token] for token in tokens)
-
-
-# ---- examples
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Every prediction that a split asks for.
-
-    contexts: (N, block_size) tokens before the target, the last one nearest; uint8 or int32.
-    targets:  (N,) the token to predict; the same dtype.
-    """
-
-    contexts: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def to(self, device: torch.device | str) -> Examples:
-        return Examples(self.contexts.to(device), self.targets.to(device))
-
-    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(contexts, targets) in order, at most `size` at a time."""
-        yield from zip(self.contexts.split(size), self.targets.split(size), strict=True)
-
-
-def line_examples(items: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Examples:
-    """One example for each character of each item and one for the separator behind it; contexts stay in the
-    item.
-
-    "ab" with block_size 3 gives (..., a), (..a, b), (.ab, .).
-    """
-    lengths = np.array([len(item) + 1 for item in items], dtype=np.int64)
-    characters = vocabulary.encode("".join(items), "the items").numpy()
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(items) else 0
-    targets = np.full(total, SEPARATOR, dtype=characters.dtype)
-    is_character = np.ones(total, dtype=bool)
-    is_character[ends - 1] = False
-    targets[is_character] = characters
-    position = np.arange(total) - np.repeat(ends - lengths, lengths)  # (N,) of each target in its item
-    contexts = np.full((total, block_size), SEPARATOR, dtype=characters.dtype)
-    for back in range(1, min(block_size, int(lengths.max(initial=0))) + 1):
-        inside = np.flatnonzero(position >= back)
-        contexts[inside, block_size - back] = targets[inside - back]
-    return Examples(torch.from_numpy(contexts), torch.from_numpy(targets))
-
-
-def text_examples(text: str, start: int, stop: int, vocabulary: Vocabulary, block_size: int) -> Examples:
-    """One example for each character of text[start:stop]; the contexts are views of one stream."""
-    before = max(0, start - block_size)
-    stream = vocabulary.encode(text[before:stop], "the text")
-    missing = block_size - (start - before)
-    padding = torch.full((missing,), vocabulary.pad_token, dtype=stream.dtype)
-    stream = torch.cat([padding, stream])  # (block_size + stop - start,)
-    contexts = stream.unfold(0, block_size, 1)[: stop - start]
-    return Examples(contexts, stream[block_size:])
-
-
 # ---- corpus
 
 
@@ -230,14 +104,32 @@ class Corpus:
     duplicates_removed: int = 0
 
     def examples(self, split: str, block_size: int) -> Examples:
-        """Every example of `split`, on the CPU."""
+        """Every prediction of `split`, from the last `block_size` tokens each, on the CPU."""
         if self.format == "line":
             return line_examples(self.parts[split], self.vocabulary, block_size)
+        return text_examples(*self._stream(split), block_size, self.vocabulary.pad_token)
+
+    def sequences(self, split: str, block_size: int) -> Sequences:
+        """The predictions of `split` at every position, to train on: each item, or each run of `block_size`."""
+        if self.format == "line":
+            return line_sequences(self.parts[split], self.vocabulary, block_size)
+        return text_sequences(*self._stream(split), block_size, self.vocabulary.pad_token)
+
+    def windows(self, split: str, block_size: int) -> Sequences:
+        """The predictions of running text at every position of windows side by side, on the CPU."""
+        return text_windows(*self._stream(split), block_size, self.vocabulary.pad_token)
+
+    def examples_in_windows(self, split: str, block_size: int) -> Examples:
+        """The predictions of `windows`, one a row: contexts that do not reach beyond their window."""
+        return in_windows(self.examples(split, block_size), self.vocabulary.pad_token)
+
+    def _stream(self, split: str) -> tuple[Tensor, int]:
+        """The tokens up to the end of `split`, and where it begins."""
         lengths = [len(self.parts[name][0]) for name in SPLITS]
         index = SPLITS.index(split)
         start = sum(lengths[:index])
-        text = "".join(self.parts[name][0] for name in SPLITS)
-        return text_examples(text, start, start + lengths[index], self.vocabulary, block_size)
+        text = "".join(self.parts[name][0] for name in SPLITS[: index + 1])
+        return self.vocabulary.encode(text), start
 
     def overlap(self) -> int | None:
         """How many items of dev stand in train as well; None for running text."""

@@ -8,22 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from charlm.lm.data import Corpus, Examples
+from charlm.lm.data import Corpus
+from charlm.lm.errors import UserError
+from charlm.lm.examples import IGNORED, Examples, Sequences
 from charlm.lm.models import COUNT_MODELS, LanguageModel
 
-CHUNK = 8192  # rows at a time: the logits of a chunk stay in cache for most vocabularies
+CHUNK = 8192  # predictions at a time: the logits of a chunk stay in cache for most vocabularies
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """A model's loss on a split.
 
+    protocol: a key of PROTOCOLS, what a prediction could see of the tokens before it.
     nats:   mean surprisal of a token, -log p, every token weighing the same.
     tokens: how many were predicted. In line format an item of n characters makes n + 1: the end is predicted
             too, and stands for the newline of the file; so nats per token is nats per character of the file.
     """
 
     split: str
+    protocol: str
     nats: float
     tokens: int
 
@@ -39,24 +43,54 @@ class Evaluation:
         """The fixed form of `charlm eval --json`; a number that JSON cannot hold is null."""
         numbers = {"nats": self.nats, "bits_per_char": self.bits_per_char, "perplexity": self.perplexity}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        return {"split": self.split, **finite, "tokens": self.tokens}
+        return {"split": self.split, "protocol": self.protocol, **finite, "tokens": self.tokens}
+
+
+def predictions(model: LanguageModel, corpus: Corpus, split: str, protocol: str | None = None) -> Examples | Sequences:
+    """What `split` asks of `model`, every token once, in the order of the file.
+
+    Args:
+        protocol: for running text "sliding", from the last block_size tokens each, or "fixed", within windows of
+            block_size side by side, as nanoGPT has it; None is the one that costs the model one pass over the text.
+            Items have one protocol only.
+
+    Raises:
+        UserError: an unknown protocol, or one for items.
+    """
+    if corpus.format == "line":
+        if protocol not in (None, "items"):
+            raise UserError(f"protocol {protocol!r} is for running text: items are predicted each on its own")
+        if model.predicts_every_position:
+            return corpus.sequences(split, model.block_size)
+        return corpus.examples(split, model.block_size)
+    protocol = protocol or ("fixed" if model.predicts_every_position else "sliding")
+    if protocol == "sliding":
+        return corpus.examples(split, model.block_size)
+    if protocol != "fixed":
+        raise UserError(f"unknown protocol {protocol!r} of running text: it is fixed or sliding")
+    if model.predicts_every_position:
+        return corpus.windows(split, model.block_size)
+    return corpus.examples_in_windows(split, model.block_size)
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, examples: Examples, split: str) -> Evaluation:
-    """The mean loss over all of `examples`, exact: summed in double, the model in evaluation mode."""
+def surprisals(model: LanguageModel, asked: Examples | Sequences) -> Tensor:
+    """-log p of each predicted token, (tokens,) nats in the order of `asked`; the model in evaluation mode."""
     training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=examples.targets.device)
-    for contexts, targets in examples.chunks(CHUNK):
-        total += surprisal(model, contexts, targets).sum(dtype=torch.float64)
+    rows = max(1, CHUNK // model.block_size) if model.predicts_every_position else CHUNK
+    parts = []
+    for idx, targets in asked.chunks(rows):
+        losses = model.loss(idx, targets, reduction="none")
+        parts.append(losses[targets != IGNORED] if isinstance(asked, Sequences) else losses)
     model.train(training)
-    return Evaluation(split, total.item() / len(examples), len(examples))
+    return torch.cat(parts)
 
 
-def surprisal(model: LanguageModel, contexts: Tensor, targets: Tensor) -> Tensor:
-    """-log p of each target: contexts (N, T), targets (N,) → (N,) nats."""
-    return model.loss(contexts, targets, reduction="none")
+def evaluate(model: LanguageModel, asked: Examples | Sequences, split: str) -> Evaluation:
+    """The mean loss over all that is `asked`, exact: summed in double, the model in evaluation mode."""
+    nats = surprisals(model, asked).sum(dtype=torch.float64).item() / asked.tokens
+    return Evaluation(split, asked.protocol, nats, asked.tokens)
 
 
 def baselines(corpus: Corpus, split: str = "dev", add_k: float = 1.0) -> dict[str, Evaluation]:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from charlm.lm import checkpoint as checkpoints
 from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
-from charlm.lm.data import Corpus, Examples
+from charlm.lm.data import Corpus
 from charlm.lm.errors import UserError
-from charlm.lm.evaluate import evaluate
+from charlm.lm.evaluate import evaluate, predictions
+from charlm.lm.examples import Examples, Sequences
 from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, build_model
 
@@ -132,7 +133,8 @@ class Trainer:
             self._restore(resumed)
 
     def run(self, on_progress: Callable[[Progress], None] | None = None, stop: StopRequest | None = None) -> bool:
-        """Trains up to max_steps, evaluating and saving as it goes; False if `stop` was set before the end.
+        """Trains up to max_steps, or until the loss on dev has not become better for `patience` evaluations,
+        evaluating and saving as it goes; False if `stop` was set before the end.
 
         Either way the state is saved, and `self.model` ends as the best model on dev, in evaluation mode.
         """
@@ -151,7 +153,7 @@ class Trainer:
             self.random_state = self._get_random_state()
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
-        return self.step >= self.config.max_steps
+        return self._is_finished()
 
     def save(self) -> None:
         """Writes the state after `self.step` steps to `self.directory`."""
@@ -206,44 +208,71 @@ class Trainer:
     def _count(self, report: Report) -> None:
         """Counting is one step, and leaves nothing to resume."""
         if self.step < self.config.max_steps:
-            self.model.fit(self._examples("train"))
+            self.model.fit(predictions(self.model, self.corpus, "train").to(self.device))
             self.step = self.config.max_steps
-            self._evaluate_and_save(self._examples("dev"), report)
+            self._evaluate_and_save(self._dev(), report)
 
     def _optimize(self, optimizer: torch.optim.Optimizer, report: Report, stop: StopRequest) -> None:
         config, model = self.config, self.model
-        train, dev = self._examples("train"), self._examples("dev")
-        contexts, targets, count = train.contexts, train.targets, len(train)
-        # At batch 32 a step is mostly overhead: index_select takes a fifth of contexts[rows], and dropping the
-        # gradients here a fiftieth of optimizer.zero_grad().
+        rows = self.corpus.sequences if model.predicts_every_position else self.corpus.examples
+        train, dev = rows("train", config.block_size).to(self.device), self._dev()
+        loss_of = model.loss
+        if config.compile:
+            loss_of = torch.compile(loss_of, dynamic=model.predicts_every_position)  # rows are as wide as their longest
         parameters = list(model.parameters())
         model.train()
-        clock, timed_from = time.perf_counter(), self.step
-        while self.step < config.max_steps and stop.signal is None:
+        clock, tokens = time.perf_counter(), 0
+        while not self._is_finished() and stop.signal is None:
             rate = learning_rate_at(config, self.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            rows = torch.randint(count, (config.batch_size,), generator=self.batches).to(self.device)  # (B,)
-            loss = model.loss(contexts.index_select(0, rows), targets.index_select(0, rows))
+            # At batch 32 a step is mostly overhead: dropping the gradients here takes a fiftieth of
+            # optimizer.zero_grad().
             for parameter in parameters:
                 parameter.grad = None
-            loss.backward()
+            tokens += self._backward(loss_of, train)
+            if config.grad_clip:
+                nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
-            self.loss_sum += loss.detach()
             self.loss_steps += 1
             self.step += 1
             last = self.step == config.max_steps
             if self.step % config.log_interval == 0 or last:
                 nats = self._take_mean_loss()
                 now = time.perf_counter()
-                report("train", nats, (self.step - timed_from) * config.batch_size / (now - clock))
-                clock, timed_from = now, self.step
+                report("train", nats, tokens / (now - clock))
+                clock, tokens = now, 0
             if self.step % config.steps_between_evaluations == 0 or last:
                 paused = time.perf_counter()
                 self._evaluate_and_save(dev, report)
                 clock += time.perf_counter() - paused
-        if self.step < config.max_steps:
+        if not self._is_finished():
             self.save()
+
+    def _backward(self, loss_of: Callable[..., Tensor], train: Examples | Sequences) -> int:
+        """Adds a step's gradient to the parameters' and its loss to loss_sum; how many tokens it is the mean over."""
+        config = self.config
+        count = config.batch_size * config.gradient_accumulation_steps
+        rows = torch.randint(len(train), (count,), generator=self.batches)
+        batches = [train.select(part) for part in rows.split(config.batch_size)]
+        total = sum(tokens for _, _, tokens in batches)
+        for idx, targets, tokens in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+                loss = loss_of(idx, targets)
+            if len(batches) > 1:
+                loss = loss * (tokens / total)
+            loss.backward()
+            self.loss_sum += loss.detach()
+        return total
+
+    def _is_finished(self) -> bool:
+        """Whether max_steps are done, or the patience is at its end."""
+        config = self.config
+        if self.step >= config.max_steps:
+            return True
+        if config.patience is None or self.best_step is None:
+            return False
+        return self.step - self.best_step >= config.patience * config.steps_between_evaluations
 
     def _take_mean_loss(self) -> float:
         """The mean loss since it was last taken; the one place where the loop waits for the device."""
@@ -254,7 +283,7 @@ class Trainer:
         self.loss_steps = 0
         return nats
 
-    def _evaluate_and_save(self, dev: Examples, report: Report) -> None:
+    def _evaluate_and_save(self, dev: Examples | Sequences, report: Report) -> None:
         start = time.perf_counter()
         result = evaluate(self.model, dev, "dev")
         seconds = time.perf_counter() - start
@@ -268,8 +297,8 @@ class Trainer:
         report("dev", result.nats, result.tokens / seconds)
         self.save()
 
-    def _examples(self, split: str) -> Examples:
-        return self.corpus.examples(split, self.config.block_size).to(self.device)
+    def _dev(self) -> Examples | Sequences:
+        return predictions(self.model, self.corpus, "dev").to(self.device)
 
     # ---- torch's global generators, which dropout draws from
 

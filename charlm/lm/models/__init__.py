@@ -9,9 +9,11 @@ from typing import Any
 
 from charlm.lm.models.base import LanguageModel
 from charlm.lm.models.counts import COUNT_MODELS, Bigram, CountModel, Uniform, Unigram
+from charlm.lm.models.gpt import GPT
 from charlm.lm.models.mlp import MLP
+from charlm.lm.models.wavenet import WaveNet
 
-MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, **COUNT_MODELS}
+MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, "wavenet": WaveNet, "gpt": GPT, **COUNT_MODELS}
 
 
 def build_model(type: str, **config: Any) -> LanguageModel:
@@ -21,6 +23,7 @@ def build_model(type: str, **config: Any) -> LanguageModel:
 
 __all__ = [
     "COUNT_MODELS",
+    "GPT",
     "MLP",
     "MODELS",
     "Bigram",
@@ -28,5 +31,6 @@ __all__ = [
     "LanguageModel",
     "Uniform",
     "Unigram",
+    "WaveNet",
     "build_model",
 ]

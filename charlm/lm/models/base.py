@@ -1,6 +1,8 @@
-"""What every language model here can do: predict the next token from a window of context, and generate."""
+"""What every language model here can do: predict the next token from the tokens before it, and generate."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,12 @@ class LanguageModel(nn.Module):
     vocab_size: number of tokens, V.
     block_size: length of the context window, T.
     pad_token:  stands in the window where there is nothing before.
+
+    `predicts_every_position` says what it is trained on: `Sequences`, idx and targets (B, T), or, if false,
+    `Examples`, idx (B, T) and targets (B,).
     """
+
+    predicts_every_position = False
 
     def __init__(self, vocab_size: int, block_size: int, pad_token: int = 0) -> None:
         super().__init__()
@@ -68,11 +75,10 @@ class LanguageModel(nn.Module):
         training = self.training
         self.eval()
         sequence = idx.long()
-        pad = torch.full((len(idx), self.block_size), self.pad_token, dtype=torch.int64, device=idx.device)
+        cache: dict[str, Any] = {}
         stopped = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            window = torch.cat([pad, sequence], dim=1)[:, -self.block_size :]  # (B, T)
-            logits, _ = self(window)  # (B, V)
+            logits = self.next_logits(sequence, cache)  # (B, V)
             token = sample_token(logits, temperature, top_k, top_p, generator)  # (B,)
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
@@ -82,6 +88,15 @@ class LanguageModel(nn.Module):
                 break
         self.train(training)
         return sequence
+
+    def next_logits(self, sequence: Tensor, cache: dict[str, Any]) -> Tensor:
+        """The logits (B, V) of the token behind `sequence` (B, t), of which the last `block_size` are seen.
+
+        cache: what the model keeps from one call for the next, whose sequence is this one and a token more; empty at
+               first.
+        """
+        pad = torch.full((len(sequence), self.block_size), self.pad_token, dtype=torch.int64, device=sequence.device)
+        return self(torch.cat([pad, sequence], dim=1)[:, -self.block_size :])[0]
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -1,0 +1,208 @@
+"""What a split asks a model to predict: one token behind a context, or the next token at every position.
+
+    Examples    "ab" with block_size 3: (..., a), (..a, b), (.ab, .)    for models of a window: n-gram, MLP, WaveNet
+    Sequences   "ab": . a b → a b .                                     for models of every position: GPT
+
+Either way every token of a split is predicted exactly once, in the order of the file, unless rows overlap on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from charlm.lm.vocabulary import SEPARATOR, Vocabulary
+
+IGNORED = -100  # target of a position where nothing is predicted: cross_entropy's ignore_index
+
+# What a prediction may see of what lies before it.
+PROTOCOLS = {
+    "items": "each item on its own",
+    "sliding": "sliding full context",
+    "fixed": "fixed windows",
+}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One prediction a row.
+
+    contexts: (N, block_size) tokens before the target, the last one nearest; uint8 or int32.
+    targets:  (N,) the token to predict; the same dtype.
+    protocol: a key of PROTOCOLS.
+    """
+
+    contexts: Tensor
+    targets: Tensor
+    protocol: str
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def tokens(self) -> int:
+        """How many predictions there are."""
+        return len(self.targets)
+
+    def to(self, device: torch.device | str) -> Examples:
+        return replace(self, contexts=self.contexts.to(device), targets=self.targets.to(device))
+
+    def select(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
+        """(contexts, targets, number of predictions) of `rows` (B,) int64 on the CPU."""
+        rows = rows.to(self.targets.device)
+        return self.contexts.index_select(0, rows), self.targets.index_select(0, rows), len(rows)
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(contexts, targets) in order, at most `size` rows at a time."""
+        yield from zip(self.contexts.split(size), self.targets.split(size), strict=True)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A prediction at every position.
+
+    idx:     (N, T) tokens.
+    targets: (N, T) the tokens behind them, or IGNORED; a signed dtype where anything is ignored.
+    lengths: (N,) int64 on the CPU: columns from here on are ignored.
+    counts:  (N,) int64 on the CPU: predictions of each row.
+    protocol: a key of PROTOCOLS.
+    """
+
+    idx: Tensor
+    targets: Tensor
+    lengths: Tensor
+    counts: Tensor
+    protocol: str
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """How many predictions there are."""
+        return int(self.counts.sum().item())
+
+    def to(self, device: torch.device | str) -> Sequences:
+        return replace(self, idx=self.idx.to(device), targets=self.targets.to(device))
+
+    def select(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
+        """(idx, targets, number of predictions) of `rows` (B,) int64 on the CPU, as wide as the longest of them."""
+        width = int(self.lengths[rows].max().item())
+        count = int(self.counts[rows].sum().item())
+        rows = rows.to(self.idx.device)
+        return self.idx[:, :width].index_select(0, rows), self.targets[:, :width].index_select(0, rows), count
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(idx, targets) in order, at most `size` rows at a time."""
+        for rows in torch.arange(len(self)).split(size):
+            idx, targets, _ = self.select(rows)
+            yield idx, targets
+
+
+# ---- one item a line
+
+
+def line_examples(items: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Examples:
+    """One example for each character of each item and one for the separator behind it; contexts stay in the item."""
+    lengths = np.array([len(item) + 1 for item in items], dtype=np.int64)
+    targets = _separated(items, vocabulary)
+    ends = np.cumsum(lengths)
+    total = len(targets)
+    position = np.arange(total) - np.repeat(ends - lengths, lengths)  # (N,) of each target in its item
+    contexts = np.full((total, block_size), SEPARATOR, dtype=targets.dtype)
+    for back in range(1, min(block_size, int(lengths.max(initial=0))) + 1):
+        inside = np.flatnonzero(position >= back)
+        contexts[inside, block_size - back] = targets[inside - back]
+    return Examples(torch.from_numpy(contexts), torch.from_numpy(targets), "items")
+
+
+def line_sequences(items: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Sequences:
+    """One row for each item: the separator and its characters, behind which stand its characters and the separator.
+
+    What an item has beyond `block_size` predictions is predicted from the last `block_size` tokens, one a row.
+    """
+    lengths = np.array([len(item) + 1 for item in items], dtype=np.int64)
+    targets = _separated(items, vocabulary)
+    starts = np.cumsum(lengths) - lengths
+    extra = np.maximum(lengths - block_size, 0)
+    rows = np.repeat(np.arange(len(items)), 1 + extra)
+    shift = np.arange(len(rows)) - np.repeat(np.cumsum(1 + extra) - (1 + extra), 1 + extra)  # 0 is the item's first row
+    width = np.minimum(lengths, block_size)[rows]
+    columns = np.arange(int(width.max(initial=0)))
+    inside = columns < width[:, None]  # (N, T)
+    counted = inside & ((shift[:, None] == 0) | (columns == width[:, None] - 1))
+    at = np.where(inside, (starts[rows] + shift)[:, None] + columns, 0)
+    before = np.where((columns == 0) & (shift[:, None] == 0), SEPARATOR, targets[np.maximum(at - 1, 0)])
+    signed = np.int16 if targets.dtype == np.uint8 else np.int32
+    behind = np.where(counted, targets[at].astype(np.int32), IGNORED).astype(signed)
+    idx = np.where(inside, before, SEPARATOR).astype(targets.dtype)
+    return Sequences(*map(torch.from_numpy, (idx, behind, width, counted.sum(axis=1))), "items")
+
+
+def _separated(items: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
+    """The tokens of all items, each with the separator behind it."""
+    characters = vocabulary.encode("".join(items), "the items").numpy()
+    ends = np.cumsum([len(item) + 1 for item in items], dtype=np.int64)
+    targets = np.full(int(ends[-1]) if len(items) else 0, SEPARATOR, dtype=characters.dtype)
+    is_character = np.ones(len(targets), dtype=bool)
+    is_character[ends - 1] = False
+    targets[is_character] = characters
+    return targets
+
+
+# ---- running text
+
+
+def text_examples(stream: Tensor, start: int, block_size: int, pad_token: int) -> Examples:
+    """One example for each of stream[start:] (S,); contexts are views of one stream, `pad_token` before its begin."""
+    before = max(0, start - block_size)
+    padding = torch.full((block_size - (start - before),), pad_token, dtype=stream.dtype)
+    stream = torch.cat([padding, stream[before:]])  # (block_size + S - start,)
+    return Examples(stream.unfold(0, block_size, 1)[: len(stream) - block_size], stream[block_size:], "sliding")
+
+
+def in_windows(examples: Examples, pad_token: int) -> Examples:
+    """`text_examples` cut into windows of block_size predictions, none of which sees what lies before its window.
+
+    As in `text_windows`, the first prediction of a window has one token of context: the one before it.
+    """
+    block_size = examples.contexts.shape[1]
+    seen = torch.arange(len(examples)) % block_size + 1  # (N,) tokens of context
+    hidden = torch.arange(block_size) < block_size - seen[:, None]  # (N, T)
+    return Examples(examples.contexts.masked_fill(hidden, pad_token), examples.targets, "fixed")
+
+
+def text_sequences(stream: Tensor, start: int, block_size: int, pad_token: int) -> Sequences:
+    """A row of `block_size` predictions from each position on, for training: rows overlap, and are views of the stream.
+
+    A text shorter than a row is one row.
+    """
+    stream = _with_token_before(stream, start, pad_token)
+    width = min(block_size, len(stream) - 1)
+    idx, targets = stream[:-1].unfold(0, width, 1), stream[1:].unfold(0, width, 1)
+    full = torch.full((len(idx),), width)
+    return Sequences(idx, targets, full, full, "fixed")
+
+
+def text_windows(stream: Tensor, start: int, block_size: int, pad_token: int) -> Sequences:
+    """Rows of `block_size` predictions side by side, as nanoGPT evaluates: each of stream[start:] once, the last row
+    shorter."""
+    stream = _with_token_before(stream, start, pad_token)
+    total = len(stream) - 1
+    n_rows = -(-total // block_size)
+    idx = torch.full((n_rows * block_size,), pad_token, dtype=stream.dtype)
+    targets = torch.full(
+        (n_rows * block_size,), IGNORED, dtype=torch.int16 if stream.dtype == torch.uint8 else torch.int32
+    )
+    idx[:total], targets[:total] = stream[:-1], stream[1:]
+    counts = (total - torch.arange(n_rows) * block_size).clamp(max=block_size)
+    return Sequences(idx.view(n_rows, -1), targets.view(n_rows, -1), counts, counts, "fixed")
+
+
+def _with_token_before(stream: Tensor, start: int, pad_token: int) -> Tensor:
+    first = stream[start - 1 : start] if start else torch.full((1,), pad_token, dtype=stream.dtype)
+    return torch.cat([first, stream[start:]])

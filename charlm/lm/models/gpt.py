@@ -1,0 +1,158 @@
+"""A decoder-only transformer, GPT-2's architecture as nanoGPT has it.
+
+    x_t    = C[token_t] + P[t]                              a row for the token, a row for its position
+    x     += Attention(LayerNorm(x)),  x += MLP(LayerNorm(x))     n_layer times
+    logits = LayerNorm(x) C^T                               the head is the embedding (Press & Wolf 2017)
+
+Every position predicts the token behind it. Radford et al. (2019), "Language Models are Unsupervised Multitask
+Learners"; no biases, dropout behind each of the two, the layers that write into x begin 1 / sqrt(2 n_layer) smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import charlm.functional as F
+from charlm.lm.models.base import LanguageModel
+from charlm.nn import Embedding
+
+INITIAL_STD = 0.02
+
+
+class Attention(nn.Module):
+    """Causal self-attention of `n_head` heads: (B, t, D) → (B, t, D)."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self.dropout = dropout
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd, bias=False)
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor:
+        """cache: keys and values of the positions before x, which those of x are added to."""
+        B, t, D = x.shape
+        q, k, v = (
+            self.qkv(x).view(B, t, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # 3 × (B, heads, t, d)
+        if cache is not None:
+            if cache:
+                k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
+            cache["k"], cache["v"] = k, v
+        # A single new token sees all there is.
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=t > 1, dropout_p=self.dropout if self.training else 0.0
+        )  # (B, heads, t, d)
+        return self.proj(y.transpose(1, 2).reshape(B, t, D))
+
+
+class Block(nn.Module):
+    """Attention and a GELU layer of four times the width, each behind a norm and added to what came in."""
+
+    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(n_embd, bias=False)
+        self.attention = Attention(n_embd, n_head, dropout)
+        self.norm_2 = nn.LayerNorm(n_embd, bias=False)
+        self.expand = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.contract = nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_1(x), cache))  # (B, t, D)
+        return x + self.dropout(self.contract(nn.functional.gelu(self.expand(self.norm_2(x)))))
+
+
+class GPT(LanguageModel):
+    """Transformer blocks over embedded tokens and positions; head and embedding share one matrix.
+
+    Args:
+        vocab_size, block_size, pad_token: as `LanguageModel`.
+        n_layer: number of blocks.
+        n_head: number of attention heads, which divides n_embd.
+        n_embd: width D of the model.
+        dropout: share dropped of embeddings, attention, and of what each block adds.
+
+    Raises:
+        ValueError: n_head does not divide n_embd.
+    """
+
+    predicts_every_position = True
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: int,
+        pad_token: int = 0,
+        *,
+        n_layer: int,
+        n_head: int,
+        n_embd: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(vocab_size, block_size, pad_token)
+        if n_embd % n_head:
+            raise ValueError(f"n_head is {n_head}, but must divide n_embd, which is {n_embd}")
+        self.embedding = Embedding(vocab_size, n_embd)
+        self.position = Embedding(block_size, n_embd)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        self.norm = nn.LayerNorm(n_embd, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """N(0, 0.02), less where a block writes into x; norms at 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                writes = name.endswith(("proj.weight", "contract.weight"))
+                nn.init.normal_(parameter, std=INITIAL_STD / math.sqrt(2 * len(self.blocks)) if writes else INITIAL_STD)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx (B, t) with t ≤ block_size, any integer dtype → logits and mean loss in nats or None.
+
+        With targets (B, t), of which -100 count for nothing, or without: logits (B, t, V). With targets (B,), the
+        tokens behind the last position: logits (B, V).
+        """
+        hidden = self._hidden(idx)  # (B, t, D)
+        if targets is not None and targets.dim() == 1:
+            hidden = hidden[:, -1]  # (B, D)
+        logits = nn.functional.linear(hidden, self.embedding.weight)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """`forward`'s loss without its logits: () or, with "none", the shape of targets."""
+        hidden = self._hidden(idx)
+        if targets.dim() == 1:
+            hidden = hidden[:, -1]
+        loss = F.linear_cross_entropy(
+            hidden.flatten(0, -2), self.embedding.weight, targets.flatten(), reduction=reduction
+        )
+        return loss.view(targets.shape) if reduction == "none" else loss
+
+    def next_logits(self, sequence: Tensor, cache: dict[str, Any]) -> Tensor:
+        """As `LanguageModel.next_logits`, with the keys and values of the positions before: one new token, one position
+        of work, until the window is full. Then it moves on, every position with it, and is computed anew."""
+        start = torch.full((len(sequence), 1), self.pad_token, dtype=torch.int64, device=sequence.device)
+        window = torch.cat([start, sequence], dim=1)[:, -self.block_size :]
+        if sequence.shape[1] >= self.block_size:
+            hidden = self._hidden(window)
+        else:
+            layers = cache.setdefault("layers", [{} for _ in self.blocks])
+            done = cache.get("length", 0)
+            cache["length"] = window.shape[1]
+            hidden = self._hidden(window[:, done:], layers, done)
+        return nn.functional.linear(hidden[:, -1], self.embedding.weight)
+
+    def _hidden(self, idx: Tensor, caches: list[dict[str, Tensor]] | None = None, start: int = 0) -> Tensor:
+        """(B, t) → (B, t, D), at positions start, start + 1, …"""
+        positions = self.position.weight[start : start + idx.shape[1]]  # (t, D)
+        x = self.dropout(self.embedding(idx) + positions)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, cache)
+        return self.norm(x)

@@ -1,0 +1,86 @@
+"""A hierarchical model in the manner of WaveNet, as makemore's part 5 has it.
+
+    h_0   = C[x_1], …, C[x_T]                              T embeddings
+    h_l+1 = tanh(BatchNorm(W_l [h_l at 2i, h_l at 2i + 1]))   half as many positions, each of twice the reach
+    logits = h_L U + d                                     L = log2(T) layers later one position is left
+
+The context is fused pair by pair, a binary tree over T characters, instead of all at once: the tree is the dilated
+causal convolution of van den Oord et al. (2016), "WaveNet", for the last position alone. The first layer's embeddings
+and its product are one op that picks rows of C W_0; the loss keeps no logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import charlm.functional as F
+from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.mlp import HEAD_GAIN, TANH_GAIN
+from charlm.nn import Embedding
+
+
+class WaveNet(LanguageModel):
+    """A binary tree of tanh layers over the context, softmax.
+
+    Args:
+        vocab_size, pad_token: as `LanguageModel`.
+        block_size: length of the context, a power of two.
+        n_embd: width D of an embedding.
+        n_hidden: width H of every layer.
+        dropout: share of the hidden units dropped in training, in each layer.
+
+    Raises:
+        ValueError: block_size is no power of two, or below 2.
+    """
+
+    def __init__(
+        self, vocab_size: int, block_size: int, pad_token: int = 0, *, n_embd: int, n_hidden: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__(vocab_size, block_size, pad_token)
+        n_layer = block_size.bit_length() - 1
+        if block_size < 2 or block_size != 2**n_layer:
+            raise ValueError(f"block_size is {block_size}, but must be a power of two, at least 2")
+        self.embedding = Embedding(vocab_size, n_embd)
+        widths = [n_embd, *[n_hidden] * (n_layer - 1)]
+        # No bias: the norm behind it has one.
+        self.layers = nn.ModuleList(nn.Linear(2 * width, n_hidden, bias=False) for width in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(n_hidden) for _ in widths)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(n_hidden, vocab_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Embeddings N(0, 1), the tanh layers at their gain, a small softmax layer, its bias 0."""
+        nn.init.normal_(self.embedding.weight)
+        for layer in self.layers:
+            nn.init.normal_(layer.weight, std=TANH_GAIN / math.sqrt(layer.in_features))
+        nn.init.normal_(self.head.weight, std=HEAD_GAIN / math.sqrt(self.head.in_features))
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx (B, T), targets (B,), any integer dtype → logits (B, V), mean loss in nats or None."""
+        logits = self.head(self._hidden(idx))  # (B, T) → (B, H) → (B, V)
+        return logits, None if targets is None else F.cross_entropy(logits, targets)
+
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """`forward`'s loss without its logits: idx (B, T), targets (B,) → () or, with "none", (B,)."""
+        return F.linear_cross_entropy(
+            self._hidden(idx), self.head.weight, targets, linear_bias=self.head.bias, reduction=reduction
+        )
+
+    def _hidden(self, idx: Tensor) -> Tensor:
+        """(B, T) → (B, H)."""
+        first, *rest = self.layers
+        pairs = idx.reshape(-1, 2)  # (B * T/2, 2)
+        x = F.embedding_linear(pairs, self.embedding.weight, first.weight)  # (B * T/2, H)
+        x = self._activate(x, self.norms[0])
+        for layer, norm in zip(rest, self.norms[1:], strict=True):
+            x = layer(x.view(-1, 2 * x.shape[1]))  # two neighbours side by side: (B * t, H) → (B * t/2, H)
+            x = self._activate(x, norm)
+        return x
+
+    def _activate(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return self.dropout(torch.tanh(norm(x)))
