@@ -4,6 +4,7 @@
     python -m bench grid [--json FILE]
     python -m bench fold [--quick] [--json FILE] [--plot FILE]
     python -m bench plans [--quick] [--json FILE]
+    python -m bench gpt_step [--quick] [--json FILE]
     python -m bench compare A.json B.json
     python -m bench table [FILE]
 
@@ -262,6 +263,27 @@ def run_plans(
         typer.echo(plans.summary(points))
         if json_file is not None:
             record.write(json_file, [], plans=points)
+    problems.exit()
+
+
+@app.command("gpt_step")
+def run_gpt_step(
+    quick: Annotated[bool, typer.Option("--quick", help="One vocabulary, few samples.")] = False,
+    json_file: JsonFile = None,
+    threads: Threads = None,
+) -> None:
+    """A GPT's training step: the share that our ops remove of what embeddings and loss cost in torch."""
+    from bench import gpt_step
+
+    problems = Problems()
+    _check_files(json_file, None, problems)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _refusing_a_busy_machine(), problems.collected():
+        points = gpt_step.measure(quick)
+        typer.echo(gpt_step.summary(points))
+        if json_file is not None:
+            record.write(json_file, [], gpt_step=points)
     problems.exit()
 
 
