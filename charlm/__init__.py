@@ -2,8 +2,19 @@
 
 from . import functional, nn, reference
 from ._info import build_info
+from ._load import load
 from ._synchronize import synchronize
 from ._version import __version__
 from .patching import patch_model, patch_torch
 
-__all__ = ["__version__", "build_info", "functional", "nn", "patch_model", "patch_torch", "reference", "synchronize"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "functional",
+    "load",
+    "nn",
+    "patch_model",
+    "patch_torch",
+    "reference",
+    "synchronize",
+]
