@@ -7,48 +7,28 @@ import math
 
 import pytest
 import torch
+from lm_support import untrained_checkpoint
 
 import charlm
 from charlm import _load
 from charlm.lm import checkpoint
 from charlm.lm.character_model import ESCAPE_PROBABILITY, CharacterModel
-from charlm.lm.checkpoint import Checkpoint
-from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.errors import UserError
 from charlm.lm.evaluate import evaluate
-from charlm.lm.models import build_model
 
 ITEMS = build_corpus("\n".join(read_text(None).split("\n")[:300]), format="line")
 TEXT = build_corpus("to be, or not to be: that is the question,\n" * 20, format="text")
 
 
-def a_checkpoint(corpus, type="mlp") -> Checkpoint:
-    config = Config(type=type, format=corpus.format, block_size=4, n_embd=3, n_hidden=8)
-    arguments = config.model_config(len(corpus.vocabulary), corpus.vocabulary.pad_token)
-    torch.manual_seed(3)
-    model = build_model(**arguments)
-    return Checkpoint(
-        step=0,
-        config=config,
-        model=arguments,
-        vocabulary=corpus.vocabulary,
-        digest=corpus.digest,
-        best_step=None,
-        best_nats=None,
-        weights=model.state_dict(),
-        training={},
-    )
-
-
 @pytest.fixture(params=["mlp", "bigram"])
 def items(request) -> CharacterModel:
-    return CharacterModel(a_checkpoint(ITEMS, request.param))
+    return CharacterModel(untrained_checkpoint(ITEMS, request.param))
 
 
 @pytest.fixture
 def text() -> CharacterModel:
-    return CharacterModel(a_checkpoint(TEXT))
+    return CharacterModel(untrained_checkpoint(TEXT))
 
 
 def test_the_surprisals_of_a_splits_items_average_to_what_eval_says(items):
@@ -145,7 +125,7 @@ def test_encode_and_decode_are_inverse(items, text):
 
 
 def test_the_documented_example_prints_what_it_says(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path / "out", a_checkpoint(ITEMS))
+    checkpoint.save(tmp_path / "out", untrained_checkpoint(ITEMS))
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(_load)
     assert result.attempted >= 4
@@ -153,7 +133,7 @@ def test_the_documented_example_prints_what_it_says(tmp_path, monkeypatch):
 
 
 def test_load_takes_a_path_or_a_string_and_says_what_is_wrong(tmp_path):
-    checkpoint.save(tmp_path / "out", a_checkpoint(TEXT))
+    checkpoint.save(tmp_path / "out", untrained_checkpoint(TEXT))
     for directory in (tmp_path / "out", str(tmp_path / "out")):
         model = charlm.load(directory)
         assert (model.format, model.config.block_size, len(model.vocabulary)) == ("text", 4, len(TEXT.vocabulary))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, fa
 
     with monkeypatch.context() as patch:
         if function == "fsync":
-            patch.setattr(checkpoint.os, "fsync", failing(checkpoint.os.fsync))
+            patch.setattr(os, "fsync", failing(os.fsync))
         else:
             patch.setattr(Path, "replace", failing(Path.replace))
         with pytest.raises(OSError, match="No space left"):

@@ -90,7 +90,9 @@ class CharacterModel:
         """`surprisal` of each of `texts`, none of which sees another."""
         _check_choice("unit", unit, tuple(UNITS))
         _check_choice("unknown", unknown, UNKNOWN)
-        encoded = [self._tokens(text, unknown) for text in texts]
+        each = "item" if self.format == "line" else "text"
+        names = ["the text"] if len(texts) == 1 else [f"{each} {number}" for number in range(1, len(texts) + 1)]
+        encoded = [self._tokens(text, unknown, name) for text, name in zip(texts, names, strict=True)]
         found = _token_surprisals(self.model, [tokens for tokens, _ in encoded], self.device)
         if unknown == "escape":
             found = [self._with_escapes(nats, escaped) for nats, (_, escaped) in zip(found, encoded, strict=True)]
@@ -119,12 +121,12 @@ class CharacterModel:
         options = SamplingOptions(num_samples, prompt, max_new_tokens, temperature, top_k, top_p, seed)
         return sample(self.model, self.vocabulary, options, self.device)
 
-    def _tokens(self, text: str, unknown: str) -> tuple[Tensor, Tensor]:
+    def _tokens(self, text: str, unknown: str, name: str) -> tuple[Tensor, Tensor]:
         """(n,) or (n + 1,) int64 tokens to predict, and which of them are escapes, which are padding tokens."""
         vocabulary = self.vocabulary
         known = torch.tensor([char in vocabulary.stoi for char in text], dtype=torch.bool)
         if unknown == "error" or bool(known.all()):
-            tokens = vocabulary.encode(text).long()
+            tokens = vocabulary.encode(text, name).long()
         else:
             tokens = torch.tensor([vocabulary.stoi.get(char, vocabulary.pad_token) for char in text])
         if vocabulary.stop_token is not None:

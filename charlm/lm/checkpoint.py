@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from charlm._version import __version__
 from charlm.lm.config import Config
 from charlm.lm.data import Vocabulary
 from charlm.lm.errors import UserError
+from charlm.lm.files import write_atomically
 from charlm.lm.models import LanguageModel, build_model
 
 MANIFEST = "checkpoint.json"
@@ -92,7 +92,7 @@ def save(directory: Path, checkpoint: Checkpoint) -> None:
         "files": files,
     }
     text = json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=True) + "\n"
-    _write_atomically(directory / MANIFEST, text.encode())
+    write_atomically(directory / MANIFEST, text.encode())
     _remove_unnamed(directory, {file["name"] for file in files.values()})
 
 
@@ -139,7 +139,7 @@ def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor]) -> di
     data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"{part}-{digest[:16]}.safetensors"
-    _write_atomically(directory / name, data)
+    write_atomically(directory / name, data)
     return {"name": name, "bytes": len(data), "sha256": digest}
 
 
@@ -154,32 +154,6 @@ def _read_tensors(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise UserError(f"{path} is altered: its sha256 is not the one in {MANIFEST}")
     return tensors_from_bytes(data)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, forces it to disk, and renames it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Forces the directory's entries to disk: a rename that is not may be undone by a crash."""
-    if os.name != "posix":  # elsewhere a directory cannot be opened
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_unnamed(directory: Path, names: set[str]) -> None:

@@ -54,12 +54,17 @@ def read_text(path: Path | None) -> str:
         raw = resources.files("charlm.data").joinpath("names.txt").read_bytes() if path is None else path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return decode_text(raw, str(path))
+
+
+def decode_text(raw: bytes, name: str) -> str:
+    """The text of UTF-8 bytes, without a byte order mark, newlines as "\\n"; UserError as `read_text`."""
     offset = len(BYTE_ORDER_MARK) if raw.startswith(BYTE_ORDER_MARK) else 0
     try:
         text = raw[offset:].decode("utf-8")
     except UnicodeDecodeError as error:
         at = offset + error.start
-        raise UserError(f"{path} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} ({error.reason})") from error
+        raise UserError(f"{name} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} ({error.reason})") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
