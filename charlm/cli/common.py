@@ -62,6 +62,14 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Directory = Annotated[Path, typer.Argument(help="The folder that `charlm train -o` wrote.")]
 
 
+def check_split(split: str) -> None:
+    """Raises UserError unless `split` is one."""
+    from charlm.lm.data import SPLITS
+
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
+
+
 def new_console() -> Console:
     """Standard output; rich leaves colours out where it is no terminal."""
     from rich.console import Console

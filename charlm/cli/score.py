@@ -88,7 +88,7 @@ def _read(path: Path | None) -> str:
 
 
 def _texts(text: str, format: str) -> list[str]:
-    texts = [item for line in text.splitlines() if (item := line.strip())] if format == "line" else [text]
+    texts = [item for line in text.split("\n") if (item := line.strip())] if format == "line" else [text]
     if not any(texts):
         raise UserError("there is nothing to score: the text is empty")
     return texts
