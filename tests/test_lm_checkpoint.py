@@ -22,7 +22,7 @@ CONFIG = Config(block_size=2, n_embd=3, n_hidden=4)
 
 
 def a_checkpoint(step: int = 5) -> Checkpoint:
-    vocabulary = Vocabulary("a.é😀", separator=True)
+    vocabulary = Vocabulary(".aé😀", separator=True)
     model_config = CONFIG.model_config(len(vocabulary), vocabulary.pad_token)
     torch.manual_seed(step)
     model = build_model(**model_config)

@@ -74,10 +74,12 @@ def measure(
 
 
 def measure_baselines(corpus: Corpus, split: str, add_k: float = 1.0) -> list[Comparison]:
-    """The count models, fitted on train, from uniform to bigram."""
+    """The count models whose tables fit, fitted on train, from uniform to bigram."""
     train = corpus.examples("train", block_size=1)
     rows = []
     for name, kind in COUNT_MODELS.items():
+        if not kind.fits(len(corpus.vocabulary)):
+            continue
         model = kind(len(corpus.vocabulary), pad_token=corpus.vocabulary.pad_token, add_k=add_k).eval()
         model.fit(train)
         rows.append(measure(name, name, model, corpus, split))

@@ -40,6 +40,8 @@ ITEM_CHARACTERS = 64
 ITEM_WORDS = 4.0
 EMPTY_LINES = 0.02
 
+ENCODED_AT_ONCE = 1 << 20  # characters: encoding takes 30 bytes for each, and a text may have 10⁹
+
 
 # ---- reading
 
@@ -75,7 +77,8 @@ def guess_format(text: str) -> str:
     if not items or len(items) < (1 - EMPTY_LINES) * len(lines):
         return "text"
     short = sum(len(item) <= ITEM_CHARACTERS for item in items) / len(items)
-    words = sum(len(item.split()) for item in items) / len(items)
+    enough = int(ITEM_WORDS * len(items))  # words: one item that has more decides, and may have 10⁸
+    words = sum(len(item.split(maxsplit=enough)) for item in items) / len(items)
     return "line" if short >= 0.95 and words <= ITEM_WORDS else "text"
 
 
@@ -136,16 +139,23 @@ class Vocabulary:
         Raises:
             UserError: a character is not in the vocabulary; the text names it and its position in `what`.
         """
+        encoded = torch.empty(len(text), dtype=self.dtype)
+        for start in range(0, len(text), ENCODED_AT_ONCE):
+            tokens = self._lookup(text[start : start + ENCODED_AT_ONCE])
+            if (tokens < 0).any():
+                position = start + int((tokens < 0).argmax())
+                raise UserError(
+                    f"character {text[position]!r} at position {position} of {what} (the first is 0) "
+                    "is not in the model's vocabulary"
+                )
+            encoded[start : start + len(tokens)] = torch.from_numpy(tokens)
+        return encoded
+
+    def _lookup(self, text: str) -> np.ndarray:
+        """(len(text),) int32 tokens, -1 for an unknown character."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         known = points < len(self._table)
-        tokens = np.where(known, self._table[np.where(known, points, 0)], -1)
-        if (tokens < 0).any():
-            position = int((tokens < 0).argmax())
-            raise UserError(
-                f"character {text[position]!r} at position {position} of {what} (the first is 0) "
-                "is not in the model's vocabulary"
-            )
-        return torch.from_numpy(tokens.astype(np.int32)).to(self.dtype)
+        return np.where(known, self._table[np.where(known, points, 0)], np.int32(-1))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; a separator is printed "."."""
@@ -264,7 +274,7 @@ def build_corpus(
         UserError: an empty file, fewer than three items or characters, `dedup` on running text, an unknown
                    format.
     """
-    if not text.strip():
+    if not text or text.isspace():
         raise UserError(f"{name} is empty")
     format = format or guess_format(text)
     if format not in FORMATS:
