@@ -1,6 +1,6 @@
 """charlm: fused embedding and softmax-cross-entropy kernels for PyTorch, and a character model on top of them."""
 
-from . import functional, nn, reference
+from . import functional, information, ngrams, nn, reference
 from ._info import build_info
 from ._load import load
 from ._synchronize import synchronize
@@ -11,7 +11,9 @@ __all__ = [
     "__version__",
     "build_info",
     "functional",
+    "information",
     "load",
+    "ngrams",
     "nn",
     "patch_model",
     "patch_torch",
