@@ -19,6 +19,14 @@ from charlm.lm.models.base import LanguageModel
 
 
 class CountModel(LanguageModel):
+    """A model that is trained in one step, by counting."""
+
+    def fit(self, examples: Examples) -> None:
+        """Counts `examples`, in place of whatever was counted before."""
+        raise NotImplementedError
+
+
+class TableModel(CountModel):
     """Log-probabilities looked up by the last token of the context.
 
     `log_probs` (rows, V) float64: one row for each token that the context can end in, or one row for all.
@@ -53,21 +61,21 @@ class CountModel(LanguageModel):
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
 
-class Uniform(CountModel):
+class Uniform(TableModel):
     """Every token is as probable as any other: log V nats."""
 
     def fit(self, examples: Examples) -> None:
         """Nothing to learn."""
 
 
-class Unigram(CountModel):
+class Unigram(TableModel):
     """The tokens' frequencies, whatever the context."""
 
 
-class Bigram(CountModel):
+class Bigram(TableModel):
     """The tokens' frequencies after the last token of the context."""
 
     rows_are_contexts = True
 
 
-COUNT_MODELS: dict[str, type[CountModel]] = {"uniform": Uniform, "unigram": Unigram, "bigram": Bigram}
+COUNT_MODELS: dict[str, type[TableModel]] = {"uniform": Uniform, "unigram": Unigram, "bigram": Bigram}
