@@ -7,6 +7,8 @@ from typing import Any
 
 from charlm.lm.errors import UserError
 from charlm.lm.models import MODELS
+from charlm.lm.models.ngram import SMOOTHINGS
+from charlm.ngrams import MAX_LENGTH
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
@@ -22,6 +24,8 @@ class Config:
     dedup:         keep only the first of equal items.
     type:          a key of `charlm.lm.models.MODELS`.
     dropout:       share of hidden units dropped in training.
+    order:         length of an n-gram model's longest n-gram; its block_size is order - 1, whatever is given.
+    smoothing:     of the n-gram model: "kneser-ney" or "add-k".
     add_k:         added to every count of a count model.
     max_steps:     optimizer steps; the schedule ends there.
     optimizer:     "adamw", or "sgd" without momentum as in the lecture.
@@ -43,6 +47,8 @@ class Config:
     n_hidden: int = 512
     batch_norm: bool = False
     dropout: float = 0.1
+    order: int = 6
+    smoothing: str = "kneser-ney"
     add_k: float = 1.0
     max_steps: int = 2500
     batch_size: int = 1024
@@ -66,9 +72,13 @@ class Config:
         self._check("eval_interval", self.eval_interval is None or self.eval_interval >= 1, "at least 1")
         self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self._check("type", self.type in MODELS, f"one of {', '.join(MODELS)}")
+        self._check("order", 1 <= self.order <= MAX_LENGTH, f"at least 1 and at most {MAX_LENGTH}")
+        self._check("smoothing", self.smoothing in SMOOTHINGS, f"one of {', '.join(SMOOTHINGS)}")
         self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._check("batch_size", not self.batch_norm or self.batch_size >= 2, "at least 2 with batch norm")
+        if self.type == "ngram":
+            object.__setattr__(self, "block_size", max(1, self.order - 1))
 
     def _check(self, name: str, holds: bool, must_be: str) -> None:
         if not holds:
@@ -87,6 +97,8 @@ class Config:
             "block_size": self.block_size,
             "pad_token": pad_token,
         }
+        if self.type == "ngram":
+            return {**common, "order": self.order, "smoothing": self.smoothing, "add_k": self.add_k}
         if self.type != "mlp":
             return {**common, "add_k": self.add_k}
         own = ("n_embd", "n_hidden", "batch_norm", "dropout")

@@ -10,8 +10,9 @@ from typing import Any
 from charlm.lm.models.base import LanguageModel
 from charlm.lm.models.counts import COUNT_MODELS, Bigram, CountModel, Uniform, Unigram
 from charlm.lm.models.mlp import MLP
+from charlm.lm.models.ngram import NGram
 
-MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, **COUNT_MODELS}
+MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, "ngram": NGram, **COUNT_MODELS}
 
 
 def build_model(type: str, **config: Any) -> LanguageModel:
@@ -26,6 +27,7 @@ __all__ = [
     "Bigram",
     "CountModel",
     "LanguageModel",
+    "NGram",
     "Uniform",
     "Unigram",
     "build_model",

@@ -25,6 +25,14 @@ COUNTED_AT_ONCE = 1 << 20  # examples: a corpus may have 10⁹
 
 
 class CountModel(LanguageModel):
+    """A model that is trained in one step, by counting."""
+
+    def fit(self, examples: Examples) -> None:
+        """Counts `examples`, in place of whatever was counted before."""
+        raise NotImplementedError
+
+
+class TableModel(CountModel):
     """Log-probabilities looked up by the last token of the context.
 
     `log_probs` (rows, V) float64: one row for each token that the context can end in, or one row for all.
@@ -77,21 +85,21 @@ class CountModel(LanguageModel):
         return idx[:, -1].long() if self.rows_are_contexts else torch.zeros_like(idx[:, -1], dtype=torch.int64)
 
 
-class Uniform(CountModel):
+class Uniform(TableModel):
     """Every token is as probable as any other: log V nats."""
 
     def fit(self, examples: Examples) -> None:
         """Nothing to learn."""
 
 
-class Unigram(CountModel):
+class Unigram(TableModel):
     """The tokens' frequencies, whatever the context."""
 
 
-class Bigram(CountModel):
+class Bigram(TableModel):
     """The tokens' frequencies after the last token of the context."""
 
     rows_are_contexts = True
 
 
-COUNT_MODELS: dict[str, type[CountModel]] = {"uniform": Uniform, "unigram": Unigram, "bigram": Bigram}
+COUNT_MODELS: dict[str, type[TableModel]] = {"uniform": Uniform, "unigram": Unigram, "bigram": Bigram}
