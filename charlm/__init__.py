@@ -1,9 +1,22 @@
 """charlm: fused embedding and softmax-cross-entropy kernels for PyTorch, and a character model on top of them."""
 
-from . import functional, nn, reference
+from . import functional, information, ngrams, nn, reference
 from ._info import build_info
+from ._load import load
 from ._synchronize import synchronize
 from ._version import __version__
 from .patching import patch_model, patch_torch
 
-__all__ = ["__version__", "build_info", "functional", "nn", "patch_model", "patch_torch", "reference", "synchronize"]
+__all__ = [
+    "__version__",
+    "build_info",
+    "functional",
+    "information",
+    "load",
+    "ngrams",
+    "nn",
+    "patch_model",
+    "patch_torch",
+    "reference",
+    "synchronize",
+]

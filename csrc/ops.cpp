@@ -6,6 +6,7 @@
 #include "cross_entropy.h"
 #include "cuda/embedding_linear_plan.h"
 #include "linear_cross_entropy.h"
+#include "ngrams_binding.h"
 
 // The scalar arguments that every cross_entropy schema ends with: CrossEntropyOptions.
 #define CROSS_ENTROPY_OPTIONS                                                                       \
@@ -164,4 +165,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_isa", &cpu_isa);
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"));
   m.def("build_config", &build_config);
+  bind_ngrams(m);
 }

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from lm_support import fails, run, succeeds
 from typer.testing import CliRunner
 
 import charlm
@@ -18,25 +19,6 @@ from charlm.lm.data import read_text
 
 SMALL = ["--n-hidden", "16", "--n-embd", "4", "--block-size", "3", "--max-steps", "40", "--batch-size", "16"]
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
-
-
-def run(*arguments: str | Path):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def succeeds(*arguments: str | Path) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
-
-
-def fails(*arguments: str | Path) -> str:
-    """The one sentence that an error is."""
-    result = run(*arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    assert result.stderr.startswith("charlm: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,15 @@ import torch
 from charlm.lm import checkpoint
 from charlm.lm.checkpoint import MANIFEST, Checkpoint
 from charlm.lm.config import Config
-from charlm.lm.data import Vocabulary
 from charlm.lm.errors import UserError
 from charlm.lm.models import build_model
+from charlm.lm.vocabulary import Vocabulary
 
 CONFIG = Config(block_size=2, n_embd=3, n_hidden=4)
 
 
 def a_checkpoint(step: int = 5) -> Checkpoint:
-    vocabulary = Vocabulary("a.é😀", separator=True)
+    vocabulary = Vocabulary(".aé😀", separator=True)
     model_config = CONFIG.model_config(len(vocabulary), vocabulary.pad_token)
     torch.manual_seed(step)
     model = build_model(**model_config)
@@ -76,7 +77,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch, fa
 
     with monkeypatch.context() as patch:
         if function == "fsync":
-            patch.setattr(checkpoint.os, "fsync", failing(checkpoint.os.fsync))
+            patch.setattr(os, "fsync", failing(os.fsync))
         else:
             patch.setattr(Path, "replace", failing(Path.replace))
         with pytest.raises(OSError, match="No space left"):

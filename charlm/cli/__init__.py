@@ -1,4 +1,4 @@
-"""The command line: `charlm train`, `sample`, `eval`, `info`; one file each.
+"""The command line: `charlm train`, `sample`, `score`, `eval`, `compare`, `entropy`, `info`; one file each.
 
 Thin: each command reads its flags, calls charlm.lm, and prints. What a command needs is imported inside it,
 so that `charlm --help` does not wait for it. An error that the user can put right is one sentence on stderr
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import typer
 
-from charlm.cli import eval, info, sample, train
+from charlm.cli import compare, entropy, eval, info, sample, score, train
 from charlm.cli.common import reports_user_errors
 from charlm.cli.train import FREE_ON_RESUME
 
@@ -24,7 +24,10 @@ app = typer.Typer(
 )
 app.command("train")(reports_user_errors(train.train))
 app.command("sample")(reports_user_errors(sample.sample))
+app.command("score")(reports_user_errors(score.score))
 app.command("eval")(reports_user_errors(eval.evaluate))
+app.command("compare")(reports_user_errors(compare.compare))
+app.command("entropy")(reports_user_errors(entropy.entropy))
 app.command("info")(reports_user_errors(info.info))
 
 

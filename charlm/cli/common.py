@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -23,27 +27,47 @@ EXIT_USER_ERROR = 2
 
 
 def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns a UserError, or a file that cannot be written, into one sentence on stderr and exit code 2."""
+    """Turns a UserError, or output that cannot be written, into one sentence on stderr and exit code 2.
+
+    A reader that has gone (`charlm score … | head -1`) is no error to speak of: typer ends with exit code 1.
+    """
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+            sys.stdout.flush()
         except UserError as error:
             typer.echo(f"charlm: {error}", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
             if error.filename is None:
-                raise
-            typer.echo(f"charlm: cannot write {error.filename}: {error.strerror}", err=True)
+                _discard_stdout()
+                if error.errno == errno.EPIPE:
+                    raise
+            typer.echo(f"charlm: cannot write {error.filename or 'the output'}: {error.strerror}", err=True)
             raise typer.Exit(EXIT_USER_ERROR) from error
 
     return guarded
 
 
+def _discard_stdout() -> None:
+    """Lets what stdout still holds go nowhere: Python would try to write it again, and say so, as it ends."""
+    with suppress(OSError, ValueError):  # where stdout is no file, it is not tried again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 InputFile = Annotated[Path | None, typer.Option("-i", "--input-file", help="UTF-8 text.", show_default=False)]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Directory = Annotated[Path, typer.Argument(help="The folder that `charlm train -o` wrote.")]
+
+
+def check_split(split: str) -> None:
+    """Raises UserError unless `split` is one."""
+    from charlm.lm.data import SPLITS
+
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
 
 
 def new_console() -> Console:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from charlm.cli.common import Device, Directory, InputFile, new_console, trained_corpus
-from charlm.lm.errors import UserError
+from charlm.cli.common import Device, Directory, InputFile, check_split, new_console, trained_corpus
 
 
 def evaluate(
@@ -31,15 +30,13 @@ def evaluate(
     Every token weighs the same. An item's end is a token too: it stands for the newline of the file.
     """
     from charlm.lm import checkpoint
-    from charlm.lm.data import SPLITS
     from charlm.lm.display import print_losses
     from charlm.lm.evaluate import baselines, predictions
     from charlm.lm.evaluate import evaluate as measure
     from charlm.lm.examples import PROTOCOLS
     from charlm.lm.train import usable_device
 
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
+    check_split(split)
     saved = checkpoint.load(directory)
     target = usable_device(device)
     corpus = trained_corpus(saved, input_file)

@@ -50,7 +50,7 @@ def train(
     resume: Annotated[bool, option(OUTPUT, "Go on from the checkpoint in the work dir.", "--resume")] = False,
     overwrite: Annotated[bool, option(OUTPUT, "Replace the run in the work dir.", "--overwrite")] = False,
     type: Annotated[
-        str, option(MODEL, "mlp, wavenet or gpt, or, by counting, bigram, unigram or uniform.")
+        str, option(MODEL, "mlp, wavenet or gpt, or, by counting, ngram, bigram, unigram or uniform.")
     ] = DEFAULT.type,
     block_size: Annotated[
         int, option(MODEL, "Characters of context; of a wavenet a power of two.", by_type="block_size")
@@ -61,6 +61,8 @@ def train(
     n_head: Annotated[int, option(MODEL, "Attention heads of each.")] = DEFAULT.n_head,
     batch_norm: Annotated[bool, option(MODEL, "Batch norm before the mlp's tanh.")] = DEFAULT.batch_norm,
     dropout: Annotated[float, option(MODEL, "Share of hidden units dropped.", by_type="dropout")] = DEFAULT.dropout,
+    order: Annotated[int, option(MODEL, "Longest n-gram of ngram; its context is one less.")] = DEFAULT.order,
+    smoothing: Annotated[str, option(MODEL, "Of ngram: kneser-ney or add-k.")] = DEFAULT.smoothing,
     add_k: Annotated[float, option(MODEL, "Smoothing of the count models.")] = DEFAULT.add_k,
     max_steps: Annotated[int, option(TRAINING, "Optimizer steps.", by_type="max_steps")] = DEFAULT.max_steps,
     batch_size: Annotated[

@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from charlm._version import __version__
 from charlm.lm.config import Config
-from charlm.lm.data import Vocabulary
 from charlm.lm.errors import UserError
+from charlm.lm.files import write_atomically
 from charlm.lm.models import LanguageModel, build_model
+from charlm.lm.vocabulary import Vocabulary
 
 MANIFEST = "checkpoint.json"
 VERSION = 1
@@ -60,9 +62,17 @@ class Checkpoint:
     training: dict[str, Tensor]
 
     def build_model(self, device: torch.device | str = "cpu") -> LanguageModel:
-        """The model with its weights, in evaluation mode."""
-        model = build_model(**self.model)
-        model.load_state_dict(self.weights)
+        """The model with its weights, in evaluation mode.
+
+        Raises:
+            UserError: the weights are of another model.
+        """
+        try:
+            model = build_model(**self.model)
+            model.load_state_dict(self.weights)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the checkpoint's weights do not fit its model: {reason}") from error
         return model.to(device).eval()
 
 
@@ -92,46 +102,80 @@ def save(directory: Path, checkpoint: Checkpoint) -> None:
         "files": files,
     }
     text = json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=True) + "\n"
-    _write_atomically(directory / MANIFEST, text.encode())
+    write_atomically(directory / MANIFEST, text.encode())
     _remove_unnamed(directory, {file["name"] for file in files.values()})
 
 
 def load(directory: Path) -> Checkpoint:
     """The checkpoint in `directory`.
 
+    Nothing that the manifest says is trusted: it may name only files of its own kind in its own folder, and tensor
+    files are safetensors, which hold no code.
+
     Raises:
         UserError: there is none, a newer charlm wrote it, or a file of it is missing, truncated or altered.
     """
     path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["version"]
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint in {directory}: {path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged or no charlm checkpoint: it is not the JSON that charlm writes") from None
-    if not isinstance(version, int) or version > VERSION:
+    manifest = _read_manifest(path)
+    version = manifest["version"]
+    if type(version) is not int or version < 1:
+        raise UserError(f"{path} is damaged: its version is {version!r}")
+    if version > VERSION:
         raise UserError(
             f"{directory} was written by a newer charlm (checkpoint version {version}; "
             f"this charlm reads up to version {VERSION})"
         )
     try:
-        tensors = {part: _read_tensors(directory, manifest["files"][part]) for part in PARTS}
+        tensors = {part: _read_tensors(directory, part, manifest["files"][part]) for part in PARTS}
         return Checkpoint(
-            step=manifest["step"],
+            step=_typed(manifest, "step", int),
             config=Config.from_dict(manifest["config"]),
-            model=manifest["model"],
-            vocabulary=Vocabulary(**manifest["vocabulary"]),
-            digest=manifest["digest"],
-            best_step=manifest["best_step"],
-            best_nats=manifest["best_nats"],
+            model=_typed(manifest, "model", dict),
+            vocabulary=_vocabulary(manifest),
+            digest=_typed(manifest, "digest", str),
+            best_step=_typed(manifest, "best_step", int, None),
+            best_nats=_typed(manifest, "best_nats", int, float, None),
             weights=tensors["model"],
             training=tensors["training"],
         )
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
+        raise UserError(f"{path} is damaged: it has no {error}") from error
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint in {path.parent}: {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict) or "version" not in manifest:
+        raise UserError(f"{path} is damaged or no charlm checkpoint: it is not the JSON that charlm writes")
+    return manifest
+
+
+def _typed(manifest: dict[str, Any], key: str, *types: type | None) -> Any:
+    """manifest[key], or TypeError if it is of none of `types`: JSON's true is no int here."""
+    value = manifest[key]
+    if not any(value is None if wanted is None else type(value) is wanted for wanted in types):
+        raise TypeError(f"{key} is {value!r}")
+    return value
+
+
+def _vocabulary(manifest: dict[str, Any]) -> Vocabulary:
+    entry = _typed(manifest, "vocabulary", dict)
+    chars, separator = _typed(entry, "chars", str), _typed(entry, "separator", bool)
+    if list(chars) != sorted(set(chars)):
+        raise ValueError("the characters of its vocabulary are not in their order")
+    vocabulary = Vocabulary(chars, separator)
+    expected = _typed(manifest, "model", dict)["vocab_size"]
+    if expected != len(vocabulary):
+        raise ValueError(f"its vocabulary has {len(vocabulary)} tokens, its model {expected}")
+    return vocabulary
 
 
 def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -139,47 +183,28 @@ def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor]) -> di
     data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"{part}-{digest[:16]}.safetensors"
-    _write_atomically(directory / name, data)
+    write_atomically(directory / name, data)
     return {"name": name, "bytes": len(data), "sha256": digest}
 
 
-def _read_tensors(directory: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
-    path = directory / entry["name"]
+def _read_tensors(directory: Path, part: str, entry: dict[str, Any]) -> dict[str, Tensor]:
+    name = _typed(entry, "name", str)
+    if not re.fullmatch(rf"{part}-[0-9a-f]{{16}}\.safetensors", name):
+        raise ValueError(f"{name!r} is no name of a file of its {part}")
+    path = directory / name
     try:
+        found = path.stat().st_size
+        if found != entry["bytes"]:  # before it is read: what is there may be of any size
+            raise UserError(f"{path} is truncated or altered: it has {found} bytes instead of {entry['bytes']}")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}, a part of the checkpoint: {error.strerror}") from error
-    if len(data) != entry["bytes"]:
-        raise UserError(f"{path} is truncated or altered: it has {len(data)} bytes instead of {entry['bytes']}")
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise UserError(f"{path} is altered: its sha256 is not the one in {MANIFEST}")
-    return tensors_from_bytes(data)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, forces it to disk, and renames it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Forces the directory's entries to disk: a rename that is not may be undone by a crash."""
-    if os.name != "posix":  # elsewhere a directory cannot be opened
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return tensors_from_bytes(data)
+    except SafetensorError as error:
+        raise UserError(f"{path} is no safetensors file: {error}") from error
 
 
 def _remove_unnamed(directory: Path, names: set[str]) -> None:

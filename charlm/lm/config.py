@@ -7,6 +7,8 @@ from typing import Any
 
 from charlm.lm.errors import UserError
 from charlm.lm.models import MODELS
+from charlm.lm.models.ngram import SMOOTHINGS
+from charlm.ngrams import MAX_LENGTH
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
@@ -31,6 +33,7 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "mlp": ("n_embd", "n_hidden", "batch_norm", "dropout"),
     "wavenet": ("n_embd", "n_hidden", "dropout"),
     "gpt": ("n_layer", "n_head", "n_embd", "dropout"),
+    "ngram": ("order", "smoothing", "add_k"),
 }
 COUNT_OPTIONS = ("add_k",)
 
@@ -46,6 +49,8 @@ class Config:
     type:          a key of `charlm.lm.models.MODELS`.
     n_layer, n_head: blocks of the GPT, and attention heads of each.
     dropout:       share of hidden units dropped in training.
+    order:         length of an n-gram model's longest n-gram; its block_size is order - 1, whatever is given.
+    smoothing:     of the n-gram model: "kneser-ney" or "add-k".
     add_k:         added to every count of a count model.
     max_steps:     optimizer steps; the schedule ends there.
     batch_size:    rows put through the model at once: examples, or for the GPT items or windows.
@@ -76,6 +81,8 @@ class Config:
     n_layer: int = 4
     n_head: int = 4
     dropout: float = 0.1
+    order: int = 6
+    smoothing: str = "kneser-ney"
     add_k: float = 1.0
     max_steps: int = 2500
     batch_size: int = 1024
@@ -107,6 +114,8 @@ class Config:
             self._check(name, value is None or value >= 1, "at least 1")
         self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         self._check("type", self.type in MODELS, f"one of {', '.join(MODELS)}")
+        self._check("order", 1 <= self.order <= MAX_LENGTH, f"at least 1 and at most {MAX_LENGTH}")
+        self._check("smoothing", self.smoothing in SMOOTHINGS, f"one of {', '.join(SMOOTHINGS)}")
         self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
@@ -115,6 +124,8 @@ class Config:
         if self.type == "wavenet":
             is_power = self.block_size >= 2 and self.block_size & (self.block_size - 1) == 0
             self._check("block_size", is_power, "a power of two for the wavenet")
+        if self.type == "ngram":
+            object.__setattr__(self, "block_size", max(1, self.order - 1))
         if self.type == "gpt":
             self._check("n_head", self.n_embd % self.n_head == 0, f"a divisor of n_embd, which is {self.n_embd}")
 

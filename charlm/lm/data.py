@@ -60,12 +60,17 @@ def read_text(path: Path | None) -> str:
         raw = resources.files("charlm.data").joinpath("names.txt").read_bytes() if path is None else path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return decode_text(raw, str(path))
+
+
+def decode_text(raw: bytes, name: str) -> str:
+    """The text of UTF-8 bytes, without a byte order mark, newlines as "\\n"; UserError as `read_text`."""
     offset = len(BYTE_ORDER_MARK) if raw.startswith(BYTE_ORDER_MARK) else 0
     try:
         text = raw[offset:].decode("utf-8")
     except UnicodeDecodeError as error:
         at = offset + error.start
-        raise UserError(f"{path} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} ({error.reason})") from error
+        raise UserError(f"{name} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} ({error.reason})") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -76,7 +81,8 @@ def guess_format(text: str) -> str:
     if not items or len(items) < (1 - EMPTY_LINES) * len(lines):
         return "text"
     short = sum(len(item) <= ITEM_CHARACTERS for item in items) / len(items)
-    words = sum(len(item.split()) for item in items) / len(items)
+    enough = int(ITEM_WORDS * len(items))  # words: one item that has more decides, and may have 10⁸
+    words = sum(len(item.split(maxsplit=enough)) for item in items) / len(items)
     return "line" if short >= 0.95 and words <= ITEM_WORDS else "text"
 
 
@@ -151,7 +157,7 @@ def build_corpus(
         UserError: an empty file, fewer than three items or characters, `dedup` on running text, an unknown
                    format.
     """
-    if not text.strip():
+    if not text or text.isspace():
         raise UserError(f"{name} is empty")
     format = format or guess_format(text)
     if format not in FORMATS:

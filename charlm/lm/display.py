@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from charlm.lm.compare import Comparison
 from charlm.lm.evaluate import Evaluation
 from charlm.lm.train import Progress
 
@@ -75,6 +77,27 @@ def print_losses(console: Console, title: str, rows: dict[str, Evaluation]) -> N
         table.add_column(column, justify="right")
     for name, result in rows.items():
         table.add_row(Text(name), f"{result.nats:.4f}", f"{result.bits_per_char:.4f}", f"{result.perplexity:.3f}")
+    console.print(table)
+
+
+def print_comparison(console: Console, rows: list[Comparison], units: str) -> None:
+    """One table of models on one split; `units` is what the standard error was taken over."""
+    evaluation = rows[0].evaluation
+    console.print(
+        f"loss on {evaluation.split}, {evaluation.tokens:,} tokens; ± is one standard error, over {units}; "
+        "seconds are of this evaluation",
+        soft_wrap=True,
+    )
+    table = Table()
+    table.add_column("model", overflow="fold")
+    for column in ("nats", "±", "bits per character", "perplexity", "parameters", "seconds"):
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
+    for row in rows:
+        loss = row.evaluation
+        name = row.name if row.name == row.type else f"{row.name} ({row.type})"
+        error = "-" if math.isnan(row.standard_error) else f"{row.standard_error:.4f}"
+        figures = (f"{loss.nats:.4f}", error, f"{loss.bits_per_char:.4f}", f"{loss.perplexity:.3f}")
+        table.add_row(Text(name), *figures, f"{row.parameters:,}", f"{row.seconds:.2f}")
     console.print(table)
 
 

@@ -94,10 +94,12 @@ def evaluate(model: LanguageModel, asked: Examples | Sequences, split: str) -> E
 
 
 def baselines(corpus: Corpus, split: str = "dev", add_k: float = 1.0) -> dict[str, Evaluation]:
-    """The count models, fitted on train and evaluated on `split`, from uniform to bigram."""
+    """The count models whose tables fit, fitted on train and evaluated on `split`, from uniform to bigram."""
     train, held_out = (corpus.examples(name, block_size=1) for name in ("train", split))
     table = {}
     for name, kind in COUNT_MODELS.items():
+        if not kind.fits(len(corpus.vocabulary)):
+            continue
         model = kind(len(corpus.vocabulary), pad_token=corpus.vocabulary.pad_token, add_k=add_k)
         model.fit(train)
         table[name] = evaluate(model, held_out, split)

@@ -121,26 +121,33 @@ def line_examples(items: Sequence[str], vocabulary: Vocabulary, block_size: int)
 
 
 def line_sequences(items: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Sequences:
-    """One row for each item: the separator and its characters, behind which stand its characters and the separator.
-
-    What an item has beyond `block_size` predictions is predicted from the last `block_size` tokens, one a row.
-    """
+    """One row for each item, as `sequences_of` has it: . a b → a b ."""
     lengths = np.array([len(item) + 1 for item in items], dtype=np.int64)
-    targets = _separated(items, vocabulary)
+    return sequences_of(_separated(items, vocabulary), lengths, block_size, SEPARATOR, "items")
+
+
+def sequences_of(tokens: np.ndarray, lengths: np.ndarray, block_size: int, pad_token: int, protocol: str) -> Sequences:
+    """One row for each run of tokens, which begins behind a `pad_token` and sees no other run.
+
+    What a run has beyond `block_size` predictions is predicted from the last `block_size` tokens, one a row.
+
+    tokens:  the runs, side by side.
+    lengths: (number of runs,) int64, each at least 1.
+    """
     starts = np.cumsum(lengths) - lengths
-    extra = np.maximum(lengths - block_size, 0)
-    rows = np.repeat(np.arange(len(items)), 1 + extra)
-    shift = np.arange(len(rows)) - np.repeat(np.cumsum(1 + extra) - (1 + extra), 1 + extra)  # 0 is the item's first row
-    width = np.minimum(lengths, block_size)[rows]
+    n_rows = 1 + np.maximum(lengths - block_size, 0)  # of each run
+    run = np.repeat(np.arange(len(lengths)), n_rows)
+    shift = np.arange(len(run)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)  # 0 is the run's first row
+    width = np.minimum(lengths, block_size)[run]
     columns = np.arange(int(width.max(initial=0)))
     inside = columns < width[:, None]  # (N, T)
     counted = inside & ((shift[:, None] == 0) | (columns == width[:, None] - 1))
-    at = np.where(inside, (starts[rows] + shift)[:, None] + columns, 0)
-    before = np.where((columns == 0) & (shift[:, None] == 0), SEPARATOR, targets[np.maximum(at - 1, 0)])
-    signed = np.int16 if targets.dtype == np.uint8 else np.int32
-    behind = np.where(counted, targets[at].astype(np.int32), IGNORED).astype(signed)
-    idx = np.where(inside, before, SEPARATOR).astype(targets.dtype)
-    return Sequences(*map(torch.from_numpy, (idx, behind, width, counted.sum(axis=1))), "items")
+    at = np.where(inside, (starts[run] + shift)[:, None] + columns, 0)
+    before = np.where((columns == 0) & (shift[:, None] == 0), pad_token, tokens[np.maximum(at - 1, 0)])
+    signed = np.int16 if tokens.dtype == np.uint8 else np.int32
+    behind = np.where(counted, tokens[at].astype(np.int32), IGNORED).astype(signed)
+    idx = np.where(inside, before, pad_token).astype(tokens.dtype)
+    return Sequences(*map(torch.from_numpy, (idx, behind, width, counted.sum(axis=1))), protocol)
 
 
 def _separated(items: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:

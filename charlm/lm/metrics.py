@@ -10,9 +10,10 @@ train: the mean over the batches since the line before (with dropout). dev: the 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import TracebackType
+
+from charlm.lm.files import naming, write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -24,15 +25,14 @@ class MetricsLog:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS
         kept = [line for line in _lines(path) if _step(line) <= step] if step else []
-        temporary = path.with_name(f".{METRICS}.{os.getpid()}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # else a line that did not fit on the disk is tried again on close
 
     def write(self, step: int, split: str, nats: float, tokens_per_second: float) -> None:
         entry = {"step": step, "split": split, "nats": nats, "tokens/s": round(tokens_per_second, 1)}
-        self._file.write(json.dumps(entry, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(entry, allow_nan=False).encode() + b"\n")
 
     def __enter__(self) -> MetricsLog:
         return self

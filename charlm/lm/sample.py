@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from charlm.lm.data import SPLITS, Corpus, Vocabulary
+from charlm.lm.data import SPLITS, Corpus
 from charlm.lm.errors import UserError
 from charlm.lm.models import LanguageModel
 from charlm.lm.models.base import check_sampling
+from charlm.lm.vocabulary import Vocabulary
 
 MAX_NEW_TOKENS = {"line": 100, "text": 500}
 

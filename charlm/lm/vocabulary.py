@@ -13,6 +13,7 @@ from charlm.lm.errors import UserError
 
 SEPARATOR = 0  # token of the separator in line format
 SEPARATOR_GLYPH = "."  # how it is printed
+ENCODED_AT_ONCE = 1 << 20  # characters: encoding takes 30 bytes for each, and a text may have 10⁹
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,23 @@ class Vocabulary:
         Raises:
             UserError: a character is not in the vocabulary; the text names it and its position in `what`.
         """
+        encoded = torch.empty(len(text), dtype=self.dtype)
+        for start in range(0, len(text), ENCODED_AT_ONCE):
+            tokens = self._lookup(text[start : start + ENCODED_AT_ONCE])
+            if (tokens < 0).any():
+                position = start + int((tokens < 0).argmax())
+                raise UserError(
+                    f"character {text[position]!r} at position {position} of {what} (the first is 0) "
+                    "is not in the model's vocabulary"
+                )
+            encoded[start : start + len(tokens)] = torch.from_numpy(tokens)
+        return encoded
+
+    def _lookup(self, text: str) -> np.ndarray:
+        """(len(text),) int32 tokens, -1 for an unknown character."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         known = points < len(self._table)
-        tokens = np.where(known, self._table[np.where(known, points, 0)], -1)
-        if (tokens < 0).any():
-            position = int((tokens < 0).argmax())
-            raise UserError(
-                f"character {text[position]!r} at position {position} of {what} (the first is 0) "
-                "is not in the model's vocabulary"
-            )
-        return torch.from_numpy(tokens.astype(np.int32)).to(self.dtype)
+        return np.where(known, self._table[np.where(known, points, 0)], np.int32(-1))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; a separator is printed "."."""

@@ -11,9 +11,10 @@ from charlm.lm.models.base import LanguageModel
 from charlm.lm.models.counts import COUNT_MODELS, Bigram, CountModel, Uniform, Unigram
 from charlm.lm.models.gpt import GPT
 from charlm.lm.models.mlp import MLP
+from charlm.lm.models.ngram import NGram
 from charlm.lm.models.wavenet import WaveNet
 
-MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, "wavenet": WaveNet, "gpt": GPT, **COUNT_MODELS}
+MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, "wavenet": WaveNet, "gpt": GPT, "ngram": NGram, **COUNT_MODELS}
 
 
 def build_model(type: str, **config: Any) -> LanguageModel:
@@ -29,6 +30,7 @@ __all__ = [
     "Bigram",
     "CountModel",
     "LanguageModel",
+    "NGram",
     "Uniform",
     "Unigram",
     "WaveNet",

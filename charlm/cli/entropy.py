@@ -1,0 +1,70 @@
+"""`charlm entropy`: what a model of a file has to beat."""
+
+from __future__ import annotations
+
+import json
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from charlm.cli.common import new_console
+from charlm.lm.config import Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from charlm.lm.predictability import Predictability
+
+
+def entropy(
+    file: Annotated[Path | None, typer.Argument(help="UTF-8 text; without it, the 32,000 names that ship.")] = None,
+    order: Annotated[int, typer.Option(help="The longest context, in characters; from 0 to 20.")] = 5,
+    format: Annotated[
+        str | None, typer.Option(help="line (one item a line) or text; guessed if absent.", show_default=False)
+    ] = None,
+    split_seed: Annotated[
+        int, typer.Option(help="Of the shuffle of the items before the split 80/10/10.")
+    ] = Config.split_seed,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else; bits.")] = False,
+) -> None:
+    """How predictable a file is, in bits a character: entropies, compressors, repeated items.
+
+    In-sample entropies are of the file's own counts; held-out ones are of models that count, fitted on train and
+    measured on dev.
+    """
+    from charlm.lm.data import read_text
+    from charlm.lm.predictability import measure
+
+    name = "names.txt" if file is None else str(file)
+    found = measure(read_text(file), order=order, format=format, seed=split_seed, name=name)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), allow_nan=False))
+    else:
+        _show(new_console(), name, found, guessed=format is None)
+
+
+def _show(console: Console, name: str, found: Predictability, guessed: bool) -> None:
+    from rich.table import Table
+
+    kind = f"{found.format} format{', guessed' if guessed else ''}"
+    lines = [
+        f"{name}: {found.bytes:,} bytes, {found.characters:,} characters, {found.alphabet:,} different ones ({kind})"
+    ]
+    if found.items is not None:
+        share = found.dev_items_in_train / found.dev_items
+        lines += [
+            f"{found.items:,} items, of which {found.duplicate_items:,} repeat an earlier one",
+            f"{found.dev_items_in_train:,} of {found.dev_items:,} dev items ({share:.1%}) stand in train as well",
+        ]
+    lines += ["bits per character, by how many characters of context are known:"]
+    console.print("\n".join(lines), soft_wrap=True)
+    table = Table()
+    for column in ("context", "in-sample, whole file", "held-out, dev"):
+        table.add_column(column, justify="right")
+    for k, row in enumerate(zip_longest(found.in_sample, found.held_out)):
+        table.add_row(str(k), *("-" if bits is None else f"{bits:.4f}" for bits in row))
+    console.print(table)
+    compressed = ", ".join(f"{compressor} {bits:.4f}" for compressor, bits in found.compressed.items())
+    console.print(f"compressed, bits per character of the whole file: {compressed}", soft_wrap=True)

@@ -1,0 +1,156 @@
+"""Counts of the n-grams of a text, of every length up to the longest one at once, natively.
+
+    "abab" with max_length 2:  a 2, b 2;  ab 2, ba 1
+
+The n-grams of all lengths form a trie: each is one a token shorter, and a token. `count_ngrams` returns it level by
+level; `count_spectra` keeps only how many n-grams there are of each count, which is all that an entropy needs, and so
+counts a text of any size in little memory.
+
+Time is linear in the tokens as long as an n-gram fits into 64 bits, of which each token takes log2(V + 1), rounded up,
+for V distinct ones: 100 MB of text at length 6 take a few seconds on two cores. Memory: a copy of the tokens (1 byte
+each for up to 255 distinct ones, 2 up to 65,535, else 4), 256 MiB at most to sort in, and the result. The threads are
+`torch.get_num_threads()`; no result depends on them. Under CHARLM_BACKEND=reference numpy counts, slowly and in
+memory of some 60 bytes a token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from charlm import _ext
+from charlm.reference import ngrams as reference
+from charlm.reference.ngrams import NgramLevel, Spectrum
+
+MAX_LENGTH = 1000  # of an n-gram: a window is kept as a whole while it is sorted
+BUFFER_BYTES = 256 * 2**20
+
+Tokens = str | bytes | np.ndarray | Tensor
+
+__all__ = ["NgramLevel", "Spectrum", "as_tokens", "count_ngrams", "count_spectra"]
+
+
+def as_tokens(text: Tokens) -> np.ndarray:
+    """The tokens of a text as an array, contiguous, uint8, uint16 or uint32.
+
+    A str becomes its code points, bytes their values; an array or a tensor on the CPU, one-dimensional and of any
+    integer dtype, keeps its values.
+
+    Raises:
+        TypeError: another type, or tokens that are not integers.
+        ValueError: more than one dimension, or a token below 0 or above 4294967295 (the text names it and its place).
+    """
+    if isinstance(text, str):
+        ascii = text.isascii()  # a byte each, instead of four
+        raw = text.encode("ascii" if ascii else "utf-32-le", "surrogatepass")
+        return np.frombuffer(raw, np.uint8 if ascii else np.dtype("<u4"))
+    if isinstance(text, bytes):
+        return np.frombuffer(text, np.uint8)
+    if not isinstance(text, np.ndarray | Tensor):
+        raise TypeError(f"expected a str, bytes, an array or a tensor of tokens, but got {type(text).__name__}")
+    tokens = text.detach().numpy() if isinstance(text, Tensor) else text
+    if tokens.dtype.kind not in "iu":
+        raise TypeError(f"expected tokens of an integer dtype, but got {tokens.dtype}")
+    if tokens.ndim != 1:
+        raise ValueError(f"expected tokens of one dimension, but got shape {tokens.shape}")
+    if tokens.dtype in (np.uint8, np.uint16, np.uint32):
+        return np.ascontiguousarray(tokens)
+    for bad in (tokens < 0, tokens > np.iinfo(np.uint32).max):
+        if bad.any():
+            position = int(bad.argmax())
+            raise ValueError(f"token {tokens[position]} at position {position} is not in [0, 4294967295]")
+    return np.ascontiguousarray(tokens, np.uint32)
+
+
+def count_ngrams(
+    text: Tokens, max_length: int, *, starts: int | None = None, boundary: int | None = None
+) -> list[NgramLevel]:
+    """The n-grams of `text` of lengths 1 to `max_length`, and how often each occurs.
+
+    Args:
+        text: N tokens, as `as_tokens` takes them; below 2³¹.
+        max_length: of an n-gram, 1 to 1000.
+        starts: count the n-grams that begin at one of the first `starts` tokens; None is all.
+        boundary: a token that no n-gram goes beyond: behind its first place it stands only at the end.
+
+    Returns:
+        One `NgramLevel` for each length; of n-grams longer than the text an empty one.
+
+    Raises:
+        TypeError, ValueError: as `as_tokens`, and for a length or number of starts out of range.
+
+    Example:
+        >>> singles, pairs = charlm.ngrams.count_ngrams("abab", 2)
+        >>> [chr(token) for token in singles.token], singles.count.tolist()
+        (['a', 'b'], [2, 2])
+        >>> pairs.parent.tolist(), [chr(token) for token in pairs.token], pairs.count.tolist()
+        ([0, 1], ['b', 'a'], [2, 1])
+    """
+    tokens = as_tokens(text)
+    starts = len(tokens) if starts is None else starts
+    if not 0 <= starts <= len(tokens):
+        raise ValueError(f"starts is {starts}, but must be at least 0 and at most {len(tokens)}, the number of tokens")
+    if tokens.size and tokens.max() > np.iinfo(np.int32).max:
+        position = int(tokens.argmax())
+        raise ValueError(f"token {tokens[position]} at position {position} is above 2147483647")
+    return _count_ngrams(tokens, _checked_length(max_length), starts, boundary, BUFFER_BYTES)
+
+
+def count_spectra(text: Tokens, max_length: int) -> tuple[list[Spectrum], list[Spectrum]]:
+    """How many n-grams there are of each count, for lengths 1 to `max_length`.
+
+    Args:
+        text: N tokens, as `as_tokens` takes them.
+        max_length: of an n-gram, 1 to 1000.
+
+    Returns:
+        (ngrams, contexts), a `Spectrum` each for lengths 1, 2, … and 0, 1, …. A context is the same n-gram, counted
+        only where another token follows: one less at the end of the text.
+
+    Raises:
+        TypeError, ValueError: as `as_tokens`, and for a length out of range.
+
+    Example:
+        >>> ngrams, contexts = charlm.ngrams.count_spectra("abab", 2)
+        >>> ngrams[1]  # one pair occurs once, one twice
+        Spectrum(count=array([1, 2]), ngrams=array([1, 1]))
+    """
+    return _count_spectra(as_tokens(text), _checked_length(max_length), BUFFER_BYTES)
+
+
+def _checked_length(max_length: int) -> int:
+    if not 1 <= max_length <= MAX_LENGTH:
+        raise ValueError(f"max_length is {max_length}, but must be at least 1 and at most {MAX_LENGTH}")
+    return max_length
+
+
+def _count_ngrams(
+    tokens: np.ndarray, max_length: int, starts: int, boundary: int | None, buffer_bytes: int
+) -> list[NgramLevel]:
+    if _ext._C is None:
+        return reference.count_ngrams(tokens, max_length, starts, boundary)
+    small, distinct = _small_tokens(tokens)
+    if distinct is not None and boundary is not None:
+        boundary = int(np.searchsorted(distinct, boundary)) if boundary in distinct else None
+    bound = -1 if boundary is None else boundary
+    levels = _ext._C.count_ngrams(small, max_length, starts, bound, torch.get_num_threads(), buffer_bytes)
+    if distinct is not None:
+        levels = [(parent, distinct[token].astype(np.int32), count) for parent, token, count in levels]
+    return [NgramLevel(*level) for level in levels]
+
+
+def _count_spectra(tokens: np.ndarray, max_length: int, buffer_bytes: int) -> tuple[list[Spectrum], list[Spectrum]]:
+    if _ext._C is None:
+        return reference.count_spectra(tokens, max_length)
+    small, _ = _small_tokens(tokens)
+    ngrams, contexts = _ext._C.count_spectra(small, max_length, torch.get_num_threads(), buffer_bytes)
+    return [Spectrum(*each) for each in ngrams], [Spectrum(*each) for each in contexts]
+
+
+def _small_tokens(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens below the kernels' limit, in the same order, and what each stands for (None: for itself)."""
+    if tokens.max(initial=0) < _ext._C.max_ngram_tokens:
+        return tokens, None
+    distinct, ranks = np.unique(tokens, return_inverse=True)
+    return ranks.astype(np.uint32), distinct

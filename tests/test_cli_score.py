@@ -1,0 +1,131 @@
+"""charlm score: the numbers are the model's, and are shown so that nothing is lost without colour."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+import pytest
+from lm_support import fails, succeeds, untrained_checkpoint
+from rich.console import Console
+
+import charlm
+from charlm.cli.score import MAX_BYTES
+from charlm.lm import checkpoint
+from charlm.lm.data import build_corpus
+from charlm.lm.heatmap import glyph, heat, print_surprisals
+
+ITEMS = build_corpus("emma\nolivia\nava\nisabella\n" * 5, format="line")
+TEXT = build_corpus("to be, or not to be:\nthat is the question\n" * 10, format="text")
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("items") / "run"
+    checkpoint.save(directory, untrained_checkpoint(ITEMS))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("text") / "run"
+    checkpoint.save(directory, untrained_checkpoint(TEXT))
+    return directory
+
+
+def test_json_is_one_object_whose_bits_are_the_models(items):
+    printed = succeeds("score", items, "emma", "--json")
+    assert printed.count("\n") == 1
+    result = json.loads(printed)
+    bits = charlm.load(items).surprisal("emma", unit="bits").tolist()
+    assert list(result) == ["format", "items", "characters", "total_bits", "bits_per_char"]
+    assert result["items"] == [{"text": "emma", "bits": bits, "total_bits": math.fsum(bits)}]
+    assert result["characters"] == 5
+    assert result["bits_per_char"] == pytest.approx(result["total_bits"] / 5)
+
+
+def test_each_line_is_an_item_of_a_model_of_items(items, tmp_path):
+    path = tmp_path / "new.txt"
+    path.write_bytes("\ufeffava\r\n\r\n  emma  \rolivia".encode())
+    found = [json.loads(succeeds("score", items, "--json", *arguments)) for arguments in (("-i", path), ("emma",))]
+    assert [item["text"] for item in found[0]["items"]] == ["ava", "emma", "olivia"]
+    assert found[0]["items"][1]["bits"] == pytest.approx(found[1]["items"][0]["bits"])
+    assert succeeds("score", items, "--json", input=path.read_bytes()) == succeeds("score", items, "--json", "-i", path)
+
+
+def test_running_text_is_scored_as_it_stands(text):
+    result = json.loads(succeeds("score", text, "--json", input="to be\nor \n"))
+    assert [item["text"] for item in result["items"]] == ["to be\nor \n"]
+    assert result["characters"] == len("to be\nor \n")
+
+
+def test_without_a_terminal_every_number_stands_below_its_character_and_nothing_is_coloured(items):
+    printed = succeeds("score", items, "emma")
+    assert "\x1b" not in printed
+    characters, numbers = (line.split() for line in printed.splitlines()[:2])
+    bits = charlm.load(items).surprisal("emma", unit="bits").tolist()
+    assert characters == [*"emma", "end"]
+    assert numbers == [f"{value:.1f}" for value in bits]
+    total = math.fsum(bits)
+    assert f"total {total:.2f} bits for 5 characters" in printed
+    assert f": {total / 5:.4f} bits per character" in printed
+    assert f"a guess among {len(ITEMS.vocabulary)} tokens" in printed
+
+
+def test_the_svg_shows_the_characters_in_colour_and_is_well_formed(items, tmp_path):
+    path = tmp_path / "score.svg"
+    assert "\x1b" not in succeeds("score", items, "olivia", "--svg", path)
+    image = path.read_text(encoding="utf-8")
+    root = xml.fromstring(image)
+    shown = "".join(root.itertext())
+    assert all(f"{bits:.1f}" in shown for bits in charlm.load(items).surprisal("olivia", unit="bits").tolist())
+    assert len(set(re.findall(r'fill="(#[0-9a-f]{6})"', image))) > 3
+    assert [file.name for file in tmp_path.iterdir()] == ["score.svg"]
+
+
+def test_an_unknown_character_is_an_error_or_an_escape(items):
+    assert "'ß' at position 2 of the text" in fails("score", items, "emß")
+    assert "'ß' at position 0 of item 2" in fails("score", items, input="emma\nßa\n")
+    result = json.loads(succeeds("score", items, "emß", "--unknown", "escape", "--json"))
+    assert result["items"][0]["bits"][2] == pytest.approx(12 + math.log2(0x110000 - len(ITEMS.vocabulary.chars)))
+    assert "unknown is 'drop', but must be error or escape" in fails("score", items, "emma", "--unknown", "drop")
+
+
+def test_nothing_to_score_two_texts_and_too_long_a_text_are_one_sentence(items, text, tmp_path):
+    assert "the text is empty" in fails("score", items, input=" \n\n")
+    assert "the text is empty" in fails("score", text, "")
+    assert "exclude each other" in fails("score", items, "emma", "-i", tmp_path / "any.txt")
+    assert "No such file" in fails("score", items, "-i", tmp_path / "any.txt")
+    assert "Is a directory" in fails("score", items, "-i", tmp_path)
+    assert f"more than {MAX_BYTES:,} bytes" in fails("score", text, "-i", "/dev/zero")
+    assert "standard input is not UTF-8: byte 0xff at offset 1" in fails("score", text, input=b"t\xff")
+
+
+def test_what_would_act_on_the_terminal_is_shown_by_its_code_point():
+    assert [glyph(char) for char in (" ", "\n", "\t", "\x1b", "\u202e", "é", "\u0301")] == [
+        "␣",
+        "↵",
+        "⇥",
+        "U+001B",
+        "U+202E",
+        "é",
+        "◌\u0301",
+    ]
+
+
+def test_the_scale_goes_from_green_to_red_and_no_further():
+    green, red = (heat(share).bgcolor.triplet for share in (0.0, 1.0))
+    assert green.green > green.red
+    assert red.red > red.green
+    assert heat(-1.0).bgcolor.triplet == green
+    assert heat(math.inf).bgcolor.triplet == red
+
+
+def test_rows_end_at_the_width_and_behind_newlines(capsys):
+    characters = list("ab\ncdefgh日")
+    print_surprisals(Console(width=24), characters, [1.0] * len(characters), 4.0)
+    rows = capsys.readouterr().out.splitlines()[::2]
+    assert [row.split() for row in rows] == [["a", "b", "↵"], ["c", "d", "e", "f"], ["g", "h", "日"]]
