@@ -9,8 +9,8 @@ counts a text of any size in little memory.
 Time is linear in the tokens as long as an n-gram fits into 64 bits, of which each token takes log2(V + 1), rounded up,
 for V distinct ones: 100 MB of text at length 6 take a few seconds on two cores. Memory: a copy of the tokens (1 byte
 each for up to 255 distinct ones, 2 up to 65,535, else 4), 256 MiB at most to sort in, and the result. The threads are
-`torch.get_num_threads()`; no result depends on them. Under CHARLM_BACKEND=reference numpy counts, slowly and in
-memory of some 60 bytes a token.
+`torch.get_num_threads()`; no result depends on them. Under CHARLM_BACKEND=reference numpy counts, slowly and with no
+bound but a multiple of the text.
 """
 
 from __future__ import annotations
