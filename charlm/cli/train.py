@@ -74,9 +74,11 @@ def train(
     seed: Annotated[int, option(TRAINING, "Of initialisation, batches and dropout.")] = DEFAULT.seed,
     device: Annotated[str, option(TRAINING, "cpu, cuda, cuda:1, …")] = DEFAULT.device,
 ) -> None:
-    """Train a model, then show its loss beside the baselines', and 20 samples.
+    """Train a model; show its loss and samples.
 
     Without arguments: the names that ship, on the CPU, into ./out.
+
+    Losses are in nats a character, and at the end in bits too, beside the baselines'.
     """
     from charlm.lm import checkpoint
 
