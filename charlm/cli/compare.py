@@ -23,9 +23,11 @@ def compare(
     input_file: InputFile = None,
     device: Device = "cpu",
 ) -> None:
-    """The losses of trained models on one split, in nats and bits a character.
+    """Trained models on one split, in nats and bits.
 
-    ± is one standard error of the mean, in nats: over items, or over blocks of 256 characters of running text.
+    ± is one standard error of the mean, in nats: over items, or over blocks of
+    256 characters of running text.
+
     The seconds are of this evaluation, not of the training.
     """
     from charlm.lm import checkpoint

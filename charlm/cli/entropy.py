@@ -29,10 +29,11 @@ def entropy(
     ] = Config.split_seed,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else; bits.")] = False,
 ) -> None:
-    """How predictable a file is, in bits a character: entropies, compressors, repeated items.
+    """How predictable a file is, in bits a character.
 
-    In-sample entropies are of the file's own counts; held-out ones are of models that count, fitted on train and
-    measured on dev.
+    In-sample entropies are of the file's own counts.
+
+    Held-out ones are of Kneser-Ney n-grams, fitted on train, measured on dev.
     """
     from charlm.lm.data import read_text
     from charlm.lm.predictability import measure
@@ -61,7 +62,7 @@ def _show(console: Console, name: str, found: Predictability, guessed: bool) -> 
     lines += ["bits per character, by how many characters of context are known:"]
     console.print("\n".join(lines), soft_wrap=True)
     table = Table()
-    for column in ("context", "in-sample, whole file", "held-out, dev"):
+    for column in ("context", "in-sample, whole file", "held-out on dev"):
         table.add_column(column, justify="right")
     for k, row in enumerate(zip_longest(found.in_sample, found.held_out)):
         table.add_row(str(k), *("-" if bits is None else f"{bits:.4f}" for bits in row))

@@ -25,7 +25,9 @@ def evaluate(
     input_file: InputFile = None,
     device: Device = "cpu",
 ) -> None:
-    """The exact loss of a trained model on a whole split: nats, bits per character, perplexity.
+    """The exact loss on a split, in nats and bits.
+
+    The mean over all tokens; --json has both units, and the perplexity.
 
     Every token weighs the same. An item's end is a token too: it stands for the newline of the file.
     """

@@ -6,7 +6,7 @@ import typer
 
 
 def info() -> None:
-    """What charlm was built with, what it is running with, and which kernels it uses."""
+    """What charlm was built with, and runs with."""
     import charlm
 
     for name, value in charlm.build_info().items():

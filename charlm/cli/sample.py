@@ -27,7 +27,10 @@ def sample(
     input_file: InputFile = None,
     device: Device = "cpu",
 ) -> None:
-    """Sample from a trained model; items are marked new, or with the split that they stand in."""
+    """Sample from a trained model, character by character.
+
+    Items are marked new, or with the split that they stand in.
+    """
     from charlm.lm import checkpoint
     from charlm.lm.sample import SamplingOptions
     from charlm.lm.sample import sample as draw

@@ -46,10 +46,11 @@ def score(
     svg: Annotated[Path | None, typer.Option(help="Write the coloured picture here as well.")] = None,
     device: Device = "cpu",
 ) -> None:
-    """The surprisal of each character, -log2 p, in bits: green is expected, red a surprise.
+    """How surprising each character is, in bits.
 
-    A model of items scores each line as an item, whose end counts as a character; a model of running text scores
-    the text as it stands.
+    The surprisal of a character is -log2 p: green is expected, red a surprise.
+
+    A model of items scores each line, its end included; another the whole text.
     """
     import charlm
 

@@ -100,9 +100,11 @@ def train(
     ] = DEFAULT.dtype,
     compile: Annotated[bool, option(TRAINING, "Train through torch.compile.", "--compile")] = DEFAULT.compile,
 ) -> None:
-    """Train a model, then show its loss (nats, bits per character, perplexity) beside the baselines', and 20 samples.
+    """Train a model; show its loss and samples.
 
     Without arguments: an mlp on the names that ship, on the CPU, into ./out.
+
+    Losses are in nats a character, and at the end in bits too, beside the baselines'.
     """
     from charlm.lm import checkpoint
 

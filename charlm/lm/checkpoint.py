@@ -70,7 +70,7 @@ class Checkpoint:
         try:
             model = build_model(**self.model)
             model.load_state_dict(self.weights)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the checkpoint's weights do not fit its model: {reason}") from error
         return model.to(device).eval()

@@ -2,7 +2,8 @@
 
     in-sample   H_k of the whole file, from its own counts (charlm.information): falls towards 0 with k, because a
                 long context has occurred once and foretells what followed it. A bound on nothing.
-    held-out    the models that count, fitted on train and measured on dev: what contexts are worth on new text.
+    held-out    Kneser–Ney n-grams (charlm.lm.models.ngram) of the same contexts, fitted on train and measured on dev:
+                what contexts are worth on new text.
     gzip, …     the whole file, compressed: a code that learns as it goes.
 
 All in bits a character. The file is taken as it is modelled: newlines as "\\n", in line format items stripped and empty
@@ -21,10 +22,10 @@ from typing import Any
 from charlm.information import conditional_entropies
 from charlm.lm.data import SPLITS, Corpus, build_corpus
 from charlm.lm.errors import UserError
-from charlm.lm.evaluate import baselines
+from charlm.lm.evaluate import evaluate
+from charlm.lm.models import NGram
 
 MAX_ORDER = 20
-HELD_OUT_ORDERS = {"unigram": 0, "bigram": 1}
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": lambda data: gzip.compress(data, compresslevel=9, mtime=0),
     "bz2": bz2.compress,
@@ -38,7 +39,7 @@ class Predictability:
 
     bytes, characters, alphabet: of the file as it is modelled; how many different characters.
     in_sample:  H_0, H_1, …
-    held_out:   of the models of order 0, 1, … on dev.
+    held_out:   of the n-grams whose context is 0, 1, … characters, on dev.
     compressed: by the name of the compressor.
     items:      in line format their number, those that repeat an earlier one, and how many of dev's dev_items stand
                 in train as well; None in running text.
@@ -94,6 +95,13 @@ def measure(
 
 
 def _held_out(corpus: Corpus, order: int) -> list[float]:
-    """Bits a character on dev of the models that see 0, 1, … characters before, as far as there are such models."""
-    rows = baselines(corpus, "dev")
-    return [rows[name].bits_per_char for name, k in HELD_OUT_ORDERS.items() if k <= order and name in rows]
+    """Bits a character on dev of the n-grams that see 0, 1, …, `order` characters before."""
+    size, pad_token = len(corpus.vocabulary), corpus.vocabulary.pad_token
+    block_size = max(2, order)  # an n-gram tells items from running text by two characters of context
+    train, dev = (corpus.examples(split, block_size) for split in ("train", "dev"))
+    curve = []
+    for k in range(order + 1):
+        model = NGram(size, block_size, pad_token, order=k + 1)
+        model.fit(train)
+        curve.append(evaluate(model, dev, "dev").bits_per_char)
+    return curve

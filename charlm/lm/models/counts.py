@@ -78,7 +78,7 @@ class TableModel(CountModel):
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """`forward`'s loss, looked up: its (B, V) logits would be gigabytes where V is 100,000."""
         nats = -self.log_probs[self._row(idx), targets.long()]  # (B,)
-        return nats if reduction == "none" else nats.mean()
+        return {"none": nats, "mean": nats.mean(), "sum": nats.sum()}[reduction]
 
     def _row(self, idx: Tensor) -> Tensor:
         """The row of `log_probs` for each context: (B, T) → (B,) int64."""

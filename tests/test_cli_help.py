@@ -1,0 +1,31 @@
+"""The help: it fits, and says units."""
+
+from __future__ import annotations
+
+import pytest
+from lm_support import succeeds
+
+SCREEN = {"COLUMNS": "80", "LINES": "24", "TERMINAL_WIDTH": "80"}
+UNITS = {
+    "train": ("nats a character", "bits"),
+    "sample": ("character",),
+    "score": ("in bits", "-log2 p"),
+    "eval": ("in nats and bits",),
+    "compare": ("in nats and bits", "seconds"),
+    "entropy": ("in bits a character", "in characters"),
+}
+
+
+def test_the_help_fits_a_screen_and_names_every_command_on_a_line_of_its_own():
+    lines = succeeds("--help", env=SCREEN).rstrip("\n").split("\n")
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    commands = [line.split()[1] for line in lines if line.startswith("│ ") and not line.startswith("│ --")]
+    assert commands == [*("train", "sample", "score", "eval", "compare", "entropy", "info")]
+
+
+@pytest.mark.parametrize("command", UNITS)
+def test_the_help_of_a_command_states_its_units(command):
+    text = " ".join(succeeds(command, "--help", env=SCREEN).replace("│", " ").split())
+    for unit in UNITS[command]:
+        assert unit in text
