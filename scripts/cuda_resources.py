@@ -53,6 +53,7 @@ NARROW = {
     r"embedding_copy_rows<unsigned ": "rows that do not start at multiples of 16 bytes",
     r"embedding_(sum|join)_chunks<\w+, 1>": "the same",
     r"embedding_linear_(sum_rows|differentiate)<\w+, 1>": "the same",
+    r"(entropy|kl_div)_(forward|backward)_rows<": "a warp reads 32 neighbours of a row",
     r"embedding_fill_tables<": "a thread sums a column: a warp reads 32 neighbours",
 }
 

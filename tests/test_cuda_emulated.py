@@ -26,11 +26,14 @@ OPS_TESTS = (
     *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cross_entropy*.py")),
     "tests/test_embedding.py",
     "tests/test_embedding_linear.py",
+    "tests/test_entropy.py",
+    "tests/test_kl_div.py",
     "tests/test_large_offsets.py",
     "tests/test_linear_cross_entropy.py",
     "tests/test_linear_cross_entropy_calls.py",
     "tests/test_many_rows.py",
     "tests/test_modules.py",
+    "tests/test_surprisal.py",
     "tests/test_torch_citizenship_compile.py",
     "tests/test_torch_citizenship_dispatch.py",
     "tests/test_torch_citizenship_functorch.py",
@@ -39,7 +42,9 @@ OPS_TESTS = (
 FIRST_BAD_TARGET = "tests/test_cross_entropy_torch_parity.py::test_the_first_of_several_bad_targets_is_named"
 OPS_TESTS_IN_ANY_ORDER = (*OPS_TESTS, "--deselect", FIRST_BAD_TARGET)
 DEVICE_TESTS = ("tests/test_cuda.py",)
-SAMPLE_TESTS = tuple(f"tests/test_{op}.py" for op in ("cross_entropy", "embedding", "embedding_linear"))
+SAMPLE_TESTS = tuple(
+    f"tests/test_{op}.py" for op in ("cross_entropy", "embedding", "embedding_linear", "entropy", "kl_div")
+)
 SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64")
 FLOAT_SAMPLES = (*SAMPLES[:-1], "as_close_to_float64 and float32")
 TESTS_FAILED = 1  # pytest's exit status

@@ -16,6 +16,8 @@ SAMPLES = {
     "cross_entropy": ("tests/test_cross_entropy.py", "-k", "as_close_to_float64 and float32"),
     "embedding": ("tests/test_embedding.py", "-k", "as_close_to_float64 and float32"),
     "embedding_linear": ("tests/test_embedding_linear.py", "-k", "as_close_to_float64 and float32"),
+    "entropy": ("tests/test_entropy.py", "-k", "as_close_to_float64 and float32"),
+    "kl_div": ("tests/test_kl_div.py", "-k", "as_close_to_float64 and float32"),
 }
 OFFSETS = ("tests/test_large_offsets.py",)
 
@@ -208,4 +210,19 @@ MUTANTS = (
         "    activate(rows.activation, sum);\n"
         "    if (rows.before) store_numbers(rows.before + n * rows.hidden + column, sum);\n",
     ),
+    Mutant(
+        "half_of_the_lanes_left_out",
+        "entropy",
+        "row_threads.cuh",
+        "for (int by = kWarp / 2; by > 0; by /= 2) value = Value::join",
+        "for (int by = kWarp / 4; by > 0; by /= 2) value = Value::join",
+    ),
+    Mutant(
+        "infinity_times_zero",
+        "entropy",
+        "entropy.cuh",
+        "of_row.distance -= e * finite(t);",
+        "of_row.distance -= e * t;",
+    ),
+    Mutant("part_of_a_divergence_dropped", "kl_div", "kl_div.cuh", "a.cross + b.cross", "a.cross"),
 )
