@@ -1,6 +1,6 @@
 """What the README says of the models, from recorded runs of the command line.
 
-    python bench/models.py NAMES     trains each configuration below and writes bench/models.json (half an hour)
+    python bench/models.py NAMES     trains each configuration below and writes bench/models.json (five minutes)
     python bench/models.py           prints the README's table from bench/models.json
 
 NAMES is makemore's names.txt (32,033 names, sha256 0a30b555…8cc4d), with which others have published results.
@@ -31,8 +31,6 @@ RUNS = [
     (MAKEMORE, "--type ngram --order 6"),
     (MAKEMORE, LECTURE),
     (MAKEMORE, ""),
-    (MAKEMORE, "--type wavenet"),
-    (MAKEMORE, "--type gpt"),
 ]
 
 # `charlm train` of a process that has imported all it needs: prints on stderr how long it takes from there on.
@@ -96,7 +94,8 @@ def table() -> str:
             f"| {run['dev_nats'] / math.log(2):.3f} | {_seconds(run)} |"
         )
     machine = recorded["machine"]
-    lines += ["", f"({machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; ±: standard error.)"]
+    where = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
+    lines += ["", f"({where}; ±: standard error of the mean over dev's names.)"]
     return "\n".join(lines)
 
 

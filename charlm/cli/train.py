@@ -178,7 +178,8 @@ def _print_header(console: Console, config: Config, corpus: Corpus, trainer: Tra
         )
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f", resumed at step {trainer.step}" if trainer.step else ""
-    console.print(f"{config.type}: {parameters:,} parameters, {config.max_steps:,} steps on {config.device}{start}")
+    work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}" if parameters else "counts"
+    console.print(f"{config.type}: {work}{start}")
 
 
 def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from charlm.lm.compare import Comparison
 from charlm.lm.evaluate import Evaluation
+from charlm.lm.examples import PROTOCOLS
 from charlm.lm.train import Progress
 
 SAMPLE_COLUMN = 32  # a longer sample pushes its mark to the right, and no other's
@@ -90,6 +91,8 @@ def print_comparison(console: Console, rows: list[Comparison], units: str) -> No
     )
     table = Table()
     table.add_column("model", overflow="fold")
+    if evaluation.protocol != "items":
+        table.add_column("context")
     for column in ("nats", "±", "bits per character", "perplexity", "parameters", "seconds"):
         table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for row in rows:
@@ -97,7 +100,8 @@ def print_comparison(console: Console, rows: list[Comparison], units: str) -> No
         name = row.name if row.name == row.type else f"{row.name} ({row.type})"
         error = "-" if math.isnan(row.standard_error) else f"{row.standard_error:.4f}"
         figures = (f"{loss.nats:.4f}", error, f"{loss.bits_per_char:.4f}", f"{loss.perplexity:.3f}")
-        table.add_row(Text(name), *figures, f"{row.parameters:,}", f"{row.seconds:.2f}")
+        protocol = [] if evaluation.protocol == "items" else [PROTOCOLS[loss.protocol]]
+        table.add_row(Text(name), *protocol, *figures, f"{row.parameters:,}", f"{row.seconds:.2f}")
     console.print(table)
 
 

@@ -158,8 +158,9 @@ class Trainer:
     def save(self) -> None:
         """Writes the state after `self.step` steps to `self.directory`."""
         model = self.model.state_dict()
-        training = {f"weights.{name}": tensor for name, tensor in model.items()}
+        training = {}
         if self.optimizer is not None:
+            training |= {f"weights.{name}": tensor for name, tensor in model.items()}
             for index, state in self.optimizer.state_dict()["state"].items():
                 tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
                 training |= {f"optimizer.{index}.{key}": value for key, value in tensors.items()}
@@ -189,7 +190,7 @@ class Trainer:
         tensors = saved.training
         try:
             self.step, self.best_step, self.best_nats = saved.step, saved.best_step, saved.best_nats
-            self.model.load_state_dict(_below(tensors, "weights."))
+            self.model.load_state_dict(saved.weights if self.optimizer is None else _below(tensors, "weights."))
             self.best_weights = {name: tensor.to(self.device) for name, tensor in saved.weights.items()}
             self.batches.set_state(tensors["random.batches"])
             self.random_state |= _below(tensors, "random.")
