@@ -178,6 +178,14 @@ def _train_step() -> Iterable[Case]:
     yield Case("train_step", "default", (32, 3, 10, 200, 27), goals=(at_least("eager", 2),))
 
 
+def _information(op: str) -> Iterable[Case]:
+    """entropy, kl_div and surprisal: where torch's composition walks over memory, and, few classes, where it calls."""
+    for shape, speedup in (((65536, 256), 4), ((2048, 32000), 4), ((4096, 27), 2), ((32, 27), 1)):
+        memory = (ROW_MEMORY,) if shape[0] >= 512 else ()
+        yield Case(op, "default", shape, goals=(at_least("eager", speedup), *memory))
+    yield Case(op, "default", (2048, 32000), "bfloat16", (at_least("eager", 4), ROW_MEMORY))
+
+
 SHAPES = {
     "cross_entropy": "NxV",
     "embedding": "NxVxD",
@@ -185,6 +193,9 @@ SHAPES = {
     "embedding_linear": "NxTxDxHxV",
     "linear_cross_entropy": "NxDxV",
     "train_step": "NxTxDxHxV",
+    "entropy": "NxV",
+    "kl_div": "NxV",
+    "surprisal": "NxV",
 }
 CASES: dict[str, list[Case]] = {
     "cross_entropy": [*_tiny_vocabulary(), *_default(), *_inplace(), *_others()],
@@ -193,6 +204,7 @@ CASES: dict[str, list[Case]] = {
     "embedding_linear": [*_embedding_linear()],
     "linear_cross_entropy": [*_linear_cross_entropy()],
     "train_step": [*_train_step()],
+    **{op: [*_information(op)] for op in ("entropy", "kl_div", "surprisal")},
 }
 OPS = tuple(CASES)
 VARIANTS = {op: tuple(dict.fromkeys(case.variant for case in cases)) for op, cases in CASES.items()}
@@ -211,6 +223,7 @@ QUICK = {
     "embedding_linear": [("default", (4096, 8, 24, 200, 27)), ("default", (32, 3, 10, 200, 27))],
     "linear_cross_entropy": [],
     "train_step": [("default", (4096, 8, 24, 200, 27)), ("default", (32, 3, 10, 200, 27))],
+    **{op: [("default", (4096, 27)), ("default", (32, 27))] for op in ("entropy", "kl_div", "surprisal")},
 }
 
 

@@ -16,12 +16,15 @@ import torch
 import charlm
 from bench.cases import FLOORS, BadRequest
 from bench.jax_runtime import cores
-from bench.layers import LAYERS
 from bench.measure import Result
 from bench.units import duration, ratio
 
 SCHEMA = 1
-RECORD, LAYERS_RECORD = (Path(__file__).with_name(name) for name in ("record.json", "record_layers.json"))
+RECORDS = tuple(
+    Path(__file__).with_name(name) for name in ("record.json", "record_layers.json", "record_information.json")
+)
+RECORD, LAYERS_RECORD, INFORMATION_RECORD = RECORDS
+PRODUCTS = {"embedding_linear", "linear_cross_entropy", "train_step"}  # whose floor is matrix products, not a copy
 REGRESSION = 1.10  # so much slower, after the floor's own change
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -52,6 +55,21 @@ HEADLINES = {
     "linear_cross_entropy/default/512x768x50257/bfloat16": "N 512, D 768, V 50257, bfloat16",
     "train_step/default/4096x8x24x200x27/float32": "a training step, batch 4096, T 8, D 24, H 200",
     "train_step/default/32x3x10x200x27/float32": "batch 32, T 3, D 10, H 200",
+    "entropy/default/32x27/float32": "entropy, 32 × 27",
+    "entropy/default/4096x27/float32": "4096 × 27",
+    "entropy/default/65536x256/float32": "65536 × 256",
+    "entropy/default/2048x32000/float32": "2048 × 32000",
+    "entropy/default/2048x32000/bfloat16": "2048 × 32000, bfloat16",
+    "kl_div/default/32x27/float32": "kl_div, 32 × 27",
+    "kl_div/default/4096x27/float32": "4096 × 27",
+    "kl_div/default/65536x256/float32": "65536 × 256",
+    "kl_div/default/2048x32000/float32": "2048 × 32000",
+    "kl_div/default/2048x32000/bfloat16": "2048 × 32000, bfloat16",
+    "surprisal/default/32x27/float32": "surprisal, 32 × 27",
+    "surprisal/default/4096x27/float32": "4096 × 27",
+    "surprisal/default/65536x256/float32": "65536 × 256",
+    "surprisal/default/2048x32000/float32": "2048 × 32000",
+    "surprisal/default/2048x32000/bfloat16": "2048 × 32000, bfloat16",
 }
 
 
@@ -173,7 +191,7 @@ def _ratio(new: dict[str, Any], old: dict[str, Any], contender: str) -> float:
 def readme_table(record: dict[str, Any]) -> str:
     """The README's table of speed, in Markdown."""
     cases = {case["name"]: case for case in record["cases"]}
-    layers = not LAYERS.keys().isdisjoint(case["op"] for case in cases.values())
+    layers = not PRODUCTS.isdisjoint(case["op"] for case in cases.values())
     floors, title = (("gemms",), "products") if layers else (("copy", "fresh_copy", "read_write"), "copy")
     lines = [f"| work | time | × {title} | × torch eager | × best peer |", "|---|---|---|---|---|"]
     for name, work in HEADLINES.items():

@@ -5,6 +5,8 @@
 #include "cpu/isa.h"
 #include "cross_entropy.h"
 #include "cuda/embedding_linear_plan.h"
+#include "entropy.h"
+#include "kl_div.h"
 #include "linear_cross_entropy.h"
 
 // The scalar arguments that every cross_entropy schema ends with: CrossEntropyOptions.
@@ -69,6 +71,15 @@ TORCH_LIBRARY(charlm, m) {
   m.def("linear_cross_entropy_metrics(" LINEAR_ARGUMENTS CROSS_ENTROPY_OPTIONS
         " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
 
+  // (entropy, state), the state being what the gradient needs of each row.
+  m.def("entropy(Tensor logits) -> (Tensor entropy, Tensor state)");
+  m.def("entropy_backward(Tensor grad_output, Tensor logits, Tensor state) -> Tensor");
+  // (divergence, state) of p and q of one shape; kinds: 0 logits, 1 log-probabilities, 2 probabilities.
+  m.def("kl_div(Tensor p, Tensor q, int p_kind, int q_kind) -> (Tensor divergence, Tensor state)");
+  m.def(
+      "kl_div_backward(Tensor grad_output, Tensor p, Tensor q, Tensor state, int p_kind, int q_kind, "
+      "bool[2] output_mask) -> (Tensor, Tensor)");
+
   // Waits for the device of `on` and raises the IndexError of an index that a kernel found out of range.
   m.def("synchronize(Tensor on) -> ()");
 }
@@ -97,6 +108,16 @@ Tensor embedding_linear(const Tensor& input, const Tensor& embedding_weight, con
 Tensor linear_cross_entropy(const LinearCrossEntropyArguments& arguments) {
   static const LinearForwardOp op("charlm::linear_cross_entropy");
   return op(arguments);
+}
+
+Tensor entropy(const Tensor& logits) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::entropy", "").typed<EntropyForward>();
+  return std::get<0>(op.call(logits));
+}
+
+Tensor kl_div(const Tensor& p, const Tensor& q, int64_t p_kind, int64_t q_kind) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::kl_div", "").typed<KlDivForward>();
+  return std::get<0>(op.call(p, q, p_kind, q_kind));
 }
 
 Tensor cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
@@ -158,6 +179,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cross_entropy", Flat<&cross_entropy>::call, release);
   m.def("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace<kInplaceForward>>::call, release);
   m.def("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace<kInplaceBackward>>::call, release);
+  m.def("entropy", &entropy, release);
+  m.def("kl_div", &kl_div, release);
   m.def("has_cuda_kernels", &has_cuda_kernels);
   m.def("compiled_isas", &compiled_isas);
   m.def("supported_isas", &supported_isas);

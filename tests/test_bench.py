@@ -419,8 +419,7 @@ def test_the_readmes_tables_of_speed_are_the_recorded_ones(file: Path) -> None:
 
 
 def test_the_records_hold_every_case_and_every_peer() -> None:
-    files = (record.RECORD, record.LAYERS_RECORD)
-    recorded = {case["name"]: case for file in files for case in record.read(file)["cases"]}
+    recorded = {case["name"]: case for file in record.RECORDS for case in record.read(file)["cases"]}
     assert recorded.keys() == {case.name for op in cases.OPS for case in cases.CASES[op]}
     for case in recorded.values():
         assert case["error"] is None

@@ -15,13 +15,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import charlm
 from charlm import functional
-from charlm.testing import SampleInput, evaluate, sample_inputs_cross_entropy, sample_inputs_embedding
+from charlm.testing import (
+    SampleInput,
+    evaluate,
+    sample_inputs_cross_entropy,
+    sample_inputs_embedding,
+    sample_inputs_entropy,
+    sample_inputs_kl_div,
+    sample_inputs_surprisal,
+)
 
 CALLS = [
     pytest.param(function, sample, id=f"{function.__name__}-{sample.name}")
     for function, samples in (
         (functional.cross_entropy, sample_inputs_cross_entropy(torch.float32)),
         (functional.embedding, sample_inputs_embedding(torch.float32)),
+        (functional.entropy, sample_inputs_entropy(torch.float32)),
+        (functional.kl_div, sample_inputs_kl_div(torch.float32)),
+        (functional.surprisal, sample_inputs_surprisal(torch.float32)),
     )
     for sample in samples
 ]
@@ -37,6 +48,8 @@ COMPILED_SAMPLES = {
     "negative_padding_idx",
     "scale_grad_by_freq_padding",
     "uint8_index",
+    "probs_logits",
+    "outer",
 }
 CALLS_TO_COMPILE = [call for call in CALLS if call.values[1].name in COMPILED_SAMPLES]
 

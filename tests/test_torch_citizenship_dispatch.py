@@ -21,7 +21,10 @@ from charlm.testing import (
     sample_inputs_cross_entropy,
     sample_inputs_embedding,
     sample_inputs_embedding_linear,
+    sample_inputs_entropy,
+    sample_inputs_kl_div,
     sample_inputs_linear_cross_entropy,
+    sample_inputs_surprisal,
     strided_copy,
 )
 
@@ -94,6 +97,27 @@ def test_an_ordinary_embedding_runs_our_kernels_forward_and_backward(sample: Sam
     else:
         assert "charlm.embedding_backward.default" in record.ours
         assert record.torchs == []
+
+
+INFORMATION_CALLS = [
+    pytest.param(op, kernel, sample, id=f"{op.__name__}-{sample.name}")
+    for op, kernel, samples in (
+        (functional.entropy, "entropy", sample_inputs_entropy(torch.float32)),
+        (functional.kl_div, "kl_div", sample_inputs_kl_div(torch.float32)),
+        (functional.surprisal, "cross_entropy", sample_inputs_surprisal(torch.float32)),
+    )
+    for sample in samples
+]
+
+
+@pytest.mark.parametrize(("op", "kernel", "sample"), INFORMATION_CALLS)
+def test_an_ordinary_entropy_divergence_or_surprisal_runs_our_kernels_forward_and_backward(
+    op: Callable[..., torch.Tensor], kernel: str, sample: SampleInput
+) -> None:
+    with _RecordOps() as record:
+        evaluate(op, sample)
+    assert record.ours == [f"charlm.{kernel}.default", f"charlm.{kernel}_backward.default"]
+    assert record.torchs == []
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda context: context.__name__)
@@ -204,6 +228,13 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         layers = {sample.name: sample for sample in sample_inputs_embedding_linear(torch.float32)}
         for name in ("names_folded", "names_gelu_gathered", "padding_idx_folded", "no_bias_gathered"):
             evaluate(functional.embedding_linear, layers[name])
+        for op, samples in (
+            (functional.entropy, sample_inputs_entropy(torch.float32)),
+            (functional.kl_div, sample_inputs_kl_div(torch.float32)),
+        ):
+            for sample in samples:
+                if sample.name in ("four_dimensions", "minus_infinity", "probs_logits", "logits_log_probs"):
+                    evaluate(op, sample)
     return found
 
 
@@ -222,6 +253,10 @@ def test_opcheck_passes(name: str) -> None:
         public = True
         for parameter in copies[1:3]:
             parameter.requires_grad_()
+    if func in (ops.entropy.default, ops.kl_div.default):
+        public = True
+        for logits in copies[: 1 + (func is ops.kl_div.default)]:
+            logits.requires_grad_()
     # The ops that only backward calls, or that write, have no derivative of their own to register.
     tests = ["test_schema", "test_faketensor"] + [
         "test_autograd_registration",
@@ -239,7 +274,7 @@ def test_opcheck_saw_every_registered_op() -> None:
     assert {str(func) for func, _, _ in RECORDED_CALLS.values()} == registered
 
 
-@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy", "embedding_linear"])
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy", "embedding_linear", "entropy", "kl_div"])
 @pytest.mark.parametrize("key", ["CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched"])
 def test_ops_with_products_and_losses_are_registered_to_the_dispatch_key(key: str, op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"charlm::{op}", key)

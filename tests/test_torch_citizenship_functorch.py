@@ -104,6 +104,29 @@ def test_a_transform_of_a_call_with_every_extra_gives_the_references_result(name
     torch.testing.assert_close(actual, expected)
 
 
+KINDS = {"p_kind": "probs", "q_kind": "log_probs"}
+INFORMATION: dict[str, Callable[[Any], Any]] = {
+    "entropy_vmap": lambda f: torch.func.vmap(f.entropy, in_dims=2)(batch),
+    "entropy_per_sample_gradients": lambda f: torch.func.vmap(torch.func.grad(f.entropy))(x),
+    "entropy_hessian": lambda f: torch.func.hessian(lambda x: f.entropy(x).sum())(x),
+    "entropy_jvp": lambda f: torch.func.jvp(f.entropy, (x,), (tangent,)),
+    "kl_div_vmap": lambda f: torch.func.vmap(f.kl_div, in_dims=(0, None))(batch, x),
+    "kl_div_gradients": lambda f: torch.func.grad(lambda *pq: f.kl_div(*pq).sum(), argnums=(0, 1))(x, tangent),
+    "kl_div_jacrev_of_other_kinds": lambda f: torch.func.jacrev(lambda p: f.kl_div(p, x.log_softmax(1), **KINDS))(p),
+    "kl_div_hessian": lambda f: torch.func.hessian(lambda q: f.kl_div(x[0], q).sum())(tangent),
+    "kl_div_jvp": lambda f: torch.func.jvp(f.kl_div, (x, tangent), (tangent, x)),
+    "surprisal_vmap": lambda f: torch.func.vmap(f.surprisal, in_dims=(0, None))(batch, y),
+    "surprisal_per_sample_gradients": lambda f: torch.func.vmap(torch.func.grad(f.surprisal))(x, y.clamp(min=0)),
+    "surprisal_hessian": lambda f: torch.func.hessian(lambda x: f.surprisal(x, y).sum())(x),
+    "surprisal_jvp": lambda f: torch.func.jvp(lambda x: f.surprisal(x, y), (x,), (tangent,)),
+}
+
+
+@pytest.mark.parametrize("name", INFORMATION)
+def test_a_transform_of_what_torch_has_no_op_for_gives_the_references_result(name: str) -> None:
+    torch.testing.assert_close(INFORMATION[name](functional), INFORMATION[name](reference))
+
+
 def test_a_model_ensemble_by_functional_call_and_vmap_equals_one_by_one() -> None:
     import charlm
 

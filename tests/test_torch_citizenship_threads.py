@@ -46,11 +46,29 @@ def _embedding(n: int, n_rows: int, **options: object) -> list[Tensor]:
     return [output.detach(), weight.grad]
 
 
+def _information(n: int, n_classes: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (torch.randn(n, n_classes, generator=generator).requires_grad_() for _ in range(2))
+    target = torch.randint(n_classes, (n,), generator=generator)
+    # Leaves of their own: torch's softmax, whose bits depend on the threads, has no part in it.
+    probs, log_probs = (torch.rand(n, n_classes, generator=generator) for _ in range(2))
+    log_probs, probs = log_probs.sub(5).requires_grad_(), probs.requires_grad_()
+    results = [
+        functional.entropy(p),
+        functional.kl_div(p, q),
+        functional.surprisal(p, target),
+        functional.kl_div(probs, log_probs, p_kind="probs", q_kind="log_probs"),
+    ]
+    cotangents = [torch.randn(n, generator=generator) for _ in results]
+    return [*(r.detach() for r in results), *torch.autograd.grad(results, (p, q, probs, log_probs), cotangents)]
+
+
 CALLS = {
     "cross_entropy": lambda n, v: _cross_entropy(n, v, label_smoothing=0.1, lse_square_scale=0.01),
     "cross_entropy_probabilities": _probabilities,
     "embedding": _embedding,
     "embedding_scale_grad_by_freq": lambda n, v: _embedding(n, v, scale_grad_by_freq=True),
+    "information": _information,
     "embedding_max_norm": lambda n, v: _embedding(n, v, max_norm=1.0),
 }
 

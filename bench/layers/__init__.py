@@ -1,4 +1,4 @@
-"""The ops with weights: each module has what the benchmark needs of one, from its inputs to its check.
+"""The ops with weights, and those of information: what the benchmark needs of each, from its inputs to its check.
 
 make_inputs(case, generator)   the tensors, shared by all contenders
 names(case)                    the contenders, in the order of their samples; "ours" first
@@ -11,10 +11,13 @@ output_bytes(case)             of what a call returns
 
 from types import ModuleType
 
-from bench.layers import embedding_linear, linear_cross_entropy, train_step
+from bench.layers import embedding_linear, information, linear_cross_entropy, train_step
 
 LAYERS: dict[str, ModuleType] = {
     "embedding_linear": embedding_linear,
     "linear_cross_entropy": linear_cross_entropy,
     "train_step": train_step,
+    "entropy": information,
+    "kl_div": information,
+    "surprisal": information,
 }

@@ -10,7 +10,10 @@ from charlm.reference import CrossEntropyOutput, EmbeddingLinearOutput
 from .cross_entropy import cross_entropy
 from .embedding import embedding
 from .embedding_linear import embedding_linear
+from .entropy import entropy
+from .kl_div import kl_div
 from .linear_cross_entropy import linear_cross_entropy
+from .surprisal import surprisal
 
 __all__ = [
     "CrossEntropyOutput",
@@ -18,5 +21,8 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "embedding_linear",
+    "entropy",
+    "kl_div",
     "linear_cross_entropy",
+    "surprisal",
 ]

@@ -12,8 +12,11 @@ kernels.
 from .cross_entropy import CrossEntropyOutput, cross_entropy
 from .embedding import embedding
 from .embedding_linear import EmbeddingLinearOutput, embedding_linear
+from .entropy import entropy
 from .indices import INDEX_DTYPES
+from .kl_div import kl_div
 from .linear_cross_entropy import linear_cross_entropy
+from .surprisal import surprisal
 
 __all__ = [
     "INDEX_DTYPES",
@@ -22,5 +25,8 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "embedding_linear",
+    "entropy",
+    "kl_div",
     "linear_cross_entropy",
+    "surprisal",
 ]

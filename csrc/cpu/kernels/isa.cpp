@@ -4,8 +4,10 @@
 #include "cross_entropy_passes.h"
 #include "embedding_linear_rows.h"
 #include "embedding_rows.h"
+#include "entropy_rows.h"
 #include "gemm_tiles.h"
 #include "kernels.h"
+#include "kl_div_rows.h"
 
 #define CHARLM_CONCAT_(a, b) a##b
 #define CHARLM_CONCAT(a, b) CHARLM_CONCAT_(a, b)
@@ -34,6 +36,8 @@ constexpr TypedKernels<T> kTypedKernels = {
         &embedding_linear_activation_backward<T>,
     },
     &gemm<Compute<T>>,
+    {&entropy_forward<T>, &entropy_backward<T>},
+    {&kl_div_forward<T>, &kl_div_backward<T>},
 };
 
 }  // namespace CHARLM_ISA

@@ -4,7 +4,9 @@
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "embedding_linear.h"
+#include "entropy.h"
 #include "gemm.h"
+#include "kl_div.h"
 
 namespace charlm {
 
@@ -25,6 +27,8 @@ struct TypedKernels {
   EmbeddingKernels<T> embedding;
   EmbeddingLinearKernels<T> embedding_linear;
   GemmKernel<Compute<T>> gemm;
+  EntropyKernels<T> entropy;
+  KlDivKernels<T> kl_div;
 };
 
 struct Kernels {

@@ -1,0 +1,223 @@
+// The divergence KL(P || Q) = sum_c p_c (log p_c - log q_c) of rows of distributions, in nats (Kullback and Leibler
+// 1951). Each side is logits x, for which with m = max_c x_c and S = sum_c exp(x_c - m)
+//   u_c = x_c - m,   w_c = exp(u_c),   log p_c = u_c - log S,   p_c = w_c / S,
+// or log-probabilities, u = x, or probabilities, u = log x and w = x; for these m = 0 and S = 1. With
+// l = log S_q - log S_p, M = sum_c p_c and D_c = u^p_c - u^q_c
+//   KL = W / S_p + k + M l,   W = sum_c w^p_c (D_c - k).
+// Of two identical rows each D_c is 0, and so are l and KL, to the bit. For logits p, k is D_c of the most probable
+// class (else 0): where p has hardly another, nothing is cancelled. The gradients:
+//   of logits p: p_c (D_c - k - W / S_p)      of logits q: q_c M - p_c
+//   of log p:    p_c (D_c + l + 1)            of log q:    -p_c
+//   of p:             D_c + l + 1             of q:        -p_c / q_c
+// A class of p_c = 0 adds nothing to KL, whatever q_c is, and its own gradient is 0. A class of p_c > 0 = q_c makes KL
+// infinite; of the gradients the infinite ones are given as 0: that of p_c, of q_c as a probability, and, where p are
+// logits, of the whole row of p.
+#pragma once
+
+#include "kl_div.h"
+#include "row_chunks.h"
+
+namespace charlm::CHARLM_ISA {
+
+// log(x) of any x >= 0: subnormal numbers are scaled to normal ones. NaN below 0.
+template <class C>
+CHARLM_INLINE Vec<C> log_of_probability(Vec<C> x) {
+  constexpr bool kFloat = sizeof(C) == sizeof(float);
+  constexpr C kSmallestNormal = kFloat ? C(0x1p-126f) : C(0x1p-1022), kScale = kFloat ? C(0x1p24f) : C(0x1p54);
+  constexpr C kLogScale = kFloat ? C(16.635532333438686) : C(37.429947750237048);
+  const Mask<C> small = x < kSmallestNormal;
+  const Vec<C> y = log<C>(select<C>(small, x * kScale, x)) - select<C>(small, broadcast<C>(kLogScale), Vec<C>{});
+  return select<C>(x > 0, y, select<C>(x == 0, broadcast<C>(-INFINITY), broadcast<C>(NAN)));
+}
+
+// One of the two rows, read as u and w.
+template <class T, Distribution kKind>
+class KlDivSide {
+  using C = Compute<T>;
+  using V = Vec<C>;
+
+ public:
+  static constexpr bool kIsLogits = kKind == Distribution::kLogits;
+
+  // `max`: of logits; else 0.
+  KlDivSide(const T* x, C max) : x_(x), reference_(max == -INFINITY ? C(0) : max) {}
+
+  // u and w of K vectors from class c on; past the end of a row -inf and 0.
+  template <int K, class Width>
+  void read(int64_t c, Width width, V (&u)[K], V (&w)[K]) const {
+    if constexpr (kKind == Distribution::kProbs) {
+      for (int k = 0; k < K; k++) w[k] = load(x_ + c + k * kLanes<C>, width, C(0));
+      for (int k = 0; k < K; k++) u[k] = log_of_probability<C>(w[k]);
+    } else {
+      for (int k = 0; k < K; k++) u[k] = load(x_ + c + k * kLanes<C>, width, C(-INFINITY)) - reference_;
+      for (int k = 0; k < K; k++) w[k] = u[k];
+      exp<C, K>(w);
+      // Of no probability, but what torch's exp says of it.
+      for (int k = 0; !kIsLogits && k < K; k++) w[k] = u[k] > kLargestExponent ? broadcast<C>(INFINITY) : w[k];
+    }
+  }
+
+ private:
+  static constexpr C kLargestExponent = sizeof(C) == sizeof(float) ? C(88) : C(709);
+
+  const T* x_;
+  C reference_;
+};
+
+template <class T, Distribution kP, Distribution kQ>
+class KlDivRow {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  using P = KlDivSide<T, kP>;
+  using Q = KlDivSide<T, kQ>;
+
+ public:
+  KlDivRow(const KlDivRows<T>& rows, int64_t n)
+      : rows_(rows), n_(n), p_(rows.p + n * rows.p_stride), q_(rows.q + n * rows.q_stride) {}
+
+  // Two walks over both rows, the second one in a near cache. Writes p_max, p_sum, q_max, q_sum, mass, centre, and as
+  // `offset` W / S_p, or infinity.
+  CHARLM_NOINLINE void walk() const {
+    const int64_t n_classes = rows_.n_classes;
+    Largest<T> p_largest{0, 0};
+    C q_max = 0, centre = 0;
+    if constexpr (P::kIsLogits) p_largest = largest_of(p_, n_classes);
+    if constexpr (Q::kIsLogits) q_max = max_of(q_, n_classes);
+    const P p(p_, p_largest.value);
+    const Q q(q_, q_max);
+    if constexpr (P::kIsLogits) centre = centre_at(p_largest.index, q);
+    C p_sum = 0, q_sum = 0, cross = 0, farthest = 0;
+    for_each_chunk<C>(n_classes, [&](int64_t begin, int64_t size) {
+      V p_sums[2] = {}, q_sums[2] = {}, crosses[2] = {}, far{};
+      for_each_vectors<C, 2>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
+        V u[K], w[K], u_q[K], w_q[K];
+        p.read(begin + i, width, u, w);
+        q.read(begin + i, width, u_q, w_q);
+        for (int k = 0; k < K; k++) {
+          const V difference = finite(u[k]) - finite(u_q[k]);
+          p_sums[k] += w[k];
+          if constexpr (Q::kIsLogits) q_sums[k] += w_q[k];
+          crosses[k] += w[k] * (difference - centre);
+          far = max<C>(difference, far);
+        }
+      });
+      p_sum += reduce_sum<C>(p_sums[0] + p_sums[1]);
+      if constexpr (Q::kIsLogits) q_sum += reduce_sum<C>(q_sums[0] + q_sums[1]);
+      cross += reduce_sum<C>(crosses[0] + crosses[1]);
+      const C far_of_chunk = reduce_max<C>(far);
+      farthest = far_of_chunk > farthest ? far_of_chunk : farthest;
+    });
+    const C mean = P::kIsLogits ? cross / p_sum : cross;
+    rows_.p_max[n_] = p_largest.value;
+    rows_.p_sum[n_] = P::kIsLogits ? p_sum : C(1);
+    rows_.q_max[n_] = q_max;
+    rows_.q_sum[n_] = Q::kIsLogits ? q_sum : C(1);
+    rows_.mass[n_] = P::kIsLogits ? C(1) : p_sum;
+    rows_.centre[n_] = centre;
+    rows_.offset[n_] = farthest > kFar<C> / 2 && mean == mean ? C(INFINITY) : mean;
+  }
+
+  CHARLM_NOINLINE void backward() const {
+    const C g = rows_.grad_output[n_], p_factor = g / rows_.p_sum[n_], offset = rows_.offset[n_],
+            centre = rows_.centre[n_];
+    const C ratio = rows_.q_sum[n_] / rows_.p_sum[n_], mass = rows_.mass[n_], q_factor = g / rows_.q_sum[n_];
+    T* const p_grad = rows_.p_grad ? rows_.p_grad + n_ * rows_.n_classes : nullptr;
+    T* const q_grad = rows_.q_grad ? rows_.q_grad + n_ * rows_.n_classes : nullptr;
+    const P p(p_, rows_.p_max[n_]);
+    const Q q(q_, rows_.q_max[n_]);
+    const bool p_is_infinite = P::kIsLogits && offset == -INFINITY;
+    for_each_vectors<C, 2>(rows_.n_classes, [&]<int K>(int64_t c, auto width, Count<K>) {
+      prefetch<K * kLanes<C> * sizeof(T)>(p_ + c + kAhead<T>);
+      prefetch<K * kLanes<C> * sizeof(T)>(q_ + c + kAhead<T>);
+      V u[K], w[K], u_q[K], w_q[K];
+      p.read(c, width, u, w);
+      q.read(c, width, u_q, w_q);
+      for (int k = 0; p_grad && k < K; k++) {
+        const V difference = finite(u[k]) - finite(u_q[k]), inner = (difference - centre) + offset;
+        V value = kP == Distribution::kProbs ? inner * g : (w[k] * p_factor) * inner;
+        if constexpr (kP == Distribution::kProbs) value = select<C>(w[k] == 0, V{}, value);
+        if constexpr (!P::kIsLogits) value = select<C>(difference > kFar<C> / 2, V{}, value);
+        store(p_grad + c + k * kLanes<C>, p_is_infinite ? V{} : value, width);
+      }
+      for (int k = 0; q_grad && k < K; k++) {
+        V value;
+        if constexpr (kQ == Distribution::kLogits) {
+          value = (w_q[k] * mass - w[k] * ratio) * q_factor;  // exactly 0 where p = q, however it is contracted
+        } else {
+          value = V{} - w[k] * p_factor;
+          if constexpr (kQ == Distribution::kProbs) value = select<C>(w_q[k] == 0, V{}, value / w_q[k]);
+        }
+        store(q_grad + c + k * kLanes<C>, value, width);
+      }
+    });
+  }
+
+ private:
+  static V finite(V u) { return max<C>(broadcast<C>(-kFar<C>), u); }  // NaN stays
+
+  // D_c of the most probable class c, if it is a number: u^p_c is 0.
+  C centre_at(int64_t c, const Q& q) const {
+    V u[1], w[1];
+    q.read(c, Part{1}, u, w);
+    return u[0][0] > -kFar<C> && u[0][0] < INFINITY ? -u[0][0] : C(0);
+  }
+
+  const KlDivRows<T>& rows_;
+  const int64_t n_;
+  const T* const p_;
+  const T* const q_;
+};
+
+// Calls f.template operator()<Row>() with the row type that these kinds need.
+template <class T, class F>
+void with_kl_div_row(const KlDivRows<T>& rows, F&& f) {
+  const auto with_q = [&]<Distribution kP>() {
+    switch (rows.q_kind) {
+      case Distribution::kLogits:
+        return f.template operator()<KlDivRow<T, kP, Distribution::kLogits>>();
+      case Distribution::kLogProbs:
+        return f.template operator()<KlDivRow<T, kP, Distribution::kLogProbs>>();
+      case Distribution::kProbs:
+        return f.template operator()<KlDivRow<T, kP, Distribution::kProbs>>();
+    }
+  };
+  switch (rows.p_kind) {
+    case Distribution::kLogits:
+      return with_q.template operator()<Distribution::kLogits>();
+    case Distribution::kLogProbs:
+      return with_q.template operator()<Distribution::kLogProbs>();
+    case Distribution::kProbs:
+      return with_q.template operator()<Distribution::kProbs>();
+  }
+}
+
+template <class T>
+void kl_div_forward(const KlDivRows<T>& rows, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  with_kl_div_row(rows, [&]<class Row>() {
+    for (int64_t n = begin; n < end; n++) Row(rows, n).walk();
+  });
+  const bool p_is_logits = rows.p_kind == Distribution::kLogits;
+  // The logarithms of a vector of rows at once.
+  for_each_vector<C>(end - begin, [&](int64_t i, auto width) {
+    const int64_t n = begin + i;
+    const V p_sum = load(rows.p_sum + n, width, C(1)), q_sum = load(rows.q_sum + n, width, C(1));
+    const V mean = load(rows.offset + n, width, C(0)), shift = log<C>(q_sum) - log<C>(p_sum);
+    const V outer = load(rows.centre + n, width, C(0)) + load(rows.mass + n, width, C(0)) * shift;
+    V divergence = mean + outer;
+    divergence = select<C>(divergence < 0, V{}, divergence);                             // of rounding
+    divergence = select<C>((p_sum == 0) | (q_sum == 0), broadcast<C>(NAN), divergence);  // a row of -inf
+    store(rows.offset + n, p_is_logits ? V(V{} - mean) : V(shift + 1), width);
+    store(rows.output + n, divergence, width);
+  });
+}
+
+template <class T>
+void kl_div_backward(const KlDivRows<T>& rows, int64_t begin, int64_t end) {
+  with_kl_div_row(rows, [&]<class Row>() {
+    for (int64_t n = begin; n < end; n++) Row(rows, n).backward();
+  });
+}
+
+}  // namespace charlm::CHARLM_ISA
