@@ -30,26 +30,72 @@ def test_the_readmes_python_runs_in_its_order() -> None:
     assert torch.nn.functional.cross_entropy is not functional.cross_entropy  # the patch of the last block has ended
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
-def test_the_python_of_a_document_runs_and_prints_what_the_document_says_next(path: Path) -> None:
+DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+DRAWING = " matplotlib"  # behind "python": the block only draws, with a library that the tests do without
+
+
+def run_document(path: Path, drawing: bool = False) -> None:
+    """Runs the Python of a document in its order, and compares what a block prints with the text up to the next block.
+
+    A `text` block right below holds all that is printed, and nothing else.
+    """
     namespace: dict[str, object] = {}
     text = path.read_text(encoding="utf-8")
-    blocks = list(re.finditer(r"```python\n(.*?)```", text, flags=re.DOTALL))
+    blocks = list(re.finditer(rf"```python({DRAWING})?\n(.*?)```", text, flags=re.DOTALL))
     assert blocks
-    for block in blocks:
+    for block, end in zip(blocks, [block.start() for block in blocks[1:]] + [len(text)], strict=True):
+        if block[1] and not drawing:
+            continue
         printed = io.StringIO()
-        line = text.count("\n", 0, block.start(1))  # so that an error names the document's own line
+        line = text.count("\n", 0, block.start(2))  # so that an error names the document's own line
         with contextlib.redirect_stdout(printed):
-            exec(compile("\n" * line + block[1], path, "exec"), namespace)
-        assert printed.getvalue().strip() in text[block.end() :]
+            exec(compile("\n" * line + block[2], path, "exec"), namespace)
+        below = text[block.end() : end]
+        shown = re.match(r"\s*```text\n(.*?)```", below, flags=re.DOTALL)
+        if shown:
+            assert printed.getvalue() == shown[1]
+        else:
+            assert printed.getvalue().strip() in below
 
 
-def test_a_wrong_claim_of_a_document_fails(tmp_path: Path) -> None:
-    for block in ("assert 1 == 2", "print('| folded | 1.00 |')"):
-        path = tmp_path / "wrong.md"
-        path.write_text(f"```python\n{block}\n```\n\n| folded | 2.00 |\n", encoding="utf-8")
-        with pytest.raises(AssertionError):
-            test_the_python_of_a_document_runs_and_prints_what_the_document_says_next(path)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_python_of_a_document_runs_and_prints_what_the_document_says_next(path: Path) -> None:
+    run_document(path)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "```python\nassert 1 == 2\n```",
+        "```python\nprint('| folded | 1.00 |')\n```\n\n| folded | 2.00 |",
+        "```python\nprint('1.00')\n```\n```python\npass\n```\n1.00",  # under another block
+        "```python\nprint('1.00')\n```\n```text\n1.00\n2.00\n```",
+        "```python\npass\n```\n```text\n1.00\n```",
+    ],
+)
+def test_a_wrong_claim_of_a_document_fails(document: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.md"
+    path.write_text(document, encoding="utf-8")
+    with pytest.raises(AssertionError):
+        run_document(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in DOCUMENTS if f"```python{DRAWING}\n" in path.read_text(encoding="utf-8")],
+    ids=lambda path: path.stem,
+)
+def test_a_document_draws_the_picture_that_it_shows(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run_document(path, drawing=True)
+    (drawn,) = (tmp_path / "docs").iterdir()
+    assert f"]({drawn.name})" in path.read_text(encoding="utf-8")
+    header = slice(0, 24)  # a PNG's signature, width and height; pixels differ among matplotlib's versions
+    assert drawn.read_bytes()[header] == (path.parent / drawn.name).read_bytes()[header]
 
 
 def test_links_of_the_documentation_lead_to_files() -> None:
