@@ -43,7 +43,7 @@ def measured(case: Case, budget: Budget = bench_support.TINY_BUDGET) -> Result:
         (["cross_entropy", "--shape", "4x5x6"], "impossible shape '4x5x6' for cross_entropy: it takes NxV"),
         (["embedding", "--shape", "4x27"], "impossible shape '4x27' for embedding: it takes NxVxD"),
         (["embedding", "--variant", "uint8", "--shape", "4x257x2"], "uint8 indices reach 256 rows, not 257"),
-        (["--shape", "1000000000x1000000"], "too little memory: it needs about 40000000.0 GB"),
+        (["cross_entropy", "--shape", "1000000000x1000000"], "too little memory: it needs about 40000000.0 GB"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_on_stderr_and_exit_code_1(quiet: None, arguments: list[str], said: str) -> None:

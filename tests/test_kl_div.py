@@ -72,8 +72,7 @@ def test_it_is_never_negative(seed: int, n_classes: int, distance: float) -> Non
         assert (result >= 0).all()
 
 
-@pytest.mark.parametrize("p_offset", [-1000.0, 0.0, 1000.0])
-@pytest.mark.parametrize("q_offset", [-1000.0, 0.0, 1000.0])
+@pytest.mark.parametrize(("p_offset", "q_offset"), [(1000.0, 1000.0), (-1000.0, 1000.0), (0.0, -1000.0)])
 @pytest.mark.parametrize("n_classes", [27, 4099])
 def test_a_common_offset_of_logits_changes_nothing(p_offset: float, q_offset: float, n_classes: int, isa: str) -> None:
     # Multiples of 1/8: the addition of the offset is exact.

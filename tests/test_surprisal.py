@@ -63,7 +63,7 @@ def test_an_ignored_token_has_surprisal_and_gradient_zero() -> None:
 def test_a_bad_target_is_named_with_its_position_in_the_broadcast_target(module: Any) -> None:
     for logits, target, said in (
         (torch.zeros(4, 7), torch.tensor([0, 6, 7, 1]), r"target 7 at position \(2,\) is out of range for 7 classes"),
-        (torch.zeros(2, 3, 7), torch.tensor([0, 6, -1]), r"target -1 at position \(0, 2\) is out of range for 7"),
+        (torch.zeros(1, 3, 7), torch.tensor([0, 6, -1]), r"target -1 at position \(0, 2\) is out of range for 7"),
         (torch.zeros(7), torch.tensor([[0], [9]]), r"target 9 at position \(1, 0\) is out of range for 7 classes"),
     ):
         with pytest.raises(IndexError, match=said):
