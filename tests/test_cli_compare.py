@@ -54,7 +54,7 @@ def test_json_has_the_fixed_form(runs):
     assert [model["type"] for model in result["models"]] == ["uniform", "unigram", "bigram", "mlp"]
     for model in result["models"]:
         assert list(model) == [
-            *("name", "type", "nats", "bits_per_char", "perplexity"),
+            *("name", "type", "protocol", "nats", "bits_per_char", "perplexity"),
             *("standard_error", "parameters", "evaluation_seconds"),
         ]
         assert model["bits_per_char"] == pytest.approx(model["nats"] / math.log(2))
