@@ -411,7 +411,7 @@ def test_compare_and_table_say_what_is_wrong_with_a_file(quick_record: Path, tmp
             assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("file", [record.RECORD, record.LAYERS_RECORD], ids=lambda path: path.stem)
+@pytest.mark.parametrize("file", record.RECORDS, ids=lambda path: path.stem)
 def test_the_readmes_tables_of_speed_are_the_recorded_ones(file: Path) -> None:
     result = bench_support.run("table", file)
     assert result.exit_code == 0, result.stderr
