@@ -96,13 +96,12 @@ def test_the_standard_error_over_items_is_the_spread_of_resampled_means():
 
 
 def test_an_item_with_its_end_is_a_unit_and_so_is_a_block_of_text():
-    targets = torch.tensor([3, 1, 0, 0, 2, 0], dtype=torch.uint8)
-    assert _units(targets, "line").tolist() == [0, 0, 0, 1, 2, 2]
-    assert _units(torch.zeros(2 * BLOCK + 1), "text").unique_consecutive(return_counts=True)[1].tolist() == [
-        BLOCK,
-        BLOCK,
-        1,
-    ]
+    items = build_corpus("ada\nbo\ncleo\n" * 10)
+    expected = [number for number, item in enumerate(items.parts["dev"]) for _ in range(len(item) + 1)]
+    assert _units(items, "dev", len(expected)).tolist() == expected
+    text = build_corpus("to be or not to be\n" * 300, format="text")
+    counts = _units(text, "dev", 2 * BLOCK + 1).unique_consecutive(return_counts=True)[1]
+    assert counts.tolist() == [BLOCK, BLOCK, 1]
 
 
 def test_one_unit_has_no_standard_error():
