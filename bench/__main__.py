@@ -90,10 +90,7 @@ def run(
     variant: Annotated[list[str] | None, typer.Option(help="Such as inplace_forward; can be repeated.")] = None,
 ) -> None:
     """Check, time and compare the ops; this is the command where none is named."""
-    problems = Problems()
-    _check_files(json_file, plot, problems)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    problems = _begin(json_file, plot, threads)
     chosen = _choose(ops or [], quick, dtype or [], shape or [], variant or [], problems)
     results: list[Result] = []
     parts: dict[str, Any] = {}
@@ -123,8 +120,9 @@ def run(
     problems.exit()
 
 
-def _check_files(json_file: Path | None, plot: Path | None, problems: Problems) -> None:
-    """Ends here, rather than after half an hour, where the results could not be kept."""
+def _begin(json_file: Path | None, plot: Path | None, threads: int | None) -> Problems:
+    """Sets the threads; ends here, rather than after half an hour, where the results could not be kept."""
+    problems = Problems()
     for path in (json_file, plot):
         if path is not None and not path.parent.is_dir():
             problems.report(f"there is no folder {path.parent}")
@@ -134,6 +132,9 @@ def _check_files(json_file: Path | None, plot: Path | None, problems: Problems) 
         except ImportError:
             problems.report("--plot needs matplotlib: pip install matplotlib")
     problems.exit()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return problems
 
 
 def _choose(
@@ -200,10 +201,7 @@ def run_grid(json_file: JsonFile = None, threads: Threads = None) -> None:
     """Ours against torch eager on many shapes, every dtype: exit code 1 if any is wrong, or slower than torch."""
     from bench import grid
 
-    problems = Problems()
-    _check_files(json_file, None, problems)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    problems = _begin(json_file, None, threads)
     out = report.console()
     with _refusing_a_busy_machine():
         report.print_header(out, record.header())
@@ -231,10 +229,7 @@ def run_fold(
     """embedding_linear's two plans against N: from where on does its table pay? Prints the table of docs/."""
     from bench import fold
 
-    problems = Problems()
-    _check_files(json_file, plot, problems)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    problems = _begin(json_file, plot, threads)
     with _refusing_a_busy_machine(), problems.collected():
         panels = fold.measure(quick)
         typer.echo(fold.document_table({"header": record.header(), "fold": panels}))
@@ -254,10 +249,7 @@ def run_plans(
     """The plans that embedding_linear chooses, on a grid: exit code 1 if one takes 10 % longer than the other."""
     from bench import plans
 
-    problems = Problems()
-    _check_files(json_file, None, problems)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    problems = _begin(json_file, None, threads)
     with _refusing_a_busy_machine(), problems.collected():
         points = plans.measure(quick, problems.report)
         typer.echo(plans.summary(points))
@@ -275,10 +267,7 @@ def run_gpt_step(
     """A GPT's training step: the share that our ops remove of what embeddings and loss cost in torch."""
     from bench import gpt_step
 
-    problems = Problems()
-    _check_files(json_file, None, problems)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    problems = _begin(json_file, None, threads)
     with _refusing_a_busy_machine(), problems.collected():
         points = gpt_step.measure(quick)
         typer.echo(gpt_step.summary(points))

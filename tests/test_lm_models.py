@@ -129,6 +129,16 @@ def test_bigram_and_unigram_are_the_smoothed_counts(add_k):
         assert unigram.log_probs[0, b].exp().item() == pytest.approx((singles[b] + add_k) / total)
 
 
+@pytest.mark.parametrize("type", list(MODELS))
+def test_every_models_losses_reduce_to_their_mean_and_their_sum(type):
+    model = build_model(type, vocab_size=V, block_size=4, **SMALL.get(type, {})).eval()
+    idx, targets = torch.randint(V, (6, 4)), torch.randint(V, (6,))
+    losses = model.loss(idx, targets, reduction="none")
+    assert losses.shape == (6,)
+    torch.testing.assert_close(model.loss(idx, targets), losses.mean())
+    torch.testing.assert_close(model.loss(idx, targets, reduction="sum"), losses.sum())
+
+
 def test_uniform_costs_log_v_and_each_baseline_beats_the_one_before():
     corpus = build_corpus(NAMES)
     table = baselines(corpus, "dev")

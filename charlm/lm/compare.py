@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from charlm.lm.data import Corpus
-from charlm.lm.evaluate import Evaluation, predictions, surprisals
-from charlm.lm.models import COUNT_MODELS, LanguageModel
+from charlm.lm.evaluate import Evaluation, fitted_baselines, predictions, surprisals
+from charlm.lm.models import LanguageModel
 
 BLOCK = 256  # characters of running text that count as one observation
 
@@ -75,15 +75,7 @@ def measure(
 
 def measure_baselines(corpus: Corpus, split: str, add_k: float = 1.0) -> list[Comparison]:
     """The count models whose tables fit, fitted on train, from uniform to bigram."""
-    train = corpus.examples("train", block_size=1)
-    rows = []
-    for name, kind in COUNT_MODELS.items():
-        if not kind.fits(len(corpus.vocabulary)):
-            continue
-        model = kind(len(corpus.vocabulary), pad_token=corpus.vocabulary.pad_token, add_k=add_k).eval()
-        model.fit(train)
-        rows.append(measure(name, name, model, corpus, split))
-    return rows
+    return [measure(name, name, model, corpus, split) for name, model in fitted_baselines(corpus, add_k)]
 
 
 def standard_error(nats: Tensor, units: Tensor) -> float:

@@ -113,29 +113,30 @@ class Corpus:
         """Every prediction of `split`, from the last `block_size` tokens each, on the CPU."""
         if self.format == "line":
             return line_examples(self.parts[split], self.vocabulary, block_size)
-        return text_examples(*self._stream(split), block_size, self.vocabulary.pad_token)
+        return text_examples(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
 
     def sequences(self, split: str, block_size: int) -> Sequences:
         """The predictions of `split` at every position, to train on: each item, or each run of `block_size`."""
         if self.format == "line":
             return line_sequences(self.parts[split], self.vocabulary, block_size)
-        return text_sequences(*self._stream(split), block_size, self.vocabulary.pad_token)
+        return text_sequences(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
 
     def windows(self, split: str, block_size: int) -> Sequences:
         """The predictions of running text at every position of windows side by side, on the CPU."""
-        return text_windows(*self._stream(split), block_size, self.vocabulary.pad_token)
+        return text_windows(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
 
     def examples_in_windows(self, split: str, block_size: int) -> Examples:
         """The predictions of `windows`, one a row: contexts that do not reach beyond their window."""
         return in_windows(self.examples(split, block_size), self.vocabulary.pad_token)
 
-    def _stream(self, split: str) -> tuple[Tensor, int]:
-        """The tokens up to the end of `split`, and where it begins."""
+    def _stream(self, split: str, block_size: int) -> tuple[Tensor, int]:
+        """The tokens of `split` with up to `block_size` before it, and where it begins in them."""
         lengths = [len(self.parts[name][0]) for name in SPLITS]
         index = SPLITS.index(split)
         start = sum(lengths[:index])
+        before = max(0, start - block_size)
         text = "".join(self.parts[name][0] for name in SPLITS[: index + 1])
-        return self.vocabulary.encode(text), start
+        return self.vocabulary.encode(text[before:]), start - before
 
     def overlap(self) -> int | None:
         """How many items of dev stand in train as well; None for running text."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -93,14 +94,17 @@ def evaluate(model: LanguageModel, asked: Examples | Sequences, split: str) -> E
     return Evaluation(split, asked.protocol, nats, asked.tokens)
 
 
-def baselines(corpus: Corpus, split: str = "dev", add_k: float = 1.0) -> dict[str, Evaluation]:
-    """The count models whose tables fit, fitted on train and evaluated on `split`, from uniform to bigram."""
-    train, held_out = (corpus.examples(name, block_size=1) for name in ("train", split))
-    table = {}
+def fitted_baselines(corpus: Corpus, add_k: float = 1.0) -> Iterator[tuple[str, LanguageModel]]:
+    """The count models whose tables fit, by name, fitted on train, from uniform to bigram; one at a time."""
+    train, vocabulary = corpus.examples("train", block_size=1), corpus.vocabulary
     for name, kind in COUNT_MODELS.items():
-        if not kind.fits(len(corpus.vocabulary)):
-            continue
-        model = kind(len(corpus.vocabulary), pad_token=corpus.vocabulary.pad_token, add_k=add_k)
-        model.fit(train)
-        table[name] = evaluate(model, held_out, split)
-    return table
+        if kind.fits(len(vocabulary)):
+            model = kind(len(vocabulary), pad_token=vocabulary.pad_token, add_k=add_k).eval()
+            model.fit(train)
+            yield name, model
+
+
+def baselines(corpus: Corpus, split: str = "dev", add_k: float = 1.0) -> dict[str, Evaluation]:
+    """`fitted_baselines`, evaluated on `split`."""
+    held_out = corpus.examples(split, block_size=1)
+    return {name: evaluate(model, held_out, split) for name, model in fitted_baselines(corpus, add_k)}

@@ -37,7 +37,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """`forward`'s loss, for those who need no logits: in nats, () or, with reduction "none", (B,)."""
+        """`forward`'s loss, for those who need no logits: in nats, () or, with reduction "none", (B,); "sum" too."""
         return F.cross_entropy(self(idx)[0], targets, reduction=reduction)
 
     @torch.no_grad()
@@ -97,6 +97,11 @@ class LanguageModel(nn.Module):
         """
         pad = torch.full((len(sequence), self.block_size), self.pad_token, dtype=torch.int64, device=sequence.device)
         return self(torch.cat([pad, sequence], dim=1)[:, -self.block_size :])[0]
+
+
+def reduced(losses: Tensor, reduction: str) -> Tensor:
+    """`losses` (B,) as they are ("none"), their "mean" or their "sum"."""
+    return losses if reduction == "none" else getattr(losses, reduction)()
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import charlm.functional as F
 from charlm.lm.errors import UserError
 from charlm.lm.examples import Examples
-from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.base import LanguageModel, reduced
 
 MAX_COUNTS = 1 << 28  # 2 GB of float64: a bigram of 16,384 tokens
 COUNTED_AT_ONCE = 1 << 20  # examples: a corpus may have 10⁹
@@ -78,7 +78,7 @@ class TableModel(CountModel):
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """`forward`'s loss, looked up: its (B, V) logits would be gigabytes where V is 100,000."""
         nats = -self.log_probs[self._row(idx), targets.long()]  # (B,)
-        return {"none": nats, "mean": nats.mean(), "sum": nats.sum()}[reduction]
+        return reduced(nats, reduction)
 
     def _row(self, idx: Tensor) -> Tensor:
         """The row of `log_probs` for each context: (B, T) → (B,) int64."""

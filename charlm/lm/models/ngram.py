@@ -32,6 +32,7 @@ from torch import Tensor
 
 import charlm.functional as F
 from charlm.lm.examples import Examples
+from charlm.lm.models.base import reduced
 from charlm.lm.models.counts import CountModel
 from charlm.ngrams import NgramLevel, count_ngrams
 
@@ -116,8 +117,7 @@ class NGram(CountModel):
             ngram, occurs = find(self.ngram_keys, node * self.vocab_size + targets)
             share = torch.where(seen & occurs, self.share[ngram], 0.0)
             p = p * torch.where(seen, self.rest[node], 1.0) + share
-        losses = -p.log()
-        return {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[reduction]
+        return reduced(-p.log(), reduction)
 
     def _contexts(self, idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The contexts that p is made from, the shortest first: (B,) nodes, and (B,) whether training saw them."""
