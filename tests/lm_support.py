@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
 from charlm.lm.models import build_model
+from charlm.lm.train import StopRequest, Trainer
 
 
 def untrained_checkpoint(corpus: Corpus, type: str = "mlp", **config: Any) -> Checkpoint:
@@ -52,3 +54,14 @@ def fails(*arguments: str | Path, **options: Any) -> str:
     assert result.stderr.startswith("charlm: ")
     assert result.stderr.count("\n") == 1
     return result.stderr
+
+
+class StopAt(StopRequest):
+    """A request that comes when `step` is reported, or at the first look at the loop if that is None."""
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    @property
+    def signal(self) -> int | None:
+        return signal.SIGINT if self.trainer.step >= self.step else None

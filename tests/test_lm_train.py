@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_support import StopAt
 
 from charlm.lm import checkpoint
 from charlm.lm.config import Config
@@ -41,17 +42,6 @@ def metrics(directory: Path) -> list[dict]:
     for line in lines:
         assert line.pop("tokens/s") > 0
     return lines
-
-
-class StopAt(StopRequest):
-    """A request that comes when `step` is reported, or at the first look at the loop if that is None."""
-
-    def __init__(self, trainer: Trainer, step: int) -> None:
-        self.trainer, self.step = trainer, step
-
-    @property
-    def signal(self) -> int | None:
-        return signal.SIGINT if self.trainer.step >= self.step else None
 
 
 def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:

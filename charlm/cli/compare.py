@@ -43,7 +43,7 @@ def compare(
     corpus = trained_corpus(first, input_file)
     rows = measure_baselines(corpus, split, first.config.add_k) if baselines else []
     for name, one in saved.items():
-        rows.append(measure(name, one.config.type, one.build_model(target), corpus, split, target))
+        rows.append(measure(name, one.config.label, one.build_model(target), corpus, split, target))
     units = units_of(corpus.format)
     if as_json:
         models = [row.to_json() for row in rows]

@@ -47,5 +47,5 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps(result.to_json(), allow_nan=False))
         return
-    rows = {**baselines(corpus, split, saved.config.add_k), f"this model ({saved.config.type})": result}
+    rows = {**baselines(corpus, split, saved.config.add_k), f"this model ({saved.config.label})": result}
     print_losses(new_console(), f"loss on {split}, {result.tokens:,} tokens, {PROTOCOLS[result.protocol]}", rows)

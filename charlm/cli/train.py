@@ -61,6 +61,9 @@ def train(
     n_head: Annotated[int, option(MODEL, "Attention heads of each.")] = DEFAULT.n_head,
     batch_norm: Annotated[bool, option(MODEL, "Batch norm before the mlp's tanh.")] = DEFAULT.batch_norm,
     dropout: Annotated[float, option(MODEL, "Share of hidden units dropped.", by_type="dropout")] = DEFAULT.dropout,
+    mix_ngram: Annotated[
+        int, option(MODEL, "Order of an n-gram averaged with the network; 0: none.")
+    ] = DEFAULT.mix_ngram,
     order: Annotated[int, option(MODEL, "Longest n-gram of ngram; its context is one less.")] = DEFAULT.order,
     smoothing: Annotated[str, option(MODEL, "Of ngram: kneser-ney or add-k.")] = DEFAULT.smoothing,
     add_k: Annotated[float, option(MODEL, "Smoothing of the count models.")] = DEFAULT.add_k,
@@ -179,7 +182,7 @@ def _print_header(console: Console, config: Config, corpus: Corpus, trainer: Tra
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f", resumed at step {trainer.step}" if trainer.step else ""
     work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}" if parameters else "counts"
-    console.print(f"{config.type}: {work}{start}")
+    console.print(f"{config.label}: {work}{start}")
 
 
 def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
@@ -190,7 +193,7 @@ def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Tra
 
     rows = baselines(corpus, "dev", config.add_k)
     result = evaluate(trainer.model, predictions(trainer.model, corpus, "dev").to(trainer.device), "dev")
-    rows[f"this model ({config.type}, step {trainer.best_step})"] = result
+    rows[f"this model ({config.label}, step {trainer.best_step})"] = result
     print_losses(console, f"loss on dev, {result.tokens:,} tokens, {PROTOCOLS[result.protocol]}", rows)
     options = SamplingOptions(max_new_tokens=None if corpus.format == "line" else PASSAGE)
     samples = sample(trainer.model, corpus.vocabulary, options, trainer.device)

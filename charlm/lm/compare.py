@@ -31,7 +31,7 @@ class Comparison:
     """One row of the table.
 
     name:           what the model is called: its folder, or the baseline's name.
-    type:           a key of `charlm.lm.models.MODELS`.
+    type:           a key of `charlm.lm.models.MODELS`, or `Config.label`: "mlp + 6-gram".
     evaluation:     the mean loss on the split.
     standard_error: of the mean, in nats; NaN where the split has fewer than two units.
     parameters:     numbers that an optimizer sets; 0 for a model that counts.

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from charlm.lm.errors import UserError
-from charlm.lm.models import MODELS
+from charlm.lm.models import MODELS, CountModel
 from charlm.lm.models.ngram import SMOOTHINGS
 from charlm.ngrams import MAX_LENGTH
 
@@ -49,6 +49,7 @@ class Config:
     type:          a key of `charlm.lm.models.MODELS`.
     n_layer, n_head: blocks of the GPT, and attention heads of each.
     dropout:       share of hidden units dropped in training.
+    mix_ngram:     order of a Kneser–Ney n-gram whose probabilities are averaged with the network's; 0 for none.
     order:         length of an n-gram model's longest n-gram; its block_size is order - 1, whatever is given.
     smoothing:     of the n-gram model: "kneser-ney" or "add-k".
     add_k:         added to every count of a count model.
@@ -81,6 +82,7 @@ class Config:
     n_layer: int = 4
     n_head: int = 4
     dropout: float = 0.1
+    mix_ngram: int = 0
     order: int = 6
     smoothing: str = "kneser-ney"
     add_k: float = 1.0
@@ -105,7 +107,7 @@ class Config:
         counts = ("block_size", "n_embd", "n_hidden", "n_layer", "n_head", "max_steps", "batch_size", "log_interval")
         for name in (*counts, "gradient_accumulation_steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip"):
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "mix_ngram"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "add_k"):
             self._check(name, getattr(self, name) > 0, "above 0")
@@ -126,6 +128,12 @@ class Config:
             self._check("block_size", is_power, "a power of two for the wavenet")
         if self.type == "ngram":
             object.__setattr__(self, "block_size", max(1, self.order - 1))
+        if self.mix_ngram:
+            self._check(
+                "mix_ngram", not issubclass(MODELS[self.type], CountModel), f"0 for type {self.type}, which counts"
+            )
+            most = min(self.block_size + 1, MAX_LENGTH)
+            self._check("mix_ngram", self.mix_ngram <= most, f"at most {most} for a block_size of {self.block_size}")
         if self.type == "gpt":
             self._check("n_head", self.n_embd % self.n_head == 0, f"a divisor of n_embd, which is {self.n_embd}")
 
@@ -141,13 +149,20 @@ class Config:
     def model_config(self, vocab_size: int, pad_token: int) -> dict[str, Any]:
         """The arguments of `build_model`."""
         own = MODEL_OPTIONS.get(self.type, COUNT_OPTIONS)
+        mixed = {"mix_ngram": self.mix_ngram} if self.mix_ngram else {}
         return {
             "type": self.type,
             "vocab_size": vocab_size,
             "block_size": self.block_size,
             "pad_token": pad_token,
             **{name: getattr(self, name) for name in own},
+            **mixed,
         }
+
+    @property
+    def label(self) -> str:
+        """What a table calls the model: "mlp", or "mlp + 6-gram"."""
+        return f"{self.type} + {self.mix_ngram}-gram" if self.mix_ngram else self.type
 
     @classmethod
     def of_type(cls, type: str, **given: Any) -> Config:

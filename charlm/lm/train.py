@@ -30,7 +30,7 @@ from charlm.lm.errors import UserError
 from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.examples import Examples, Sequences
 from charlm.lm.metrics import MetricsLog
-from charlm.lm.models import CountModel, build_model
+from charlm.lm.models import CountModel, Mixture, build_model
 
 SGD_STEP_DECAY = 0.1  # schedule "step": the factor from the half on, as in the lecture
 
@@ -122,6 +122,8 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = build_model(**self.model_config).to(self.device)
             self.random_state = self._get_random_state()  # dropout's, outside of `run`
+        if isinstance(self.model, Mixture) and resumed is None:
+            self.model.fit(corpus.examples("train", self.model.ngram.block_size).to(self.device))
         self.batches = torch.Generator().manual_seed(config.seed)
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)  # over the loss_steps steps since the last line

@@ -10,6 +10,7 @@ from typing import Any
 from charlm.lm.models.base import LanguageModel
 from charlm.lm.models.counts import COUNT_MODELS, Bigram, CountModel, Uniform, Unigram
 from charlm.lm.models.gpt import GPT
+from charlm.lm.models.mixture import Mixture
 from charlm.lm.models.mlp import MLP
 from charlm.lm.models.ngram import NGram
 from charlm.lm.models.wavenet import WaveNet
@@ -17,9 +18,13 @@ from charlm.lm.models.wavenet import WaveNet
 MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, "wavenet": WaveNet, "gpt": GPT, "ngram": NGram, **COUNT_MODELS}
 
 
-def build_model(type: str, **config: Any) -> LanguageModel:
-    """The model `type` (a key of MODELS), freshly initialised; `config` is what its constructor takes."""
-    return MODELS[type](**config)
+def build_model(type: str, *, mix_ngram: int = 0, **config: Any) -> LanguageModel:
+    """The model `type` (a key of MODELS), freshly initialised; `config` is what its constructor takes.
+
+    mix_ngram: order of an n-gram that it is mixed with, see `Mixture`; 0 for none.
+    """
+    model = MODELS[type](**config)
+    return Mixture(model, mix_ngram) if mix_ngram else model
 
 
 __all__ = [
@@ -30,6 +35,7 @@ __all__ = [
     "Bigram",
     "CountModel",
     "LanguageModel",
+    "Mixture",
     "NGram",
     "Uniform",
     "Unigram",
