@@ -1,9 +1,11 @@
 """What the README says of the models, from recorded runs of the command line.
 
-    python bench/models.py NAMES     trains each configuration below and writes bench/models.json (five minutes)
+    python bench/models.py NAMES     trains each configuration below and writes bench/models.json (an hour)
+    python bench/models.py NAMES --missing      only those that bench/models.json does not hold
     python bench/models.py           prints the README's table from bench/models.json
 
-NAMES is makemore's names.txt (32,033 names, sha256 0a30b555…8cc4d), with which others have published results.
+NAMES is makemore's names.txt (32,033 names, sha256 0a30b555…8cc4d), with which others have published results. The
+running text is all of Python's standard library, which every machine has: its .py files, by path.
 """
 
 from __future__ import annotations
@@ -13,13 +15,15 @@ import math
 import platform
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 RECORD = Path(__file__).with_suffix(".json")
-SHIPPED, MAKEMORE = "the names that ship", "makemore's names.txt"
+SHIPPED, MAKEMORE, LIBRARY = "the names that ship", "makemore's names.txt", "Python's standard library"
 LECTURE = (
     "--block-size 3 --n-embd 10 --n-hidden 200 --max-steps 200000 --batch-size 32 "
     "--optimizer sgd --schedule step -l 0.1 -w 0 --dropout 0 --warmup-steps 0"
@@ -44,17 +48,45 @@ print(time.perf_counter() - start, file=sys.stderr)
 """
 
 
-def record(names: Path) -> None:
-    """Runs every configuration once and writes what it reached."""
+def record(names: Path, only_missing: bool) -> None:
+    """Runs configurations once and writes what each reached as soon as it has, in the order of RUNS."""
     import torch
 
-    runs = [_run(data, flags, names) for data, flags in RUNS]
-    machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    RECORD.write_text(json.dumps({"machine": machine, "runs": runs}, indent=2) + "\n", encoding="utf-8")
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), **versions}
+    done: dict[tuple[str, str], dict[str, Any]] = {}
+    if only_missing:
+        recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+        if recorded["machine"] != machine:
+            raise SystemExit(f"{RECORD} is of another machine: {recorded['machine']}, not {machine}")
+        done = {(run["data"], run["flags"]): run for run in recorded["runs"]}
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {SHIPPED: None, MAKEMORE: names, LIBRARY: _library(Path(folder))}
+        for data, flags in RUNS:
+            if (data, flags) not in done:
+                done[data, flags] = _run(data, flags, sources[data])
+            runs = [done[key] for key in RUNS if key in done]
+            RECORD.write_text(json.dumps({"machine": machine, "runs": runs}, indent=2) + "\n", encoding="utf-8")
 
 
-def _run(data: str, flags: str, names: Path) -> dict[str, Any]:
-    source = ["-i", str(names)] if data == MAKEMORE else []
+def _library(folder: Path) -> Path:
+    """The .py files of this Python's standard library that are UTF-8, one after the other by path, in one file."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = (path.relative_to(root) for path in root.rglob("*.py") if path.is_file())
+    kept = sorted(path.as_posix() for path in paths if "site-packages" not in path.parts)
+    target = folder / "library.txt"
+    with target.open("w", encoding="utf-8", newline="") as out:
+        for path in kept:
+            raw = (root / path).read_bytes()
+            with suppress(UnicodeDecodeError):  # tests of the parser are in other encodings
+                out.write(raw.decode("utf-8"))
+    return target
+
+
+def _run(data: str, flags: str, file: Path | None) -> dict[str, Any]:
+    from charlm.lm.examples import PROTOCOLS
+
+    source = ["-i", str(file)] if file else []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", TIMED, "train", *source, "-o", folder, "--overwrite", *flags.split()]
         start = time.perf_counter()
@@ -68,6 +100,7 @@ def _run(data: str, flags: str, names: Path) -> dict[str, Any]:
         "seconds_without_imports": float(done.stderr.split()[-1]),
         "parameters": row["parameters"],
         "dev_nats": row["nats"],
+        "protocol": PROTOCOLS[row["protocol"]],
         "standard_error": row["standard_error"],
     }
 
@@ -88,14 +121,18 @@ def table() -> str:
         flags = f"`{run['flags']}`" if run["flags"] else "its defaults: an mlp"
         if run["flags"] == LECTURE:
             flags = f"the lecture's configuration: {flags}"
+        data = f"{LIBRARY}, {run['protocol']}" if run["data"] == LIBRARY else run["data"]
         parameters = f"{run['parameters']:,}" if run["parameters"] else "counts"
         lines.append(
-            f"| {run['data']} | {flags} | {parameters} | {run['dev_nats']:.3f} | {run['standard_error']:.3f} "
+            f"| {data} | {flags} | {parameters} "
+            f"| {run['dev_nats']:.3f} | {run['standard_error']:.3f} "
             f"| {run['dev_nats'] / math.log(2):.3f} | {_seconds(run)} |"
         )
     machine = recorded["machine"]
-    where = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}"
-    lines += ["", f"({where}; ±: standard error of the mean over dev's names.)"]
+    where = (
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
+    )
+    lines += ["", f"({where}; ±: standard error of the mean over dev's names, or over blocks of 256 characters.)"]
     return "\n".join(lines)
 
 
@@ -106,6 +143,6 @@ def _seconds(run: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        record(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        record(Path(sys.argv[1]), only_missing="--missing" in sys.argv[2:])
     print(table())

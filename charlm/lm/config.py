@@ -17,7 +17,14 @@ DTYPES = ("float32", "bfloat16")
 # What a model is trained with unless told otherwise; of what is not named here, `Config`'s own defaults are the MLP's.
 # Chosen on makemore's names, for two cores.
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
-    "wavenet": {"n_embd": 24, "n_hidden": 128, "dropout": 0.1},
+    "wavenet": {
+        "n_embd": 24,
+        "n_hidden": 256,
+        "dropout": 0.15,
+        "max_steps": 8000,
+        "batch_size": 512,
+        "learning_rate": 3e-3,
+    },
     "gpt": {
         "block_size": 32,
         "n_embd": 64,
