@@ -28,6 +28,10 @@ LECTURE = (
     "--block-size 3 --n-embd 10 --n-hidden 200 --max-steps 200000 --batch-size 32 "
     "--optimizer sgd --schedule step -l 0.1 -w 0 --dropout 0 --warmup-steps 0"
 )
+NANOGPT = (  # the model that it gives for a CPU
+    "--type gpt --block-size 64 --n-layer 4 --n-head 4 --n-embd 128 --dropout 0 "
+    "--batch-size 32 --max-steps 4000 --eval-interval 4000 -l 2e-3"
+)
 RUNS = [
     (SHIPPED, ""),
     (MAKEMORE, "--type bigram"),
@@ -35,6 +39,13 @@ RUNS = [
     (MAKEMORE, "--type ngram --order 6"),
     (MAKEMORE, LECTURE),
     (MAKEMORE, ""),
+    (MAKEMORE, "--mix-ngram 6"),
+    (MAKEMORE, "--type wavenet"),
+    (MAKEMORE, "--type wavenet --max-steps 20000"),
+    (MAKEMORE, "--type wavenet --max-steps 20000 --mix-ngram 6"),
+    (LIBRARY, "--type ngram --order 6"),
+    (LIBRARY, NANOGPT),
+    (MAKEMORE, "--type gpt"),
 ]
 
 # `charlm train` of a process that has imported all it needs: prints on stderr how long it takes from there on.
