@@ -7,8 +7,10 @@ Three models of the same blocks, by the configuration that nanoGPT gives for a C
     without   neither embeddings nor loss: the blocks begin at a tensor that stands still, and backward begins at a
               gradient of the logits that stands still: no op of ours could make the step faster than this
 
-The share that ours removes of what torch's cost is (torch - ours) / (torch - without). A step: rows drawn, forward,
-backward, AdamW; float32.
+A step: rows drawn, forward, backward, AdamW; float32. What embeddings and loss cost is less than two runs of one step
+differ by. So both ends are timed without the blocks as well: rows embedded, and backward from a gradient that stands
+still; head and loss, forward and backward, from hidden states that do; in "without" the head's products alone. The
+share that ours removes of what torch's cost is that of these times, (torch - ours) / (torch - without).
 """
 
 from __future__ import annotations
@@ -41,20 +43,24 @@ class TorchGPT(GPT):
             ours = getattr(self, name)
             setattr(self, name, nn.Embedding(ours.num_embeddings, ours.embedding_dim))
 
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        logits = nn.functional.linear(self._hidden(idx.long()), self.embedding.weight)
+    def embed(self, idx: Tensor, start: int = 0) -> Tensor:
+        return super().embed(idx.long(), start)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        logits = nn.functional.linear(hidden, self.embedding.weight)
         return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction=reduction)
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """For each V: the median seconds of the three steps, and the share."""
+    """For each V: the median seconds of the three steps, of their ends alone, and the share of the ends' time."""
     clock, budget = Clock(), QUICK if quick else BUDGET
     points = []
     for vocabulary in VOCABULARIES[:1] if quick else VOCABULARIES:
-        calls = _calls(vocabulary)
-        samples = clock.rounds(calls, budget)
-        seconds = {name: Timing.of(times).median for name, times in samples.items()}
-        points.append({"vocabulary": vocabulary, "seconds": seconds, "share": share(seconds)})
+        steps, ends = (
+            {name: Timing.of(times).median for name, times in clock.rounds(calls, budget).items()}
+            for calls in _calls(vocabulary)
+        )
+        points.append({"vocabulary": vocabulary, "seconds": steps, "ends": ends, "share": share(ends)})
     return points
 
 
@@ -63,7 +69,11 @@ def share(seconds: dict[str, float]) -> float:
     return (seconds["torch"] - seconds["ours"]) / (seconds["torch"] - seconds["without"])
 
 
-def _calls(vocabulary: int) -> dict[str, Callable[[], Any]]:
+Calls = dict[str, Callable[[], Any]]
+
+
+def _calls(vocabulary: int) -> tuple[Calls, Calls]:
+    """The steps, and their ends."""
     options = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": D}
     torch.manual_seed(0)
     ours, reference, bare = (
@@ -74,9 +84,11 @@ def _calls(vocabulary: int) -> dict[str, Callable[[], Any]]:
     for model in (reference, bare):
         model.load_state_dict(ours.state_dict())
     text = torch.randint(vocabulary, (TOKENS,)).to(torch.uint8 if vocabulary <= 256 else torch.int16)
-    _check(ours, reference, *_rows(text, torch.Generator().manual_seed(0)))
+    idx, targets = _rows(text, torch.Generator().manual_seed(0))
+    _check(ours, reference, idx, targets)
 
     begin, gradient = torch.randn(BATCH, T, D), torch.randn(BATCH, T, vocabulary)
+    hidden = torch.randn(BATCH, T, D, requires_grad=True)
 
     def backward_without(idx: Tensor, targets: Tensor) -> None:
         x = begin
@@ -84,11 +96,41 @@ def _calls(vocabulary: int) -> dict[str, Callable[[], Any]]:
             x = block(x)
         nn.functional.linear(bare.norm(x), bare.embedding.weight).backward(gradient)
 
-    return {
+    def head_alone() -> None:
+        nn.functional.linear(hidden, bare.embedding.weight).backward(gradient)
+
+    steps = {
         "ours": _step(ours, lambda idx, targets: ours.loss(idx, targets).backward(), text),
         "torch": _step(reference, lambda idx, targets: reference.loss(idx, targets).backward(), text),
         "without": _step(bare, backward_without, text),
     }
+    ends = {
+        "ours": _ends(ours, idx, targets, hidden, begin),
+        "torch": _ends(reference, idx, targets, hidden, begin),
+        "without": _without_gradients(head_alone, [hidden, bare.embedding.weight]),
+    }
+    return steps, ends
+
+
+def _ends(model: GPT, idx: Tensor, targets: Tensor, hidden: Tensor, gradient: Tensor) -> Callable[[], None]:
+    """What lies before the blocks and behind the norm, forward and backward; gradient: of the embedded rows."""
+
+    def both() -> None:
+        model.embed(idx).backward(gradient)
+        model.loss_of(hidden, targets).backward()
+
+    return _without_gradients(both, [hidden, *model.parameters()])
+
+
+def _without_gradients(call: Callable[[], None], tensors: list[Tensor]) -> Callable[[], None]:
+    """`call` after the gradients are dropped, as in a step."""
+
+    def begin_anew() -> None:
+        for tensor in tensors:
+            tensor.grad = None
+        call()
+
+    return begin_anew
 
 
 def _rows(text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -134,13 +176,15 @@ def _gradients(loss: Tensor, model: GPT) -> tuple[Tensor, ...]:
 def summary(points: list[dict[str, Any]]) -> str:
     """A table in Markdown."""
     lines = [
-        "| V | torch | without embeddings and loss | ours | torch / without | torch / ours | share removed |",
-        "|---|---|---|---|---|---|---|",
+        "| V | step: torch | without embeddings and loss | ours | torch / without | torch / ours "
+        "| both ends alone: torch | the head's products | ours | share removed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for point in points:
         torchs, without, ours = (point["seconds"][name] for name in ("torch", "without", "ours"))
+        ends = " | ".join(duration(point["ends"][name]) for name in ("torch", "without", "ours"))
         lines.append(
             f"| {point['vocabulary']} | {duration(torchs)} | {duration(without)} | {duration(ours)} "
-            f"| {torchs / without:.2f} | {torchs / ours:.2f} | {point['share']:.0%} |"
+            f"| {torchs / without:.2f} | {torchs / ours:.2f} | {ends} | {point['share']:.0%} |"
         )
     return "\n".join(lines)

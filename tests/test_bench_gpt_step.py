@@ -26,7 +26,9 @@ def test_gpt_step_times_three_steps_and_records_the_share(quiet: None, tmp_path:
     (point,) = record.read(path)["gpt_step"]
     assert point["vocabulary"] == 65
     assert set(point["seconds"]) == {"ours", "torch", "without"}
-    assert all(seconds > 0 for seconds in point["seconds"].values())
+    assert point["ends"].keys() == point["seconds"].keys()
+    assert all(seconds > 0 for part in ("seconds", "ends") for seconds in point[part].values())
+    assert point["share"] == gpt_step.share(point["ends"])
     assert gpt_step.summary([point]) in result.output
 
 
@@ -36,8 +38,8 @@ def test_the_share_is_of_what_deleting_would_save() -> None:
 
 
 def test_gpt_step_times_nothing_that_is_wrong(quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = GPT.loss
-    monkeypatch.setattr(GPT, "loss", lambda self, *args, **options: 1.001 * right(self, *args, **options))
+    right = GPT.loss_of
+    monkeypatch.setattr(GPT, "loss_of", lambda self, *args, **options: 1.001 * right(self, *args, **options))
     result = bench_support.run("gpt_step", "--quick")
     assert result.exit_code == 1
     assert "V 65: WRONG: loss: relative error 1.0e-03" in result.stderr

@@ -128,8 +128,15 @@ class GPT(LanguageModel):
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """`forward`'s loss without its logits: () or, with "none", the shape of targets."""
         hidden = self._hidden(idx)
-        if targets.dim() == 1:
-            hidden = hidden[:, -1]
+        return self.loss_of(hidden[:, -1] if targets.dim() == 1 else hidden, targets, reduction)
+
+    def embed(self, idx: Tensor, start: int = 0) -> Tensor:
+        """What the blocks begin with: (B, t), at positions start, start + 1, … → (B, t, D)."""
+        positions = self.position.weight[start : start + idx.shape[1]]  # (t, D)
+        return self.dropout(self.embedding(idx) + positions)
+
+    def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        """What the blocks end in: hidden (…, D), targets (…) → () or, with "none", (…)."""
         loss = F.linear_cross_entropy(
             hidden.flatten(0, -2), self.embedding.weight, targets.flatten(), reduction=reduction
         )
@@ -151,8 +158,7 @@ class GPT(LanguageModel):
 
     def _hidden(self, idx: Tensor, caches: list[dict[str, Tensor]] | None = None, start: int = 0) -> Tensor:
         """(B, t) → (B, t, D), at positions start, start + 1, …"""
-        positions = self.position.weight[start : start + idx.shape[1]]  # (t, D)
-        x = self.dropout(self.embedding(idx) + positions)
+        x = self.embed(idx, start)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, cache)
         return self.norm(x)
