@@ -186,7 +186,7 @@ for name in ("correct_block_reduction", "exit_before_barrier", "correct_dynamic_
     thread.start()
     thread.join()
 Backward.apply(torch.ones(4, requires_grad=True)).backward()
-print(torch.isnan(torch.empty(1000)).all().item())
+print(torch.isnan(torch.empty(1000)).all().item(), flush=True)
 run(sys.argv[2])
 """
 CLEAN_OUTPUT = [

@@ -11,8 +11,9 @@ from torch import Tensor
 from .samples import SampleInput, laid_out
 
 _INFINITE_SHARE = 0.3
-# Sums of up to 20011 terms: against long double the oracle's own were seen at 26 ulps of the largest element
-# (logits.grad of entropy, "few_long_rows"), ours at 1.3, and at 6 in any sample.
+# Against long double the oracle's own error was seen at 26 ulps of the largest element (logits.grad of entropy,
+# "few_long_rows", sums of 20011 terms) and at 18 (p.grad of kl_div, "peaked", torch with AVX-512), ours there at 1.3
+# and 4, and at 6 in any sample.
 _FLOAT64_ULPS = 32.0
 
 
@@ -64,8 +65,9 @@ _ROWS = (
     _Case("minus_infinity_long_rows", (9, 8195), "minus_infinity"),
 )
 _KINDS = ("logits", "log_probs", "probs")
+# Of fewer rows one element can be twice as large as any other, and torch's luck with it decides.
 _PAIRS = (
-    *(_Case(f"{p}_{q}", (257, 27), kinds=(p, q)) for p in _KINDS for q in _KINDS),
+    *(_Case(f"{p}_{q}", (513, 27), kinds=(p, q)) for p in _KINDS for q in _KINDS),
     *(_Case(f"{kind}_long_rows", (9, 4099), kinds=(kind, kind)) for kind in _KINDS),
     *(_Case(f"{p}_{q}_zeros", (33, 65), "minus_infinity", kinds=(p, q)) for p in _KINDS for q in _KINDS),
     _Case("one_row_of_q", (33, 27), q=(27,)),
@@ -103,7 +105,7 @@ def sample_inputs_kl_div(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sa
             for name, x, kind in zip("pq", (p, q), case.kinds, strict=True)
         }
         kinds = dict(zip(("p_kind", "q_kind"), case.kinds, strict=True))
-        yield SampleInput(case.name, {**pair, **kinds}, ("p", "q"))
+        yield SampleInput(case.name, {**pair, **kinds}, ("p", "q"), _FLOAT64_ULPS)
 
 
 def sample_inputs_surprisal(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
