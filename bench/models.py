@@ -1,6 +1,6 @@
 """What the README says of the models, from recorded runs of the command line.
 
-    python bench/models.py NAMES     trains each configuration below and writes bench/models.json (an hour)
+    python bench/models.py NAMES     trains each configuration below and writes bench/models.json (half an hour)
     python bench/models.py NAMES --missing      only those that bench/models.json does not hold
     python bench/models.py           prints the README's table from bench/models.json
 
