@@ -281,6 +281,15 @@ def test_a_reader_that_goes_leaves_no_traceback(run_of):
         assert process.wait(PATIENCE) == 1
 
 
+@pytest.fixture
+def heeded_ctrl_c():
+    """A job that a shell starts in the background ignores SIGINT, and so would all its children."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("heeded_ctrl_c")
 def test_ctrl_c_leaves_no_traceback(run_of, tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
