@@ -1,4 +1,4 @@
-// linear_cross_entropy on every device, of torch's own products (linear_products.h) and of
+// linear_cross_entropy on every device, of the products of linear_products.h and of
 // charlm::cross_entropy_block_: the logits [N, V] exist a block of rows at a time. A block is made, turned into its
 // losses and, in its own memory, into its gradient, and used up by the products of the gradients before the next one is
 // made:

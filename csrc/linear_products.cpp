@@ -1,5 +1,6 @@
-// The matrix products of linear_cross_entropy: torch's own, in the dtype of the input, or for half types in float where
-// the CPU has no instructions for them (at::mm of bfloat16 then runs at a tenth of float's speed, and slower).
+// The matrix products of linear_cross_entropy: torch's own or those of cpu/gemm.h, in the dtype of the input, or for
+// half types in float where the CPU has no instructions for them (at::mm of bfloat16 then runs at a tenth of float's
+// speed, and slower).
 #include "linear_products.h"
 
 #include <ATen/ops/addmm.h>
@@ -86,9 +87,9 @@ class WidenedProducts final : public LinearProducts {
     for_each_part(weight_, [&](int64_t first, int64_t n) {
       const Tensor of_part = g.narrow(1, first, n);
       if (first == 0) {
-        at::mm_out(wide, of_part, part(first, n));
+        multiply(wide, of_part, part(first, n));
       } else {
-        at::addmm_out(wide, wide, of_part, part(first, n));
+        charlm::add_product(wide, of_part, part(first, n));
       }
     });
     out.copy_(wide);

@@ -48,6 +48,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_isa(found)
 
 
+@pytest.fixture
+def torchs_products() -> Iterator[None]:
+    """Products whose sides are not short are torch's own, as they are where its vectors are no narrower than ours."""
+    found = _C.cpu_isa()
+    _C.set_cpu_isa("baseline")
+    yield
+    _C.set_cpu_isa(found)
+
+
 @pytest.fixture(params=[1, 2, 3, 5])
 def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     found = torch.get_num_threads()

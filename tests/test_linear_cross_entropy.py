@@ -66,6 +66,18 @@ def test_products_of_half_types_in_either_dtype_are_as_close(sample: SampleInput
     assert_matches_reference(op_with(block_rows, gemm), reference.linear_cross_entropy, sample)
 
 
+@pytest.mark.usefixtures("isa")
+def test_products_of_a_weight_larger_than_a_cache() -> None:
+    n_features, n_classes = 130, 9000  # of which our own loops read 2^20 numbers at once
+    given = [t.detach() for t in arguments(256, n_features, n_classes)]
+    sample = SampleInput(
+        "large", dict(zip(("input", "linear_weight", "target"), given, strict=True)), ("input", "linear_weight")
+    )
+    sample.arguments["linear_weight"] /= n_features**0.5
+    sample.arguments["linear_bias"] = torch.randn(n_classes)
+    assert_matches_reference(op_with(), reference.linear_cross_entropy, sample)
+
+
 @pytest.mark.parametrize("gemm", [OWN, WIDENED])
 def test_a_weight_of_several_parts_gives_the_same_gradients(gemm: int) -> None:
     n_features = 9000  # a part of the weight is 16 MB of float: 466 classes
@@ -177,6 +189,7 @@ def test_a_second_backward_gives_the_gradients_of_the_first(dtype: torch.dtype, 
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.usefixtures("torchs_products")
 def test_forward_and_backward_of_a_mean_are_three_products() -> None:
     x, weight, target = arguments(40, 41, 42)  # shorter ones are not torch's
     names = ops_of(lambda: functional.linear_cross_entropy(x, weight, target).backward())

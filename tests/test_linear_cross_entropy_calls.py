@@ -156,6 +156,7 @@ def test_few_classes_give_the_same_bits_for_any_number_of_threads(n_threads: int
     assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
 
 
+@pytest.mark.usefixtures("torchs_products")
 def test_ignored_rows_are_left_out_of_the_products() -> None:
     x, weight, target = arguments(64, 41, 42)
     target[40:] = -100

@@ -1,7 +1,8 @@
-// Products with a short side, by the kernels of kernels/gemm.h. What they stream through is cut into blocks that depend
-// on nothing but the sizes; a long sum is made of parts, which are added up in their order.
+// Products by the kernels of kernels/gemm.h. What they stream through is cut into blocks that depend on nothing but the
+// sizes; a long sum of few numbers is made of parts, which are added up in their order.
 #include "gemm.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
@@ -11,9 +12,22 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kWorthCopying = 16;  // rows of the result, for which b is brought into rows
-constexpr int64_t kMostCopied = 1 << 16;
-constexpr int64_t kRows = 96, kColumns = 256;  // of a block of the result: whole tiles of every width
+constexpr int64_t kWorthCopying = 16;  // rows of the result, for which b is brought into rows: of a small b,
+constexpr int64_t kSmall = 1 << 16;
+constexpr int64_t kWorthCopyingAny = 256;      // and of any
+constexpr int64_t kMostRead = 1 << 20;         // numbers of b that all rows read before others are: a shared cache's
+constexpr int64_t kRows = 48, kColumns = 256;  // of a block of the result: whole tiles of every width
+constexpr int64_t kVector = 16;                // no vector of any instruction set holds more numbers
+
+// MKL keeps to AVX2 on processors that are not Intel's, whatever they have.
+bool has_blas_half_our_vectors() {
+#ifdef __x86_64__
+  static const bool keeps_to_avx2 = at::hasMKL() && !__builtin_cpu_is("intel");
+  return keeps_to_avx2 && cpu_kernels().vector_bytes == 64;
+#else
+  return false;
+#endif
+}
 
 struct Sizes {
   int64_t n_rows, n_columns, n_inner;
@@ -29,25 +43,30 @@ struct Sizes {
 
 bool is_ours(const Tensor& out, const Tensor& a, const Tensor& b) {
   const at::ScalarType dtype = out.scalar_type();
-  return out.is_cpu() && (dtype == at::kFloat || dtype == at::kDouble) && Sizes(a, b).are_short() &&
-         (b.stride(1) == 1 || (out.size(0) >= kWorthCopying && b.numel() <= kMostCopied));
+  return out.is_cpu() && (dtype == at::kFloat || dtype == at::kDouble) &&
+         (Sizes(a, b).are_short() || has_blas_half_our_vectors()) &&
+         (b.stride(1) == 1 || out.size(0) >= (b.numel() <= kSmall ? kWorthCopying : kWorthCopyingAny));
 }
 
 template <class C>
 void by_blocks(const GemmArguments<C>& whole) {
-  const int64_t row_blocks = (whole.n_rows + kRows - 1) / kRows,
-                column_blocks = (whole.n_columns + kColumns - 1) / kColumns;
-  const int64_t products = std::min(whole.n_rows, kRows) * std::min(whole.n_columns, kColumns) * whole.n_inner;
+  // Few rows make few blocks: then there are more columns of them, of about equal width.
+  const int64_t most = whole.n_rows < 8 * kRows ? kColumns / 4 : kColumns;
+  const int64_t n_vectors = (whole.n_columns + kVector - 1) / kVector;
+  const int64_t row_blocks = (whole.n_rows + kRows - 1) / kRows, column_blocks = (whole.n_columns + most - 1) / most;
+  const int64_t products = std::min(whole.n_rows, kRows) * std::min(whole.n_columns, most) * whole.n_inner;
   at::parallel_for(0, row_blocks * column_blocks, grain_of_products(products), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
-      const int64_t row = block / column_blocks * kRows, column = block % column_blocks * kColumns;
+      const int64_t row = block % row_blocks * kRows, i = block / row_blocks;
+      const int64_t column = n_vectors * i / column_blocks * kVector,
+                    last = std::min(whole.n_columns, n_vectors * (i + 1) / column_blocks * kVector);
       GemmArguments<C> g = whole;
       g.a += row * g.a_row_stride;
       g.b += column;
       if (g.start) g.start += column;
       g.c += row * g.c_row_stride + column;
       g.n_rows = std::min(kRows, whole.n_rows - row);
-      g.n_columns = std::min(kColumns, whole.n_columns - column);
+      g.n_columns = last - column;
       multiply_here(g);
     }
   });
@@ -55,7 +74,7 @@ void by_blocks(const GemmArguments<C>& whole) {
 
 // A long sum into few numbers: parts of the sum, each with a result of its own.
 template <class C>
-void by_parts(const GemmArguments<C>& whole) {
+void by_parts_of_sums(const GemmArguments<C>& whole) {
   const int64_t n_parts = std::min(kMaxParts, whole.n_inner / kPart), size = whole.n_rows * whole.n_columns;
   std::vector<C> sums(n_parts * size);
   at::parallel_for(0, n_parts, grain_of_products(size * whole.n_inner / n_parts), [&](int64_t begin, int64_t end) {
@@ -83,23 +102,44 @@ void by_parts(const GemmArguments<C>& whole) {
   }
 }
 
+// A part of the sums after the other, if b is large.
+template <class C>
+void by_parts_of_b(const GemmArguments<C>& whole) {
+  const int64_t most = std::max(kInner, kMostRead / std::max<int64_t>(1, whole.n_columns) / kInner * kInner);
+  GemmArguments<C> g = whole;
+  for (int64_t k = 0; k == 0 || k < whole.n_inner; k += most) {
+    g.a = whole.a + k * g.a_column_stride;
+    g.b = whole.b + k * g.b_row_stride;
+    g.n_inner = std::min(most, whole.n_inner - k);
+    g.adds = whole.adds || k > 0;
+    by_blocks(g);
+  }
+}
+
 template <class C>
 void run(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& start, bool adds) {
-  const Tensor rows_of_b = with_contiguous_rows<C>(b), whole_start = start ? start->contiguous() : Tensor();
-  GemmArguments<C> g;
-  g.a = const_data<C>(a);
-  g.a_row_stride = a.stride(0);
-  g.a_column_stride = a.stride(1);
-  g.b = const_data<C>(rows_of_b);
-  g.b_row_stride = rows_of_b.stride(0);
-  g.start = start ? const_data<C>(whole_start) : nullptr;
-  g.adds = adds;
-  g.c = mutable_data<C>(out);
-  g.c_row_stride = out.stride(0);
-  g.n_rows = out.size(0);
-  g.n_columns = out.size(1);
-  g.n_inner = a.size(1);
-  Sizes(a, b).is_long_sum() ? by_parts(g) : by_blocks(g);
+  const Tensor whole_start = start ? start->contiguous() : Tensor();
+  const Sizes sizes(a, b);
+  // Columns whose b is copied into rows: a part of them after the other.
+  const int64_t most = b.stride(1) == 1 ? sizes.n_columns : std::max(kColumns, kMostRead / (sizes.n_inner + 1));
+  for (int64_t first = 0; first < sizes.n_columns; first += most) {
+    const int64_t n = std::min(most, sizes.n_columns - first);
+    const Tensor rows_of_b = with_contiguous_rows<C>(b.narrow(1, first, n));
+    GemmArguments<C> g;
+    g.a = const_data<C>(a);
+    g.a_row_stride = a.stride(0);
+    g.a_column_stride = a.stride(1);
+    g.b = const_data<C>(rows_of_b);
+    g.b_row_stride = rows_of_b.stride(0);
+    g.start = start ? const_data<C>(whole_start) + first : nullptr;
+    g.adds = adds;
+    g.c = mutable_data<C>(out) + first;
+    g.c_row_stride = out.stride(0);
+    g.n_rows = sizes.n_rows;
+    g.n_columns = n;
+    g.n_inner = sizes.n_inner;
+    sizes.is_long_sum() ? by_parts_of_sums(g) : by_parts_of_b(g);
+  }
 }
 
 void run(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& start, bool adds) {

@@ -1,5 +1,5 @@
-// Matrix products on the CPU: by our own loops where a side is short, which a BLAS runs at a half of its speed and
-// less, and by torch's BLAS elsewhere.
+// Matrix products on the CPU: by our own loops where a side is short or the BLAS has vectors of half our width, for
+// then they are about twice as fast (bench/NOTES.md), by torch's BLAS elsewhere.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,11 +22,13 @@ inline int64_t grain_of_products(int64_t products) {
   return std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, products));
 }
 
-// One product, by our loops and on this thread, in parts of 64 products of each sum: as many rows of b stay in a
-// first-level cache, and a long sum would round more.
+// Products of a sum that are added up in a register: as many rows of b stay in a first-level cache, and a longer sum
+// would round more.
+constexpr int64_t kInner = 64;
+
+// One product, by our loops and on this thread.
 template <class C>
 void multiply_here(const GemmArguments<C>& whole) {
-  constexpr int64_t kInner = 64;
   GemmArguments<C> g = whole;
   for (int64_t k = 0; k == 0 || k < whole.n_inner; k += kInner) {
     g.a = whole.a + k * g.a_column_stride;
@@ -46,12 +48,16 @@ at::Tensor with_contiguous_rows(const at::Tensor& b) {
   const C* const from = const_data<C>(b);
   C* const to = mutable_data<C>(result);
   constexpr int64_t kBlock = 16;  // the lines of either are used up while they are near
-  for (int64_t first = 0; first < n_inner; first += kBlock) {
-    const int64_t last = std::min(n_inner, first + kBlock);
-    for (int64_t n = 0; n < n_columns; n++) {
-      for (int64_t k = first; k < last; k++) to[k * n_columns + n] = from[k * row_stride + n * column_stride];
+  const int64_t n_blocks = (n_inner + kBlock - 1) / kBlock;
+  constexpr int64_t kProducts = 32;  // that take as long as a number to copy
+  at::parallel_for(0, n_blocks, grain_of_products(kProducts * kBlock * n_columns), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kBlock; first < std::min(n_inner, end * kBlock); first += kBlock) {
+      const int64_t last = std::min(n_inner, first + kBlock);
+      for (int64_t n = 0; n < n_columns; n++) {
+        for (int64_t k = first; k < last; k++) to[k * n_columns + n] = from[k * row_stride + n * column_stride];
+      }
     }
-  }
+  });
   return result;
 }
 

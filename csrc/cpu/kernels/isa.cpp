@@ -44,6 +44,7 @@ constexpr TypedKernels<T> kTypedKernels = {
 
 extern const Kernels CHARLM_CONCAT(CHARLM_ISA, _kernels);
 const Kernels CHARLM_CONCAT(CHARLM_ISA, _kernels) = {
+    CHARLM_ISA::kVectorBytes,
     &CHARLM_ISA::count_ignored,
     &CHARLM_ISA::first_out_of_range<int64_t>,
     {

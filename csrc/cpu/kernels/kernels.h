@@ -32,6 +32,7 @@ struct TypedKernels {
 };
 
 struct Kernels {
+  int vector_bytes;
   CountIgnored count_ignored;
   FirstOutOfRange first_out_of_range;
   EmbeddingForwards embedding_forward;

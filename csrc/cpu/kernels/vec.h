@@ -23,6 +23,12 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
+
 #define CHARLM_INLINE inline __attribute__((always_inline))
 #define CHARLM_NOINLINE __attribute__((noinline))  // compiled once, however many loops call it
 
@@ -329,6 +335,12 @@ CHARLM_INLINE Vec<float> load(const float* p, Part part, float fill = 0) {
 CHARLM_INLINE void store(float* p, Vec<float> v, Part part) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << part.n) - 1), v);
 }
+CHARLM_INLINE Vec<double> load(const double* p, Part part, double fill = 0) {
+  return _mm512_mask_loadu_pd(broadcast<double>(fill), (__mmask8)((1u << part.n) - 1), p);
+}
+CHARLM_INLINE void store(double* p, Vec<double> v, Part part) {
+  _mm512_mask_storeu_pd(p, (__mmask8)((1u << part.n) - 1), v);
+}
 #elif defined(__AVX2__)
 CHARLM_INLINE Vec<float> load(const float* p, Part part, float fill = 0) {
   const Mask<float> lanes = first_lanes<float>(part.n);
@@ -336,6 +348,13 @@ CHARLM_INLINE Vec<float> load(const float* p, Part part, float fill = 0) {
 }
 CHARLM_INLINE void store(float* p, Vec<float> v, Part part) {
   _mm256_maskstore_ps(p, (__m256i)first_lanes<float>(part.n), v);
+}
+CHARLM_INLINE Vec<double> load(const double* p, Part part, double fill = 0) {
+  const Mask<double> lanes = first_lanes<double>(part.n);
+  return select<double>(lanes, _mm256_maskload_pd(p, (__m256i)lanes), broadcast<double>(fill));
+}
+CHARLM_INLINE void store(double* p, Vec<double> v, Part part) {
+  _mm256_maskstore_pd(p, (__m256i)first_lanes<double>(part.n), v);
 }
 #endif
 
