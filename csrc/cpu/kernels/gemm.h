@@ -1,4 +1,4 @@
-// Matrix products with a short side: what the adapter fills in, and the function that each instruction set provides.
+// Matrix products: what the adapter fills in, and the function that each instruction set provides.
 #pragma once
 
 #include "../../types.h"
