@@ -59,7 +59,7 @@ def linear_cross_entropy(
     for the device, so that such rows are computed, to a gradient of zero. A loss that nobody will differentiate belongs
     under `torch.no_grad()`.
 
-    The products are torch's, or our own where a side is at most 32 and on a CPU whose AVX-512 its BLAS leaves unused:
+    The products are torch's, or our own where a side is short and on a CPU whose AVX-512 torch's BLAS leaves unused:
     they give the same bits each time, torch's not for another number of threads.
 
     With C classes, D features, K-dimensional weights (C, d1, ..., D), targets or class weights that require grad, and

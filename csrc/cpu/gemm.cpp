@@ -12,17 +12,16 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kWorthCopying = 16;  // rows of the result, for which b is brought into rows: of a small b,
-constexpr int64_t kSmall = 1 << 16;
-constexpr int64_t kWorthCopyingAny = 256;      // and of any
-constexpr int64_t kMostRead = 1 << 20;         // numbers of b that all rows read before others are: a shared cache's
+// Rows of the result for which b is worth copying into rows: a b of few numbers, and any.
+constexpr int64_t kFewNumbers = 1 << 16, kWorthCopyingFew = 16, kWorthCopyingAny = 256;
+constexpr int64_t kMostRead = 1 << 20;         // numbers of b that all rows read before others: a shared cache's
 constexpr int64_t kRows = 48, kColumns = 256;  // of a block of the result: whole tiles of every width
 constexpr int64_t kVector = 16;                // no vector of any instruction set holds more numbers
 
-// MKL keeps to AVX2 on processors that are not Intel's, whatever they have.
+// MKL keeps to AVX2 on AMD's processors, whatever they have (bench/NOTES.md).
 bool has_blas_half_our_vectors() {
 #ifdef __x86_64__
-  static const bool keeps_to_avx2 = at::hasMKL() && !__builtin_cpu_is("intel");
+  static const bool keeps_to_avx2 = at::hasMKL() && __builtin_cpu_is("amd");
   return keeps_to_avx2 && cpu_kernels().vector_bytes == 64;
 #else
   return false;
@@ -45,7 +44,7 @@ bool is_ours(const Tensor& out, const Tensor& a, const Tensor& b) {
   const at::ScalarType dtype = out.scalar_type();
   return out.is_cpu() && (dtype == at::kFloat || dtype == at::kDouble) &&
          (Sizes(a, b).are_short() || has_blas_half_our_vectors()) &&
-         (b.stride(1) == 1 || out.size(0) >= (b.numel() <= kSmall ? kWorthCopying : kWorthCopyingAny));
+         (b.stride(1) == 1 || out.size(0) >= (b.numel() <= kFewNumbers ? kWorthCopyingFew : kWorthCopyingAny));
 }
 
 template <class C>
@@ -102,7 +101,7 @@ void by_parts_of_sums(const GemmArguments<C>& whole) {
   }
 }
 
-// A part of the sums after the other, if b is large.
+// Of a large b, one part of the sums after the other.
 template <class C>
 void by_parts_of_b(const GemmArguments<C>& whole) {
   const int64_t most = std::max(kInner, kMostRead / std::max<int64_t>(1, whole.n_columns) / kInner * kInner);
@@ -120,7 +119,7 @@ template <class C>
 void run(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& start, bool adds) {
   const Tensor whole_start = start ? start->contiguous() : Tensor();
   const Sizes sizes(a, b);
-  // Columns whose b is copied into rows: a part of them after the other.
+  // A b that is to be copied into rows: so many of its columns at once.
   const int64_t most = b.stride(1) == 1 ? sizes.n_columns : std::max(kColumns, kMostRead / (sizes.n_inner + 1));
   for (int64_t first = 0; first < sizes.n_columns; first += most) {
     const int64_t n = std::min(most, sizes.n_columns - first);
