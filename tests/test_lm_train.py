@@ -217,14 +217,30 @@ def test_signals_become_requests_and_the_second_interrupts():
 
 
 def test_metrics_start_anew_at_step_zero_and_keep_what_was_before_a_resume(tmp_path):
-    for start, kept in ((0, []), (20, [10, 20]), (0, [])):
+    for start, kept in ((0, []), (20, [10, 20])):
         with MetricsLog(tmp_path, start) as log:
+            log.checkpointed()
             assert [line["step"] for line in metrics(tmp_path)] == kept
             for step in (10, 20, 30):
                 log.write(step, "train", 1.5, 100.04)
     assert (tmp_path / METRICS).read_text().splitlines()[0] == (
         '{"step": 10, "split": "train", "nats": 1.5, "tokens/s": 100.0}'
     )
+
+
+def test_metrics_of_an_earlier_run_stay_until_the_first_checkpoint_of_the_next(tmp_path):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(10, "train", 1.5, 100)
+        log.checkpointed()
+    before = (tmp_path / METRICS).read_bytes()
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(1, "train", 2.5, 100)
+    assert (tmp_path / METRICS).read_bytes() == before
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(1, "train", 2.5, 100)
+        log.checkpointed()
+        log.write(2, "train", 2.25, 100)
+        assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,7 @@ class Trainer:
         self.best_step: int | None = None
         self.best_nats: float | None = None
         self.best_weights = copy.deepcopy(self.model.state_dict())
+        self._metrics: MetricsLog | None = None  # of the last `run`
         self.optimizer = None if isinstance(self.model, CountModel) else build_optimizer(self.model, config)
         if resumed is not None:
             self._restore(resumed)
@@ -142,6 +143,7 @@ class Trainer:
         Either way the state is saved, and `self.model` ends as the best model on dev, in evaluation mode.
         """
         with MetricsLog(self.directory, self.step) as metrics, self._own_randomness():
+            self._metrics = metrics
 
             def report(split: str, nats: float, tokens_per_second: float) -> None:
                 metrics.write(self.step, split, nats, tokens_per_second)
@@ -185,6 +187,8 @@ class Trainer:
                 training=training,
             ),
         )
+        if self._metrics is not None:
+            self._metrics.checkpointed()
 
     def _restore(self, saved: Checkpoint) -> None:
         """Puts the trainer where `save` was called; tensors go to this run's device."""
