@@ -26,8 +26,9 @@ from bench.clock import Timing, paired_ratio
 from bench.contenders import Call
 from bench.gpu_clock import GpuClock
 from bench.gpu_report import write
-from bench.inputs import CrossEntropyInputs, EmbeddingInputs, make_inputs
+from bench.inputs import CrossEntropyInputs, EmbeddingInputs, item_size, main_elements, make_inputs
 from bench.jax_runtime import Unavailable
+from bench.layers import LAYERS
 from bench.measure import Result, warm, why_wrong
 from bench.record import to_json
 
@@ -52,12 +53,12 @@ def measure(case: Case, clock: GpuClock) -> Result:
             calls[name] = call
     samples = clock.rounds(calls)
     times = {name: Timing.of(taken) for name, taken in samples.items()}
-    copied = 2 * _of_main_size(inputs).nbytes  # read and written
+    copied = 2 * item_size(case) * main_elements(case)  # read and written
     return Result(case, moved, times, _figures(samples, moved, copied), absent=absent)
 
 
 def _build(name: str, case: Case, inputs: CrossEntropyInputs | EmbeddingInputs) -> Call:
-    if name == "copy":
+    if name == "copy" and case.op not in LAYERS:
         source = _of_main_size(inputs)
         target = torch.empty_like(source)
         return lambda: target.copy_(source)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from bench.cases import Case, Goal, at_least
 from bench.inputs import item_size, main_elements, minimal_bytes
+from bench.layers import LAYERS
 
 SMALL_V = (27, 65, 256)
 SMALL_N = (65536, 262144)
@@ -22,6 +23,7 @@ N_INDICES = 262144
 AS_FAST_AS_A_COPY = at_least("copy_bandwidth", 0.9)
 TWICE_TORCH = at_least("eager", 2)
 THREE_TIMES_TORCH = at_least("eager", 3)
+FOUR_TIMES_TORCH = at_least("eager", 4)
 
 
 def _cross_entropy(dtype: str) -> Iterable[Case]:
@@ -47,11 +49,29 @@ def _embeddings(dtype: str, tables: Iterable[tuple[int, int]]) -> Iterable[Case]
         yield Case("embedding", "int64", (N_INDICES, v, d), dtype)
 
 
+def _information() -> Iterable[Case]:
+    for op in ("entropy", "kl_div", "surprisal"):
+        for shape in ((65536, 256), (2048, 32000)):
+            yield Case(op, "default", shape, "float32", (FOUR_TIMES_TORCH,))
+            yield Case(op, "default", shape, "bfloat16")
+
+
+def _layers() -> Iterable[Case]:
+    """Without a goal: how fast cuBLAS multiplies bounds the second."""
+    for shape in ((4096, 8, 24, 200, 27), (65536, 8, 24, 200, 27), (65536, 8, 32, 256, 256)):
+        yield Case("embedding_linear", "default", shape)
+    for shape in ((4096, 512, 32000), (65536, 200, 27)):
+        yield Case("linear_cross_entropy", "default", shape)
+        yield Case("linear_cross_entropy", "default", shape, "bfloat16")
+
+
 # Those with a goal first: where time runs out, the rest is what is not reached.
 CASES = sorted(
     [
         *_cross_entropy("bfloat16"),
         *_embeddings("float32", TABLES),
+        *_information(),
+        *_layers(),
         *_cross_entropy("float32"),
         *_embeddings("bfloat16", TABLES[3:5]),
         *_other_variants(),
@@ -72,6 +92,9 @@ def names(case: Case, compiled: bool) -> list[str]:
     """The contenders, in the order of their samples."""
     if case.op == "embedding":
         return ["ours", "eager", "copy"]
+    if case.op in LAYERS:
+        floor = ["copy"] if "copy" in LAYERS[case.op].names(case) else []
+        return ["ours", "eager", *["compile"] * (compiled and _is_worth_compiling(case)), *floor]
     peers = ["eager"]
     if case.op == "embedding_backward":
         peers.append("eager_index")
@@ -84,6 +107,8 @@ def _is_worth_compiling(case: Case) -> bool:
     """A compilation takes most of ten seconds, so only one case of a kind has it."""
     if case.op == "embedding_backward":
         return case.dtype == "float32" and case.shape[1:] in (TABLES[0], TABLES[4])
+    if case.op in LAYERS:
+        return case.dtype == "float32" and case.shape in ((65536, 256), (2048, 32000), (65536, 8, 24, 200, 27))
     return (
         case.variant == "default"
         and case.shape[0] != SMALL_N[1]

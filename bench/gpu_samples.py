@@ -15,15 +15,10 @@ from typing import Any
 import torch
 
 import charlm
-from charlm import functional, reference
-from charlm.testing import (
-    FLOAT_DTYPES,
-    SampleInput,
-    assert_matches_reference,
-    evaluate,
-    sample_inputs_cross_entropy,
-    sample_inputs_embedding,
-)
+from charlm import functional, reference, testing
+from charlm.testing import FLOAT_DTYPES, SampleInput, assert_matches_reference, evaluate
+
+OPS = ("cross_entropy", "embedding", "embedding_linear", "entropy", "kl_div", "linear_cross_entropy", "surprisal")
 
 # One of each path through the kernels: options, layouts, and sizes of vocabulary and table.
 SMALL = {
@@ -31,6 +26,7 @@ SMALL = {
     "empty_batch_mean", "sliced_columns", "transposed", "minus_infinity_logits", "class_weight", "all_extras",
     "probabilities_all_extras", "past_64k_classes",
     "names", "uint8_index", "large_table", "hot_row", "sliced_weight", "padding_idx", "scale_grad_by_freq_padding",
+    "few_long_rows", "log_probs_probs", "probs_log_probs_zeros", "outer",
 }  # fmt: skip
 SMALL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -40,11 +36,11 @@ Op = Callable[..., Any]
 def samples(device: str, small: bool) -> Iterator[tuple[Op, Op, SampleInput]]:
     """Each sample with its op and the reference."""
     for dtype in SMALL_DTYPES if small else FLOAT_DTYPES:
-        for op, of_reference, made in (
-            (functional.cross_entropy, reference.cross_entropy, sample_inputs_cross_entropy(dtype, device)),
-            (functional.cross_entropy, reference.cross_entropy, [past_64k_classes(dtype, device)]),
-            (functional.embedding, reference.embedding, sample_inputs_embedding(dtype, device)),
-        ):
+        for name in OPS:
+            made = list(getattr(testing, f"sample_inputs_{name}")(dtype, device))
+            if name == "cross_entropy":
+                made.append(past_64k_classes(dtype, device))
+            op, of_reference = getattr(functional, name), getattr(reference, name)
             yield from ((op, of_reference, sample) for sample in made if not small or sample.name in SMALL)
 
 

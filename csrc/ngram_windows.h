@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -23,7 +22,7 @@ inline constexpr uint64_t kAllOnes = ~uint64_t{0};
 struct Layout {
   Layout(int64_t distinct, int64_t max_length)
       : length(max_length),
-        bits(std::bit_width(static_cast<uint64_t>(distinct))),
+        bits(64 - __builtin_clzll(distinct)),
         per_word(64 / bits),
         words((length + per_word - 1) / per_word),
         full(kAllOnes << (64 - bits * per_word)),
@@ -37,14 +36,14 @@ struct Layout {
   int64_t window_length(const uint64_t* key) const {
     int64_t word = words - 1;
     while (key[word] == 0) --word;
-    return word * per_word + (64 - std::countr_zero(key[word]) + bits - 1) / bits;
+    return word * per_word + (64 - __builtin_ctzll(key[word]) + bits - 1) / bits;
   }
 
   // The length of the common prefix of two keys that differ.
   int64_t shared(const uint64_t* a, const uint64_t* b) const {
     int64_t word = 0;
     while (a[word] == b[word]) ++word;
-    return word * per_word + std::countl_zero(a[word] ^ b[word]) / bits;
+    return word * per_word + __builtin_clzll(a[word] ^ b[word]) / bits;
   }
 
   int64_t length, bits, per_word, words;

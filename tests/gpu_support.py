@@ -46,6 +46,26 @@ def embedding_linear_and_gradients(weight: Tensor, index: Tensor, plan: str) -> 
     return [output.detach(), *torch.autograd.grad(output, (weight, layer), output.detach())]
 
 
+def entropy_and_gradient(logits: Tensor, index: Tensor) -> Results:
+    result = functional.entropy(logits)
+    return [result.detach(), *torch.autograd.grad(result.sum(), logits)]
+
+
+def kl_div_and_gradients(p: Tensor, index: Tensor, p_kind: str = "logits") -> Results:
+    """Of rows of P and the rows of the same numbers that `index` puts in their place, as logits of Q."""
+    q = p.detach()[index].requires_grad_()
+    given = p if p_kind == "logits" else p.softmax(-1)
+    result = functional.kl_div(given, q, p_kind=p_kind)
+    return [result.detach(), *torch.autograd.grad(result.sum(), (p, q))]
+
+
+def linear_loss_and_gradients(hidden: Tensor, target: Tensor) -> Results:
+    """Of a head whose weight is made of the hidden states' numbers."""
+    weight = hidden.detach()[:4099].clone().requires_grad_()
+    loss = functional.linear_cross_entropy(hidden, weight, target)
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
 # One for each path through the kernels: the call, the shape of its floating tensor, how many indices, their limit.
 CALLS: dict[str, tuple[Callable[..., Results], tuple[int, int], int, int]] = {
     "tiny_vocabulary": (loss_and_gradient, (65_537, 27), 65_537, 27),
@@ -63,6 +83,11 @@ CALLS: dict[str, tuple[Callable[..., Results], tuple[int, int], int, int]] = {
         16_410,
         4099,
     ),
+    "entropy_of_bytes": (entropy_and_gradient, (4099, 256), 1, 256),
+    "entropy_of_a_large_vocabulary": (entropy_and_gradient, (257, 32_000), 1, 257),
+    "kl_div_of_bytes": (kl_div_and_gradients, (4099, 256), 4099, 4099),
+    "kl_div_of_a_large_vocabulary": (functools.partial(kl_div_and_gradients, p_kind="probs"), (257, 32_000), 257, 257),
+    "linear_loss": (linear_loss_and_gradients, (4099, 64), 4099, 4099),
     "by_frequency": (functools.partial(embedding_and_gradient, scale_grad_by_freq=True), (4099, 64), 16_411, 4099),
 }
 every_call = pytest.mark.parametrize("name", CALLS)

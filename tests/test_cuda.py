@@ -30,16 +30,24 @@ from charlm.testing import (
     sample_inputs_cross_entropy,
     sample_inputs_embedding,
     sample_inputs_embedding_linear,
+    sample_inputs_entropy,
+    sample_inputs_kl_div,
+    sample_inputs_linear_cross_entropy,
+    sample_inputs_surprisal,
 )
 
 GIB = 2**30
 
 SAMPLES = {
-    "cross_entropy": (functional.cross_entropy, reference.cross_entropy, sample_inputs_cross_entropy),
-    "embedding": (functional.embedding, reference.embedding, sample_inputs_embedding),
-    "embedding_linear": (functional.embedding_linear, reference.embedding_linear, sample_inputs_embedding_linear),
+    "cross_entropy": sample_inputs_cross_entropy,
+    "embedding": sample_inputs_embedding,
+    "embedding_linear": sample_inputs_embedding_linear,
+    "entropy": sample_inputs_entropy,
+    "kl_div": sample_inputs_kl_div,
+    "linear_cross_entropy": sample_inputs_linear_cross_entropy,
+    "surprisal": sample_inputs_surprisal,
 }
-EVERY_SAMPLE = [(op, sample.name) for op, (*_, make) in SAMPLES.items() for sample in make(torch.float32)]
+EVERY_SAMPLE = [(op, sample.name) for op, make in SAMPLES.items() for sample in make(torch.float32)]
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +77,13 @@ def randint(high: int, *shape: int) -> Tensor:
 
 @functools.cache
 def samples(op: str, dtype: torch.dtype) -> dict[str, SampleInput]:
-    return {sample.name: sample for sample in SAMPLES[op][2](dtype, DEVICE)}
+    return {sample.name: sample for sample in SAMPLES[op](dtype, DEVICE)}
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize(("op", "name"), EVERY_SAMPLE)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(op: str, name: str, dtype: torch.dtype) -> None:
-    assert_matches_reference(*SAMPLES[op][:2], samples(op, dtype)[name])
+    assert_matches_reference(getattr(functional, op), getattr(reference, op), samples(op, dtype)[name])
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -98,6 +106,11 @@ def test_long_rows_are_as_close_to_float64_as_torchs(n_classes: int) -> None:
         for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.1, "lse_square_scale": 0.1}):
             sample = SampleInput("long_rows", {**arguments, **options}, ("input",))
             assert_matches_reference(functional.cross_entropy, reference.cross_entropy, sample)
+        p, q = arguments["input"], randn(5, n_classes, dtype=dtype)
+        sample = SampleInput("long_rows", {"logits": p}, ("logits",))
+        assert_matches_reference(functional.entropy, reference.entropy, sample)
+        sample = SampleInput("long_rows", {"p": p, "q": q}, ("p", "q"))
+        assert_matches_reference(functional.kl_div, reference.kl_div, sample)
 
 
 # 48 KiB of shared memory are granted unasked, to static and dynamic memory together.

@@ -48,15 +48,17 @@ def names(case: Case) -> list[str]:
     return ["ours", "eager", "compile", "jax", "gemms"]
 
 
-def multiplies_natively(dtype: torch.dtype) -> bool:
-    """Whether this machine has instructions for products of this dtype, as torch's oneDNN sees it."""
-    if dtype == torch.bfloat16:
+def multiplies_natively(tensor: Tensor) -> bool:
+    """Whether its device has instructions for products of its dtype: of a CPU, as torch's oneDNN sees it."""
+    if tensor.device.type != "cpu":
+        return True
+    if tensor.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return tensor.dtype != torch.float16 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def build(name: str, case: Case, inputs: Inputs) -> Call:
-    native = multiplies_natively(inputs.input.dtype)
+    native = multiplies_natively(inputs.input)
     if name == "gemms":
         return _gemms(inputs, inputs.input.dtype if native else torch.float32)
     if name != "ours" and not native:
@@ -107,7 +109,7 @@ def check(inputs: Inputs, result: tuple[Tensor, ...]) -> None:
     loss, grad_input, grad_weight = (t.detach() for t in result)
     n, v = len(inputs.input), len(inputs.weight)
     rows = min(n, max(1, CHECKED_LOGITS // v))
-    if rows < n or not multiplies_natively(inputs.input.dtype):
+    if rows < n or not multiplies_natively(inputs.input):
         _check_rows(inputs, loss, grad_input, grad_weight, rows)
         return
 
@@ -125,7 +127,7 @@ def _check_rows(inputs: Inputs, loss: Tensor, grad_input: Tensor, grad_weight: T
     """Against float64, a block of rows at a time: torch's error is not known, so ours is bounded by the dtype's."""
     n = len(inputs.input)
     weight = inputs.weight.double()
-    exact_loss, exact_weight = torch.zeros((), dtype=torch.float64), torch.zeros_like(weight)
+    exact_loss, exact_weight = weight.new_zeros(()), torch.zeros_like(weight)
     worst, scale = 0.0, 0.0
     for x, target, grad in zip(
         inputs.input.split(rows), inputs.target.split(rows), grad_input.split(rows), strict=True
@@ -134,7 +136,7 @@ def _check_rows(inputs: Inputs, loss: Tensor, grad_input: Tensor, grad_weight: T
         logits = wide @ weight.t()
         exact_loss += F.cross_entropy(logits, target, reduction="sum")
         logits = logits.softmax(-1)
-        logits[torch.arange(len(target)), target] -= 1
+        logits[torch.arange(len(target), device=target.device), target] -= 1
         exact = logits @ weight / n
         exact_weight += logits.t() @ wide / n
         worst, scale = max(worst, (grad - exact).abs().max().item()), max(scale, exact.abs().max().item())
