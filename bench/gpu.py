@@ -138,7 +138,7 @@ def sanitizer(run: Run, end: float) -> Finding:
     options = ("--show-backtrace", "no", "--print-limit", "0", "--error-exitcode", str(FOUND))
     # Each tensor is memory of its own: inside a block of torch's cache no tool can see where one ends.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    samples = ("-m", "bench.gpu_samples", "--device", run.device, "--small")
+    samples = ("-X", "faulthandler", "-m", "bench.gpu_samples", "--device", run.device, "--small")
     children: dict[str, Child] = {}
     try:
         for tool in TOOLS:
@@ -190,10 +190,10 @@ def _finding(outcome: Outcome, note: str | None = None) -> Finding:
 
 
 def _excerpt(output: str) -> list[str]:
-    """The last lines, and what a compiler said long before them: other compilers and tracebacks go on after it."""
+    """The last lines, and what a compiler or a test said long before them, once: others go on after it."""
     lines = output.splitlines()
     errors = [line for line in lines[:-TAIL] if re.search(r"\b(error|FAILED|undefined reference)\b", line)]
-    return [*errors[:MOST_ERRORS], *lines[-TAIL:]]
+    return [*list(dict.fromkeys(errors))[:MOST_ERRORS], *lines[-TAIL:]]
 
 
 # The seconds that each step is sure to have; it may take more where those before it took less. Of a build that is cut

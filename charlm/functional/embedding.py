@@ -70,7 +70,7 @@ def embedding(
         if not -num_embeddings <= padding_idx < num_embeddings:
             raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
         row = padding_idx % num_embeddings
-    if max_norm is not None:
+    if max_norm is not None and weight.numel():  # of a table of no numbers torch's kernel reads one: pytorch#195185
         with torch.no_grad():
             # embedding_renorm_ scales rows until it meets a bad index: look all of them up first.
             _embedding(weight, input, row, scale_grad_by_freq, sparse)

@@ -45,6 +45,9 @@ def embedding(
         tensor([[0., 0., 1.],
                 [1., 0., 0.]])
     """
+    if weight.is_cuda and weight.numel() == 0:  # torch's kernels read what is not there: pytorch#189668, pytorch#195185
+        options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        return embedding(input.cpu(), weight.cpu(), *options).to(weight.device)
     index = widened(input, "indices")
     try:
         if max_norm is not None:
