@@ -44,8 +44,8 @@ class TorchGPT(GPT):
             ours = getattr(self, name)
             setattr(self, name, nn.Embedding(ours.num_embeddings, ours.embedding_dim))
 
-    def embed(self, idx: Tensor, start: int = 0) -> Tensor:
-        return super().embed(idx.long(), start)
+    def embed(self, idx: Tensor, start: int = 0, packed: Any = None) -> Tensor:
+        return super().embed(idx.long(), start, packed)
 
     def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         logits = nn.functional.linear(hidden, self.embedding.weight)

@@ -10,6 +10,7 @@ from torch import nn
 
 import charlm
 from charlm.lm.models import GPT
+from charlm.lm.models.gpt import Packed
 
 V, T = 27, 8
 
@@ -54,6 +55,36 @@ def test_gpt_equals_a_plain_transcription_in_value_and_gradient():
     for ours, expected, fused in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(fused, expected, rtol=1e-9, atol=1e-12)
+
+
+IGNORED_PLACES = {
+    "ends of different lengths": [(0, slice(3, None)), (1, slice(5, None)), (3, slice(1, None))],
+    "only the last target counts": [(2, slice(0, 4)), (2, slice(5, None)), (0, slice(2, None)), (4, slice(2, None))],
+    "a row without a target": [(1, slice(0, None)), (2, slice(4, None))],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("places", IGNORED_PLACES.values(), ids=IGNORED_PLACES)
+def test_positions_behind_a_rows_last_target_may_be_left_out(places, reduction, monkeypatch):
+    model = gpt().double()
+    idx, targets = torch.randint(V, (5, 6)), torch.randint(V, (5, 6))
+    for row, columns in places:
+        targets[row, columns] = -100
+    computed = []
+    model.norm.register_forward_hook(lambda module, given, x: computed.append(x.shape[:-1].numel()))
+    results = []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model.loss(idx, targets, reduction)
+        loss.sum().backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters())])
+        monkeypatch.setattr(Packed, "of", lambda targets: None)
+    for packed, whole in zip(*results, strict=True):
+        torch.testing.assert_close(packed, whole, rtol=1e-9, atol=1e-12)
+    last = [max((i for i, t in enumerate(row) if t != -100), default=-1) for row in targets.tolist()]
+    assert computed == [sum(i + 1 for i in last), 30]
 
 
 def test_no_position_sees_what_lies_behind_it():

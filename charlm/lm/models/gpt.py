@@ -11,20 +11,51 @@ Learners"; no biases, dropout behind each of the two, the layers that write into
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import charlm.functional as F
+from charlm.lm.examples import IGNORED
 from charlm.lm.models.base import LanguageModel
 from charlm.nn import Embedding
 
 INITIAL_STD = 0.02
 
 
+class Packed(NamedTuple):
+    """The positions of rows (B, t) that are computed, those up to each row's last target, one behind the other.
+
+    Names are padded to the longest of a batch, which is twice what they are: only attention has use for rows.
+    """
+
+    where: Tensor  # (n,) int64, of the B * t positions
+    shape: tuple[int, int]  # B, t
+
+    @classmethod
+    def of(cls, targets: Tensor) -> Packed | None:
+        """None where that would be all of them, or waiting for a device or a compiler to know them."""
+        if not targets.is_cpu or torch.compiler.is_compiling():
+            return None
+        counted = targets != IGNORED
+        if counted[:, -1].all():
+            return None
+        needed = counted.flip(1).cumsum(1).flip(1) > 0  # nothing before a target may be left out
+        return cls(needed.flatten().nonzero().flatten(), tuple(targets.shape))
+
+    def pack(self, x: Tensor) -> Tensor:
+        """(B, t, …) → (n, …)."""
+        return x.flatten(0, 1).index_select(0, self.where)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(n, D) → (B, t, D)."""
+        B, t = self.shape
+        return x.new_zeros(B * t, x.shape[1]).index_copy(0, self.where, x).view(B, t, -1)
+
+
 class Attention(nn.Module):
-    """Causal self-attention of `n_head` heads: (B, t, D) → (B, t, D)."""
+    """Causal self-attention of `n_head` heads: (B, t, D) → (B, t, D), or (n, D) → (n, D) of positions `packed`."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
@@ -33,12 +64,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
-    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None, packed: Packed | None = None) -> Tensor:
         """cache: keys and values of the positions before x, which those of x are added to."""
-        B, t, D = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, t, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # 3 × (B, heads, t, d)
+        qkv = self.qkv(x)
+        if packed is not None:
+            qkv = packed.pad(qkv)
+        B, t, width = qkv.shape
+        q, k, v = qkv.view(B, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 × (B, heads, t, d)
         if cache is not None:
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
@@ -47,7 +79,8 @@ class Attention(nn.Module):
         y = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=t > 1, dropout_p=self.dropout if self.training else 0.0
         )  # (B, heads, t, d)
-        return self.proj(y.transpose(1, 2).reshape(B, t, D))
+        y = y.transpose(1, 2).reshape(B, t, width // 3)
+        return self.proj(y if packed is None else packed.pack(y))
 
 
 class Block(nn.Module):
@@ -62,8 +95,8 @@ class Block(nn.Module):
         self.contract = nn.Linear(4 * n_embd, n_embd, bias=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_1(x), cache))  # (B, t, D)
+    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None, packed: Packed | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm_1(x), cache, packed))  # (B, t, D) or (n, D)
         return x + self.dropout(self.contract(nn.functional.gelu(self.expand(self.norm_2(x)))))
 
 
@@ -127,13 +160,20 @@ class GPT(LanguageModel):
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """`forward`'s loss without its logits: () or, with "none", the shape of targets."""
-        hidden = self._hidden(idx)
-        return self.loss_of(hidden[:, -1] if targets.dim() == 1 else hidden, targets, reduction)
+        if targets.dim() == 1:
+            return self.loss_of(self._hidden(idx)[:, -1], targets, reduction)
+        packed = Packed.of(targets)
+        if packed is None:
+            return self.loss_of(self._hidden(idx), targets, reduction)
+        loss = self.loss_of(self._hidden(idx, packed=packed), packed.pack(targets), reduction)
+        return packed.pad(loss[:, None]).view(targets.shape) if reduction == "none" else loss
 
-    def embed(self, idx: Tensor, start: int = 0) -> Tensor:
-        """What the blocks begin with: (B, t), at positions start, start + 1, … → (B, t, D)."""
+    def embed(self, idx: Tensor, start: int = 0, packed: Packed | None = None) -> Tensor:
+        """What the blocks begin with: (B, t), at positions start, start + 1, … → (B, t, D), or (n, D) if packed."""
         positions = self.position.weight[start : start + idx.shape[1]]  # (t, D)
-        return self.dropout(self.embedding(idx) + positions)
+        if packed is None:
+            return self.dropout(self.embedding(idx) + positions)
+        return self.dropout(self.embedding(packed.pack(idx)) + self.position(packed.where % idx.shape[1]))
 
     def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """What the blocks end in: hidden (…, D), targets (…) → () or, with "none", (…)."""
@@ -156,9 +196,15 @@ class GPT(LanguageModel):
             hidden = self._hidden(window[:, done:], layers, done)
         return nn.functional.linear(hidden[:, -1], self.embedding.weight)
 
-    def _hidden(self, idx: Tensor, caches: list[dict[str, Tensor]] | None = None, start: int = 0) -> Tensor:
-        """(B, t) → (B, t, D), at positions start, start + 1, …"""
-        x = self.embed(idx, start)
+    def _hidden(
+        self,
+        idx: Tensor,
+        caches: list[dict[str, Tensor]] | None = None,
+        start: int = 0,
+        packed: Packed | None = None,
+    ) -> Tensor:
+        """(B, t) → (B, t, D), at positions start, start + 1, …, or (n, D) if packed."""
+        x = self.embed(idx, start, packed)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, cache)
+            x = block(x, cache, packed)
         return self.norm(x)
