@@ -1,8 +1,8 @@
 """What the README says of the models, from recorded runs of the command line.
 
-    python bench/models.py NAMES     trains each configuration below and writes bench/models.json (half an hour)
-    python bench/models.py NAMES --missing      only those that bench/models.json does not hold
-    python bench/models.py           prints the README's table from bench/models.json
+    python -m bench.models NAMES     trains each configuration below and writes bench/models.json (an hour)
+    python -m bench.models NAMES --missing      only those that bench/models.json does not hold
+    python -m bench.models           prints the README's table from bench/models.json
 
 NAMES is makemore's names.txt (32,033 names, sha256 0a30b555…8cc4d), with which others have published results. The
 running text is all of Python's standard library, which every machine has: its .py files, by path.
@@ -46,6 +46,7 @@ RUNS = [
     (LIBRARY, "--type ngram --order 6"),
     (LIBRARY, NANOGPT),
     (MAKEMORE, "--type gpt"),
+    (MAKEMORE, "--type gpt --n-embd 96 --token-noise 0.05 --max-steps 8000 -l 2e-3"),
 ]
 
 # `charlm train` of a process that has imported all it needs: prints on stderr how long it takes from there on.
@@ -63,19 +64,21 @@ def record(names: Path, only_missing: bool) -> None:
     """Runs configurations once and writes what each reached as soon as it has, in the order of RUNS."""
     import torch
 
+    from bench.record import processor
+
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), **versions}
+    machine = {"architecture": platform.machine(), "threads": torch.get_num_threads(), **versions}
     done: dict[tuple[str, str], dict[str, Any]] = {}
     if only_missing:
         recorded = json.loads(RECORD.read_text(encoding="utf-8"))
         if recorded["machine"] != machine:
-            raise SystemExit(f"{RECORD} is of another machine: {recorded['machine']}, not {machine}")
+            raise SystemExit(f"{RECORD} is of another kind of machine: {recorded['machine']}, not {machine}")
         done = {(run["data"], run["flags"]): run for run in recorded["runs"]}
     with tempfile.TemporaryDirectory() as folder:
         sources = {SHIPPED: None, MAKEMORE: names, LIBRARY: _library(Path(folder))}
         for data, flags in RUNS:
             if (data, flags) not in done:
-                done[data, flags] = _run(data, flags, sources[data])
+                done[data, flags] = {**_run(data, flags, sources[data]), "processor": processor()}
             runs = [done[key] for key in RUNS if key in done]
             RECORD.write_text(json.dumps({"machine": machine, "runs": runs}, indent=2) + "\n", encoding="utf-8")
 
@@ -137,14 +140,22 @@ def table() -> str:
         lines.append(
             f"| {data} | {flags} | {parameters} "
             f"| {run['dev_nats']:.3f} | {run['standard_error']:.3f} "
-            f"| {run['dev_nats'] / math.log(2):.3f} | {_seconds(run)} |"
+            f"| {run['dev_nats'] / math.log(2):.3f} | {_seconds(run)}{_mark(recorded, run['processor'])} |"
         )
     machine = recorded["machine"]
     where = (
-        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
+        f"{machine['architecture']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
     )
-    lines += ["", f"({where}; ±: standard error of the mean over dev's names, or over blocks of 256 characters.)"]
+    lines += ["", f"({where}; ±: standard error of the mean over dev's names, or over blocks of 256 characters."]
+    processors = list(dict.fromkeys(run["processor"] for run in recorded["runs"]))
+    lines[-1] += f" Processors: {'; '.join(f'{_mark(recorded, name)}{name}' for name in processors)}.)"
     return "\n".join(lines)
+
+
+def _mark(recorded: dict[str, Any], processor: str) -> str:
+    """A star for each processor before this one in the record."""
+    names = list(dict.fromkeys(run["processor"] for run in recorded["runs"]))
+    return "\\*" * names.index(processor)
 
 
 def _seconds(run: dict[str, Any]) -> str:

@@ -77,7 +77,7 @@ def header() -> dict[str, Any]:
     """Machine, versions, instruction set and threads."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "caches": _caches(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -91,7 +91,7 @@ def header() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """ "AMD EPYC, family 25 model 1"; virtual machines often hide the rest of the name."""
     if not CPUINFO.exists():
         return platform.processor() or platform.machine()

@@ -248,6 +248,7 @@ def test_metrics_of_an_earlier_run_stay_until_the_first_checkpoint_of_the_next(t
     [
         {"max_steps": 0},
         {"dropout": 1.0},
+        {"token_noise": 1.0},
         {"learning_rate": 0.0},
         {"add_k": 0.0},
         {"optimizer": "lion"},
@@ -357,7 +358,7 @@ def test_a_compiled_run_is_the_run(tmp_path, type):
 
 @pytest.mark.parametrize("type", ["wavenet", "gpt"])
 def test_every_neural_type_resumes_exactly(tmp_path, type):
-    config = small(type, dropout=0.2, gradient_accumulation_steps=2, grad_clip=1.0)
+    config = small(type, dropout=0.2, token_noise=0.2, gradient_accumulation_steps=2, grad_clip=1.0)
     whole = Trainer(config, CORPUS, tmp_path / "whole")
     whole.run()
     trainer = Trainer(config, CORPUS, tmp_path / "parts")

@@ -61,6 +61,9 @@ def train(
     n_head: Annotated[int, option(MODEL, "Attention heads of each.")] = DEFAULT.n_head,
     batch_norm: Annotated[bool, option(MODEL, "Batch norm before the mlp's tanh.")] = DEFAULT.batch_norm,
     dropout: Annotated[float, option(MODEL, "Share of hidden units dropped.", by_type="dropout")] = DEFAULT.dropout,
+    token_noise: Annotated[
+        float, option(TRAINING, "Share of the tokens seen that others replace.")
+    ] = DEFAULT.token_noise,
     mix_ngram: Annotated[
         int, option(MODEL, "Order of an n-gram averaged with the network; 0: none.")
     ] = DEFAULT.mix_ngram,
@@ -96,7 +99,7 @@ def train(
         int | None, option(TRAINING, "Stop after so many evaluations without a better loss on dev; absent: never.")
     ] = DEFAULT.patience,
     log_interval: Annotated[int, option(TRAINING, "Steps between lines of the training loss.")] = DEFAULT.log_interval,
-    seed: Annotated[int, option(TRAINING, "Of initialisation, batches and dropout.")] = DEFAULT.seed,
+    seed: Annotated[int, option(TRAINING, "Of initialisation, batches, dropout and noise.")] = DEFAULT.seed,
     device: Annotated[str, option(TRAINING, "cpu, cuda, cuda:1, …")] = DEFAULT.device,
     dtype: Annotated[
         str, option(TRAINING, f"{' or '.join(DTYPES)}: the second trains under autocast.")

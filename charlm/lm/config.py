@@ -56,6 +56,9 @@ class Config:
     type:          a key of `charlm.lm.models.MODELS`.
     n_layer, n_head: blocks of the GPT, and attention heads of each.
     dropout:       share of hidden units dropped in training.
+    token_noise:   share of the tokens that a network sees in training which others take the place of, drawn as often as
+                   they occur (unigram noising, Xie et al. 2017, "Data Noising as Smoothing in Neural Network Language
+                   Models"); the targets stay.
     mix_ngram:     order of a Kneser–Ney n-gram whose probabilities are averaged with the network's; 0 for none.
     order:         length of an n-gram model's longest n-gram; its block_size is order - 1, whatever is given.
     smoothing:     of the n-gram model: "kneser-ney" or "add-k".
@@ -72,7 +75,7 @@ class Config:
     eval_interval: steps between two evaluations on dev, each of which saves; None is a tenth of max_steps.
     patience:      evaluations without a better loss on dev after which training ends; None never.
     log_interval:  steps between two lines of the training loss.
-    seed:          of initialisation, batches and dropout.
+    seed:          of initialisation, batches, dropout and noise.
     dtype:         "bfloat16" trains under autocast; weights and evaluation are float32 either way.
     compile:       train through torch.compile.
     """
@@ -89,6 +92,7 @@ class Config:
     n_layer: int = 4
     n_head: int = 4
     dropout: float = 0.1
+    token_noise: float = 0.0
     mix_ngram: int = 0
     order: int = 6
     smoothing: str = "kneser-ney"
@@ -121,7 +125,8 @@ class Config:
         for name in ("eval_interval", "patience"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
-        self._check("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        for name in ("dropout", "token_noise"):
+            self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._check("type", self.type in MODELS, f"one of {', '.join(MODELS)}")
         self._check("order", 1 <= self.order <= MAX_LENGTH, f"at least 1 and at most {MAX_LENGTH}")
         self._check("smoothing", self.smoothing in SMOOTHINGS, f"one of {', '.join(SMOOTHINGS)}")

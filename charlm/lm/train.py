@@ -98,6 +98,19 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
+class TokenNoise:
+    """Replaces a share of tokens by others, which are drawn as often as they stand in `tokens` (N,)."""
+
+    def __init__(self, share: float, tokens: Tensor, vocab_size: int) -> None:
+        self.share = share
+        self.frequencies = torch.bincount(tokens, minlength=vocab_size).float()
+
+    def __call__(self, idx: Tensor) -> Tensor:
+        """idx (B, T) → the same with noise, drawn from torch's global generator."""
+        drawn = torch.multinomial(self.frequencies, idx.numel(), replacement=True).view(idx.shape)
+        return torch.where(torch.rand(idx.shape, device=idx.device) < self.share, drawn.to(idx.dtype), idx)
+
+
 class Trainer:
     """One training run of the model that `config` asks for on `corpus`, writing to `directory`.
 
@@ -224,6 +237,10 @@ class Trainer:
         config, model = self.config, self.model
         rows = self.corpus.sequences if model.predicts_every_position else self.corpus.examples
         train, dev = rows("train", config.block_size).to(self.device), self._dev()
+        noise = None
+        if config.token_noise:
+            tokens = self.corpus.examples("train", block_size=1).targets.to(self.device)
+            noise = TokenNoise(config.token_noise, tokens, model.vocab_size)
         loss_of = model.loss
         if config.compile:
             loss_of = torch.compile(loss_of, dynamic=model.predicts_every_position)  # rows are as wide as their longest
@@ -238,7 +255,7 @@ class Trainer:
             # optimizer.zero_grad().
             for parameter in parameters:
                 parameter.grad = None
-            tokens += self._backward(loss_of, train)
+            tokens += self._backward(loss_of, train, noise)
             if config.grad_clip:
                 nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
@@ -257,7 +274,7 @@ class Trainer:
         if not self._is_finished():
             self.save()
 
-    def _backward(self, loss_of: Callable[..., Tensor], train: Examples | Sequences) -> int:
+    def _backward(self, loss_of: Callable[..., Tensor], train: Examples | Sequences, noise: TokenNoise | None) -> int:
         """Adds a step's gradient to the parameters' and its loss to loss_sum; how many tokens it is the mean over."""
         config = self.config
         count = config.batch_size * config.gradient_accumulation_steps
@@ -268,6 +285,8 @@ class Trainer:
         batches = [train.select(part) for part in parts]
         total = sum(tokens for _, _, tokens in batches)
         for idx, targets, tokens in batches:
+            if noise is not None:
+                idx = noise(idx)
             with self._precision():
                 loss = loss_of(idx, targets)
             if len(batches) > 1:
