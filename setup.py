@@ -42,6 +42,9 @@ MIN_TORCH = "2.11"
 RUNTIME_REQUIREMENTS = ["numpy", "safetensors", "typer", "rich"]
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
+# Named, the C++ runtime is the shared one, torch's, where a toolchain would link a static one (-static-libstdc++): what
+# that throws, torch cannot catch, and an IndexError ends the process.
+LINK_FLAGS = ["-fopenmp", *(["-lstdc++"] if sys.platform == "linux" else [])]
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [
     *AVX2_FLAGS,
@@ -214,7 +217,7 @@ def extension(isas: Mapping[str, list[str]], cuda: Cuda) -> Extension:
         include_dirs=[str(CSRC)],
         define_macros=[(macro, None) for macro in macros],
         extra_compile_args={"cxx": list(CXX_FLAGS), "nvcc": list(NVCC_FLAGS)},
-        extra_link_args=["-fopenmp"],
+        extra_link_args=LINK_FLAGS,
     )
 
 

@@ -40,6 +40,17 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 86  # the exit code that compute-sanitizer is given for errors
 TAIL, MOST_ERRORS = 60, 40  # lines of a failed process that are kept: the last, and those before them that say "error"
 
+# What is built has to raise before all else: a module with a C++ runtime of its own (setup.py, LINK_FLAGS) cannot.
+USED = """
+import charlm, torch
+try:
+    charlm.functional.embedding(torch.tensor([3]), torch.zeros(3, 2))
+except IndexError as error:
+    assert "index 3 at position (0,) is out of range for 3 embeddings" in str(error), error
+info = charlm.build_info()
+print(*info["cuda_architectures"] or [info["why_no_cuda"]])
+"""
+
 Finding = dict[str, Any]  # of a step: "status", "note", and what else is kept of it
 
 
@@ -111,8 +122,7 @@ def build(run: Run, end: float) -> Finding:
     outcome = Child([sys.executable, *command], ROOT, env).wait(end)
     if outcome.failed:
         return _finding(outcome)
-    code = "import charlm; info = charlm.build_info(); print(*info['cuda_architectures'] or [info['why_no_cuda']])"
-    shown = run.start("-c", code).wait(end)
+    shown = run.start("-c", USED).wait(end)
     return _finding(shown, f"CUDA: {shown.last_line}")
 
 

@@ -1,8 +1,8 @@
 """Interleaved samples A B C A B C … on a GPU, timed by events, each after the L2 cache was flushed.
 
-The flush is a write of a gigabyte, which takes longer than Python needs to launch a call's kernels: they wait in the
-queue behind it, and the time between the two events is the GPU's alone, as it is in the middle of a training step. A
-sample whose kernels were not all in the queue before the flush was over is late: it may hold time that the GPU waited
+The flush is a write of a gigabyte; behind it the GPU idles for longer than Python needed to launch the call's kernels
+so far: they wait in the queue, and the time between the two events is the GPU's alone, as it is in the middle of a
+training step. A sample whose kernels were not all in the queue by then is late: it may hold time that the GPU waited
 for Python. Late samples are counted. On the CPU, for a dry run, a sample is a plain difference of times.
 """
 
@@ -21,6 +21,8 @@ from bench.clock import Budget
 FLUSH_BYTES = 1 << 30
 COPY_BYTES = 1 << 30
 MOST_ROUNDS = 50
+CYCLES_A_SECOND = 2_000_000_000  # of the idling; no GPU's clock is faster
+LEAST_IDLE, MOST_IDLE = 2e-4, 2e-2  # seconds
 BUDGET = Budget(0.25, 10)
 DRY_RUN = Budget(0.0, 2)
 
@@ -31,10 +33,13 @@ class GpuClock:
         self.on_gpu = device != "cpu"
         self.budget = BUDGET if self.on_gpu else DRY_RUN
         self.late: Counter[str] = Counter()  # samples of each contender since the last rounds() began
+        self.launching: dict[str, float] = {}  # the longest seconds that each contender's call took in Python so far
         self.scratch = torch.empty(FLUSH_BYTES if self.on_gpu else 1, dtype=torch.int8, device=device)
 
     def rounds(self, contenders: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
         """Seconds of each contender's calls, of one round at equal index. Each has been called before."""
+        self.launching.clear()
+        self._round(contenders)
         self.late.clear()
         longest = max(self._round(contenders).values())
         n_rounds = max(self.budget.rounds, min(MOST_ROUNDS, int(self.budget.seconds / max(longest, 1e-9))))
@@ -57,9 +62,13 @@ class GpuClock:
 
     def _sample(self, name: str, call: Callable[[], object]) -> tuple[Any, Any]:
         self.scratch.zero_()
-        start = self._mark()
+        if self.on_gpu:
+            idle = min(MOST_IDLE, max(LEAST_IDLE, 2 * self.launching.get(name, 0.0)))
+            torch.cuda._sleep(int(idle * CYCLES_A_SECOND))
+        start, began = self._mark(), time.perf_counter()
         call()
         end = self._mark()
+        self.launching[name] = max(self.launching.get(name, 0.0), time.perf_counter() - began)
         self.late[name] += self.on_gpu and start.query()
         return start, end
 

@@ -1,16 +1,28 @@
 """What `make gpu` leaves behind: a JSON, written whole or not at all, and the same as a table of plain text.
 
+    python -m bench.gpu_report      writes csrc/cuda/MEASURED.md from bench/record_gpu.json
+
 Nothing here needs torch or charlm, so a run whose build failed has its table too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bench.units import duration, ratio
+
+RECORD = Path(__file__).with_name("record_gpu.json")
+DOCUMENT = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "MEASURED.md"
+HEADER = """<!-- Written by python -m bench.gpu_report; do not edit. -->
+# Measured on a GPU
+
+What bench/record_gpu.json holds. GB/s are the fewest bytes that a call has to move, over its time; "of a copy" compares
+them with a device-to-device copy of as many bytes that was sampled in turn; × says how many times faster ours is.
+"""
 
 DASH = "–"
 MARKS = {True: "reached", False: "MISSED", None: "unproven"}
@@ -23,6 +35,13 @@ def write(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.{os.getpid()}")
     beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(path)
+
+
+def document() -> str:
+    """MEASURED.md: what the record says of itself, and its table."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    remarks = "".join(f"\n{remark}\n" for remark in record["remarks"])
+    return f"{HEADER}{remarks}\n```\n{render(record)}\n```\n"
 
 
 def render(record: dict[str, Any]) -> str:
@@ -58,7 +77,7 @@ def _steps(steps: Iterable[dict[str, Any]]) -> str:
 
 
 def _bench(bench: dict[str, Any]) -> str:
-    """× columns: how many times faster than that peer ours is."""
+    """× columns: how many times faster than that peer ours is. ≤: most samples may hold time of Python's."""
     peers = [name for name in PEERS if any(case["times"].get(name) for case in bench["cases"])]
     rows = [["case", "ours", "GB/s", "of a copy", *(f"× {PEERS[name]}" for name in peers), "goals"]]
     rows += [_case(case, peers) for case in bench["cases"]]
@@ -70,11 +89,12 @@ def _case(case: dict[str, Any], peers: list[str]) -> list[str]:
     if case["error"] is not None:
         return [name, "WRONG", *[DASH] * (2 + len(peers)), case["error"]]
     seconds, figures = case["times"]["ours"]["median"], case["figures"]
+    at_most = "≤ " if 2 * case["late"].get("ours", 0) > case["times"]["ours"].get("samples", 0) else ""
     share = figures.get("copy_bandwidth")
     goals = [f"{goal['figure']} {goal['bound']} {goal['value']:g}: {MARKS[goal['reached']]}" for goal in case["goals"]]
     return [
         name,
-        duration(seconds),
+        at_most + duration(seconds),
         f"{case['bytes'] / seconds / 1e9:.0f}",
         DASH if share is None else f"{100 * share:.0f} %",
         *(DASH if figures.get(peer) is None else ratio(figures[peer]) for peer in peers),
@@ -88,8 +108,8 @@ def _remarks(bench: dict[str, Any]) -> list[str]:
     lines.append("goals: " + ", ".join(f"{outcomes.count(value)} {text.lower()}" for value, text in MARKS.items()))
     reasons: dict[str, list[str]] = {}
     for case in bench["cases"]:
-        for name, count in case["late"].items():
-            reason = f"{PEERS.get(name, name)}: {count} samples may hold time that the GPU waited for Python"
+        for name in case["late"]:
+            reason = f"{PEERS.get(name, name)}: some samples may hold time that the GPU waited for Python"
             reasons.setdefault(reason, []).append(case["name"])
         for peer, reason in case["absent"].items():
             reasons.setdefault(f"{PEERS.get(peer, peer)}: {reason}", []).append(case["name"])
@@ -114,3 +134,7 @@ def _columns(rows: list[list[str]], right: Iterable[int]) -> str:
         for row in rows
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+if __name__ == "__main__":
+    write(DOCUMENT, document().removesuffix("\n"))

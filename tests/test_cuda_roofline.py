@@ -1,9 +1,11 @@
-"""csrc/cuda/ROOFLINE.md is what scripts/cuda_roofline.py makes of the kernels' constants today."""
+"""csrc/cuda/ROOFLINE.md is what scripts/cuda_roofline.py makes of the kernels' constants today; MEASURED.md what was
+recorded."""
 
 from __future__ import annotations
 
 import pytest
 
+from bench import gpu_report
 from scripts import cuda_roofline
 
 
@@ -11,6 +13,10 @@ def test_the_committed_table_is_todays() -> None:
     assert cuda_roofline.OUTPUT.read_text(encoding="utf-8") == cuda_roofline.table(), (
         "run python scripts/cuda_roofline.py"
     )
+
+
+def test_what_was_measured_is_what_the_record_says() -> None:
+    assert gpu_report.DOCUMENT.read_text(encoding="utf-8") == gpu_report.document(), "run python -m bench.gpu_report"
 
 
 def test_no_call_moves_fewer_bytes_than_the_fewest() -> None:

@@ -232,6 +232,19 @@ print(charlm.build_info()["backend"])
 
 
 @pytest.mark.exhaustive
+def test_a_toolchain_that_links_a_static_cxx_runtime_builds_a_module_that_raises(wheel_tree, tmp_path):
+    run(sys.executable, "setup.py", "build", "--build-lib", tmp_path, cwd=wheel_tree, LDFLAGS="-static-libstdc++")
+    code = """
+import charlm, torch
+try:
+    charlm.functional.embedding(torch.tensor([[0, 3]]), torch.zeros(3, 2))
+except IndexError as error:
+    print(error)
+"""
+    assert python(code, tmp_path).stdout.strip() == "index 3 at position (0, 1) is out of range for 3 embeddings"
+
+
+@pytest.mark.exhaustive
 def test_wheel_installs_the_command(site):
     printed = run(site / "bin" / "charlm", "info", cwd=site.parent, PYTHONPATH=str(site)).stdout
     assert torch.__version__ in printed
@@ -369,6 +382,12 @@ def test_a_changed_kernel_header_rebuilds_the_object_of_every_instruction_set(wh
     os.utime(wheel_tree / "csrc" / "cpu" / "kernels" / "cross_entropy.h")
     stale = [re.findall(r"-DCHARLM_ISA=(\w+)", run(*ninja, folder / isa, cwd=folder).stdout) for isa in isas]
     assert stale == [[isa] for isa in isas]
+
+
+def test_sources_are_cxx17_which_torch_before_2_13_compiles_as():
+    compiler = os.environ.get("CXX", "c++").split()
+    # The one without torch's headers that uses the standard library.
+    run(*compiler, "-std=c++17", "-fsyntax-only", "-w", "-Icsrc", "csrc/ngrams.cpp", cwd=ROOT)
 
 
 def test_missing_compiler_is_named_with_its_cure(source_tree):
