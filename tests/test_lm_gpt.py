@@ -87,6 +87,15 @@ def test_positions_behind_a_rows_last_target_may_be_left_out(places, reduction, 
     assert computed == [sum(i + 1 for i in last), 30]
 
 
+def test_token_156_is_not_minus_100_where_targets_are_bytes():
+    torch.manual_seed(0)
+    model = GPT(200, T, n_layer=1, n_head=2, n_embd=12)
+    idx, targets = (torch.randint(200, (5, 6), dtype=torch.uint8) for _ in range(2))
+    targets[:, 3:] = 156
+    torch.testing.assert_close(model.loss(idx, targets), model(idx, targets.long())[1])
+    torch.testing.assert_close(model.loss(idx, targets, "none"), model.loss(idx, targets.long(), "none"))
+
+
 def test_no_position_sees_what_lies_behind_it():
     model, idx = gpt(), torch.randint(V, (2, T))
     changed = idx.clone()

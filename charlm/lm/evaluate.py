@@ -11,7 +11,7 @@ from torch import Tensor
 
 from charlm.lm.data import Corpus
 from charlm.lm.errors import UserError
-from charlm.lm.examples import IGNORED, Examples, Sequences
+from charlm.lm.examples import Examples, Sequences, is_asked
 from charlm.lm.models import COUNT_MODELS, LanguageModel
 
 CHUNK = 8192  # predictions at a time: the logits of a chunk stay in cache for most vocabularies
@@ -83,7 +83,7 @@ def surprisals(model: LanguageModel, asked: Examples | Sequences) -> Tensor:
     parts = []
     for idx, targets in asked.chunks(rows):
         losses = model.loss(idx, targets, reduction="none")
-        parts.append(losses[targets != IGNORED] if isinstance(asked, Sequences) else losses)
+        parts.append(losses[is_asked(targets)] if isinstance(asked, Sequences) else losses)
     model.train(training)
     return torch.cat(parts)
 

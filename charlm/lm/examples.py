@@ -103,6 +103,11 @@ class Sequences:
             yield idx, targets
 
 
+def is_asked(targets: Tensor) -> Tensor:
+    """Which targets are not IGNORED; bool, of their shape."""
+    return targets.long() != IGNORED  # in a dtype of one byte -100 and token 156 are the same
+
+
 # ---- one item a line
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import charlm.functional as F
-from charlm.lm.examples import IGNORED
+from charlm.lm.examples import is_asked
 from charlm.lm.models.base import LanguageModel
 from charlm.nn import Embedding
 
@@ -38,10 +38,10 @@ class Packed(NamedTuple):
         """None where that would be all of them, or waiting for a device or a compiler to know them."""
         if not targets.is_cpu or torch.compiler.is_compiling():
             return None
-        counted = targets != IGNORED
-        if counted[:, -1].all():
+        asked = is_asked(targets)
+        if asked[:, -1].all():
             return None
-        needed = counted.flip(1).cumsum(1).flip(1) > 0  # nothing before a target may be left out
+        needed = asked.flip(1).cumsum(1).flip(1) > 0  # nothing before a target may be left out
         return cls(needed.flatten().nonzero().flatten(), tuple(targets.shape))
 
     def pack(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import charlm.functional as F
-from charlm.lm.examples import IGNORED, Examples
+from charlm.lm.examples import Examples, is_asked
 from charlm.lm.models.base import LanguageModel, reduced
 from charlm.lm.models.ngram import NGram
 
@@ -61,7 +61,7 @@ class Mixture(LanguageModel):
         if self.training:
             return self.network.loss(idx, targets, reduction)
         contexts = self._contexts(idx, every=targets.dim() == 2)
-        asked = targets.flatten() != IGNORED
+        asked = is_asked(targets.flatten())
         counted = self.ngram.loss(contexts[asked], targets.flatten()[asked], reduction="none")  # (N,) of those asked
         alone = self.network.loss(idx, targets, reduction="none").flatten()[asked]
         losses = -_half_of_each(-alone.double(), -counted)
