@@ -170,10 +170,12 @@ class GPT(LanguageModel):
 
     def embed(self, idx: Tensor, start: int = 0, packed: Packed | None = None) -> Tensor:
         """What the blocks begin with: (B, t), at positions start, start + 1, … → (B, t, D), or (n, D) if packed."""
-        positions = self.position.weight[start : start + idx.shape[1]]  # (t, D)
-        if packed is None:
-            return self.dropout(self.embedding(idx) + positions)
-        return self.dropout(self.embedding(packed.pack(idx)) + self.position(packed.where % idx.shape[1]))
+        if packed is not None:
+            return self.dropout(self.embedding(packed.pack(idx)) + self.position(packed.where % idx.shape[1]))
+        positions = self.position.weight  # (block_size, D)
+        if idx.shape[1] < self.block_size:
+            positions = positions[start : start + idx.shape[1]]  # (t, D)
+        return self.dropout(self.embedding(idx).add_(positions))
 
     def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """What the blocks end in: hidden (…, D), targets (…) → () or, with "none", (…)."""
