@@ -7,7 +7,7 @@
 #include "entropy_rows.h"
 #include "gemm_tiles.h"
 #include "kernels.h"
-#include "kl_div_rows.h"
+#include "kl_div_columns.h"
 
 #define CHARLM_CONCAT_(a, b) a##b
 #define CHARLM_CONCAT(a, b) CHARLM_CONCAT_(a, b)

@@ -30,7 +30,7 @@ CHARLM_INLINE Vec<C> log_of_probability(Vec<C> x) {
   return select<C>(x > 0, y, select<C>(x == 0, broadcast<C>(-INFINITY), broadcast<C>(NAN)));
 }
 
-// One of the two rows, read as u and w.
+// One of the two rows, or of the two sides of rows turned around, read as u and w.
 template <class T, Distribution kKind>
 class KlDivSide {
   using C = Compute<T>;
@@ -40,7 +40,7 @@ class KlDivSide {
   static constexpr bool kIsLogits = kKind == Distribution::kLogits;
 
   // `max`: of logits; else 0.
-  KlDivSide(const T* x, C max) : x_(x), reference_(max == -INFINITY ? C(0) : max) {}
+  KlDivSide(const T* x, V max) : x_(x), reference_(select<C>(max == -INFINITY, V{}, max)) {}
 
   // u and w of K vectors from class c on; past the end of a row -inf and 0.
   template <int K, class Width>
@@ -61,7 +61,53 @@ class KlDivSide {
   static constexpr C kLargestExponent = sizeof(C) == sizeof(float) ? C(88) : C(709);
 
   const T* x_;
-  C reference_;
+  V reference_;
+};
+
+template <class C>
+CHARLM_INLINE Vec<C> finite(Vec<C> u) {
+  return max<C>(broadcast<C>(-kFar<C>), u);  // NaN stays
+}
+
+// D_c of the most probable class, where it is a number, of u^q_c: u^p_c is 0.
+template <class C>
+CHARLM_INLINE Vec<C> centre_of(Vec<C> u_q) {
+  const Mask<C> above = u_q > -kFar<C>, below = u_q < INFINITY;
+  return select<C>(above & below, Vec<C>{} - u_q, Vec<C>{});
+}
+
+// What the gradients are made of, the same for all classes of a row.
+template <class C, Distribution kP, Distribution kQ>
+struct KlDivFactors {
+  using V = Vec<C>;
+  static constexpr bool kOfLogits = kP == Distribution::kLogits;
+
+  V g, centre, offset, mass, p_factor, q_factor, ratio;
+
+  KlDivFactors(V grad_output, V p_sum, V q_sum, V row_mass, V row_centre, V row_offset)
+      : g(grad_output),
+        centre(row_centre),
+        offset(row_offset),
+        mass(row_mass),
+        p_factor(grad_output / p_sum),
+        q_factor(grad_output / q_sum),
+        ratio(q_sum / p_sum) {}
+
+  V of_p(V u, V w, V u_q) const {
+    const V difference = finite<C>(u) - finite<C>(u_q), inner = (difference - centre) + offset;
+    if constexpr (kOfLogits) return select<C>(offset == -INFINITY, V{}, (w * p_factor) * inner);
+    V value = kP == Distribution::kProbs ? inner * g : (w * p_factor) * inner;
+    if constexpr (kP == Distribution::kProbs) value = select<C>(w == 0, V{}, value);
+    return select<C>(difference > kFar<C> / 2, V{}, value);
+  }
+
+  V of_q(V w, V w_q) const {
+    // Exactly 0 where p = q, however it is contracted.
+    if constexpr (kQ == Distribution::kLogits) return (w_q * mass - w * ratio) * q_factor;
+    const V value = V{} - w * p_factor;
+    if constexpr (kQ == Distribution::kProbs) return select<C>(w_q == 0, V{}, value / w_q);
+    return value;
+  }
 };
 
 template <class T, Distribution kP, Distribution kQ>
@@ -83,9 +129,13 @@ class KlDivRow {
     C q_max = 0, centre = 0;
     if constexpr (P::kIsLogits) p_largest = largest_of(p_, n_classes);
     if constexpr (Q::kIsLogits) q_max = max_of(q_, n_classes);
-    const P p(p_, p_largest.value);
-    const Q q(q_, q_max);
-    if constexpr (P::kIsLogits) centre = centre_at(p_largest.index, q);
+    const P p(p_, broadcast(p_largest.value));
+    const Q q(q_, broadcast(q_max));
+    if constexpr (P::kIsLogits) {
+      V u[1], w[1];
+      q.read(p_largest.index, Part{1}, u, w);
+      centre = centre_of<C>(u[0])[0];
+    }
     C p_sum = 0, q_sum = 0, cross = 0, farthest = 0;
     for_each_chunk<C>(n_classes, [&](int64_t begin, int64_t size) {
       V p_sums[2] = {}, q_sums[2] = {}, crosses[2] = {}, far{};
@@ -94,7 +144,7 @@ class KlDivRow {
         p.read(begin + i, width, u, w);
         q.read(begin + i, width, u_q, w_q);
         for (int k = 0; k < K; k++) {
-          const V difference = finite(u[k]) - finite(u_q[k]);
+          const V difference = finite<C>(u[k]) - finite<C>(u_q[k]);
           p_sums[k] += w[k];
           if constexpr (Q::kIsLogits) q_sums[k] += w_q[k];
           crosses[k] += w[k] * (difference - centre);
@@ -118,14 +168,13 @@ class KlDivRow {
   }
 
   CHARLM_NOINLINE void backward() const {
-    const C g = rows_.grad_output[n_], p_factor = g / rows_.p_sum[n_], offset = rows_.offset[n_],
-            centre = rows_.centre[n_];
-    const C ratio = rows_.q_sum[n_] / rows_.p_sum[n_], mass = rows_.mass[n_], q_factor = g / rows_.q_sum[n_];
+    const auto of_row = [this](const C* x) { return broadcast(x[n_]); };
+    const KlDivFactors<C, kP, kQ> factors(of_row(rows_.grad_output), of_row(rows_.p_sum), of_row(rows_.q_sum),
+                                          of_row(rows_.mass), of_row(rows_.centre), of_row(rows_.offset));
     T* const p_grad = rows_.p_grad ? rows_.p_grad + n_ * rows_.n_classes : nullptr;
     T* const q_grad = rows_.q_grad ? rows_.q_grad + n_ * rows_.n_classes : nullptr;
-    const P p(p_, rows_.p_max[n_]);
-    const Q q(q_, rows_.q_max[n_]);
-    const bool p_is_infinite = P::kIsLogits && offset == -INFINITY;
+    const P p(p_, of_row(rows_.p_max));
+    const Q q(q_, of_row(rows_.q_max));
     for_each_vectors<C, 2>(rows_.n_classes, [&]<int K>(int64_t c, auto width, Count<K>) {
       prefetch<K * kLanes<C> * sizeof(T)>(p_ + c + kAhead<T>);
       prefetch<K * kLanes<C> * sizeof(T)>(q_ + c + kAhead<T>);
@@ -133,91 +182,17 @@ class KlDivRow {
       p.read(c, width, u, w);
       q.read(c, width, u_q, w_q);
       for (int k = 0; p_grad && k < K; k++) {
-        const V difference = finite(u[k]) - finite(u_q[k]), inner = (difference - centre) + offset;
-        V value = kP == Distribution::kProbs ? inner * g : (w[k] * p_factor) * inner;
-        if constexpr (kP == Distribution::kProbs) value = select<C>(w[k] == 0, V{}, value);
-        if constexpr (!P::kIsLogits) value = select<C>(difference > kFar<C> / 2, V{}, value);
-        store(p_grad + c + k * kLanes<C>, p_is_infinite ? V{} : value, width);
+        store(p_grad + c + k * kLanes<C>, factors.of_p(u[k], w[k], u_q[k]), width);
       }
-      for (int k = 0; q_grad && k < K; k++) {
-        V value;
-        if constexpr (kQ == Distribution::kLogits) {
-          value = (w_q[k] * mass - w[k] * ratio) * q_factor;  // exactly 0 where p = q, however it is contracted
-        } else {
-          value = V{} - w[k] * p_factor;
-          if constexpr (kQ == Distribution::kProbs) value = select<C>(w_q[k] == 0, V{}, value / w_q[k]);
-        }
-        store(q_grad + c + k * kLanes<C>, value, width);
-      }
+      for (int k = 0; q_grad && k < K; k++) store(q_grad + c + k * kLanes<C>, factors.of_q(w[k], w_q[k]), width);
     });
   }
 
  private:
-  static V finite(V u) { return max<C>(broadcast<C>(-kFar<C>), u); }  // NaN stays
-
-  // D_c of the most probable class c, if it is a number: u^p_c is 0.
-  C centre_at(int64_t c, const Q& q) const {
-    V u[1], w[1];
-    q.read(c, Part{1}, u, w);
-    return u[0][0] > -kFar<C> && u[0][0] < INFINITY ? -u[0][0] : C(0);
-  }
-
   const KlDivRows<T>& rows_;
   const int64_t n_;
   const T* const p_;
   const T* const q_;
 };
-
-// Calls f.template operator()<Row>() with the row type that these kinds need.
-template <class T, class F>
-void with_kl_div_row(const KlDivRows<T>& rows, F&& f) {
-  const auto with_q = [&]<Distribution kP>() {
-    switch (rows.q_kind) {
-      case Distribution::kLogits:
-        return f.template operator()<KlDivRow<T, kP, Distribution::kLogits>>();
-      case Distribution::kLogProbs:
-        return f.template operator()<KlDivRow<T, kP, Distribution::kLogProbs>>();
-      case Distribution::kProbs:
-        return f.template operator()<KlDivRow<T, kP, Distribution::kProbs>>();
-    }
-  };
-  switch (rows.p_kind) {
-    case Distribution::kLogits:
-      return with_q.template operator()<Distribution::kLogits>();
-    case Distribution::kLogProbs:
-      return with_q.template operator()<Distribution::kLogProbs>();
-    case Distribution::kProbs:
-      return with_q.template operator()<Distribution::kProbs>();
-  }
-}
-
-template <class T>
-void kl_div_forward(const KlDivRows<T>& rows, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  using V = Vec<C>;
-  with_kl_div_row(rows, [&]<class Row>() {
-    for (int64_t n = begin; n < end; n++) Row(rows, n).walk();
-  });
-  const bool p_is_logits = rows.p_kind == Distribution::kLogits;
-  // The logarithms of a vector of rows at once.
-  for_each_vector<C>(end - begin, [&](int64_t i, auto width) {
-    const int64_t n = begin + i;
-    const V p_sum = load(rows.p_sum + n, width, C(1)), q_sum = load(rows.q_sum + n, width, C(1));
-    const V mean = load(rows.offset + n, width, C(0)), shift = log<C>(q_sum) - log<C>(p_sum);
-    const V outer = load(rows.centre + n, width, C(0)) + load(rows.mass + n, width, C(0)) * shift;
-    V divergence = mean + outer;
-    divergence = select<C>(divergence < 0, V{}, divergence);                             // of rounding
-    divergence = select<C>((p_sum == 0) | (q_sum == 0), broadcast<C>(NAN), divergence);  // a row of -inf
-    store(rows.offset + n, p_is_logits ? V(V{} - mean) : V(shift + 1), width);
-    store(rows.output + n, divergence, width);
-  });
-}
-
-template <class T>
-void kl_div_backward(const KlDivRows<T>& rows, int64_t begin, int64_t end) {
-  with_kl_div_row(rows, [&]<class Row>() {
-    for (int64_t n = begin; n < end; n++) Row(rows, n).backward();
-  });
-}
 
 }  // namespace charlm::CHARLM_ISA
