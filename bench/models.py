@@ -49,6 +49,7 @@ RUNS = [
     (MAKEMORE, "--type gpt --n-embd 96 --token-noise 0.05 --max-steps 8000 -l 2e-3"),
 ]
 
+COMMAND = "from charlm.cli import main; main()"  # charlm, also where it is not on PATH
 # `charlm train` of a process that has imported all it needs: prints on stderr how long it takes from there on.
 TIMED = """
 import sys, time
@@ -120,7 +121,7 @@ def _run(data: str, flags: str, file: Path | None) -> dict[str, Any]:
 
 
 def _compared(folder: str) -> dict[str, Any]:
-    command = ["charlm", "compare", folder, "--split", "dev", "--json"]
+    command = [sys.executable, "-c", COMMAND, "compare", folder, "--split", "dev", "--json"]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["models"][0]
 
 
