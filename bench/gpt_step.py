@@ -26,6 +26,7 @@ from bench.clock import QUICK, Budget, Clock, Timing
 from bench.measure import WrongResult
 from bench.units import duration
 from charlm.lm.models import GPT
+from charlm.lm.models.gpt import Packed
 
 BATCH, T, LAYERS, HEADS, D = 12, 64, 4, 4, 128
 VOCABULARIES = (65, 222, 444)  # tiny Shakespeare; the range of Python's own source files, by version
@@ -44,12 +45,12 @@ class TorchGPT(GPT):
             ours = getattr(self, name)
             setattr(self, name, nn.Embedding(ours.num_embeddings, ours.embedding_dim))
 
-    def embed(self, idx: Tensor, start: int = 0, packed: Any = None) -> Tensor:
+    def embed(self, idx: Tensor, start: int = 0, packed: Packed | None = None) -> Tensor:
         return super().embed(idx.long(), start, packed)
 
     def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         logits = nn.functional.linear(hidden, self.embedding.weight)
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction=reduction)
+        return nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction=reduction)
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:

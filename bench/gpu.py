@@ -47,6 +47,8 @@ try:
     charlm.functional.embedding(torch.tensor([3]), torch.zeros(3, 2))
 except IndexError as error:
     assert "index 3 at position (0,) is out of range for 3 embeddings" in str(error), error
+else:
+    raise SystemExit("an index out of range raised nothing")
 info = charlm.build_info()
 print(*info["cuda_architectures"] or [info["why_no_cuda"]])
 """

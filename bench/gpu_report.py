@@ -22,10 +22,15 @@ HEADER = """<!-- Written by python -m bench.gpu_report; do not edit. -->
 
 What bench/record_gpu.json holds. GB/s are the fewest bytes that a call has to move, over its time; "of a copy" compares
 them with a device-to-device copy of as many bytes that was sampled in turn; × says how many times faster ours is.
+
+A ≤ stands where most samples of ours may hold time that the GPU waited for Python: an upper bound. There the ratios are
+lower bounds, unless the same is true of the peer: then a question mark stands behind them. A goal that such a number
+does not decide is unproven.
 """
 
 DASH = "–"
 MARKS = {True: "reached", False: "MISSED", None: "unproven"}
+UNSURE = "?"  # behind a ratio to a peer most of whose samples were late
 PEERS = {"eager": "torch", "eager_index": "C[x]", "compile": "compile", "liger": "Liger"}
 
 
@@ -40,8 +45,8 @@ def write(path: Path, text: str) -> None:
 def document() -> str:
     """MEASURED.md: what the record says of itself, and its table."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    remarks = "".join(f"\n{remark}\n" for remark in record["remarks"])
-    return f"{HEADER}{remarks}\n```\n{render(record)}\n```\n"
+    remarks = "".join(f"\n{remark}\n" for remark in record.get("remarks", []))
+    return f"{HEADER}{remarks}\n```\n{render(record)}\n```"
 
 
 def render(record: dict[str, Any]) -> str:
@@ -77,7 +82,7 @@ def _steps(steps: Iterable[dict[str, Any]]) -> str:
 
 
 def _bench(bench: dict[str, Any]) -> str:
-    """× columns: how many times faster than that peer ours is. ≤: most samples may hold time of Python's."""
+    """× columns: how many times faster than that peer ours is."""
     peers = [name for name in PEERS if any(case["times"].get(name) for case in bench["cases"])]
     rows = [["case", "ours", "GB/s", "of a copy", *(f"× {PEERS[name]}" for name in peers), "goals"]]
     rows += [_case(case, peers) for case in bench["cases"]]
@@ -89,22 +94,39 @@ def _case(case: dict[str, Any], peers: list[str]) -> list[str]:
     if case["error"] is not None:
         return [name, "WRONG", *[DASH] * (2 + len(peers)), case["error"]]
     seconds, figures = case["times"]["ours"]["median"], case["figures"]
-    at_most = "≤ " if 2 * case["late"].get("ours", 0) > case["times"]["ours"].get("samples", 0) else ""
     share = figures.get("copy_bandwidth")
-    goals = [f"{goal['figure']} {goal['bound']} {goal['value']:g}: {MARKS[goal['reached']]}" for goal in case["goals"]]
+    goals = [
+        f"{goal['figure']} {goal['bound']} {goal['value']:g}: {MARKS[_reached(case, goal)]}" for goal in case["goals"]
+    ]
     return [
         name,
-        at_most + duration(seconds),
+        f"{'≤ ' if _mostly_late(case, 'ours') else ''}{duration(seconds)}",
         f"{case['bytes'] / seconds / 1e9:.0f}",
         DASH if share is None else f"{100 * share:.0f} %",
-        *(DASH if figures.get(peer) is None else ratio(figures[peer]) for peer in peers),
+        *(
+            DASH if figures.get(peer) is None else ratio(figures[peer]) + UNSURE * _mostly_late(case, peer)
+            for peer in peers
+        ),
         "; ".join(goals),
     ]
 
 
+def _mostly_late(case: dict[str, Any], name: str) -> bool:
+    """Whether most samples of this contender may hold time that the GPU waited for Python."""
+    samples = (case["times"].get(name) or {}).get("samples", 0)
+    return 2 * case["late"].get(name, 0) > samples
+
+
+def _reached(case: dict[str, Any], goal: dict[str, Any]) -> bool | None:
+    """Whether a goal, at least so much, is reached; None where times that are bounds do not tell."""
+    other = "copy" if goal["figure"] == "copy_bandwidth" else goal["figure"]
+    in_doubt = (goal["reached"] and _mostly_late(case, other)) or (not goal["reached"] and _mostly_late(case, "ours"))
+    return None if in_doubt else goal["reached"]
+
+
 def _remarks(bench: dict[str, Any]) -> list[str]:
     lines = [f"device-to-device copy of a gigabyte: {bench['copy_bandwidth'] / 1e9:.0f} GB/s, read and written"]
-    outcomes = [goal["reached"] for case in bench["cases"] for goal in case["goals"]]
+    outcomes = [_reached(case, goal) for case in bench["cases"] for goal in case["goals"]]
     lines.append("goals: " + ", ".join(f"{outcomes.count(value)} {text.lower()}" for value, text in MARKS.items()))
     reasons: dict[str, list[str]] = {}
     for case in bench["cases"]:
@@ -137,4 +159,4 @@ def _columns(rows: list[list[str]], right: Iterable[int]) -> str:
 
 
 if __name__ == "__main__":
-    write(DOCUMENT, document().removesuffix("\n"))
+    write(DOCUMENT, document())

@@ -17,10 +17,27 @@ CORPUS = build_corpus("\n".join(read_text(None).split("\n")[:400]))
 def test_a_share_of_the_tokens_becomes_others_as_frequent_as_they_are(dtype):
     tokens = torch.tensor([0, 0, 0, 1, 1, 3], dtype=dtype)
     noise = TokenNoise(0.3, tokens, vocab_size=5)
-    noised = noise(torch.full((200, 500), 4, dtype=dtype))
-    assert noised.dtype == dtype
-    shares = torch.bincount(noised.flatten(), minlength=5) / noised.numel()
-    torch.testing.assert_close(shares, torch.tensor([0.15, 0.1, 0.0, 0.05, 0.7]), atol=0.01, rtol=0)
+    for token, expected in ((4, [0.15, 0.1, 0.0, 0.05, 0.7]), (0, [0.85, 0.1, 0.0, 0.05, 0.0])):  # 0 may be drawn too
+        noised = noise(torch.full((200, 500), token, dtype=dtype))
+        assert noised.dtype == dtype
+        shares = torch.bincount(noised.flatten(), minlength=5) / noised.numel()
+        torch.testing.assert_close(shares, torch.tensor(expected), atol=0.01, rtol=0)
+
+
+def test_targets_stay(tmp_path):
+    config = Config(block_size=3, n_embd=4, n_hidden=16, batch_size=64)
+    seen = []
+
+    def loss_of(idx, targets):
+        seen.append((idx, targets))
+        return torch.zeros((), requires_grad=True)
+
+    for noise in (None, TokenNoise(0.5, CORPUS.examples("train", 1).targets, len(CORPUS.vocabulary))):
+        trainer = Trainer(config, CORPUS, tmp_path)
+        trainer._backward(loss_of, CORPUS.examples("train", 3), noise)
+    (idx, targets), (noised, the_same) = seen
+    assert torch.equal(targets, the_same)
+    assert 0.2 < (idx != noised).float().mean() < 0.6
 
 
 def test_it_is_part_of_training_and_not_of_what_is_reported(tmp_path):

@@ -62,7 +62,7 @@ def train(
     batch_norm: Annotated[bool, option(MODEL, "Batch norm before the mlp's tanh.")] = DEFAULT.batch_norm,
     dropout: Annotated[float, option(MODEL, "Share of hidden units dropped.", by_type="dropout")] = DEFAULT.dropout,
     token_noise: Annotated[
-        float, option(TRAINING, "Share of the tokens seen that others replace.")
+        float, option(TRAINING, "Share of the tokens seen that are drawn anew.")
     ] = DEFAULT.token_noise,
     mix_ngram: Annotated[
         int, option(MODEL, "Order of an n-gram averaged with the network; 0: none.")

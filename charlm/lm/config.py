@@ -56,9 +56,9 @@ class Config:
     type:          a key of `charlm.lm.models.MODELS`.
     n_layer, n_head: blocks of the GPT, and attention heads of each.
     dropout:       share of hidden units dropped in training.
-    token_noise:   share of the tokens that a network sees in training which others take the place of, drawn as often as
-                   they occur (unigram noising, Xie et al. 2017, "Data Noising as Smoothing in Neural Network Language
-                   Models"); the targets stay.
+    token_noise:   share of the tokens before a target, padding included, that a network in training sees drawn anew, as
+                   often as they occur (unigram noising, Xie et al. 2017, "Data Noising as Smoothing in Neural Network
+                   Language Models").
     mix_ngram:     order of a Kneser–Ney n-gram whose probabilities are averaged with the network's; 0 for none.
     order:         length of an n-gram model's longest n-gram; its block_size is order - 1, whatever is given.
     smoothing:     of the n-gram model: "kneser-ney" or "add-k".

@@ -1,6 +1,6 @@
 """Training: a tight loop over random batches, and everything needed to stop and go on exactly.
 
-After step s the state is: weights, optimizer state, two generators' states (batches; dropout), the loss
+After step s the state is: weights, optimizer state, two generators' states (batches; dropout and noise), the loss
 summed since the last line, and the best weights so far. A batch is a pure function of the batch generator's
 state. So a run that is resumed has, bit for bit, the losses of one that never stopped (on one machine, with
 one number of threads).
@@ -99,7 +99,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 class TokenNoise:
-    """Replaces a share of tokens by others, which are drawn as often as they stand in `tokens` (N,)."""
+    """Draws a share of the tokens anew, as often as they stand in `tokens` (N,)."""
 
     def __init__(self, share: float, tokens: Tensor, vocab_size: int) -> None:
         self.share = share
@@ -134,7 +134,7 @@ class Trainer:
         with self._own_randomness():
             torch.manual_seed(config.seed)
             self.model = build_model(**self.model_config).to(self.device)
-            self.random_state = self._get_random_state()  # dropout's, outside of `run`
+            self.random_state = self._get_random_state()  # dropout's and noise's, outside of `run`
         if isinstance(self.model, Mixture) and resumed is None:
             self.model.fit(corpus.examples("train", self.model.ngram.block_size).to(self.device))
         self.batches = torch.Generator().manual_seed(config.seed)
@@ -336,7 +336,7 @@ class Trainer:
     def _dev(self) -> Examples | Sequences:
         return predictions(self.model, self.corpus, "dev").to(self.device)
 
-    # ---- torch's global generators, which dropout draws from
+    # ---- torch's global generators, which dropout and noise draw from
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
