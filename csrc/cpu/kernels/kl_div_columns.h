@@ -134,7 +134,9 @@ void kl_div_forward(const KlDivRows<T>& rows, int64_t begin, int64_t end) {
   for_each_vector<C>(end - begin, [&](int64_t i, auto width) {
     const int64_t n = begin + i;
     const V p_sum = load(rows.p_sum + n, width, C(1)), q_sum = load(rows.q_sum + n, width, C(1));
-    const V mean = load(rows.offset + n, width, C(0)), shift = log<C>(q_sum) - log<C>(p_sum);
+    const V mean = load(rows.offset + n, width, C(0));
+    const Mask<C> known = (p_sum == p_sum) & (q_sum == q_sum);  // log is of numbers only
+    const V shift = select<C>(known, V(log<C>(q_sum) - log<C>(p_sum)), broadcast<C>(NAN));
     const V outer = load(rows.centre + n, width, C(0)) + load(rows.mass + n, width, C(0)) * shift;
     V divergence = mean + outer;
     divergence = select<C>(divergence < 0, V{}, divergence);                             // of rounding
