@@ -115,11 +115,11 @@ def _calls(vocabulary: int) -> tuple[Calls, Calls]:
 
 
 def _ends(model: GPT, idx: Tensor, targets: Tensor, hidden: Tensor, gradient: Tensor) -> Callable[[], None]:
-    """What lies before the blocks and behind the norm, forward and backward; gradient: of the embedded rows."""
+    """What lies before the blocks and behind the norm, forward and, at once as in a step, backward; gradient: of the
+    embedded rows."""
 
     def both() -> None:
-        model.embed(idx).backward(gradient)
-        model.loss_of(hidden, targets).backward()
+        torch.autograd.backward((model.embed(idx), model.loss_of(hidden, targets)), (gradient, None))
 
     return _without_gradients(both, [hidden, model.embedding.weight, model.position.weight])
 

@@ -81,7 +81,7 @@ def wheel_tree(sdist, tmp_path_factory):
     """The unpacked sdist, after a wheel was built in it (into its folder wheels/)."""
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not in 3.11.2
     (tree,) = folder.iterdir()
     command = [
         sys.executable,

@@ -239,8 +239,8 @@ class Trainer:
         train, dev = rows("train", config.block_size).to(self.device), self._dev()
         noise = None
         if config.token_noise:
-            tokens = self.corpus.examples("train", block_size=1).targets.to(self.device)
-            noise = TokenNoise(config.token_noise, tokens, model.vocab_size)
+            every = self.corpus.examples("train", block_size=1).targets.to(self.device)
+            noise = TokenNoise(config.token_noise, every, model.vocab_size)
         loss_of = model.loss
         if config.compile:
             loss_of = torch.compile(loss_of, dynamic=model.predicts_every_position)  # rows are as wide as their longest
@@ -274,7 +274,9 @@ class Trainer:
         if not self._is_finished():
             self.save()
 
-    def _backward(self, loss_of: Callable[..., Tensor], train: Examples | Sequences, noise: TokenNoise | None) -> int:
+    def _backward(
+        self, loss_of: Callable[..., Tensor], train: Examples | Sequences, noise: TokenNoise | None = None
+    ) -> int:
         """Adds a step's gradient to the parameters' and its loss to loss_sum; how many tokens it is the mean over."""
         config = self.config
         count = config.batch_size * config.gradient_accumulation_steps
