@@ -18,54 +18,62 @@
 
 #include "cross_entropy_ahead.h"
 #include "cross_entropy_formula.h"
-#include "node.h"
+#include "kernel_node.h"
 
 namespace charlm {
 namespace {
 
 // ------------------------------------------------------------------------------------------------ out of place
 
-struct CrossEntropyBackward final : Node {
-  CrossEntropyOptions options{};
-  SavedVariable input, target, weight, token_weight, normalizer;
-  Tensor grad;  // the logits' gradient for a gradient of the loss of 1, if the forward has made it: given away once
+// A node of cross_entropy: its last options are CrossEntropyOptions, and Derived::of_call takes them as one.
+template <class Derived, class... Before>
+class CrossEntropyNode
+    : public KernelNode<Derived, 5, Before..., int64_t, int64_t, double, double, double, double, bool> {
+ public:
+  enum { kInput, kTarget, kWeight, kTokenWeight, kNormalizer };
 
-  std::string name() const override { return "CrossEntropyBackward"; }
+  void set_options(const CrossEntropyOptions& o, Before... before) {
+    this->options = {before...,          o.reduction, o.ignore_index, o.label_smoothing,
+                     o.lse_square_scale, o.softcap,   o.logit_scale,  o.zero_if_all_ignored};
+  }
 
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor& grad_loss = grads[0];
-    variable_list result(3);  // input, target, weight
-    if (!grad_loss.defined()) return result;
-    Tensor ready = std::exchange(grad, Tensor());
-    const Tensor x = input.unpack(), y = target.unpack();
-    const OptionalTensor w = optional_if_defined(weight.unpack()), t = optional_if_defined(token_weight.unpack());
-    if (at::GradMode::is_enabled()) return differentiable(grad_loss, x, y, w, t);
+  static variable_list gradients(const BackwardCall& call, Before... before, int64_t reduction, int64_t ignore_index,
+                                 double label_smoothing, double lse_square_scale, double softcap, double logit_scale,
+                                 bool zero_if_all_ignored) {
+    return Derived::of_call(
+        call, {reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, zero_if_all_ignored},
+        before...);
+  }
+};
 
-    const Tensor state = normalizer.unpack();
-    if (ready.defined() && is_plain(grad_loss)) {
-      static const RescaleOp op("charlm::cross_entropy_rescale_");
-      at::AutoDispatchBelowADInplaceOrView guard;
-      op(options, ready, grad_loss, x, y, w, t, state);
-      result[0] = ready;
-      return result;
+struct CrossEntropyBackward final : CrossEntropyNode<CrossEntropyBackward> {
+  static constexpr const char* kName = "CrossEntropyBackward";
+
+  Tensor precomputed;  // the logits' gradient for a gradient of the loss of 1, where the forward computed it; used once
+
+  static variable_list of_call(const BackwardCall& call, const CrossEntropyOptions& options) {
+    const Tensor &grad_loss = call.grads[0], x = call.saved(kInput), y = call.saved(kTarget);
+    const OptionalTensor w = call.optional(kWeight), t = call.optional(kTokenWeight);
+    if (at::GradMode::is_enabled()) {
+      raise_recorded_index_error(y);
+      return call.differentiate(cross_entropy_formula(options, x, y, w, t), {x, y, tensor_or_undefined(w)});
     }
-    if (task_should_compute_output(0)) {
+    const Tensor state = call.saved(kNormalizer);
+    variable_list result(3);  // input, target, weight
+    if (call.needs(0)) {
       static const BackwardOp op("charlm::cross_entropy_backward");
       result[0] = op(options, grad_loss, x, y, w, t, state);
     }
     static const BackwardOp target_op("charlm::cross_entropy_target_backward");
-    if (task_should_compute_output(1)) result[1] = target_op(options, grad_loss, x, y, w, t, state);
-    if (task_should_compute_output(2)) {
-      result[2] = weight_gradient(grad_loss, x, y, t, state).to(w->scalar_type());
-    }
+    if (call.needs(1)) result[1] = target_op(options, grad_loss, x, y, w, t, state);
+    if (call.needs(2)) result[2] = weight_gradient(options, grad_loss, x, y, t, state).to(w->scalar_type());
     return result;
   }
 
   // With neither weight nor smoothing, the targets' gradient is -log p times the gradient of each row's loss; the
   // weight's is the sum over rows of that times the (smoothed) targets. In float: it is rounded once, at the end.
-  Tensor weight_gradient(const Tensor& grad_loss, const Tensor& x, const Tensor& y, const OptionalTensor& t,
-                         const Tensor& state) const {
+  static Tensor weight_gradient(const CrossEntropyOptions& options, const Tensor& grad_loss, const Tensor& x,
+                                const Tensor& y, const OptionalTensor& t, const Tensor& state) {
     static const BackwardOp op("charlm::cross_entropy_target_backward");
     CrossEntropyOptions plain = options;
     plain.label_smoothing = 0;
@@ -79,18 +87,22 @@ struct CrossEntropyBackward final : Node {
     return x.dim() == 1 ? grad : grad.movedim(1, -1).reshape_symint({-1, classes}).sum(0);
   }
 
-  // The backward is itself differentiated: torch's formula, by autograd.
-  variable_list differentiable(const Tensor& grad_loss, const Tensor& x, const Tensor& y, const OptionalTensor& w,
-                               const OptionalTensor& t) {
-    raise_recorded_index_error(y);
-    const Tensor loss = cross_entropy_formula(options, x, y, w, t);
-    return differentiable_gradients(*this, loss, grad_loss, {x, y, tensor_or_undefined(w)});
+ private:
+  variable_list backward(const BackwardCall& call) override {
+    Tensor grad = std::exchange(precomputed, Tensor());
+    const Tensor& grad_loss = call.grads[0];
+    if (!grad.defined() || at::GradMode::is_enabled() || !is_plain(grad_loss)) return KernelNode::backward(call);
+    const auto rescale = [&](auto... options) {
+      static const RescaleOp op("charlm::cross_entropy_rescale_");
+      at::AutoDispatchBelowADInplaceOrView guard;
+      op({options...}, grad, grad_loss, call.saved(kInput), call.saved(kTarget), call.optional(kWeight),
+         call.optional(kTokenWeight), call.saved(kNormalizer));
+    };
+    std::apply(rescale, options);
+    return {grad, Tensor(), Tensor()};
   }
 
-  void release_variables() override {
-    for (SavedVariable* saved : {&input, &target, &weight, &token_weight, &normalizer}) saved->reset_data();
-    grad.reset();
-  }
+  void release_precomputed() override { precomputed.reset(); }
 };
 
 void check_no_derivative(const Tensor& target, const Tensor& input, const OptionalTensor& weight,
@@ -130,16 +142,12 @@ LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor
   if (requires_grad(input) && !requires_grad(target) && !requires_grad(weight) && may_go_ahead(options, input)) {
     static const ForwardBackwardOp op_with_gradient("charlm::cross_entropy_forward_backward");
     at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(loss, normalizer, node->grad) = op_with_gradient(options, input, target, weight, token_weight);
+    std::tie(loss, normalizer, node->precomputed) = op_with_gradient(options, input, target, weight, token_weight);
   } else {
     std::tie(loss, normalizer) = below_autograd();
   }
-  node->options = options;
-  node->input = SavedVariable(input, false);
-  node->target = SavedVariable(target, false);
-  if (weight) node->weight = SavedVariable(*weight, false);
-  if (token_weight) node->token_weight = SavedVariable(*token_weight, false);
-  node->normalizer = SavedVariable(normalizer, false);
+  node->set_options(options);
+  node->save(input, target, weight, token_weight, normalizer);
   torch::autograd::set_history(loss, node);
   return {loss, normalizer};
 }
@@ -149,32 +157,24 @@ LossAndNormalizer cross_entropy(const CrossEntropyOptions& options, const Tensor
 // The history of logits whose memory is, or will be, their gradient: nothing may be differentiated through it.
 struct OverwrittenLogitsBackward final : Node {
   std::string name() const override { return "OverwrittenLogitsBackward"; }
+  variable_list apply(variable_list&&) override { refuse(); }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override { refuse(); }
 
-  variable_list apply(variable_list&&) override {
+  [[noreturn]] static void refuse() {
     TORCH_CHECK(false,
                 "these logits were given to cross_entropy(inplace=...), which turns their memory into their gradient: "
                 "nothing else can be differentiated through them. Use inplace=None.");
+    throw;  // not reached: tells the compiler that the check above does not return
   }
 };
 
-// Hands on the gradient that lies, or is to be written, in the memory of the logits.
-struct CrossEntropyInplaceBackward final : Node {
-  CrossEntropyOptions options{};
-  bool written_by_forward = false;
-  bool used = false;
-  SavedVariable logits, target, weight, token_weight, normalizer;
+// Hands on the gradient that is in the logits' memory (written_by_forward), or writes it there.
+struct CrossEntropyInplaceBackward final : CrossEntropyNode<CrossEntropyInplaceBackward, bool> {
+  static constexpr const char* kName = "CrossEntropyInplaceBackward";
 
-  std::string name() const override { return "CrossEntropyInplaceBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    TORCH_CHECK(!used, "cross_entropy(inplace=...) can go backward only once: its logits are gone. Use inplace=None.");
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "cross_entropy(inplace=...) has no double backward (create_graph=True): use inplace=None.");
-    const Tensor& grad_loss = grads[0];
-    variable_list result(1);
-    if (!grad_loss.defined()) return result;
-    Tensor memory = logits.unpack();
-    used = true;
+  static variable_list of_call(const BackwardCall& call, const CrossEntropyOptions& options, bool written_by_forward) {
+    const Tensor& grad_loss = call.grads[0];
+    Tensor memory = call.saved(kInput);
     if (written_by_forward) {
       static const auto scale = c10::Dispatcher::singleton()
                                     .findSchemaOrThrow("charlm::cross_entropy_scale_grad_", "")
@@ -183,16 +183,34 @@ struct CrossEntropyInplaceBackward final : Node {
       scale.call(memory, grad_loss);
     } else {
       static const InplaceBackwardOp op("charlm::cross_entropy_backward_");
-      op(options, memory, grad_loss, target.unpack(), optional_if_defined(weight.unpack()),
-         optional_if_defined(token_weight.unpack()), normalizer.unpack());
+      op(options, memory, grad_loss, call.saved(kTarget), call.optional(kWeight), call.optional(kTokenWeight),
+         call.saved(kNormalizer));
     }
-    result[0] = memory;
-    return result;
+    return {memory};
   }
 
-  void release_variables() override {
-    for (SavedVariable* saved : {&logits, &target, &weight, &token_weight, &normalizer}) saved->reset_data();
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    use();
+    KernelNode::compiled_args(args);
   }
+
+ private:
+  variable_list backward(const BackwardCall& call) override {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "cross_entropy(inplace=...) has no double backward (create_graph=True): use inplace=None.");
+    use();
+    return KernelNode::backward(call);
+  }
+
+  bool is_traceable() const override { return false; }
+
+  // Once: backward is in the memory that it reads.
+  void use() const {
+    TORCH_CHECK(!used_, "cross_entropy(inplace=...) can go backward only once: its logits are gone. Use inplace=None.");
+    used_ = true;
+  }
+
+  mutable bool used_ = false;  // compiled autograd collects a node's state, which is const there, before it runs
 };
 
 constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
@@ -231,14 +249,11 @@ LossAndNormalizer cross_entropy_inplace(const CrossEntropyOptions& options, Tens
     at::AutoDispatchBelowAutograd guard;  // ADInplaceOrView comes next: it counts the new version of the logits
     return op(options, input, target, weight, token_weight);
   }();
-  node->options = options;
-  node->written_by_forward = written_by_forward;
-  node->logits = SavedVariable(input.detach(), false);
-  if (!written_by_forward) {
-    node->target = SavedVariable(target, false);
-    if (weight) node->weight = SavedVariable(*weight, false);
-    if (token_weight) node->token_weight = SavedVariable(*token_weight, false);
-    node->normalizer = SavedVariable(normalizer, false);
+  node->set_options(options, written_by_forward);
+  if (written_by_forward) {
+    node->save(input.detach(), Tensor(), Tensor(), Tensor(), Tensor());
+  } else {
+    node->save(input.detach(), target, weight, token_weight, normalizer);
   }
   torch::autograd::set_history(loss, node);
   torch::autograd::rebase_history(input, overwritten);

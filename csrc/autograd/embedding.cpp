@@ -13,7 +13,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include "node.h"
+#include "kernel_node.h"
 
 namespace charlm {
 namespace {
@@ -21,31 +21,29 @@ namespace {
 using Forward = Tensor(const Tensor&, const Tensor&, int64_t, bool, bool);
 using Backward = Tensor(const Tensor&, const Tensor&, c10::SymInt, int64_t, bool);
 
-struct EmbeddingBackward final : Node {
-  SavedVariable indices;
-  c10::SymInt num_embeddings;
-  int64_t padding_idx = -1;
-  bool scale_grad_by_freq = false;
-  bool sparse = false;
+struct EmbeddingBackward final : KernelNode<EmbeddingBackward, 1, c10::SymInt, int64_t, bool, bool> {
+  static constexpr const char* kName = "EmbeddingBackward";
 
-  std::string name() const override { return "EmbeddingBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    if (!grads[0].defined()) return variable_list(1);
-    const Tensor index = indices.unpack();
+  static variable_list gradients(const BackwardCall& call, const c10::SymInt& num_embeddings, int64_t padding_idx,
+                                 bool scale_grad_by_freq, bool sparse) {
+    const Tensor& grad = call.grads[0];
+    const Tensor index = call.saved(0);
     if (sparse) {
-      return {at::embedding_backward_symint(grads[0], index.to(at::kLong), num_embeddings, padding_idx,
-                                            scale_grad_by_freq, sparse)};
+      return {at::embedding_backward_symint(grad, index.to(at::kLong), num_embeddings, padding_idx, scale_grad_by_freq,
+                                            sparse)};
     }
-    if (at::GradMode::is_enabled()) return {differentiable(grads[0], index.to(at::kLong))};
+    if (at::GradMode::is_enabled()) {
+      return {differentiable(grad, index.to(at::kLong), num_embeddings, padding_idx, scale_grad_by_freq)};
+    }
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding_backward", "").typed<Backward>();
-    return {op.call(grads[0], index, num_embeddings, padding_idx, scale_grad_by_freq)};
+    return {op.call(grad, index, num_embeddings, padding_idx, scale_grad_by_freq)};
   }
 
   // The backward is itself differentiated: torch's own op. The division by the counts stands outside of it, because
   // its derivative forgets them.
-  Tensor differentiable(const Tensor& grad_output, const Tensor& index) const {
+  static Tensor differentiable(const Tensor& grad_output, const Tensor& index, const c10::SymInt& num_embeddings,
+                               int64_t padding_idx, bool scale_grad_by_freq) {
     raise_recorded_index_error(index);
     Tensor grad = grad_output;
     if (scale_grad_by_freq) {
@@ -56,8 +54,6 @@ struct EmbeddingBackward final : Node {
     }
     return at::embedding_dense_backward_symint(grad, index, num_embeddings, padding_idx, false);
   }
-
-  void release_variables() override { indices.reset_data(); }
 };
 
 Tensor by_formula(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
@@ -80,11 +76,8 @@ Tensor embedding(const Tensor& weight, const Tensor& indices, int64_t padding_id
   const auto node = make_node<EmbeddingBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(weight));
   Tensor output = below_autograd();
-  node->indices = SavedVariable(indices, false);
-  node->num_embeddings = weight.sym_size(0);
-  node->padding_idx = padding_idx;
-  node->scale_grad_by_freq = scale_grad_by_freq;
-  node->sparse = sparse;
+  node->save(indices);
+  node->options = {weight.sym_size(0), padding_idx, scale_grad_by_freq, sparse};
   torch::autograd::set_history(output, node);
   return output;
 }

@@ -12,7 +12,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
-#include "node.h"
+#include "kernel_node.h"
 
 namespace charlm {
 namespace {
@@ -34,39 +34,26 @@ Tensor embedding_linear_formula(const Tensor& input, const Tensor& embedding_wei
   }
 }
 
-struct EmbeddingLinearNode final : Node {
-  SavedVariable input, embedding_weight, linear_weight, linear_bias, kept;
-  int64_t padding_idx = -1, activation = 0, plan = 0;
+struct EmbeddingLinearNode final : KernelNode<EmbeddingLinearNode, 5, int64_t, int64_t, int64_t> {
+  static constexpr const char* kName = "EmbeddingLinearBackward";
+  enum { kInput, kEmbeddingWeight, kLinearWeight, kLinearBias, kKept };
 
-  std::string name() const override { return "EmbeddingLinearBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor& grad_output = grads[0];
-    if (!grad_output.defined()) return variable_list(3);
-    const std::array<bool, 3> needs = {task_should_compute_output(0), task_should_compute_output(1),
-                                       task_should_compute_output(2)};
-    const Tensor x = input.unpack(), embedding = embedding_weight.unpack(), linear = linear_weight.unpack();
-    if (at::GradMode::is_enabled()) return differentiable(grad_output, x, embedding, linear);
+  static variable_list gradients(const BackwardCall& call, int64_t padding_idx, int64_t activation, int64_t plan) {
+    const Tensor input = call.saved(kInput), embedding = call.saved(kEmbeddingWeight);
+    const Tensor linear = call.saved(kLinearWeight);
+    if (at::GradMode::is_enabled()) {
+      raise_recorded_index_error(input);
+      const OptionalTensor bias = call.optional(kLinearBias);
+      const Tensor output = embedding_linear_formula(input, embedding, linear, bias, padding_idx, activation);
+      return call.differentiate(output, {embedding, linear, tensor_or_undefined(bias)});
+    }
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("charlm::embedding_linear_backward", "")
                                .typed<EmbeddingLinearBackward>();
     auto [grad_embedding, grad_linear, grad_bias] =
-        op.call(grad_output, x, embedding, linear, kept.unpack(), padding_idx, activation, plan, needs);
+        op.call(call.grads[0], input, embedding, linear, call.saved(kKept), padding_idx, activation, plan,
+                {call.needs(0), call.needs(1), call.needs(2)});
     return {grad_embedding, grad_linear, grad_bias};
-  }
-
-  // The backward is itself differentiated.
-  variable_list differentiable(const Tensor& grad_output, const Tensor& x, const Tensor& embedding,
-                               const Tensor& linear) {
-    raise_recorded_index_error(x);
-    const OptionalTensor bias = optional_if_defined(linear_bias.unpack());
-    const Tensor output = embedding_linear_formula(x, embedding, linear, bias, padding_idx, activation);
-    return differentiable_gradients(*this, output, grad_output, {embedding, linear, tensor_or_undefined(bias)});
-  }
-
-  void release_variables() override {
-    for (SavedVariable* saved : {&input, &embedding_weight, &linear_weight, &linear_bias, &kept}) saved->reset_data();
   }
 };
 
@@ -99,16 +86,10 @@ std::tuple<Tensor, Tensor> embedding_linear(const Tensor& input, const Tensor& e
   node->set_next_edges(
       torch::autograd::collect_next_edges(embedding_weight, linear_weight, tensor_or_undefined(linear_bias)));
   auto [output, before] = below_autograd();
-  node->input = SavedVariable(input, false);
-  node->embedding_weight = SavedVariable(embedding_weight, false);
-  node->linear_weight = SavedVariable(linear_weight, false);
-  if (linear_bias) node->linear_bias = SavedVariable(*linear_bias, false);
-  node->padding_idx = padding_idx;
-  node->activation = activation;
-  node->plan = plan;
-  torch::autograd::set_history(output, node);
   // Detached, or the output would hold the node that holds it; its version counter remains the output's.
-  node->kept = SavedVariable(keeps_input(activation) ? before : output.detach(), false);
+  node->save(input, embedding_weight, linear_weight, linear_bias, keeps_input(activation) ? before : output.detach());
+  node->options = {padding_idx, activation, plan};
+  torch::autograd::set_history(output, node);
   return {output, before};
 }
 

@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "node.h"
+#include "kernel_node.h"
 
 namespace charlm {
 namespace {
@@ -23,23 +23,15 @@ Tensor entropy_formula(const Tensor& logits) {
   return entropy.to(logits.scalar_type());
 }
 
-struct EntropyNode final : Node {
-  SavedVariable logits, state;
+struct EntropyNode final : KernelNode<EntropyNode, 2> {
+  static constexpr const char* kName = "EntropyBackward";
 
-  std::string name() const override { return "EntropyBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(1);
-    const Tensor z = logits.unpack();
-    if (at::GradMode::is_enabled()) return differentiable_gradients(*this, entropy_formula(z), grads[0], {z});
+  static variable_list gradients(const BackwardCall& call) {
+    const Tensor logits = call.saved(0);
+    if (at::GradMode::is_enabled()) return call.differentiate(entropy_formula(logits), {logits});
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("charlm::entropy_backward", "").typed<EntropyBackward>();
-    return {op.call(grads[0], z, state.unpack())};
-  }
-
-  void release_variables() override {
-    for (SavedVariable* saved : {&logits, &state}) saved->reset_data();
+    return {op.call(call.grads[0], logits, call.saved(1))};
   }
 };
 
@@ -59,8 +51,7 @@ std::tuple<Tensor, Tensor> entropy(const Tensor& logits) {
   const auto node = make_node<EntropyNode>();
   node->set_next_edges(torch::autograd::collect_next_edges(logits));
   auto [output, state] = below_autograd();
-  node->logits = SavedVariable(logits, false);
-  node->state = SavedVariable(state, false);
+  node->save(logits, state);
   torch::autograd::set_history(output, node);
   return {output, state};
 }

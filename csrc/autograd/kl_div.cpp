@@ -10,7 +10,7 @@
 
 #include <cmath>
 
-#include "node.h"
+#include "kernel_node.h"
 
 namespace charlm {
 namespace {
@@ -41,28 +41,16 @@ Tensor kl_div_formula(const Tensor& given_p, const Tensor& given_q, int64_t p_nu
   return at::where(divergence < 0, divergence - divergence.detach(), divergence).to(given_p.scalar_type());
 }
 
-struct KlDivNode final : Node {
-  SavedVariable p, q, state;
-  int64_t p_kind = 0, q_kind = 0;
+struct KlDivNode final : KernelNode<KlDivNode, 3, int64_t, int64_t> {
+  static constexpr const char* kName = "KlDivBackward";
 
-  std::string name() const override { return "KlDivBackward"; }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(2);
-    const Tensor p_ = p.unpack(), q_ = q.unpack();
-    if (at::GradMode::is_enabled()) {
-      return differentiable_gradients(*this, kl_div_formula(p_, q_, p_kind, q_kind), grads[0], {p_, q_});
-    }
+  static variable_list gradients(const BackwardCall& call, int64_t p_kind, int64_t q_kind) {
+    const Tensor p = call.saved(0), q = call.saved(1);
+    if (at::GradMode::is_enabled()) return call.differentiate(kl_div_formula(p, q, p_kind, q_kind), {p, q});
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("charlm::kl_div_backward", "").typed<KlDivBackward>();
-    auto [p_grad, q_grad] = op.call(grads[0], p_, q_, state.unpack(), p_kind, q_kind,
-                                    {task_should_compute_output(0), task_should_compute_output(1)});
+    auto [p_grad, q_grad] = op.call(call.grads[0], p, q, call.saved(2), p_kind, q_kind, {call.needs(0), call.needs(1)});
     return {p_grad, q_grad};
-  }
-
-  void release_variables() override {
-    for (SavedVariable* saved : {&p, &q, &state}) saved->reset_data();
   }
 };
 
@@ -81,11 +69,8 @@ std::tuple<Tensor, Tensor> kl_div(const Tensor& p, const Tensor& q, int64_t p_ki
   const auto node = make_node<KlDivNode>();
   node->set_next_edges(torch::autograd::collect_next_edges(p, q));
   auto [output, state] = below_autograd();
-  node->p = SavedVariable(p, false);
-  node->q = SavedVariable(q, false);
-  node->state = SavedVariable(state, false);
-  node->p_kind = p_kind;
-  node->q_kind = q_kind;
+  node->save(p, q, state);
+  node->options = {p_kind, q_kind};
   torch::autograd::set_history(output, node);
   return {output, state};
 }

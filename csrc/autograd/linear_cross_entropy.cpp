@@ -15,7 +15,7 @@
 
 #include "cross_entropy_ahead.h"
 #include "cross_entropy_formula.h"
-#include "node.h"
+#include "kernel_node.h"
 
 namespace charlm {
 namespace {
@@ -33,55 +33,34 @@ void scale_grad_(Tensor& grad, const Tensor& factor) {
   op.call(grad, factor);
 }
 
-struct LinearCrossEntropyBackward final : Node {
-  LinearCrossEntropyArguments arguments;  // without its tensors
-  SavedVariable input, linear_weight, target, linear_bias, weight, token_weight;
-  variable_list ready;  // the gradients for a gradient of the loss of 1, if the forward has made them: given away once
+struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward, 6, bool, int64_t, int64_t, int64_t,
+                                                     int64_t, double, double, double, double, bool> {
+  static constexpr const char* kName = "LinearCrossEntropyBackward";
+  enum { kInput, kLinearWeight, kTarget, kLinearBias, kWeight, kTokenWeight };
 
-  explicit LinearCrossEntropyBackward(const LinearCrossEntropyArguments& a)
-      : arguments(a),
-        input(a.input, false),
-        linear_weight(a.linear_weight, false),
-        target(a.target, false),
-        linear_bias(tensor_or_undefined(a.linear_bias), false),
-        weight(tensor_or_undefined(a.weight), false),
-        token_weight(tensor_or_undefined(a.token_weight), false) {
-    arguments.input = arguments.linear_weight = arguments.target = Tensor();
-    arguments.linear_bias = arguments.weight = arguments.token_weight = std::nullopt;
-  }
+  variable_list precomputed;  // for a gradient of the loss of 1, where the forward computed them; used once
 
-  std::string name() const override { return "LinearCrossEntropyBackward"; }
-
-  LinearCrossEntropyArguments unpacked() {
-    LinearCrossEntropyArguments a = arguments;
-    a.input = input.unpack();
-    a.linear_weight = linear_weight.unpack();
-    a.target = target.unpack();
-    a.linear_bias = optional_if_defined(linear_bias.unpack());
-    a.weight = optional_if_defined(weight.unpack());
-    a.token_weight = optional_if_defined(token_weight.unpack());
-    return a;
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const Tensor& grad_loss = grads[0];
-    if (!grad_loss.defined()) return variable_list(3);  // input, linear_weight, linear_bias
-    variable_list made = std::exchange(ready, {});
-    const LinearCrossEntropyArguments a = unpacked();
-    if (at::GradMode::is_enabled()) return differentiable(grad_loss, a);
-
-    at::AutoDispatchBelowADInplaceOrView guard;
-    if (!made.empty() && is_plain(grad_loss)) {
-      for (Tensor& grad : made) {
-        if (grad.defined()) scale_grad_(grad, grad_loss);
-      }
-      return made;
+  template <class... O>
+  static variable_list gradients(const BackwardCall& call, bool unrounded, int64_t block_rows, int64_t gemm,
+                                 O... options) {
+    const LinearCrossEntropyArguments a{call.saved(kInput),
+                                        call.saved(kLinearWeight),
+                                        call.saved(kTarget),
+                                        call.optional(kLinearBias),
+                                        call.optional(kWeight),
+                                        call.optional(kTokenWeight),
+                                        unrounded,
+                                        block_rows,
+                                        gemm,
+                                        {options...}};
+    if (at::GradMode::is_enabled()) {
+      raise_recorded_index_error(a.target);
+      return call.differentiate(by_formula(a), {a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)});
     }
-    const OutputMask mask = {task_should_compute_output(0), task_should_compute_output(1),
-                             a.linear_bias && task_should_compute_output(2)};
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const OutputMask mask = {call.needs(0), call.needs(1), a.linear_bias && call.needs(2)};
     static const LinearGradientsOp op("charlm::linear_cross_entropy_gradients");
-    return only(mask, op(a, grad_loss, mask));
+    return only(mask, op(a, call.grads[0], mask));
   }
 
   static variable_list only(OutputMask mask, const LossAndGradients& all) {
@@ -89,20 +68,19 @@ struct LinearCrossEntropyBackward final : Node {
             mask[2] ? std::get<3>(all) : Tensor()};
   }
 
-  // The backward is itself differentiated: torch's formula, by autograd.
-  variable_list differentiable(const Tensor& grad_loss, const LinearCrossEntropyArguments& a) {
-    raise_recorded_index_error(a.target);
-    const Tensor loss = by_formula(a);
-    return differentiable_gradients(*this, loss, grad_loss,
-                                    {a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)});
+ private:
+  variable_list backward(const BackwardCall& call) override {
+    variable_list grads = std::exchange(precomputed, {});
+    if (grads.empty() || at::GradMode::is_enabled() || !is_plain(call.grads[0])) return KernelNode::backward(call);
+    for (size_t i = 0; i < saved.size(); i++) call.saved(i);  // raises if one was modified in place
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (Tensor& grad : grads) {
+      if (grad.defined()) scale_grad_(grad, call.grads[0]);
+    }
+    return grads;
   }
 
-  void release_variables() override {
-    for (SavedVariable* saved : {&input, &linear_weight, &target, &linear_bias, &weight, &token_weight}) {
-      saved->reset_data();
-    }
-    ready.clear();
-  }
+  void release_precomputed() override { precomputed.clear(); }
 };
 
 Tensor linear_cross_entropy(const LinearCrossEntropyArguments& a) {
@@ -120,7 +98,7 @@ Tensor linear_cross_entropy(const LinearCrossEntropyArguments& a) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return op(a);
   }
-  const auto node = make_node<LinearCrossEntropyBackward>(a);
+  const auto node = make_node<LinearCrossEntropyBackward>();
   node->set_next_edges(
       torch::autograd::collect_next_edges(a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)));
   Tensor loss;
@@ -130,11 +108,15 @@ Tensor linear_cross_entropy(const LinearCrossEntropyArguments& a) {
       static const LinearGradientsOp op_with_gradients("charlm::linear_cross_entropy_gradients");
       const LossAndGradients all = op_with_gradients(a, std::nullopt, mask);
       loss = std::get<0>(all);
-      node->ready = LinearCrossEntropyBackward::only(mask, all);
+      node->precomputed = LinearCrossEntropyBackward::only(mask, all);
     } else {
       loss = op(a);
     }
   }
+  node->save(a.input, a.linear_weight, a.target, a.linear_bias, a.weight, a.token_weight);
+  const CrossEntropyOptions& o = a.options;
+  node->options = {a.unrounded,       a.block_rows,       a.gemm,    o.reduction,   o.ignore_index,
+                   o.label_smoothing, o.lse_square_scale, o.softcap, o.logit_scale, o.zero_if_all_ignored};
   torch::autograd::set_history(loss, node);
   return loss;
 }

@@ -61,26 +61,10 @@ inline bool requires_grad(const at::Tensor& t) { return t.defined() && t.require
 inline bool requires_grad(const std::optional<at::Tensor>& t) { return t.has_value() && requires_grad(*t); }
 
 inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
+inline at::Tensor tensor_or_undefined(const at::Tensor& t) { return t; }
 
 inline std::optional<at::Tensor> optional_if_defined(at::Tensor t) {
   return t.defined() ? std::optional<at::Tensor>(std::move(t)) : std::nullopt;
-}
-
-// The gradients of `output`, made by torch's ops of `inputs`, for those inputs that the running backward is to have
-// gradients of; they can be differentiated again.
-inline variable_list differentiable_gradients(const Node& node, const at::Tensor& output, const at::Tensor& grad_output,
-                                              const variable_list& inputs) {
-  variable_list wanted, result(inputs.size());
-  for (size_t i = 0; i < inputs.size(); i++) {
-    if (node.task_should_compute_output(i)) wanted.push_back(inputs[i]);
-  }
-  const auto grads = torch::autograd::grad({output}, wanted, {grad_output}, /*retain_graph=*/true,
-                                           /*create_graph=*/true, /*allow_unused=*/true);
-  size_t next = 0;
-  for (size_t i = 0; i < inputs.size(); i++) {
-    if (node.task_should_compute_output(i)) result[i] = grads[next++];
-  }
-  return result;
 }
 
 }  // namespace charlm
