@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -100,6 +102,14 @@ inline c10::SymDimVector loss_shape(const Tensor& input) {
 // Arithmetic and sums are in float for the half types.
 inline at::ScalarType compute_dtype(const Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// The softcap in the dtype of the arithmetic. One that is too large for it caps nothing, and is 0; one that is too
+// small for it is its smallest normal number, so that it remains a cap, and z / softcap remains a number.
+template <class C>
+C softcap_as(double softcap) {
+  if (!(softcap > 0) || softcap > std::numeric_limits<C>::max()) return 0;
+  return static_cast<C>(std::max(softcap, double{std::numeric_limits<C>::min()}));
 }
 
 // Raises torch's error types for shapes and dtypes that do not fit; the values of targets are not looked at.

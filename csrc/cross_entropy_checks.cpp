@@ -1,4 +1,7 @@
 // Shapes and dtypes of cross_entropy's arguments, refused with the error types that torch uses.
+#include <cmath>
+#include <limits>
+
 #include "checks.h"
 #include "cross_entropy.h"
 
@@ -28,6 +31,13 @@ void check_class_indices(const Tensor& input, const Tensor& target) {
   check_index_dtype(target, "target");
 }
 
+// A finite factor that is infinite in the dtype of the arithmetic would make a NaN of a logit of 0.
+void check_factor(const Tensor& input, double factor, const char* name) {
+  const bool is_float = input.scalar_type() != at::kDouble;
+  TORCH_CHECK_VALUE(!is_float || !std::isfinite(factor) || std::abs(factor) <= std::numeric_limits<float>::max(), name,
+                    " must be finite in torch.float32, the dtype of the arithmetic, got ", factor);
+}
+
 }  // namespace
 
 void check_cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
@@ -35,6 +45,8 @@ void check_cross_entropy(const CrossEntropyOptions& options, const Tensor& input
   TORCH_CHECK(options.reduction >= 0 && options.reduction <= 2, "reduction must be 0, 1 or 2, got ", options.reduction);
   TORCH_CHECK(options.label_smoothing <= 1.0,
               "label_smoothing must be between 0.0 and 1.0. Got: ", options.label_smoothing);
+  check_factor(input, options.logit_scale, "logit_scale");
+  check_factor(input, options.lse_square_scale, "lse_square_scale");
   const bool probabilities = has_probabilities(input, target);
   if (probabilities) check_probabilities(options, target);
   TORCH_CHECK_INDEX(input.dim() > 0, "cross_entropy needs logits with a class dimension, got a 0-d input");

@@ -1,14 +1,6 @@
-// The table of contents: every op's schema, and the module that Python imports.
-#include <torch/extension.h>
-
-#include "cpu/embedding_linear_plan.h"
-#include "cpu/isa.h"
-#include "cross_entropy.h"
-#include "cuda/embedding_linear_plan.h"
-#include "entropy.h"
-#include "kl_div.h"
-#include "linear_cross_entropy.h"
-#include "ngrams_binding.h"
+// The table of contents: every op's schema.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
 
 // The scalar arguments that every cross_entropy schema ends with: CrossEntropyOptions.
 #define CROSS_ENTROPY_OPTIONS                                                                       \
@@ -88,80 +80,8 @@ TORCH_LIBRARY(charlm, m) {
 namespace charlm {
 namespace {
 
-namespace py = pybind11;
-
-// The ops as plain functions: a call costs some microseconds less than through torch.ops.
-Tensor embedding(const Tensor& weight, const Tensor& indices, int64_t padding_idx, bool scale_grad_by_freq,
-                 bool sparse) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("charlm::embedding", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, int64_t, bool, bool)>();
-  return op.call(weight, indices, padding_idx, scale_grad_by_freq, sparse);
-}
-
-Tensor embedding_linear(const Tensor& input, const Tensor& embedding_weight, const Tensor& linear_weight,
-                        const OptionalTensor& linear_bias, int64_t padding_idx, int64_t activation, int64_t plan) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding_linear", "").typed<EmbeddingLinearForward>();
-  return std::get<0>(op.call(input, embedding_weight, linear_weight, linear_bias, padding_idx, activation, plan));
-}
-
-Tensor linear_cross_entropy(const LinearCrossEntropyArguments& arguments) {
-  static const LinearForwardOp op("charlm::linear_cross_entropy");
-  return op(arguments);
-}
-
-Tensor entropy(const Tensor& logits) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::entropy", "").typed<EntropyForward>();
-  return std::get<0>(op.call(logits));
-}
-
-Tensor kl_div(const Tensor& p, const Tensor& q, int64_t p_kind, int64_t q_kind) {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::kl_div", "").typed<KlDivForward>();
-  return std::get<0>(op.call(p, q, p_kind, q_kind));
-}
-
-Tensor cross_entropy(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
-                     const OptionalTensor& weight, const OptionalTensor& token_weight) {
-  static const ForwardOp op("charlm::cross_entropy");
-  return std::get<0>(op(options, input, target, weight, token_weight));
-}
-
-// In place where somebody may go backward; in no_grad and inference mode nothing is written.
-template <const char* kName>
-Tensor cross_entropy_inplace(const CrossEntropyOptions& options, Tensor input, const Tensor& target,
-                             const OptionalTensor& weight, const OptionalTensor& token_weight) {
-  if (!at::GradMode::is_enabled()) return cross_entropy(options, input, target, weight, token_weight);
-  static const InplaceForwardOp op(kName);
-  return std::get<0>(op(options, input, target, weight, token_weight));
-}
-
-// The forward's plan and the backward's, as kAuto chooses them on the tensors' device.
-std::pair<int64_t, int64_t> embedding_linear_plans(const Tensor& input, const Tensor& embedding_weight,
-                                                   const Tensor& linear_weight) {
-  const EmbeddingLinearSizes sizes = embedding_linear_sizes(input, embedding_weight, linear_weight);
-  const bool is_cuda = embedding_weight.is_cuda();
-  return {static_cast<int64_t>(is_cuda ? cuda::choose_plan(sizes) : choose_forward_plan(sizes)),
-          static_cast<int64_t>(is_cuda ? cuda::choose_plan(sizes) : choose_backward_plan(sizes))};
-}
-
-constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
-constexpr char kInplaceBackward[] = "charlm::cross_entropy_inplace_backward";
-
 // On the CPU a bad index is raised by the call itself.
-void synchronize(const Tensor&) {}
-
-bool has_cuda_kernels() {
-#ifdef CHARLM_HAVE_CUDA
-  return true;
-#else
-  return false;
-#endif
-}
-
-std::map<std::string, std::string> build_config() {
-  return {{"compiler", __VERSION__}, {"cxx_standard", std::to_string(__cplusplus)}, {"torch", TORCH_VERSION}};
-}
+void synchronize(const at::Tensor&) {}
 
 }  // namespace
 
@@ -169,24 +89,3 @@ TORCH_LIBRARY_IMPL(charlm, CPU, m) { m.impl("synchronize", &synchronize); }
 TORCH_LIBRARY_IMPL(charlm, Meta, m) { m.impl("synchronize", &synchronize); }
 
 }  // namespace charlm
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using namespace charlm;
-  const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("embedding", &embedding, release);
-  m.def("embedding_linear", &embedding_linear, release);
-  m.def("embedding_linear_plans", &embedding_linear_plans);
-  m.def("linear_cross_entropy", FlatLinear<&linear_cross_entropy>::call, release);
-  m.def("cross_entropy", Flat<&cross_entropy>::call, release);
-  m.def("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace<kInplaceForward>>::call, release);
-  m.def("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace<kInplaceBackward>>::call, release);
-  m.def("entropy", &entropy, release);
-  m.def("kl_div", &kl_div, release);
-  m.def("has_cuda_kernels", &has_cuda_kernels);
-  m.def("compiled_isas", &compiled_isas);
-  m.def("supported_isas", &supported_isas);
-  m.def("cpu_isa", &cpu_isa);
-  m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"));
-  m.def("build_config", &build_config);
-  bind_ngrams(m);
-}

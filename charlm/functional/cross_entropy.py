@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import reference
+from charlm import _checks, reference
 from charlm.reference import CrossEntropyOutput
 
 from .kernels import _C, have_kernels
@@ -112,53 +114,78 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor(1.3863)
     """
-    overridden = has_torch_function_variadic(input, target, weight, token_weight)
-    if overridden or not have_kernels(input, target, weight, token_weight):
-        arguments = {
-            "weight": weight,
-            "size_average": size_average,
-            "ignore_index": ignore_index,
-            "reduce": reduce,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "lse_square_scale": lse_square_scale,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "token_weight": token_weight,
-            "all_ignored": all_ignored,
-            "inplace": inplace,
-            "return_lse": return_lse,
-            "return_entropy": return_entropy,
-            "return_predicted_tokens": return_predicted_tokens,
-            "return_token_accuracy": return_token_accuracy,
-        }
-        if overridden:
-            tensors = (input, target, weight, token_weight)
-            return handle_torch_function(cross_entropy, tensors, input, target, **arguments)
-        return reference.cross_entropy(input, target, **arguments)
+    tensors = (input, target, weight, token_weight)
+    if has_torch_function_variadic(input, target, weight, token_weight):
+        return handle_torch_function(
+            cross_entropy,
+            tensors,
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            token_weight=token_weight,
+            all_ignored=all_ignored,
+            inplace=inplace,
+            return_lse=return_lse,
+            return_entropy=return_entropy,
+            return_predicted_tokens=return_predicted_tokens,
+            return_token_accuracy=return_token_accuracy,
+        )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0, got {softcap}")
-    if all_ignored not in _ALL_IGNORED:
-        raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
-    options = (
-        _reduction.get_enum(reduction),
-        ignore_index,
-        label_smoothing,
-        lse_square_scale,
-        softcap or 0.0,
-        logit_scale,
-        all_ignored == "zero",
+    returns = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
+    if _C is not None and not returns and not (inplace is None and torch.compiler.is_compiling()):
+        # Under torch.compile, a function that cannot be traced: it breaks the graph before logits are overwritten.
+        loss = _C.cross_entropy(
+            *tensors,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            lse_square_scale,
+            softcap,
+            logit_scale,
+            all_ignored,
+            inplace,
+        )
+        if loss is not NotImplemented:
+            return loss
+    has_kernels = have_kernels("cross_entropy", ("input", "target", "weight?", "token_weight?"), tensors)
+    options = CrossEntropyOptions.checked(
+        "cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, all_ignored
     )
-    if not (return_lse or return_entropy or return_predicted_tokens or return_token_accuracy):
-        return _loss(inplace, input, target, weight, token_weight, options)
+    _checks.choice("inplace", inplace, (None, "backward", "forward"))
+    if not has_kernels:
+        return reference.cross_entropy(
+            input,
+            target,
+            weight,
+            reduction=reduction,
+            token_weight=token_weight,
+            inplace=inplace,
+            return_lse=return_lse,
+            return_entropy=return_entropy,
+            return_predicted_tokens=return_predicted_tokens,
+            return_token_accuracy=return_token_accuracy,
+            **options.keywords(),
+        )
+    numbers = options.numbers()
+    if not returns:
+        return torch.ops.charlm.cross_entropy.default(*tensors, *numbers)[0]
     # Before the loss, which may write over the logits.
     lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_metrics.default(
-        input.detach(), target.detach(), *options
+        input.detach(), target.detach(), *numbers
     )
     return CrossEntropyOutput(
-        _loss(inplace, input, target, weight, token_weight, options),
+        cross_entropy(
+            input, target, weight, inplace=inplace, token_weight=token_weight, reduction=reduction, **options.keywords()
+        ),
         lse if return_lse else None,
         entropy if return_entropy else None,
         predicted_tokens if return_predicted_tokens else None,
@@ -166,30 +193,46 @@ def cross_entropy(
     )
 
 
-_ALL_IGNORED = ("nan", "zero")
-_INPLACE = (
-    {}
-    if _C is None
-    else {
-        "backward": _C.cross_entropy_inplace_backward,
-        "forward": _C.cross_entropy_inplace_forward,
-    }
-)
+class CrossEntropyOptions(NamedTuple):
+    """The scalar options of a call, checked: a tensor that was given for one is a number here."""
 
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+    lse_square_scale: float
+    softcap: float  # 0.0: none
+    logit_scale: float
+    all_ignored: str
 
-def _loss(
-    inplace: str | None,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    options: tuple[int, int, float, float, float, float, bool],
-) -> Tensor:
-    if inplace is None:
-        if torch.compiler.is_compiling():
-            return torch.ops.charlm.cross_entropy.default(input, target, weight, token_weight, *options)[0]
-        return _C.cross_entropy(input, target, weight, token_weight, *options)
-    if inplace not in _INPLACE:
-        raise ValueError(f'inplace must be None, "backward" or "forward", got {inplace!r}')
-    # A function that torch.compile cannot trace: it breaks the graph, and the call runs as it does in eager mode.
-    return _INPLACE[inplace](input, target, weight, token_weight, *options)
+    @classmethod
+    def checked(
+        cls,
+        function: str,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        lse_square_scale: float,
+        softcap: float | None,
+        logit_scale: float,
+        all_ignored: str,
+    ) -> CrossEntropyOptions:
+        _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
+        return cls(
+            _checks.reduction_number(reduction),
+            _checks.integer(function, "ignore_index", ignore_index),
+            _checks.number(function, "label_smoothing", label_smoothing),
+            _checks.number(function, "lse_square_scale", lse_square_scale),
+            _checks.softcap_number(function, softcap),
+            _checks.number(function, "logit_scale", logit_scale),
+            all_ignored,
+        )
+
+    def numbers(self) -> tuple[int, int, float, float, float, float, bool]:
+        """What every cross_entropy schema ends with."""
+        return (*self[:-1], self.all_ignored == "zero")
+
+    def keywords(self) -> dict[str, Any]:
+        """The keywords of `cross_entropy`, without the reduction."""
+        keywords = self._asdict()
+        del keywords["reduction"]
+        return keywords | {"softcap": self.softcap or None}

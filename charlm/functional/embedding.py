@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import reference
+from charlm import _checks, reference
 
 from .kernels import _C, have_kernels
 
@@ -62,26 +62,43 @@ def embedding(
             scale_grad_by_freq=scale_grad_by_freq,
             sparse=sparse,
         )
-    if not have_kernels(weight, input):
+    if type(norm_type) is not float:
+        norm_type = _checks.number("embedding", "norm_type", norm_type)
+    if max_norm is not None:
+        return _with_max_norm(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if _C is not None and not torch.compiler.is_compiling():
+        rows = _C.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
+        if rows is not NotImplemented:
+            return rows
+    has_kernels = have_kernels("embedding", ("input", "weight"), (input, weight))
+    scale_grad_by_freq = _checks.boolean("embedding", "scale_grad_by_freq", scale_grad_by_freq)
+    sparse = _checks.boolean("embedding", "sparse", sparse)
+    row = _checks.padding_row("embedding", padding_idx, weight.size(0)) if weight.dim() > 0 else -1
+    if not has_kernels:
+        padding_idx = None if padding_idx is None else row
+        return reference.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
+    return torch.ops.charlm.embedding.default(weight, input, row, scale_grad_by_freq, sparse)
+
+
+def _with_max_norm(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None,
+    max_norm: float,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> Tensor:
+    has_kernels = have_kernels("embedding", ("input", "weight"), (input, weight))
+    max_norm = _checks.number("embedding", "max_norm", max_norm)
+    if not has_kernels:
         return reference.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    row = -1
-    if padding_idx is not None:
-        num_embeddings = weight.size(0)
-        if not -num_embeddings <= padding_idx < num_embeddings:
-            raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
-        row = padding_idx % num_embeddings
-    if max_norm is not None and weight.numel():  # of a table of no numbers torch's kernel reads one: pytorch#195185
-        with torch.no_grad():
-            # embedding_renorm_ scales rows until it meets a bad index: look all of them up first.
-            _embedding(weight, input, row, scale_grad_by_freq, sparse)
-            if weight.is_cuda:
-                # A bad index would end the CUDA context in torch's function, which waits for the device too.
-                torch.ops.charlm.synchronize.default(weight)
+    with torch.no_grad():
+        # embedding_renorm_ scales rows until it meets a bad index: look all of them up first.
+        embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+        if weight.is_cuda:
+            # A bad index would end the CUDA context in torch's function, which waits for the device too.
+            torch.ops.charlm.synchronize.default(weight)
+        if weight.numel():  # of a table of no numbers torch's kernel reads one: pytorch#195185
             torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
-    return _embedding(weight, input, row, scale_grad_by_freq, sparse)
-
-
-def _embedding(weight: Tensor, input: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool) -> Tensor:
-    if torch.compiler.is_compiling():
-        return torch.ops.charlm.embedding.default(weight, input, padding_idx, scale_grad_by_freq, sparse)
-    return _C.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
+    return embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import reference
+from charlm import _checks, reference
 from charlm.reference import EmbeddingLinearOutput
 from charlm.reference.embedding_linear import ACTIVATIONS, PLANS, check_options
 
@@ -74,27 +74,38 @@ def embedding_linear(
                 [2.]])
     """
     tensors = (input, embedding_weight, linear_weight, linear_bias)
-    overridden = has_torch_function_variadic(*tensors)
-    if overridden or not have_kernels(*tensors):
-        keywords = {"padding_idx": padding_idx, "activation": activation, "plan": plan, "return_plan": return_plan}
-        if overridden:
-            return handle_torch_function(embedding_linear, tensors, *tensors, **keywords)
-        return reference.embedding_linear(*tensors, **keywords)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            embedding_linear,
+            tensors,
+            *tensors,
+            padding_idx=padding_idx,
+            activation=activation,
+            plan=plan,
+            return_plan=return_plan,
+        )
     check_options(activation, plan)
-    row = -1
-    if padding_idx is not None:
-        num_embeddings = embedding_weight.size(0)
-        if not -num_embeddings <= padding_idx < num_embeddings:
-            raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
-        row = padding_idx % num_embeddings
-    options = (row, _ACTIVATION_NUMBERS[activation], _PLAN_NUMBERS[plan])
-    if torch.compiler.is_compiling():
-        output = torch.ops.charlm.embedding_linear.default(*tensors, *options)[0]
-    else:
-        output = _C.embedding_linear(*tensors, *options)
+    numbers = (_ACTIVATION_NUMBERS[activation], _PLAN_NUMBERS[plan])
+    output = NotImplemented
+    if _C is not None and not torch.compiler.is_compiling():
+        output = _C.embedding_linear(*tensors, padding_idx, *numbers)
+    if output is NotImplemented:
+        has_kernels = have_kernels("embedding_linear", _TENSORS, tensors)
+        row = -1
+        if embedding_weight.dim() > 0:
+            row = _checks.padding_row("embedding_linear", padding_idx, embedding_weight.size(0))
+        if not has_kernels:
+            padding_idx = None if padding_idx is None else row
+            return reference.embedding_linear(
+                *tensors, padding_idx=padding_idx, activation=activation, plan=plan, return_plan=return_plan
+            )
+        output = torch.ops.charlm.embedding_linear.default(*tensors, row, *numbers)[0]
     if not return_plan:
         return output
     if plan != "auto":
         return EmbeddingLinearOutput(output, plan, plan)
     plans = _C.embedding_linear_plans(input, embedding_weight, linear_weight)
     return EmbeddingLinearOutput(output, PLANS[plans[0]], PLANS[plans[1]])
+
+
+_TENSORS = ("input", "embedding_weight", "linear_weight", "linear_bias?")

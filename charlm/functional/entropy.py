@@ -41,8 +41,10 @@ def entropy(logits: Tensor) -> Tensor:
     """
     if has_torch_function_unary(logits):
         return handle_torch_function(entropy, (logits,), logits)
-    if not have_kernels(logits):
+    if _C is not None and not torch.compiler.is_compiling():
+        result = _C.entropy(logits)
+        if result is not NotImplemented:
+            return result
+    if not have_kernels("entropy", ("logits",), (logits,)):
         return reference.entropy(logits)
-    if torch.compiler.is_compiling():
-        return torch.ops.charlm.entropy.default(logits)[0]
-    return _C.entropy(logits)
+    return torch.ops.charlm.entropy.default(logits)[0]

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any
 
-from charlm import _ext
+import torch
+
+from charlm import _checks, _ext
 
 _C = _ext._C
 _CUDA = _C is not None and _C.has_cuda_kernels()
 
 
-def have_kernels(*tensors: Tensor | None) -> bool:
-    """False sends the call to the reference. What is no tensor gets its TypeError from the compiled module."""
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and not (
-            (tensor.is_cpu or tensor.is_meta or (_CUDA and tensor.is_cuda)) and tensor.layout is torch.strided
-        ):
-            return False
-    return _C is not None
+def have_kernels(function: str, names: Sequence[str], tensors: Sequence[Any]) -> bool:
+    """False sends the call to the reference. TypeError for what is no tensor; a name that ends in "?" may be None."""
+    if _C is not None and not torch.compiler.is_compiling():
+        return _C.have_kernels(function, names, tensors)
+    _checks.tensors(function, names, tensors)
+    return _C is not None and all(tensor is None or _is_known(tensor) for tensor in tensors)
+
+
+def _is_known(tensor: torch.Tensor) -> bool:
+    on_device = tensor.is_cpu or tensor.is_meta or (_CUDA and tensor.is_cuda)
+    return on_device and _checks.is_kernel_tensor(tensor)

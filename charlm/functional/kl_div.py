@@ -57,7 +57,7 @@ def kl_div(p: Tensor, q: Tensor, *, p_kind: str = "logits", q_kind: str = "logit
     """
     if has_torch_function_variadic(p, q):
         return handle_torch_function(kl_div, (p, q), p, q, p_kind=p_kind, q_kind=q_kind)
-    if not have_kernels(p, q):
+    if not have_kernels("kl_divergence", ("p", "q"), (p, q)):
         return reference.kl_div(p, q, p_kind=p_kind, q_kind=q_kind)
     check_kinds(p_kind, q_kind)
     kinds = _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind]

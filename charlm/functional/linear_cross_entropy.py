@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import reference
 from charlm.reference import CrossEntropyOutput
 from charlm.reference.linear_cross_entropy import check_shapes, checked_ignore_index, logits_shape, make_logits
 
-from .cross_entropy import cross_entropy
+from .cross_entropy import CrossEntropyOptions, cross_entropy
 from .kernels import _C, have_kernels
 
 if TYPE_CHECKING:
@@ -112,23 +110,25 @@ def linear_cross_entropy(
         "return_predicted_tokens": return_predicted_tokens,
         "return_token_accuracy": return_token_accuracy,
     }
-    overridden = has_torch_function_variadic(*tensors)
-    if overridden or not have_kernels(*tensors):
-        arguments = {
-            "linear_bias": linear_bias,
-            "weight": weight,
-            "reduction": reduction,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "options": options,
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            linear_cross_entropy,
+            tensors,
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
             **extras,
-        }
-        if overridden:
-            return handle_torch_function(linear_cross_entropy, tensors, input, linear_weight, target, **arguments)
-        return reference.linear_cross_entropy(input, linear_weight, target, **arguments)
+        )
+    has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
     check_shapes(input, linear_weight, linear_bias)
     ignore_index = checked_ignore_index(input, linear_weight, target, ignore_index)
-    if _needs_whole_logits(input, linear_weight, target, weight, token_weight):
+    if not has_kernels or _needs_whole_logits(input, linear_weight, target, weight, token_weight):
         return cross_entropy(
             make_logits(input, linear_weight, linear_bias),
             target,
@@ -138,27 +138,33 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             **extras,
         )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0, got {softcap}")
-    if all_ignored not in ("nan", "zero"):
-        raise ValueError(f'all_ignored must be "nan" or "zero", got {all_ignored!r}')
-    scalars = (
-        _block_rows(options, input, linear_weight),
-        0,  # the dtype of the products: chosen by the op
-        _reduction.get_enum(reduction),
+    block_rows = _block_rows(options, input, linear_weight)
+    returns = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
+    if not returns and not torch.compiler.is_compiling():
+        return _C.linear_cross_entropy(
+            *tensors,
+            block_rows,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            lse_square_scale,
+            softcap,
+            logit_scale,
+            all_ignored,
+        )
+    checked = CrossEntropyOptions.checked(
+        "linear_cross_entropy",
+        reduction,
         ignore_index,
         label_smoothing,
         lse_square_scale,
-        softcap or 0.0,
+        softcap,
         logit_scale,
-        all_ignored == "zero",
+        all_ignored,
     )
-    positional = (input, linear_weight, target, linear_bias, weight, token_weight, False, *scalars)
-    if torch.compiler.is_compiling():
-        loss = torch.ops.charlm.linear_cross_entropy.default(*positional)
-    else:
-        loss = _C.linear_cross_entropy(*positional)
-    if not (return_lse or return_entropy or return_predicted_tokens or return_token_accuracy):
+    scalars = (block_rows, 0, *checked.numbers())  # 0: the op chooses the dtype of the products
+    loss = torch.ops.charlm.linear_cross_entropy.default(*tensors, False, *scalars)
+    if not returns:
         return loss
     lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.linear_cross_entropy_metrics.default(
         *_as_the_loss_saw_them(input, linear_weight, target, linear_bias), None, None, True, *scalars
@@ -170,6 +176,9 @@ def linear_cross_entropy(
         predicted_tokens if return_predicted_tokens else None,
         token_accuracy if return_token_accuracy else None,
     )
+
+
+_TENSORS = ("input", "linear_weight", "target", "linear_bias?", "weight?", "token_weight?")
 
 
 def _needs_whole_logits(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import reference
+from charlm import _checks, reference
 from charlm.reference.surprisal import for_cross_entropy
 
 from .cross_entropy import cross_entropy
@@ -41,7 +41,9 @@ def surprisal(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Te
     """
     if has_torch_function_variadic(logits, target):
         return handle_torch_function(surprisal, (logits, target), logits, target, ignore_index=ignore_index)
-    if not have_kernels(logits, target):
+    has_kernels = have_kernels("surprisal", ("logits", "target"), (logits, target))
+    ignore_index = _checks.integer("surprisal", "ignore_index", ignore_index)
+    if not has_kernels:
         return reference.surprisal(logits, target, ignore_index=ignore_index)
     classes_second, target, dtype = for_cross_entropy(logits, target)
     return cross_entropy(classes_second, target, ignore_index=ignore_index, reduction="none").to(dtype)

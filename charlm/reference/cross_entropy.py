@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -209,6 +210,7 @@ def _weighted_loss(
     if is_index and weight is not None:
         share = weight[torch.where(valid, target.reshape(loss.shape), 0)]
     if lse_square_scale != 0:
+        _check_factor("lse_square_scale", lse_square_scale, z.dtype)
         square = lse_square_scale * z.logsumexp(_class_dim(z)).square().reshape(loss.shape)
         loss = loss + (torch.where(valid, square * share, 0) if is_index else square)
     if token_weight is not None:
@@ -244,11 +246,20 @@ def _computed(input: Tensor) -> Tensor:
 
 def _transformed(input: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
     z = _computed(input)
+    info = torch.finfo(z.dtype)
     if logit_scale != 1:
+        _check_factor("logit_scale", logit_scale, z.dtype)
         z = z * logit_scale
-    if softcap is not None:
+    if softcap is not None and softcap <= info.max:  # a larger one caps nothing
+        softcap = max(softcap, info.tiny)  # a smaller one would be 0 in this dtype
         z = softcap * torch.tanh(z / softcap)
     return z
+
+
+def _check_factor(name: str, factor: float, dtype: torch.dtype) -> None:
+    """ValueError for a finite factor that is infinite in the dtype of the arithmetic: it would make NaN of a 0."""
+    if math.isfinite(factor) and abs(factor) > torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be finite in {dtype}, the dtype of the arithmetic, got {factor}")
 
 
 def _entropy(z: Tensor, class_dim: int) -> Tensor:

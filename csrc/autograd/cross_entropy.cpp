@@ -2,7 +2,6 @@
 // makes the logits' gradient in the same walk, and the backward hands it over. For any other gradient of the loss, and
 // always for float16, the backward makes it from the logits and two numbers per row: nothing is rounded before the
 // scale is known.
-#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
@@ -13,9 +12,9 @@
 #include <torch/library.h>
 
 #include <cmath>
-#include <mutex>
 #include <utility>
 
+#include "../memory_overlap.h"
 #include "cross_entropy_ahead.h"
 #include "cross_entropy_formula.h"
 #include "kernel_node.h"
@@ -213,6 +212,28 @@ struct CrossEntropyInplaceBackward final : CrossEntropyNode<CrossEntropyInplaceB
   mutable bool used_ = false;  // compiled autograd collects a node's state, which is const there, before it runs
 };
 
+// Refuses, before anything is written, logits whose memory cannot become their gradient.
+void check_can_be_overwritten(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                              const OptionalTensor& token_weight) {
+  torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  TORCH_CHECK(!input.retains_grad(),
+              "cross_entropy(inplace=...): these logits retain their gradient (retain_grad()), which would stay None, "
+              "since their memory becomes the gradient. Use inplace=None, or read the logits after backward.");
+  if (!is_plain(input) || input.numel() == 0) return;
+  TORCH_CHECK(is_provably_without_overlap(input), "cross_entropy(inplace=...): logits of shape ", input.sizes(),
+              " and strides ", input.strides(),
+              " may overlap themselves in memory, so that writing one element changes another. Use inplace=None, or "
+              "clone() them first.");
+  const auto check_apart = [&](const OptionalTensor& other, const char* name) {
+    TORCH_CHECK(!other || other->numel() == 0 || Footprint::are_apart(Footprint(input), Footprint(*other)),
+                "cross_entropy(inplace=...): ", name,
+                " may share memory with the logits, which are overwritten. Use inplace=None, or clone() it first.");
+  };
+  check_apart(target, "target");
+  check_apart(weight, "weight");
+  check_apart(token_weight, "token_weight");
+}
+
 constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
 constexpr char kInplaceBackward[] = "charlm::cross_entropy_inplace_backward";
 
@@ -236,8 +257,7 @@ LossAndNormalizer cross_entropy_inplace(const CrossEntropyOptions& options, Tens
   TORCH_CHECK(!requires_grad(target) && !requires_grad(weight),
               "cross_entropy(inplace=...) gives no gradient to probability targets or weight: use inplace=None, or "
               "detach them");
-  torch::autograd::check_inplace(input, /*requires_grad=*/true);
-  at::assert_no_internal_overlap(input);  // an expanded view: two rows would share their memory
+  check_can_be_overwritten(input, target, weight, token_weight);
 
   const auto node = make_node<CrossEntropyInplaceBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(input));

@@ -9,7 +9,9 @@ namespace {
 Tensor transformed(const CrossEntropyOptions& options, const Tensor& input) {
   Tensor z = input.to(compute_dtype(input));
   if (options.logit_scale != 1) z = z * options.logit_scale;
-  return options.softcap > 0 ? (z / options.softcap).tanh() * options.softcap : z;
+  const double softcap =
+      z.scalar_type() == at::kDouble ? softcap_as<double>(options.softcap) : softcap_as<float>(options.softcap);
+  return softcap > 0 ? (z / softcap).tanh() * softcap : z;
 }
 
 // [C] with a dimension for each of `input`, so that it broadcasts along the classes.

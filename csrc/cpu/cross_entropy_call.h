@@ -53,7 +53,7 @@ class CrossEntropyCall {
     rows.label_smoothing = static_cast<C>(std::max(0.0, options.label_smoothing));
     rows.lse_square_scale = static_cast<C>(options.lse_square_scale);
     rows.logit_scale = static_cast<C>(options.logit_scale);
-    rows.softcap = static_cast<C>(options.softcap);
+    rows.softcap = softcap_as<C>(options.softcap);
     rows.weight_sum = static_cast<C>(rows.n_classes);
     if (has_probabilities(input, target)) {
       target_ = as_rows(target.to(input.scalar_type()));

@@ -38,7 +38,7 @@ class Call {
     rows_.label_smoothing = static_cast<C>(std::max(0.0, options.label_smoothing));
     rows_.lse_square_scale = static_cast<C>(options.lse_square_scale);
     rows_.logit_scale = static_cast<C>(options.logit_scale);
-    rows_.softcap = static_cast<C>(options.softcap);
+    rows_.softcap = softcap_as<C>(options.softcap);
     rows_.mean = options.is(Reduction::kMean);
     rows_.zero_if_all_ignored = options.zero_if_all_ignored;
     if (has_probabilities(input, target)) {

@@ -1,0 +1,134 @@
+"""Checks of the arguments of the public functions, and their errors.
+
+The compiled module accepts the common types by itself and calls these functions for everything else, so that eager
+mode, `torch.compile` and the reference accept and refuse the same arguments with the same text.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+_INT64_MAX = torch.iinfo(torch.int64).max
+
+# How to write a call whose option has a gradient, where there is a simple way.
+_WITH_GRADIENT = {
+    "logit_scale": "Scale the logits instead: cross_entropy(x * s, t). ",
+    "softcap": "Cap the logits instead: cross_entropy(c * torch.tanh(x / c), t). ",
+}
+
+
+def tensor(function: str, name: str, value: Any) -> None:
+    """TypeError if `value` is not a Tensor. A name that ends in "?" may be None, as in a schema."""
+    if not (isinstance(value, Tensor) or (value is None and name.endswith("?"))):
+        raise TypeError(f"{function}(): argument {name.rstrip('?')!r} must be Tensor, not {type(value).__name__}")
+
+
+def tensors(function: str, names: Sequence[str], values: Sequence[Any]) -> None:
+    for name, value in zip(names, values, strict=True):
+        tensor(function, name, value)
+
+
+def number(function: str, name: str, value: Any) -> float:
+    """A float, from a number or a 0-d tensor without a gradient."""
+    if isinstance(value, Tensor):
+        value = _constant(function, name, "float", value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{function}(): argument {name!r} must be float, not {type(value).__name__}")
+    return float(value)
+
+
+def integer(function: str, name: str, value: Any) -> int:
+    """An int of 64 bits, from an integer or a 0-d integer tensor without a gradient; bool is refused, as by torch."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{function}(): argument {name!r} must be int, not Tensor of dtype {value.dtype}")
+        value = _constant(function, name, "int", value)
+    if isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{function}(): argument {name!r} must be int, not {type(value).__name__}")
+    if not -_INT64_MAX - 1 <= value <= _INT64_MAX:
+        raise ValueError(f"{function}(): argument {name!r} must fit into 64 bits, got {value}")
+    return int(value)
+
+
+def boolean(function: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}(): argument {name!r} must be bool, not {type(value).__name__}")
+    return value
+
+
+def choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    """ValueError if `value` is none of `choices`."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        shown = ["None" if one is None else f'"{one}"' for one in choices]
+        raise ValueError(f"{name} must be {', '.join(shown[:-1])} or {shown[-1]}, got {value!r}")
+
+
+def reduction_number(reduction: Any) -> int:
+    """torch's number of a reduction: 0 "none", 1 "mean", 2 "sum". ValueError for any other name."""
+    return _reduction.get_enum(reduction)
+
+
+def softcap_number(function: str, softcap: Any) -> float:
+    """0.0 for None."""
+    if softcap is None:
+        return 0.0
+    softcap = number(function, "softcap", softcap)
+    if not softcap > 0:
+        raise ValueError(f"softcap must be > 0, got {softcap}")
+    return softcap
+
+
+def padding_row(function: str, padding_idx: Any, num_embeddings: int) -> int:
+    """The row of `padding_idx`, which may be negative; -1 for None. AssertionError, as torch's, if there is no such."""
+    if padding_idx is None:
+        return -1
+    padding_idx = integer(function, "padding_idx", padding_idx)
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
+    return padding_idx % num_embeddings
+
+
+def is_kernel_tensor(value: Tensor | None) -> bool:
+    """Whether the kernels know the layout and the type of a tensor: see `has_dispatch`."""
+    return value is None or (value.layout is torch.strided and not has_dispatch(value))
+
+
+def has_dispatch(value: Tensor) -> bool:
+    """Whether a tensor's class implements torch's own ops and knows nothing of charlm's (DTensor, quantised weights).
+
+    Fake and functional tensors, with which torch traces, are none of these: they follow an op's Meta kernel.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__ and not isinstance(
+        value, (FakeTensor, FunctionalTensor)
+    )
+
+
+def _constant(function: str, name: str, kind: str, value: Tensor) -> int | float:
+    if value.dim() != 0:
+        raise TypeError(f"{function}(): argument {name!r} must be {kind}, not Tensor of shape {tuple(value.shape)}")
+    reason = None
+    if value.requires_grad:
+        reason = "requires grad"
+    elif torch._C._functorch.is_functorch_wrapped_tensor(value):
+        reason = "is transformed by torch.func"
+    elif torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+        reason = "carries a forward-mode gradient"
+    if reason is not None:
+        raise TypeError(
+            f"{function}(): argument {name!r} must be {kind}, not a Tensor that {reason}: an option has no gradient. "
+            f"{_WITH_GRADIENT.get(name, '')}A constant is {name}.item()."
+        )
+    return value.item()

@@ -1,0 +1,199 @@
+// The Python module charlm._C: each op as a function, which costs some microseconds less than a call through torch.ops,
+// and what Python asks of the build. A function returns NotImplemented for tensors that the kernels do not know.
+#include <torch/extension.h>
+
+#include <map>
+#include <string>
+#include <utility>
+
+#include "cpu/embedding_linear_plan.h"
+#include "cpu/isa.h"
+#include "cross_entropy.h"
+#include "cuda/embedding_linear_plan.h"
+#include "entropy.h"
+#include "kl_div.h"
+#include "linear_cross_entropy.h"
+#include "ngrams_binding.h"
+#include "python_arguments.h"
+
+namespace charlm {
+namespace {
+
+template <class F>
+py::object without_gil(F&& f) {
+  const Tensor result = [&] {
+    const py::gil_scoped_release release;
+    return f();
+  }();
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(result));
+}
+
+py::object not_implemented() { return py::reinterpret_borrow<py::object>(Py_NotImplemented); }
+
+py::object embedding(py::handle weight, py::handle indices, py::handle padding_idx, py::handle scale_grad_by_freq,
+                     py::handle sparse) {
+  PythonArguments arguments("embedding");
+  const Tensor &index = arguments.tensor("input", indices), &table = arguments.tensor("weight", weight);
+  if (!arguments.have_kernels()) return not_implemented();
+  const int64_t row =
+      padding_idx.is_none() || table.dim() == 0 ? -1 : arguments.padding_row(padding_idx, table.size(0));
+  const bool by_freq = arguments.boolean("scale_grad_by_freq", scale_grad_by_freq);
+  const bool is_sparse = arguments.boolean("sparse", sparse);
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("charlm::embedding", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, int64_t, bool, bool)>();
+  return without_gil([&] { return op.call(table, index, row, by_freq, is_sparse); });
+}
+
+// The scalar options of cross_entropy and linear_cross_entropy.
+CrossEntropyOptions cross_entropy_options(const PythonArguments& arguments, py::handle reduction,
+                                          py::handle ignore_index, py::handle label_smoothing,
+                                          py::handle lse_square_scale, py::handle softcap, py::handle logit_scale,
+                                          py::handle all_ignored) {
+  const bool zero = PythonArguments::is(all_ignored, "zero");
+  if (!zero && !PythonArguments::is(all_ignored, "nan")) {
+    PythonArguments::checks("choice")("all_ignored", all_ignored, py::make_tuple("nan", "zero"));
+  }
+  return {arguments.reduction(reduction),
+          arguments.integer("ignore_index", ignore_index),
+          arguments.number("label_smoothing", label_smoothing),
+          arguments.number("lse_square_scale", lse_square_scale),
+          arguments.softcap(softcap),
+          arguments.number("logit_scale", logit_scale),
+          zero};
+}
+
+py::object cross_entropy(py::handle input, py::handle target, py::handle weight, py::handle token_weight,
+                         py::handle reduction, py::handle ignore_index, py::handle label_smoothing,
+                         py::handle lse_square_scale, py::handle softcap, py::handle logit_scale,
+                         py::handle all_ignored, py::handle inplace) {
+  PythonArguments arguments("cross_entropy");
+  Tensor x = arguments.tensor("input", input);
+  const Tensor& y = arguments.tensor("target", target);
+  const OptionalTensor w = arguments.optional_tensor("weight", weight);
+  const OptionalTensor t = arguments.optional_tensor("token_weight", token_weight);
+  if (!arguments.have_kernels()) return not_implemented();
+  const CrossEntropyOptions options = cross_entropy_options(arguments, reduction, ignore_index, label_smoothing,
+                                                            lse_square_scale, softcap, logit_scale, all_ignored);
+  const bool forward = PythonArguments::is(inplace, "forward");
+  if (!inplace.is_none() && !forward && !PythonArguments::is(inplace, "backward")) {
+    PythonArguments::checks("choice")("inplace", inplace, py::make_tuple(py::none(), "backward", "forward"));
+  }
+  // In no_grad and inference mode nothing is written.
+  if (inplace.is_none() || !at::GradMode::is_enabled()) {
+    static const ForwardOp op("charlm::cross_entropy");
+    return without_gil([&] { return std::get<0>(op(options, x, y, w, t)); });
+  }
+  static const InplaceForwardOp forward_op("charlm::cross_entropy_inplace_forward");
+  static const InplaceForwardOp backward_op("charlm::cross_entropy_inplace_backward");
+  return without_gil([&] { return std::get<0>((forward ? forward_op : backward_op)(options, x, y, w, t)); });
+}
+
+py::object linear_cross_entropy(py::handle input, py::handle linear_weight, py::handle target, py::handle linear_bias,
+                                py::handle weight, py::handle token_weight, int64_t block_rows, py::handle reduction,
+                                py::handle ignore_index, py::handle label_smoothing, py::handle lse_square_scale,
+                                py::handle softcap, py::handle logit_scale, py::handle all_ignored) {
+  PythonArguments arguments("linear_cross_entropy");
+  const LinearCrossEntropyArguments a{arguments.tensor("input", input),
+                                      arguments.tensor("linear_weight", linear_weight),
+                                      arguments.tensor("target", target),
+                                      arguments.optional_tensor("linear_bias", linear_bias),
+                                      arguments.optional_tensor("weight", weight),
+                                      arguments.optional_tensor("token_weight", token_weight),
+                                      /*unrounded=*/false,
+                                      block_rows,
+                                      static_cast<int64_t>(Gemm::kAuto),
+                                      cross_entropy_options(arguments, reduction, ignore_index, label_smoothing,
+                                                            lse_square_scale, softcap, logit_scale, all_ignored)};
+  if (!arguments.have_kernels()) return not_implemented();
+  static const LinearForwardOp op("charlm::linear_cross_entropy");
+  return without_gil([&] { return op(a); });
+}
+
+py::object embedding_linear(py::handle input, py::handle embedding_weight, py::handle linear_weight,
+                            py::handle linear_bias, py::handle padding_idx, int64_t activation, int64_t plan) {
+  PythonArguments arguments("embedding_linear");
+  const Tensor &index = arguments.tensor("input", input),
+               &table = arguments.tensor("embedding_weight", embedding_weight);
+  const Tensor& linear = arguments.tensor("linear_weight", linear_weight);
+  const OptionalTensor bias = arguments.optional_tensor("linear_bias", linear_bias);
+  if (!arguments.have_kernels()) return not_implemented();
+  const int64_t row =
+      padding_idx.is_none() || table.dim() == 0 ? -1 : arguments.padding_row(padding_idx, table.size(0));
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding_linear", "").typed<EmbeddingLinearForward>();
+  return without_gil([&] { return std::get<0>(op.call(index, table, linear, bias, row, activation, plan)); });
+}
+
+// The forward's plan and the backward's, as kAuto chooses them on the tensors' device.
+std::pair<int64_t, int64_t> embedding_linear_plans(const Tensor& input, const Tensor& embedding_weight,
+                                                   const Tensor& linear_weight) {
+  const EmbeddingLinearSizes sizes = embedding_linear_sizes(input, embedding_weight, linear_weight);
+  const bool is_cuda = embedding_weight.is_cuda();
+  return {static_cast<int64_t>(is_cuda ? cuda::choose_plan(sizes) : choose_forward_plan(sizes)),
+          static_cast<int64_t>(is_cuda ? cuda::choose_plan(sizes) : choose_backward_plan(sizes))};
+}
+
+py::object entropy(py::handle logits) {
+  PythonArguments arguments("entropy");
+  const Tensor& x = arguments.tensor("logits", logits);
+  if (!arguments.have_kernels()) return not_implemented();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::entropy", "").typed<EntropyForward>();
+  return without_gil([&] { return std::get<0>(op.call(x)); });
+}
+
+py::object kl_div(py::handle p, py::handle q, int64_t p_kind, int64_t q_kind) {
+  PythonArguments arguments("kl_divergence");
+  const Tensor &x = arguments.tensor("p", p), &y = arguments.tensor("q", q);
+  if (!arguments.have_kernels()) return not_implemented();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::kl_div", "").typed<KlDivForward>();
+  return without_gil([&] { return std::get<0>(op.call(x, y, p_kind, q_kind)); });
+}
+
+// Whether the kernels know all tensors. TypeError for what is no tensor; a name that ends in "?" may be None.
+bool have_kernels(const char* function, py::tuple names, py::tuple tensors) {
+  PythonArguments arguments(function);
+  for (size_t i = 0; i < tensors.size(); i++) {
+    const py::handle tensor = tensors[i];
+    if (THPVariable_Check(tensor.ptr())) {
+      arguments.tensor("", tensor);
+    } else {
+      PythonArguments::checks("tensor")(function, names[i], tensor);
+    }
+  }
+  return arguments.have_kernels();
+}
+
+bool has_cuda_kernels() {
+#ifdef CHARLM_HAVE_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+std::map<std::string, std::string> build_config() {
+  return {{"compiler", __VERSION__}, {"cxx_standard", std::to_string(__cplusplus)}, {"torch", TORCH_VERSION}};
+}
+
+}  // namespace
+}  // namespace charlm
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using namespace charlm;
+  m.def("embedding", &embedding);
+  m.def("embedding_linear", &embedding_linear);
+  m.def("embedding_linear_plans", &embedding_linear_plans);
+  m.def("linear_cross_entropy", &linear_cross_entropy);
+  m.def("cross_entropy", &cross_entropy);
+  m.def("entropy", &entropy);
+  m.def("kl_div", &kl_div);
+  m.def("have_kernels", &have_kernels);
+  m.def("has_cuda_kernels", &has_cuda_kernels);
+  m.def("compiled_isas", &compiled_isas);
+  m.def("supported_isas", &supported_isas);
+  m.def("cpu_isa", &cpu_isa);
+  m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"));
+  m.def("build_config", &build_config);
+  bind_ngrams(m);
+}
