@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -127,14 +128,18 @@ def cross_entropy(
     )
     try:
         if plain_loss:
+            # torch's mean over a batch that is sharded is a mean of the shards' means, which differ in their targets.
+            is_sharded_mean = reduction == "mean" and (_is_dtensor(input) or _is_dtensor(target))
             loss = _torch_cross_entropy(
                 input,
                 index,
                 weight,
                 ignore_index=ignore_index,
-                reduction=reduction,
+                reduction="sum" if is_sharded_mean else reduction,
                 label_smoothing=label_smoothing,
             )
+            if is_sharded_mean:
+                loss = loss / _shares(input, index, weight, ignore_index).sum()
             if not wants_output:
                 return loss
             z = _computed(input)
@@ -205,10 +210,7 @@ def _weighted_loss(
         z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
     )  # (), (N) or (N, d1, ...)
     valid = (target != ignore_index).reshape(loss.shape) if is_index else None
-    # The weight that one target has in a mean; class weights count there for class indices only, as in torch.
-    share = torch.ones_like(loss, requires_grad=False)
-    if is_index and weight is not None:
-        share = weight[torch.where(valid, target.reshape(loss.shape), 0)]
+    share = _shares(input, target, weight, ignore_index).to(loss.dtype)
     if lse_square_scale != 0:
         _check_factor("lse_square_scale", lse_square_scale, z.dtype)
         square = lse_square_scale * z.logsumexp(_class_dim(z)).square().reshape(loss.shape)
@@ -230,13 +232,31 @@ def _weighted_loss(
     total = loss.sum()
     if reduction == "sum":
         return total.to(result_dtype)
-    total_share = (torch.where(valid, share, 0) if is_index else share).sum()
-    if all_ignored == "zero":
-        # 0 / 1 rather than 0 / 0: the gradient is zero as well, and no value has to be read back from the
-        # device.
-        counted = valid.any() if is_index else torch.tensor(loss.numel() > 0, device=loss.device)
-        total_share = torch.where(counted, total_share, 1)
+    total_share = share.sum()
+    # 0 / 1 rather than 0 / 0: the gradient is zero as well, and no value has to be read back from the device.
+    if all_ignored == "zero" and is_index:
+        total_share = torch.where(valid.any(), total_share, 1)
+    elif all_ignored == "zero" and loss.numel() == 0:
+        total_share = torch.ones_like(total_share)
     return (total / total_share).to(result_dtype)
+
+
+def _shares(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """The weight of each target in a mean, of the losses' shape. Class weights count for class indices only."""
+    shape = _loss_shape(input, target)
+    if target.shape == input.shape:
+        return torch.ones_like(_computed(input.detach()).sum(_class_dim(input)))
+    index = target.reshape(shape)
+    valid = index != ignore_index
+    if weight is None:
+        return valid.to(_computed(input).dtype)
+    return torch.where(valid, weight[torch.where(valid, index, 0)], 0)
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded over processes; imports nothing where nothing has imported DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _computed(input: Tensor) -> Tensor:
