@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +121,45 @@ def test_a_bad_target_in_one_python_thread_does_not_disturb_the_others() -> None
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(call, range(200)))
+
+
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+def test_of_two_threads_that_go_backward_through_overwritten_logits_one_is_refused(mode: str) -> None:
+    x, y = torch.randn(64, 65), torch.randint(65, (64,))
+    plain = x.clone().requires_grad_()
+    functional.cross_entropy(plain * 2, y).backward()
+    for _ in range(50):
+        leaf, start = x.clone().requires_grad_(), threading.Barrier(2)
+        loss = functional.cross_entropy(leaf * 2, y, inplace=mode)
+
+        def backward(_: int, loss: torch.Tensor = loss, start: threading.Barrier = start) -> str:
+            start.wait()
+            try:
+                loss.backward(retain_graph=True)
+            except RuntimeError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(2) as pool:
+            errors = sorted(pool.map(backward, range(2)))
+        assert errors[0] == ""
+        assert "only once" in errors[1]
+        torch.testing.assert_close(leaf.grad, plain.grad)
+
+
+def test_two_threads_go_backward_through_one_embedding() -> None:
+    weight, tokens = torch.randn(27, 10, requires_grad=True), torch.randint(27, (64,))
+    output = functional.embedding(tokens, weight).sum()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: output.backward(retain_graph=True), range(20)))
+    assert torch.equal(weight.grad, 20.0 * torch.bincount(tokens, minlength=27)[:, None].expand(27, 10))
+
+
+def test_every_autograd_node_is_a_kernel_node() -> None:
+    sources = (Path(__file__).parent.parent / "csrc").rglob("*.cpp")
+    own = re.compile(r"struct (\w+) final\s*:\s*(?:public )?Node\b")
+    nodes = [node for source in sources for node in own.findall(source.read_text())]
+    assert nodes == ["OverwrittenLogitsBackward"]  # which only raises
 
 
 def test_the_gil_is_released_during_a_call() -> None:
