@@ -222,8 +222,8 @@ def extension(isas: Mapping[str, list[str]], cuda: Cuda) -> Extension:
 
 
 def longest_first(sources: list[str]) -> list[str]:
-    """Kernels, for all their architectures, then ops.cpp (torch/extension.h): nothing waits for them at the end."""
-    return sorted(sources, key=lambda source: (not source.endswith(".cu"), source != "csrc/ops.cpp", source))
+    """Kernels, for all their architectures, then module.cpp (torch/extension.h): nothing waits for them at the end."""
+    return sorted(sources, key=lambda source: (not source.endswith(".cu"), source != "csrc/module.cpp", source))
 
 
 def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) -> type:

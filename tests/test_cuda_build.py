@@ -183,10 +183,10 @@ def test_no_flag_of_nvcc_makes_torch_drop_its_architectures():
 
 
 def test_what_takes_longest_is_compiled_first():
-    sources = ["csrc/autograd/a.cpp", "csrc/cuda/kernels/b.cu", "csrc/ops.cpp", "csrc/z.cpp"]
+    sources = ["csrc/autograd/a.cpp", "csrc/cuda/kernels/b.cu", "csrc/module.cpp", "csrc/z.cpp"]
     assert build.longest_first(sources) == [
         "csrc/cuda/kernels/b.cu",
-        "csrc/ops.cpp",
+        "csrc/module.cpp",
         "csrc/autograd/a.cpp",
         "csrc/z.cpp",
     ]
