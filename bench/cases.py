@@ -179,7 +179,7 @@ def _train_step() -> Iterable[Case]:
 
 
 def _information(op: str) -> Iterable[Case]:
-    """entropy, kl_div and surprisal: where torch's composition walks over memory, and, few classes, where it calls."""
+    """entropy, kl_divergence, surprisal: torch makes several passes or, for few classes, several calls."""
     for shape, speedup in (((65536, 256), 4), ((2048, 32000), 4), ((4096, 27), 2), ((32, 27), 1)):
         memory = (ROW_MEMORY,) if shape[0] >= 512 else ()
         yield Case(op, "default", shape, goals=(at_least("eager", speedup), *memory))
@@ -194,7 +194,7 @@ SHAPES = {
     "linear_cross_entropy": "NxDxV",
     "train_step": "NxTxDxHxV",
     "entropy": "NxV",
-    "kl_div": "NxV",
+    "kl_divergence": "NxV",
     "surprisal": "NxV",
 }
 CASES: dict[str, list[Case]] = {
@@ -204,7 +204,7 @@ CASES: dict[str, list[Case]] = {
     "embedding_linear": [*_embedding_linear()],
     "linear_cross_entropy": [*_linear_cross_entropy()],
     "train_step": [*_train_step()],
-    **{op: [*_information(op)] for op in ("entropy", "kl_div", "surprisal")},
+    **{op: [*_information(op)] for op in ("entropy", "kl_divergence", "surprisal")},
 }
 OPS = tuple(CASES)
 VARIANTS = {op: tuple(dict.fromkeys(case.variant for case in cases)) for op, cases in CASES.items()}
@@ -223,7 +223,7 @@ QUICK = {
     "embedding_linear": [("default", (4096, 8, 24, 200, 27)), ("default", (32, 3, 10, 200, 27))],
     "linear_cross_entropy": [],
     "train_step": [("default", (4096, 8, 24, 200, 27)), ("default", (32, 3, 10, 200, 27))],
-    **{op: [("default", (4096, 27)), ("default", (32, 27))] for op in ("entropy", "kl_div", "surprisal")},
+    **{op: [("default", (4096, 27)), ("default", (32, 27))] for op in ("entropy", "kl_divergence", "surprisal")},
 }
 
 

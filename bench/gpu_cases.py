@@ -50,7 +50,7 @@ def _embeddings(dtype: str, tables: Iterable[tuple[int, int]]) -> Iterable[Case]
 
 
 def _information() -> Iterable[Case]:
-    for op in ("entropy", "kl_div", "surprisal"):
+    for op in ("entropy", "kl_divergence", "surprisal"):
         for shape in ((65536, 256), (2048, 32000)):
             yield Case(op, "default", shape, "float32", (FOUR_TIMES_TORCH,))
             yield Case(op, "default", shape, "bfloat16")

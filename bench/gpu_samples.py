@@ -18,7 +18,15 @@ import charlm
 from charlm import functional, reference, testing
 from charlm.testing import FLOAT_DTYPES, SampleInput, assert_matches_reference, evaluate
 
-OPS = ("cross_entropy", "embedding", "embedding_linear", "entropy", "kl_div", "linear_cross_entropy", "surprisal")
+OPS = (
+    "cross_entropy",
+    "embedding",
+    "embedding_linear",
+    "entropy",
+    "kl_divergence",
+    "linear_cross_entropy",
+    "surprisal",
+)
 
 # One of each path through the kernels: options, layouts, and sizes of vocabulary and table.
 SMALL = {

@@ -150,6 +150,15 @@ py::object kl_div(py::handle p, py::handle q, int64_t p_kind, int64_t q_kind) {
   return without_gil([&] { return std::get<0>(op.call(x, y, p_kind, q_kind)); });
 }
 
+// Wrapped by torch, so that the warning of a positive input is Python's.
+at::Tensor pointwise_kl_div(const at::Tensor& input, const at::Tensor& target, bool log_target, bool reduce,
+                            int64_t divisor) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("charlm::pointwise_kl_div", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, bool, bool, c10::SymInt)>();
+  return op.call(input, target, log_target, reduce, divisor);
+}
+
 // Whether the kernels know all tensors. TypeError for what is no tensor; a name that ends in "?" may be None.
 bool have_kernels(const char* function, py::tuple names, py::tuple tensors) {
   PythonArguments arguments(function);
@@ -188,6 +197,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cross_entropy", &cross_entropy);
   m.def("entropy", &entropy);
   m.def("kl_div", &kl_div);
+  m.def("pointwise_kl_div", torch::wrap_pybind_function_no_gil(&pointwise_kl_div));
   m.def("have_kernels", &have_kernels);
   m.def("has_cuda_kernels", &has_cuda_kernels);
   m.def("compiled_isas", &compiled_isas);

@@ -73,6 +73,12 @@ TORCH_LIBRARY(charlm, m) {
       "kl_div_backward(Tensor grad_output, Tensor p, Tensor q, Tensor state, int p_kind, int q_kind, "
       "bool[2] output_mask) -> (Tensor, Tensor)");
 
+  // torch's kl_div: each element's value, or with `reduce` their sum divided by `divisor`.
+  m.def("pointwise_kl_div(Tensor input, Tensor target, bool log_target, bool reduce, SymInt divisor) -> Tensor");
+  m.def(
+      "pointwise_kl_div_backward(Tensor grad_output, Tensor input, Tensor target, bool log_target, bool reduce, "
+      "SymInt divisor, bool[2] output_mask) -> (Tensor, Tensor)");
+
   // Waits for the device of `on` and raises the IndexError of an index that a kernel found out of range.
   m.def("synchronize(Tensor on) -> ()");
 }

@@ -55,7 +55,7 @@ def kl_div_and_gradients(p: Tensor, index: Tensor, p_kind: str = "logits") -> Re
     """Of rows of P and the rows of the same numbers that `index` puts in their place, as logits of Q."""
     q = p.detach()[index].requires_grad_()
     given = p if p_kind == "logits" else p.softmax(-1)
-    result = functional.kl_div(given, q, p_kind=p_kind)
+    result = functional.kl_divergence(given, q, p_kind=p_kind)
     return [result.detach(), *torch.autograd.grad(result.sum(), (p, q))]
 
 

@@ -51,10 +51,10 @@ def sample(name):
             lambda c, w: F.embedding_linear(tokens, c, w, activation="gelu", plan="folded"),
         ),
         "entropy": ([randn(N, V)], F.entropy),
-        "kl_divergence": ([randn(N, V), randn(N, V)], F.kl_div),
+        "kl_divergence": ([randn(N, V), randn(N, V)], F.kl_divergence),
         "kl_divergence probs": (
             [randn(N, V).softmax(1), randn(N, V)],
-            lambda p, q: F.kl_div(p, q, p_kind="probs"),
+            lambda p, q: F.kl_divergence(p, q, p_kind="probs"),
         ),
         "surprisal": ([randn(N, V)], lambda x: F.surprisal(x, target)),
     }

@@ -31,7 +31,7 @@ from charlm.testing import (
     sample_inputs_embedding,
     sample_inputs_embedding_linear,
     sample_inputs_entropy,
-    sample_inputs_kl_div,
+    sample_inputs_kl_divergence,
     sample_inputs_linear_cross_entropy,
     sample_inputs_surprisal,
 )
@@ -43,7 +43,7 @@ SAMPLES = {
     "embedding": sample_inputs_embedding,
     "embedding_linear": sample_inputs_embedding_linear,
     "entropy": sample_inputs_entropy,
-    "kl_div": sample_inputs_kl_div,
+    "kl_divergence": sample_inputs_kl_divergence,
     "linear_cross_entropy": sample_inputs_linear_cross_entropy,
     "surprisal": sample_inputs_surprisal,
 }
@@ -110,7 +110,7 @@ def test_long_rows_are_as_close_to_float64_as_torchs(n_classes: int) -> None:
         sample = SampleInput("long_rows", {"logits": p}, ("logits",))
         assert_matches_reference(functional.entropy, reference.entropy, sample)
         sample = SampleInput("long_rows", {"p": p, "q": q}, ("p", "q"))
-        assert_matches_reference(functional.kl_div, reference.kl_div, sample)
+        assert_matches_reference(functional.kl_divergence, reference.kl_divergence, sample)
 
 
 # 48 KiB of shared memory are granted unasked, to static and dynamic memory together.

@@ -71,7 +71,7 @@ def test_kl_div_of_many_rows_is_that_of_each(
     p_kind: str, q_kind: str, n_classes: int, dtype: torch.dtype, isa: str
 ) -> None:
     def op(p: Tensor, q: Tensor) -> Tensor:
-        return functional.kl_div(p, q, p_kind=p_kind, q_kind=q_kind)
+        return functional.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
 
     p, q = rows(n_classes, p_kind, 0).to(dtype), rows(n_classes, q_kind, 1).to(dtype)
     q[15:20] = rows(n_classes, q_kind, 0)[15:20].to(dtype)  # equal, where the kinds are
@@ -84,7 +84,7 @@ def test_kl_div_of_many_rows_is_that_of_each(
 @pytest.mark.parametrize("n_rows", [3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33])
 def test_rows_that_fill_vectors_or_do_not_are_all_written(n_rows: int, isa: str) -> None:
     p, q = torch.randn(n_rows, 27), torch.randn(n_rows, 27)
-    for op, inputs in ((functional.entropy, (p,)), (functional.kl_div, (p, q))):
+    for op, inputs in ((functional.entropy, (p,)), (functional.kl_divergence, (p, q))):
         exact = with_gradients(op, tuple(x.double() for x in inputs), torch.ones(n_rows, dtype=torch.float64))
         for ours, expected in zip(with_gradients(op, inputs, torch.ones(n_rows)), exact, strict=True):
             torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)

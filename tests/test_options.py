@@ -152,8 +152,8 @@ def test_switches_take_bool_only_like_torch(option, value):
         (lambda: F.embedding_linear(TOKENS, TABLE, np.eye(4)), "linear_weight"),
         (lambda: F.embedding_linear(TOKENS, TABLE, torch.eye(4), 0), "linear_bias"),
         (lambda: F.entropy([0.5, 0.5]), "logits"),
-        (lambda: F.kl_div(X, [1, 2]), "q"),
-        (lambda: F.kl_div(None, X), "p"),
+        (lambda: F.kl_divergence(X, [1, 2]), "q"),
+        (lambda: F.kl_divergence(None, X), "p"),
         (lambda: F.surprisal(X, 2), "target"),
     ],
 )

@@ -58,8 +58,8 @@ def quantized(*shape):
         lambda w: F.linear_cross_entropy(torch.ones(2, 4), w, torch.tensor([0, 1])),
         lambda w: F.embedding_linear(torch.tensor([[1, 4]]), w, torch.ones(3, 8), activation="tanh"),
         F.entropy,
-        lambda w: F.kl_div(w, torch.zeros(5, 4)),
-        lambda w: F.kl_div(torch.zeros(4), w),
+        lambda w: F.kl_divergence(w, torch.zeros(5, 4)),
+        lambda w: F.kl_divergence(torch.zeros(4), w),
         lambda w: F.surprisal(w, torch.tensor([0, 1, 2, 3, 0])),
     ],
 )
@@ -154,7 +154,7 @@ def others(mesh):
     logits = torch.randn(6, 5)
     sharded, target = distribute_tensor(logits, mesh, [Shard(0)]), distribute_tensor(TARGET, mesh, [Shard(0)])
     compare(F.entropy(sharded), F.entropy(logits))
-    compare(F.kl_div(sharded, sharded * 2), F.kl_div(logits, logits * 2))
+    compare(F.kl_divergence(sharded, sharded * 2), F.kl_divergence(logits, logits * 2))
     compare(F.surprisal(sharded, target), F.surprisal(logits, TARGET))
 
 

@@ -21,7 +21,7 @@ from charlm.testing import (
     sample_inputs_cross_entropy,
     sample_inputs_embedding,
     sample_inputs_entropy,
-    sample_inputs_kl_div,
+    sample_inputs_kl_divergence,
     sample_inputs_surprisal,
 )
 
@@ -31,7 +31,7 @@ CALLS = [
         (functional.cross_entropy, sample_inputs_cross_entropy(torch.float32)),
         (functional.embedding, sample_inputs_embedding(torch.float32)),
         (functional.entropy, sample_inputs_entropy(torch.float32)),
-        (functional.kl_div, sample_inputs_kl_div(torch.float32)),
+        (functional.kl_divergence, sample_inputs_kl_divergence(torch.float32)),
         (functional.surprisal, sample_inputs_surprisal(torch.float32)),
     )
     for sample in samples

@@ -22,7 +22,7 @@ from charlm.testing import (
     sample_inputs_embedding,
     sample_inputs_embedding_linear,
     sample_inputs_entropy,
-    sample_inputs_kl_div,
+    sample_inputs_kl_divergence,
     sample_inputs_linear_cross_entropy,
     sample_inputs_surprisal,
     strided_copy,
@@ -103,7 +103,7 @@ INFORMATION_CALLS = [
     pytest.param(op, kernel, sample, id=f"{op.__name__}-{sample.name}")
     for op, kernel, samples in (
         (functional.entropy, "entropy", sample_inputs_entropy(torch.float32)),
-        (functional.kl_div, "kl_div", sample_inputs_kl_div(torch.float32)),
+        (functional.kl_divergence, "kl_div", sample_inputs_kl_divergence(torch.float32)),
         (functional.surprisal, "cross_entropy", sample_inputs_surprisal(torch.float32)),
     )
     for sample in samples
@@ -230,7 +230,7 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             evaluate(functional.embedding_linear, layers[name])
         for op, samples in (
             (functional.entropy, sample_inputs_entropy(torch.float32)),
-            (functional.kl_div, sample_inputs_kl_div(torch.float32)),
+            (functional.kl_divergence, sample_inputs_kl_divergence(torch.float32)),
         ):
             for sample in samples:
                 if sample.name in ("four_dimensions", "minus_infinity", "probs_logits", "logits_log_probs"):

@@ -110,11 +110,13 @@ INFORMATION: dict[str, Callable[[Any], Any]] = {
     "entropy_per_sample_gradients": lambda f: torch.func.vmap(torch.func.grad(f.entropy))(x),
     "entropy_hessian": lambda f: torch.func.hessian(lambda x: f.entropy(x).sum())(x),
     "entropy_jvp": lambda f: torch.func.jvp(f.entropy, (x,), (tangent,)),
-    "kl_div_vmap": lambda f: torch.func.vmap(f.kl_div, in_dims=(0, None))(batch, x),
-    "kl_div_gradients": lambda f: torch.func.grad(lambda *pq: f.kl_div(*pq).sum(), argnums=(0, 1))(x, tangent),
-    "kl_div_jacrev_of_other_kinds": lambda f: torch.func.jacrev(lambda p: f.kl_div(p, x.log_softmax(1), **KINDS))(p),
-    "kl_div_hessian": lambda f: torch.func.hessian(lambda q: f.kl_div(x[0], q).sum())(tangent),
-    "kl_div_jvp": lambda f: torch.func.jvp(f.kl_div, (x, tangent), (tangent, x)),
+    "kl_div_vmap": lambda f: torch.func.vmap(f.kl_divergence, in_dims=(0, None))(batch, x),
+    "kl_div_gradients": lambda f: torch.func.grad(lambda *pq: f.kl_divergence(*pq).sum(), argnums=(0, 1))(x, tangent),
+    "kl_div_jacrev_of_other_kinds": lambda f: torch.func.jacrev(
+        lambda p: f.kl_divergence(p, x.log_softmax(1), **KINDS)
+    )(p),
+    "kl_div_hessian": lambda f: torch.func.hessian(lambda q: f.kl_divergence(x[0], q).sum())(tangent),
+    "kl_div_jvp": lambda f: torch.func.jvp(f.kl_divergence, (x, tangent), (tangent, x)),
     "surprisal_vmap": lambda f: torch.func.vmap(f.surprisal, in_dims=(0, None))(batch, y),
     "surprisal_per_sample_gradients": lambda f: torch.func.vmap(torch.func.grad(f.surprisal))(x, y.clamp(min=0)),
     "surprisal_hessian": lambda f: torch.func.hessian(lambda x: f.surprisal(x, y).sum())(x),

@@ -57,9 +57,9 @@ def _information(n: int, n_classes: int) -> list[Tensor]:
     log_probs, probs = log_probs.sub(5).requires_grad_(), probs.requires_grad_()
     results = [
         functional.entropy(p),
-        functional.kl_div(p, q),
+        functional.kl_divergence(p, q),
         functional.surprisal(p, target),
-        functional.kl_div(probs, log_probs, p_kind="probs", q_kind="log_probs"),
+        functional.kl_divergence(probs, log_probs, p_kind="probs", q_kind="log_probs"),
     ]
     cotangents = [torch.randn(n, generator=generator) for _ in results]
     return [*(r.detach() for r in results), *torch.autograd.grad(results, (p, q, probs, log_probs), cotangents)]

@@ -18,6 +18,6 @@ LAYERS: dict[str, ModuleType] = {
     "linear_cross_entropy": linear_cross_entropy,
     "train_step": train_step,
     "entropy": information,
-    "kl_div": information,
+    "kl_divergence": information,
     "surprisal": information,
 }

@@ -1,7 +1,7 @@
-"""entropy, kl_div of two sets of logits, and surprisal: each forward and its gradients. Shape: (N, V).
+"""entropy, kl_divergence of two sets of logits, and surprisal: each forward and its gradients. Shape: (N, V).
 
 Torch's are the compositions that people write: log_softmax, exp, products and a sum, or a gather. The floor "copy" is
-one copy of the logits, of both sets for kl_div.
+one copy of the logits, of both sets for kl_divergence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHECKED = 1 << 22  # elements of float64: beyond, rows of the check are fewer
 
 @dataclass(frozen=True)
 class Inputs:
-    """logits: one (N, V), two for kl_div. target: (N), for surprisal. cotangent: (N), the results' gradient."""
+    """logits: one (N, V), two for kl_divergence. target: (N), for surprisal. cotangent: (N), the results' gradient."""
 
     op: str
     logits: tuple[Tensor, ...]
@@ -45,7 +45,7 @@ def make_inputs(case: Case, generator: torch.Generator) -> Inputs:
 
     return Inputs(
         case.op,
-        (logits(), logits()) if case.op == "kl_div" else (logits(),),
+        (logits(), logits()) if case.op == "kl_divergence" else (logits(),),
         (torch.randint(v, (n,), generator=generator),) if case.op == "surprisal" else (),
         torch.rand(n, generator=generator).to(dtype),
     )
@@ -88,7 +88,7 @@ def _surprisal(logits: Tensor, target: Tensor) -> Tensor:
     return -logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
 
 
-EAGER: dict[str, Callable[..., Tensor]] = {"entropy": _entropy, "kl_div": _kl_div, "surprisal": _surprisal}
+EAGER: dict[str, Callable[..., Tensor]] = {"entropy": _entropy, "kl_divergence": _kl_div, "surprisal": _surprisal}
 
 
 def _jax(inputs: Inputs) -> Call:
@@ -99,7 +99,7 @@ def _jax(inputs: Inputs) -> Call:
         log_p = log_softmax(logits)
         return -(jnp.exp(log_p) * log_p).sum(-1)
 
-    def kl_div(p: Any, q: Any) -> Any:
+    def kl_divergence(p: Any, q: Any) -> Any:
         log_p, log_q = log_softmax(p), log_softmax(q)
         return (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
@@ -107,7 +107,7 @@ def _jax(inputs: Inputs) -> Call:
         picked = jnp.take_along_axis(logits, target[0][:, None], axis=-1)[:, 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
-    op = {"entropy": entropy, "kl_div": kl_div, "surprisal": surprisal}[inputs.op]
+    op = {"entropy": entropy, "kl_divergence": kl_divergence, "surprisal": surprisal}[inputs.op]
 
     def step(logits: tuple[Any, ...], cotangent: Any) -> tuple[Any, ...]:
         result, backward = jax.vjp(op, *logits)
@@ -143,7 +143,7 @@ def elements(case: Case) -> int:
 
 
 def _sides(case: Case) -> int:
-    return 2 if case.op == "kl_div" else 1
+    return 2 if case.op == "kl_divergence" else 1
 
 
 def minimal_bytes(case: Case) -> int:

@@ -12,6 +12,7 @@ from .embedding import embedding
 from .embedding_linear import embedding_linear
 from .entropy import entropy
 from .kl_div import kl_div
+from .kl_divergence import kl_divergence
 from .linear_cross_entropy import linear_cross_entropy
 from .surprisal import surprisal
 
@@ -23,6 +24,7 @@ __all__ = [
     "embedding_linear",
     "entropy",
     "kl_div",
+    "kl_divergence",
     "linear_cross_entropy",
     "surprisal",
 ]

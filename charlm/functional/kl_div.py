@@ -1,73 +1,111 @@
-"""The Kullback-Leibler divergence of two distributions over classes."""
+"""torch's pointwise Kullback-Leibler loss."""
 
 from __future__ import annotations
 
+import warnings
+from typing import NoReturn
+
 import torch
 from torch import Tensor
+from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import reference
-from charlm.reference.kl_div import KINDS, broadcast, check_kinds
+from charlm import _checks, reference
 
 from .kernels import _C, have_kernels
 
-_KIND_NUMBERS = {name: number for number, name in enumerate(KINDS)}
 
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+    **unknown: object,
+) -> Tensor:
+    """The Kullback-Leibler loss of log-probabilities and probabilities, in nats: `torch.nn.functional.kl_div`.
 
-def kl_div(p: Tensor, q: Tensor, *, p_kind: str = "logits", q_kind: str = "logits") -> Tensor:
-    """KL(P || Q) = `sum_c p_c (log p_c - log q_c)`, in nats, of each row of p and q.
+    Each element of x (`input`) and t (`target`) gives::
 
-    The natural order: what P costs beyond its entropy if it is coded for Q. (`torch.nn.functional.kl_div` takes log q
-    first, then p, and does not sum.) Each side says what its numbers are, by its kind::
+        t * (log t - x)             or, with log_target,        exp(t) * (t - x)
 
-        "logits"      log p = x - log sum_c exp x_c
-        "log_probs"   log p = x
-        "probs"           p = x
+    with 0 log 0 = 0, computed and summed in one pass. Arithmetic and sums are in float32 (float64 for float64) and each
+    result is rounded once. Same bits for any number of threads.
 
-    The gradients, of each kind::
-
-        of p: p_c (log p_c - log q_c - KL)   p_c (log p_c - log q_c + 1)   log p_c - log q_c + 1
-        of q: q_c sum_k p_k - p_c            -p_c                          -p_c / q_c
-
-    One walk over both rows, and a second one for the gradients. KL is never negative, and exactly 0 for identical
-    inputs, as are then the gradients of logits. A class of p_c = 0 adds nothing, 0 log 0 being 0, and has no gradient
-    in p; one of p_c > 0 = q_c makes KL +inf, never NaN. There, what has no finite derivative has the gradient 0: p_c,
-    q_c as a probability, and if p are logits every p of the row. Arithmetic is in float32 (float64 for float64) and
-    each result is rounded once. Same bits for any number of threads.
+    This is torch's function, with torch's order of arguments: `input` is log Q and `target` is P of KL(P || Q).
+    `charlm.functional.kl_divergence(p, q)` takes logits, log-probabilities or probabilities of each side, and returns
+    one number for each row.
 
     Args:
-        p, q: (..., V), float32, float64, bfloat16 or float16, any strides; leading dimensions and dtypes are broadcast
-            and promoted as torch's are. Log-probabilities and probabilities are taken as they are: whether they sum
-            to 1 is not looked at.
-        p_kind, q_kind: "logits", "log_probs" or "probs".
+        input: log-probabilities, any shape, float32, float64, bfloat16 or float16, any strides.
+        target: probabilities, or with `log_target` their logarithms; broadcast with `input`, and promoted with it.
+        size_average, reduce: deprecated by torch; they override `reduction`.
+        reduction: "none": each element's value. "sum": their sum. "batchmean": the sum divided by `input.size(0)`,
+            which is the KL divergence. "mean": the sum divided by the number of elements, with torch's warning.
+        log_target: whether `target` holds logarithms.
 
     Returns:
-        (...), the promoted dtype; float32 under autocast. NaN for a row that holds NaN, and for logits with +inf or
-        nothing but -inf. Differentiable to any order with respect to both.
+        (), or with "none" the broadcast shape; the promoted dtype. Differentiable to any order with respect to both.
+        NaN where torch's is: a negative target, a target of 0 at an input of -inf, and the gradient of a target of 0.
 
     Raises:
-        RuntimeError: shapes that do not fit, 0-d ones among them; tensors on two devices.
-        ValueError: an unknown kind.
-        NotImplementedError: tensors that are not of a floating dtype.
+        ValueError: an unknown `reduction`.
+        TypeError: what is no tensor or no bool, and the keywords `p_kind` and `q_kind`, which `kl_divergence` takes.
+        RuntimeError: shapes that cannot be broadcast.
+
+    Warns:
+        UserWarning, once: `input` holds a value > 0 beyond rounding, so it does not hold log-probabilities (looked at
+        on the CPU only).
 
     Example:
-        >>> p, q = torch.tensor([0.5, 0.5, 0.0]), torch.zeros(3)
-        >>> kl_div(p, q, p_kind="probs")
-        tensor(0.4055)
+        >>> kl_div(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]), reduction="sum")
+        tensor(0.6931)
     """
-    if has_torch_function_variadic(p, q):
-        return handle_torch_function(kl_div, (p, q), p, q, p_kind=p_kind, q_kind=q_kind)
-    if not have_kernels("kl_divergence", ("p", "q"), (p, q)):
-        return reference.kl_div(p, q, p_kind=p_kind, q_kind=q_kind)
-    check_kinds(p_kind, q_kind)
-    kinds = _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind]
-    if p.shape == q.shape and p.dtype == q.dtype:
-        return _kl_div(p, q, *kinds)
-    p, q, dtype = broadcast(p, q)
-    return _kl_div(p, q, *kinds).to(dtype)
-
-
-def _kl_div(p: Tensor, q: Tensor, p_kind: int, q_kind: int) -> Tensor:
+    if unknown:
+        _refuse(next(iter(unknown)))
+    if has_torch_function_variadic(input, target):
+        return handle_torch_function(
+            kl_div,
+            (input, target),
+            input,
+            target,
+            size_average=size_average,
+            reduce=reduce,
+            reduction=reduction,
+            log_target=log_target,
+        )
+    has_kernels = have_kernels("kl_div", ("input", "target"), (input, target))
+    _checks.boolean("kl_div", "log_target", log_target)
+    if not (has_kernels and input.is_floating_point() and target.is_floating_point()):
+        return reference.kl_div(input, target, size_average, reduce, reduction, log_target)
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    elif reduction == "mean":
+        warnings.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size. 'batchmean' "
+            "divides by the batch size only, which is the KL divergence.",
+            stacklevel=2,
+        )
+    if reduction != "batchmean":
+        _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
+    batch_size = input.size(0) if input.dim() > 0 else 1
+    if input.dtype != target.dtype:
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        input, target = input.to(dtype), target.to(dtype)
+    if input.shape != target.shape:
+        input, target = torch.broadcast_tensors(input, target)
+    divisor = {"none": 1, "sum": 1, "batchmean": batch_size}.get(reduction, input.numel())
+    arguments = (input, target, log_target, reduction != "none", divisor)
     if torch.compiler.is_compiling():
-        return torch.ops.charlm.kl_div.default(p, q, p_kind, q_kind)[0]
-    return _C.kl_div(p, q, p_kind, q_kind)
+        return torch.ops.charlm.pointwise_kl_div.default(*arguments)
+    return _C.pointwise_kl_div(*arguments)
+
+
+def _refuse(keyword: str) -> NoReturn:
+    if keyword in ("p_kind", "q_kind"):
+        raise TypeError(
+            f"kl_div() is torch.nn.functional.kl_div(input, target) and has no {keyword!r}: the divergence of two "
+            "distributions of given kinds is kl_divergence(p, q, p_kind=..., q_kind=...)"
+        )
+    raise TypeError(f"kl_div() got an unexpected keyword argument {keyword!r}")

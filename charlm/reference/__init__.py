@@ -15,6 +15,7 @@ from .embedding_linear import EmbeddingLinearOutput, embedding_linear
 from .entropy import entropy
 from .indices import INDEX_DTYPES
 from .kl_div import kl_div
+from .kl_divergence import kl_divergence
 from .linear_cross_entropy import linear_cross_entropy
 from .surprisal import surprisal
 
@@ -27,6 +28,7 @@ __all__ = [
     "embedding_linear",
     "entropy",
     "kl_div",
+    "kl_divergence",
     "linear_cross_entropy",
     "surprisal",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .cross_entropy import cross_entropy
 from .entropy import computed, result_dtype
-from .kl_div import broadcast_shapes
+from .kl_divergence import broadcast_shapes
 
 
 def surprisal(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:

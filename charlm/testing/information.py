@@ -1,4 +1,4 @@
-"""Sample calls of entropy, kl_div and surprisal: logits and distributions whose classes are their last dimension."""
+"""Sample calls of entropy, kl_divergence and surprisal: their classes are the last dimension."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def sample_inputs_entropy(dtype: torch.dtype, device: str = "cpu") -> Iterator[S
         yield SampleInput(case.name, {"logits": laid_out(logits, case.layout)}, ("logits",), _FLOAT64_ULPS)
 
 
-def sample_inputs_kl_div(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Calls of `kl_div` with distributions of `dtype`, about one for each pair of kinds, shape and layout."""
+def sample_inputs_kl_divergence(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
+    """Calls of `kl_divergence` with distributions of `dtype`, about one for each pair of kinds, shape and layout."""
     for seed, case in enumerate((*_ROWS, *_PAIRS)):
         generator = torch.Generator(device).manual_seed(seed)
         p, q = (_logits(case, shape, generator) for shape in (case.shape, case.q or case.shape))

@@ -17,7 +17,7 @@ SAMPLES = {
     "embedding": ("tests/test_embedding.py", "-k", "as_close_to_float64 and float32"),
     "embedding_linear": ("tests/test_embedding_linear.py", "-k", "as_close_to_float64 and float32"),
     "entropy": ("tests/test_entropy.py", "-k", "as_close_to_float64 and float32"),
-    "kl_div": ("tests/test_kl_div.py", "-k", "as_close_to_float64 and float32"),
+    "kl_div": ("tests/test_kl_divergence.py", "-k", "as_close_to_float64 and float32"),
 }
 OFFSETS = ("tests/test_large_offsets.py",)
 

@@ -8,6 +8,7 @@
 #include "gemm_tiles.h"
 #include "kernels.h"
 #include "kl_div_columns.h"
+#include "pointwise_kl_div.h"
 
 #define CHARLM_CONCAT_(a, b) a##b
 #define CHARLM_CONCAT(a, b) CHARLM_CONCAT_(a, b)
@@ -38,6 +39,7 @@ constexpr TypedKernels<T> kTypedKernels = {
     &gemm<Compute<T>>,
     {&entropy_forward<T>, &entropy_backward<T>},
     {&kl_div_forward<T>, &kl_div_backward<T>},
+    {&pointwise_kl_div_forward<T>, &pointwise_kl_div_backward<T>},
 };
 
 }  // namespace CHARLM_ISA

@@ -1,6 +1,7 @@
 // The kernels of one instruction set, and the choice among those compiled. isa.cpp is compiled once for each.
 #pragma once
 
+#include "../../pointwise_kl_div.h"
 #include "cross_entropy.h"
 #include "embedding.h"
 #include "embedding_linear.h"
@@ -29,6 +30,7 @@ struct TypedKernels {
   GemmKernel<Compute<T>> gemm;
   EntropyKernels<T> entropy;
   KlDivKernels<T> kl_div;
+  PointwiseKlDivKernels<T> pointwise_kl_div;
 };
 
 struct Kernels {

@@ -15,20 +15,10 @@
 #pragma once
 
 #include "kl_div.h"
+#include "probability.h"
 #include "row_chunks.h"
 
 namespace charlm::CHARLM_ISA {
-
-// log(x) of any x >= 0: subnormal numbers are scaled to normal ones. NaN below 0.
-template <class C>
-CHARLM_INLINE Vec<C> log_of_probability(Vec<C> x) {
-  constexpr bool kFloat = sizeof(C) == sizeof(float);
-  constexpr C kSmallestNormal = kFloat ? C(0x1p-126f) : C(0x1p-1022), kScale = kFloat ? C(0x1p24f) : C(0x1p54);
-  constexpr C kLogScale = kFloat ? C(16.635532333438686) : C(37.429947750237048);
-  const Mask<C> small = x < kSmallestNormal;
-  const Vec<C> y = log<C>(select<C>(small, x * kScale, x)) - select<C>(small, broadcast<C>(kLogScale), Vec<C>{});
-  return select<C>(x > 0, y, select<C>(x == 0, broadcast<C>(-INFINITY), broadcast<C>(NAN)));
-}
 
 // One of the two rows, or of the two sides of rows turned around, read as u and w.
 template <class T, Distribution kKind>
@@ -51,15 +41,15 @@ class KlDivSide {
     } else {
       for (int k = 0; k < K; k++) u[k] = load(x_ + c + k * kLanes<C>, width, C(-INFINITY)) - reference_;
       for (int k = 0; k < K; k++) w[k] = u[k];
-      exp<C, K>(w);
-      // Of no probability, but what torch's exp says of it.
-      for (int k = 0; !kIsLogits && k < K; k++) w[k] = u[k] > kLargestExponent ? broadcast<C>(INFINITY) : w[k];
+      if constexpr (kIsLogits) {
+        exp<C, K>(w);
+      } else {
+        exp_of_log_probabilities<C, K>(w);
+      }
     }
   }
 
  private:
-  static constexpr C kLargestExponent = sizeof(C) == sizeof(float) ? C(88) : C(709);
-
   const T* x_;
   V reference_;
 };

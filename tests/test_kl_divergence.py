@@ -1,4 +1,4 @@
-"""kl_div on every sample, dtype and instruction set, against torch and float64; its identities; supports; bad input."""
+"""kl_divergence on every sample, dtype and instruction set, against torch and float64; identities; bad input."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from charlm import functional, reference
-from charlm.testing import FLOAT_DTYPES, SampleInput, assert_matches_reference, sample_inputs_kl_div
+from charlm.testing import FLOAT_DTYPES, SampleInput, assert_matches_reference, sample_inputs_kl_divergence
 
 SAMPLES = [
     pytest.param(sample, id=f"{sample.name}-{dtype}".replace("torch.", ""))
     for dtype in FLOAT_DTYPES
-    for sample in sample_inputs_kl_div(dtype)
+    for sample in sample_inputs_kl_divergence(dtype)
 ]
 KINDS = ("logits", "log_probs", "probs")
 PAIRS = [pytest.param(p, q, id=f"{p}-{q}") for p, q in itertools.product(KINDS, KINDS)]
@@ -28,7 +28,9 @@ FROM_PROBS = {"logits": torch.log, "log_probs": torch.log, "probs": torch.clone}
 FROM_LOGITS = {"logits": torch.clone, "log_probs": lambda x: x.log_softmax(-1), "probs": lambda x: x.softmax(-1)}
 
 
-def _with_gradients(p: Tensor, q: Tensor, op: Any = functional.kl_div, **kinds: str) -> tuple[Tensor, Tensor, Tensor]:
+def _with_gradients(
+    p: Tensor, q: Tensor, op: Any = functional.kl_divergence, **kinds: str
+) -> tuple[Tensor, Tensor, Tensor]:
     leaves = p.detach().requires_grad_(), q.detach().clone().requires_grad_()
     result = op(*leaves, **kinds)
     return result.detach(), *torch.autograd.grad(result.sum(), leaves)
@@ -36,7 +38,7 @@ def _with_gradients(p: Tensor, q: Tensor, op: Any = functional.kl_div, **kinds: 
 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
-    assert_matches_reference(functional.kl_div, reference.kl_div, sample)
+    assert_matches_reference(functional.kl_divergence, reference.kl_divergence, sample)
 
 
 def test_the_gradient_of_peaked_rows_is_within_16_ulps_of_long_double(isa: str) -> None:
@@ -55,7 +57,7 @@ def test_the_gradient_of_peaked_rows_is_within_16_ulps_of_long_double(isa: str) 
 def test_it_is_torchs_kl_div_of_the_same_distributions() -> None:
     p, q = torch.randn(33, 27), torch.randn(33, 27)
     expected = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(functional.kl_div(p, q), expected)
+    torch.testing.assert_close(functional.kl_divergence(p, q), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +84,7 @@ def test_it_is_never_negative(seed: int, n_classes: int, distance: float) -> Non
     p = torch.randn(16, n_classes, generator=generator)
     q = p + distance * torch.randn(16, n_classes, generator=generator)
     for p_kind, q_kind in itertools.product(KINDS, KINDS):
-        result = functional.kl_div(FROM_LOGITS[p_kind](p), FROM_LOGITS[q_kind](q), p_kind=p_kind, q_kind=q_kind)
+        result = functional.kl_divergence(FROM_LOGITS[p_kind](p), FROM_LOGITS[q_kind](q), p_kind=p_kind, q_kind=q_kind)
         assert (result >= 0).all()
 
 
@@ -108,7 +110,7 @@ def test_a_class_that_q_rules_out_gives_infinity_and_finite_gradients(
     q[3, :2] = 0
     arguments = FROM_PROBS[p_kind](p), FROM_PROBS[q_kind](q)
     kinds = {"p_kind": p_kind, "q_kind": q_kind}
-    ours, theirs = _with_gradients(*arguments, **kinds), _with_gradients(*arguments, reference.kl_div, **kinds)
+    ours, theirs = _with_gradients(*arguments, **kinds), _with_gradients(*arguments, reference.kl_divergence, **kinds)
     assert ours[0].isinf().tolist() == [False, False, True, True]
     torch.testing.assert_close(ours, theirs)
     assert all(gradient.isfinite().all() for gradient in ours[1:])
@@ -124,7 +126,7 @@ def test_a_class_that_q_rules_out_gives_infinity_and_finite_gradients(
 
 def test_a_probability_too_small_for_its_dtype_still_meets_the_support_of_q(isa: str) -> None:
     p = torch.tensor([[0.0, -200.0]])  # exp(-200) is 0 in float32
-    for op in (functional.kl_div, reference.kl_div):
+    for op in (functional.kl_divergence, reference.kl_divergence):
         result, *gradients = _with_gradients(p, torch.tensor([[0.0, -torch.inf]]), op)
         assert result.item() == torch.inf
         assert all(gradient.isfinite().all() for gradient in gradients)
@@ -137,7 +139,7 @@ def test_a_probability_too_small_for_its_dtype_still_meets_the_support_of_q(isa:
 def test_nan_gives_nan_in_its_row_alone(kind: str, side: str, place: int, isa: str) -> None:
     pair = {name: FROM_LOGITS[kind](torch.randn(3, 27)) for name in "pq"}
     pair[side][1, place] = torch.nan
-    result = functional.kl_div(**pair, p_kind=kind, q_kind=kind)
+    result = functional.kl_divergence(**pair, p_kind=kind, q_kind=kind)
     assert result.isnan().tolist() == [False, True, False]
 
 
@@ -146,15 +148,15 @@ def test_nan_gives_nan_in_its_row_alone(kind: str, side: str, place: int, isa: s
 def test_logits_without_a_softmax_give_nan(bad: float, side: str, isa: str) -> None:
     pair = {name: torch.randn(3, 27) for name in "pq"}
     pair[side][1] = bad
-    assert functional.kl_div(**pair).isnan().tolist() == [False, True, False]
+    assert functional.kl_divergence(**pair).isnan().tolist() == [False, True, False]
 
 
 def test_subnormal_probabilities_have_their_logarithm(isa: str) -> None:
     p = torch.tensor([[0.5, 0.5]])
     for smallest in (1e-40, 1.4e-45):
         q = torch.tensor([[1.0, smallest]])
-        expected = reference.kl_div(p.double(), q.double(), p_kind="probs", q_kind="probs")
-        result = functional.kl_div(p, q, p_kind="probs", q_kind="probs")
+        expected = reference.kl_divergence(p.double(), q.double(), p_kind="probs", q_kind="probs")
+        result = functional.kl_divergence(p, q, p_kind="probs", q_kind="probs")
         torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=0)
 
 
@@ -163,7 +165,7 @@ def test_derivatives_of_first_and_second_order(p_kind: str, q_kind: str) -> None
     p, q = (FROM_LOGITS[k](torch.randn(3, 5, dtype=torch.float64)).requires_grad_() for k in (p_kind, q_kind))
 
     def op(p: Tensor, q: Tensor) -> Tensor:
-        return functional.kl_div(p, q, p_kind=p_kind, q_kind=q_kind)
+        return functional.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
 
     assert gradcheck(op, (p, q))
     assert gradgradcheck(op, (p, q))
@@ -175,9 +177,9 @@ def test_derivatives_of_first_and_second_order(p_kind: str, q_kind: str) -> None
 def test_one_gradient_alone_is_the_one_among_both(p_kind: str, q_kind: str, needed: int) -> None:
     pair = [FROM_LOGITS[kind](torch.randn(33, 65)).requires_grad_() for kind in (p_kind, q_kind)]
     kinds = {"p_kind": p_kind, "q_kind": q_kind}
-    both = torch.autograd.grad(functional.kl_div(*pair, **kinds).sum(), pair)
+    both = torch.autograd.grad(functional.kl_divergence(*pair, **kinds).sum(), pair)
     alone = [x if i == needed else x.detach() for i, x in enumerate(pair)]
-    (gradient,) = torch.autograd.grad(functional.kl_div(*alone, **kinds).sum(), alone[needed])
+    (gradient,) = torch.autograd.grad(functional.kl_divergence(*alone, **kinds).sum(), alone[needed])
     assert torch.equal(gradient, both[needed])
 
 
@@ -188,31 +190,31 @@ def test_dtypes_are_promoted_as_torchs_are() -> None:
         (torch.float16, torch.bfloat16),
         (torch.float64, torch.float16),
     ):
-        result = functional.kl_div(p.to(first), q.to(second))
+        result = functional.kl_divergence(p.to(first), q.to(second))
         assert result.dtype == torch.promote_types(first, second)
-        torch.testing.assert_close(result, reference.kl_div(p.to(first), q.to(second)))
+        torch.testing.assert_close(result, reference.kl_divergence(p.to(first), q.to(second)))
 
 
 @pytest.mark.parametrize("module", [functional, reference], ids=["functional", "reference"])
 def test_arguments_that_do_not_fit_are_refused(module: Any) -> None:
     x = torch.zeros(3, 5)
     with pytest.raises(ValueError, match='q_kind must be "logits", "log_probs" or "probs", got \'odds\''):
-        module.kl_div(x, x, q_kind="odds")
+        module.kl_divergence(x, x, q_kind="odds")
     with pytest.raises(RuntimeError, match=r"the same number of classes V, got \[3, 5\] and \[3, 1\]"):
-        module.kl_div(x, x[:, :1])
+        module.kl_divergence(x, x[:, :1])
     with pytest.raises(RuntimeError, match=r"p and q of shapes \[3, 5\] and \[2, 5\] cannot be broadcast"):
-        module.kl_div(x, x[:2])
+        module.kl_divergence(x, x[:2])
     with pytest.raises(RuntimeError, match=r"\(..., V\)"):
-        module.kl_div(torch.tensor(1.0), torch.tensor(1.0))
-    with pytest.raises(NotImplementedError, match='"kl_div" not implemented for'):
-        module.kl_div(x.long(), x.long())
-    with pytest.raises(NotImplementedError, match='"kl_div" not implemented for'):
-        module.kl_div(x, x.long())
+        module.kl_divergence(torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(NotImplementedError, match='"kl_divergence" not implemented for'):
+        module.kl_divergence(x.long(), x.long())
+    with pytest.raises(NotImplementedError, match='"kl_divergence" not implemented for'):
+        module.kl_divergence(x, x.long())
 
 
 def test_tensors_on_two_devices_are_refused() -> None:
     with pytest.raises(RuntimeError, match="but p is on cpu and q is on meta"):
-        functional.kl_div(torch.zeros(3, 5), torch.zeros(3, 5, device="meta"))
+        functional.kl_divergence(torch.zeros(3, 5), torch.zeros(3, 5, device="meta"))
 
 
 def test_backward_refuses_a_state_of_another_call() -> None:
@@ -229,7 +231,7 @@ def test_autocast_computes_in_float32_like_torchs_kl_div(dtype: torch.dtype) -> 
     p, q = (torch.randn(3, 5).to(dtype).requires_grad_() for _ in range(2))
     for arguments in ((p, q), (p, q[0])):
         with torch.autocast("cpu", torch.bfloat16):
-            ours, theirs = functional.kl_div(*arguments), reference.kl_div(*arguments)
+            ours, theirs = functional.kl_divergence(*arguments), reference.kl_divergence(*arguments)
         assert ours.dtype == theirs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(ours, theirs)
     ours.sum().backward()

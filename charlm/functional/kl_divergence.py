@@ -1,0 +1,73 @@
+"""The Kullback-Leibler divergence of two distributions over classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from charlm import reference
+from charlm.reference.kl_divergence import KINDS, broadcast, check_kinds
+
+from .kernels import _C, have_kernels
+
+_KIND_NUMBERS = {name: number for number, name in enumerate(KINDS)}
+
+
+def kl_divergence(p: Tensor, q: Tensor, *, p_kind: str = "logits", q_kind: str = "logits") -> Tensor:
+    """KL(P || Q) = `sum_c p_c (log p_c - log q_c)`, in nats, of each row of p and q.
+
+    The natural order: what P costs beyond its entropy if it is coded for Q. (`torch.nn.functional.kl_div` takes log q
+    first, then p, and does not sum.) Each side says what its numbers are, by its kind::
+
+        "logits"      log p = x - log sum_c exp x_c
+        "log_probs"   log p = x
+        "probs"           p = x
+
+    The gradients, of each kind::
+
+        of p: p_c (log p_c - log q_c - KL)   p_c (log p_c - log q_c + 1)   log p_c - log q_c + 1
+        of q: q_c sum_k p_k - p_c            -p_c                          -p_c / q_c
+
+    One walk over both rows, and a second one for the gradients. KL is never negative, and exactly 0 for identical
+    inputs, as are then the gradients of logits. A class of p_c = 0 adds nothing, 0 log 0 being 0, and has no gradient
+    in p; one of p_c > 0 = q_c makes KL +inf, never NaN. There, what has no finite derivative has the gradient 0: p_c,
+    q_c as a probability, and if p are logits every p of the row. Arithmetic is in float32 (float64 for float64) and
+    each result is rounded once. Same bits for any number of threads.
+
+    Args:
+        p, q: (..., V), float32, float64, bfloat16 or float16, any strides; leading dimensions and dtypes are broadcast
+            and promoted as torch's are. Log-probabilities and probabilities are taken as they are: whether they sum
+            to 1 is not looked at.
+        p_kind, q_kind: "logits", "log_probs" or "probs".
+
+    Returns:
+        (...), the promoted dtype; float32 under autocast. NaN for a row that holds NaN, and for logits with +inf or
+        nothing but -inf. Differentiable to any order with respect to both.
+
+    Raises:
+        RuntimeError: shapes that do not fit, 0-d ones among them; tensors on two devices.
+        ValueError: an unknown kind.
+        NotImplementedError: tensors that are not of a floating dtype.
+
+    Example:
+        >>> p, q = torch.tensor([0.5, 0.5, 0.0]), torch.zeros(3)
+        >>> kl_divergence(p, q, p_kind="probs")
+        tensor(0.4055)
+    """
+    if has_torch_function_variadic(p, q):
+        return handle_torch_function(kl_divergence, (p, q), p, q, p_kind=p_kind, q_kind=q_kind)
+    if not have_kernels("kl_divergence", ("p", "q"), (p, q)):
+        return reference.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
+    check_kinds(p_kind, q_kind)
+    kinds = _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind]
+    if p.shape == q.shape and p.dtype == q.dtype:
+        return _kl_div(p, q, *kinds)
+    p, q, dtype = broadcast(p, q)
+    return _kl_div(p, q, *kinds).to(dtype)
+
+
+def _kl_div(p: Tensor, q: Tensor, p_kind: int, q_kind: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.ops.charlm.kl_div.default(p, q, p_kind, q_kind)[0]
+    return _C.kl_div(p, q, p_kind, q_kind)

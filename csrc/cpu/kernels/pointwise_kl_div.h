@@ -1,0 +1,76 @@
+// torch's kl_div element by element: see ../../pointwise_kl_div.h for the formulas.
+#pragma once
+
+#include "../../pointwise_kl_div.h"
+#include "functions.h"
+#include "probability.h"
+
+namespace charlm::CHARLM_ISA {
+
+// log t and t of targets, given as such or as their logarithms.
+template <class C, int K>
+CHARLM_INLINE void read_targets(bool log_target, Vec<C> (&log_t)[K], Vec<C> (&t)[K]) {
+  if (log_target) {
+    for (int k = 0; k < K; k++) t[k] = log_t[k];
+    exp_of_log_probabilities<C, K>(t);
+    // exp gives 0 for subnormal results. Times an infinite difference of logarithms it would be NaN, not infinity.
+    constexpr bool kFloat = sizeof(C) == sizeof(float);
+    constexpr C kSmallestLog = kFloat ? C(-103.27) : C(-744.44), kSmallest = kFloat ? C(0x1p-149f) : C(0x1p-1074);
+    for (int k = 0; k < K; k++) {
+      const Mask<C> is_lost = t[k] == 0, is_not_zero = log_t[k] > kSmallestLog;
+      t[k] = select<C>(is_lost & is_not_zero, broadcast<C>(kSmallest), t[k]);
+    }
+  } else {
+    for (int k = 0; k < K; k++) t[k] = log_t[k];
+    for (int k = 0; k < K; k++) log_t[k] = log_of_probability<C>(t[k]);
+  }
+}
+
+template <class T, class C = Compute<T>>
+CHARLM_NOINLINE C pointwise_kl_div_forward(const PointwiseKlDiv<T>& p, int64_t begin, int64_t end, C* largest) {
+  using V = Vec<C>;
+  V sums[2] = {}, largests{};
+  for_each_vectors<C, 2>(end - begin, [&]<int K>(int64_t i, auto width, Count<K>) {
+    V x[K], log_t[K], t[K];
+    // Past the end 0: exp(0) (0 - 0) and 0 log 0 - 0 * 0 are 0.
+    for (int k = 0; k < K; k++) x[k] = load(p.input + begin + i + k * kLanes<C>, width, C(0));
+    for (int k = 0; k < K; k++) log_t[k] = load(p.target + begin + i + k * kLanes<C>, width, C(0));
+    read_targets<C, K>(p.log_target, log_t, t);
+    for (int k = 0; k < K; k++) {
+      largests = max<C>(x[k], largests);
+      const V value =
+          p.log_target ? V(t[k] * (log_t[k] - x[k])) : V(select<C>(t[k] == 0, V{}, t[k] * log_t[k]) - t[k] * x[k]);
+      if (p.output) {
+        store(p.output + begin + i + k * kLanes<C>, value, width);
+      } else {
+        sums[k] += value;
+      }
+    }
+  });
+  const C found = reduce_max<C>(largests);
+  *largest = found > *largest ? found : *largest;
+  return reduce_sum<C>(sums[0] + sums[1]);
+}
+
+template <class T, class C = Compute<T>>
+CHARLM_NOINLINE void pointwise_kl_div_backward(const PointwiseKlDiv<T>& p, int64_t begin, int64_t end) {
+  using V = Vec<C>;
+  for_each_vectors<C, 2>(end - begin, [&]<int K>(int64_t i, auto width, Count<K>) {
+    const auto at = [&](int k) { return begin + i + k * kLanes<C>; };
+    V g[K], log_t[K], t[K];
+    for (int k = 0; k < K; k++) {
+      g[k] = p.factor * (p.grad_stride ? load(p.grad_output + at(k), width, C(0)) : broadcast<C>(*p.grad_output));
+    }
+    for (int k = 0; k < K; k++) log_t[k] = load(p.target + at(k), width, C(0));
+    read_targets<C, K>(p.log_target, log_t, t);
+    for (int k = 0; p.grad_input && k < K; k++) store(p.grad_input + at(k), V(V{} - t[k] * g[k]), width);
+    for (int k = 0; p.grad_target && k < K; k++) {
+      // As torch's: t / t is NaN for 0 and infinity.
+      const V difference = log_t[k] - load(p.input + at(k), width, C(0));
+      const V value = p.log_target ? V((t[k] * difference + t[k]) * g[k]) : V((difference + t[k] / t[k]) * g[k]);
+      store(p.grad_target + at(k), value, width);
+    }
+  });
+}
+
+}  // namespace charlm::CHARLM_ISA
