@@ -4,6 +4,7 @@ from . import functional, information, ngrams, nn, reference
 from ._info import build_info
 from ._load import load
 from ._synchronize import synchronize
+from ._torch_names import public_dir
 from ._version import __version__
 from .patching import patch_model, patch_torch
 
@@ -20,3 +21,7 @@ __all__ = [
     "reference",
     "synchronize",
 ]
+
+
+def __dir__() -> list[str]:
+    return public_dir(globals())

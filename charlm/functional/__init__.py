@@ -3,8 +3,15 @@
 A call goes straight to the dispatcher through the compiled module; under torch.compile and torch.export it goes
 through `torch.ops.charlm`, which those can record. A tensor on a device for which there is no kernel takes
 `charlm.reference`, and so does everything under CHARLM_BACKEND=reference.
+
+Every other name is that of `torch.nn.functional`, so that `import charlm.functional as F` can take its place.
 """
 
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as _torchs
+
+from charlm._torch_names import fallback, public_names
 from charlm.reference import CrossEntropyOutput, EmbeddingLinearOutput
 
 from .cross_entropy import cross_entropy
@@ -28,3 +35,12 @@ __all__ = [
     "linear_cross_entropy",
     "surprisal",
 ]
+
+if TYPE_CHECKING:
+    try:  # Of two imports of a name mypy takes the first, and pyright the last that is not in an `except`: ours.
+        pass
+    except ImportError:
+        from torch.nn.functional import *  # noqa: F403
+else:
+    __getattr__, __dir__ = fallback(__name__, _torchs)
+    __all__.extend(public_names(_torchs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ from charlm.reference import CrossEntropyOutput
 
 from .kernels import _C, have_kernels
 
+AllIgnored: TypeAlias = Literal["nan", "zero"]
+Inplace: TypeAlias = Literal["backward", "forward"]
 
+
+# `| Any` in the overloads with `return_*`: a flag that is only known to be a bool may be False.
+@overload
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -29,8 +34,51 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
-    all_ignored: str = "nan",
-    inplace: str | None = None,
+    all_ignored: AllIgnored = "nan",
+    inplace: Inplace | None = None,
+    return_lse: Literal[False] = False,
+    return_entropy: Literal[False] = False,
+    return_predicted_tokens: Literal[False] = False,
+    return_token_accuracy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    all_ignored: AllIgnored = "nan",
+    inplace: Inplace | None = None,
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predicted_tokens: bool = False,
+    return_token_accuracy: bool = False,
+) -> CrossEntropyOutput | Any: ...
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    all_ignored: AllIgnored = "nan",
+    inplace: Inplace | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
@@ -69,7 +117,9 @@ def cross_entropy(
     Args:
         input: logits, (C), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16, any strides.
         target: class indices, () or (1), (N), (N, d1, ...), any integer dtype, each in [0, C) or `ignore_index`; or
-            class probabilities, the shape of `input` and a floating dtype.
+            class probabilities, the shape of `input` and a floating dtype. Where a probability of 0 meets a logit of
+            -inf the loss is NaN, as torch's, since 0 * inf is. `kl_divergence(target, input, p_kind="probs")` takes
+            such a class to add nothing, and differs from the loss by the entropy of `target`, a constant.
         weight: (C), a weight for each class; the dtype of `input` if the targets are class indices.
         size_average, reduce: deprecated by torch; they override `reduction`.
         ignore_index: class indices of this value count for nothing. Indices are widened to int64 before they are

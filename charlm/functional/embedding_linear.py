@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, TypeAlias, overload
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -12,10 +14,14 @@ from charlm.reference.embedding_linear import ACTIVATIONS, PLANS, check_options
 
 from .kernels import _C, have_kernels
 
+Activation: TypeAlias = Literal["none", "tanh", "relu", "gelu"]
+Plan: TypeAlias = Literal["auto", "folded", "gathered"]
+
 _ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 _PLAN_NUMBERS = {name: number for number, name in enumerate(PLANS)}
 
 
+@overload
 def embedding_linear(
     input: Tensor,
     embedding_weight: Tensor,
@@ -23,8 +29,31 @@ def embedding_linear(
     linear_bias: Tensor | None = None,
     *,
     padding_idx: int | None = None,
-    activation: str = "none",
-    plan: str = "auto",
+    activation: Activation = "none",
+    plan: Plan = "auto",
+    return_plan: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def embedding_linear(
+    input: Tensor,
+    embedding_weight: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    padding_idx: int | None = None,
+    activation: Activation = "none",
+    plan: Plan = "auto",
+    return_plan: bool = False,
+) -> EmbeddingLinearOutput | Any: ...
+def embedding_linear(
+    input: Tensor,
+    embedding_weight: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None = None,
+    *,
+    padding_idx: int | None = None,
+    activation: Activation = "none",
+    plan: Plan = "auto",
     return_plan: bool = False,
 ) -> Tensor | EmbeddingLinearOutput:
     """`activation(linear(embedding(input, embedding_weight).flatten(-2), linear_weight, linear_bias))`.

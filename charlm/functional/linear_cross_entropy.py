@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,13 +11,14 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from charlm.reference import CrossEntropyOutput
 from charlm.reference.linear_cross_entropy import check_shapes, checked_ignore_index, logits_shape, make_logits
 
-from .cross_entropy import CrossEntropyOptions, cross_entropy
+from .cross_entropy import AllIgnored, CrossEntropyOptions, cross_entropy
 from .kernels import _C, have_kernels
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
 
 
+@overload
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -33,7 +34,50 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
-    all_ignored: str = "nan",
+    all_ignored: AllIgnored = "nan",
+    return_lse: Literal[False] = False,
+    return_entropy: Literal[False] = False,
+    return_predicted_tokens: Literal[False] = False,
+    return_token_accuracy: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    all_ignored: AllIgnored = "nan",
+    return_lse: bool = False,
+    return_entropy: bool = False,
+    return_predicted_tokens: bool = False,
+    return_token_accuracy: bool = False,
+) -> CrossEntropyOutput | Any: ...
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    all_ignored: AllIgnored = "nan",
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,

@@ -2,22 +2,32 @@
 
 Each one subclasses torch's, so `isinstance`, `state_dict`, weight tying and adapters keep working; the options that
 torch's class lacks are class attributes first, so that a module whose class is exchanged in place has them too.
+
+Every other name is that of `torch.nn`, and so is every submodule but `functional`, so that `import charlm.nn as nn` can
+take its place. (A type checker does not see the submodules by `import charlm.nn.utils`; `nn.utils` it does.)
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import functional
-from .reference import CrossEntropyOutput
-from .reference.embedding_linear import check_options
-
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
+
+from charlm._torch_names import TorchSubmodules, fallback, public_names
+from charlm.functional.cross_entropy import AllIgnored, Inplace
+from charlm.functional.embedding_linear import Activation, Plan
+from charlm.reference import CrossEntropyOutput
+from charlm.reference.embedding_linear import check_options
+
+from . import functional
+
+__all__ = ["CrossEntropyLoss", "Embedding", "EmbeddingLinear", "LinearCrossEntropyLoss", "functional"]
 
 
 class Embedding(torch.nn.Embedding):
@@ -80,8 +90,8 @@ class EmbeddingLinear(torch.nn.Module):
         bias: bool = True,
         padding_idx: int | None = None,
         *,
-        activation: str = "none",
-        plan: str = "auto",
+        activation: Activation = "none",
+        plan: Plan = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -124,8 +134,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     lse_square_scale: float = 0.0
     softcap: float | None = None
     logit_scale: float = 1.0
-    all_ignored: str = "nan"
-    inplace: str | None = None
+    all_ignored: AllIgnored = "nan"
+    inplace: Inplace | None = None
     return_lse: bool = False
     return_entropy: bool = False
     return_predicted_tokens: bool = False
@@ -139,13 +149,27 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        **extras: Any,
+        *,
+        lse_square_scale: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        all_ignored: AllIgnored = "nan",
+        inplace: Inplace | None = None,
+        return_lse: bool = False,
+        return_entropy: bool = False,
+        return_predicted_tokens: bool = False,
+        return_token_accuracy: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        for name, value in extras.items():
-            if name not in CrossEntropyLoss.__annotations__:
-                raise TypeError(f"CrossEntropyLoss.__init__() got an unexpected keyword argument {name!r}")
-            setattr(self, name, value)
+        self.lse_square_scale = lse_square_scale
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.all_ignored = all_ignored
+        self.inplace = inplace
+        self.return_lse = return_lse
+        self.return_entropy = return_entropy
+        self.return_predicted_tokens = return_predicted_tokens
+        self.return_token_accuracy = return_token_accuracy
 
     def extra_repr(self) -> str:
         return ", ".join(
@@ -199,7 +223,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     lse_square_scale: float = 0.0
     softcap: float | None = None
     logit_scale: float = 1.0
-    all_ignored: str = "nan"
+    all_ignored: AllIgnored = "nan"
     return_lse: bool = False
     return_entropy: bool = False
     return_predicted_tokens: bool = False
@@ -219,7 +243,14 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
         options: LinearCrossEntropyOptions | None = None,
-        **extras: Any,
+        lse_square_scale: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        all_ignored: AllIgnored = "nan",
+        return_lse: bool = False,
+        return_entropy: bool = False,
+        return_predicted_tokens: bool = False,
+        return_token_accuracy: bool = False,
     ) -> None:
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
@@ -234,10 +265,14 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         self.label_smoothing = label_smoothing
         self.linear = torch.nn.Linear(in_features, math.prod(out_features, start=num_classes), bias, device, dtype)
         self.options = options
-        for name, value in extras.items():
-            if name not in LinearCrossEntropyLoss.__annotations__:
-                raise TypeError(f"LinearCrossEntropyLoss.__init__() got an unexpected keyword argument {name!r}")
-            setattr(self, name, value)
+        self.lse_square_scale = lse_square_scale
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.all_ignored = all_ignored
+        self.return_lse = return_lse
+        self.return_entropy = return_entropy
+        self.return_predicted_tokens = return_predicted_tokens
+        self.return_token_accuracy = return_token_accuracy
 
     def extra_repr(self) -> str:
         extras = (
@@ -262,3 +297,14 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             token_weight=token_weight,
             **{name: getattr(self, name) for name in LinearCrossEntropyLoss.__annotations__},
         )
+
+
+if TYPE_CHECKING:
+    try:  # As in charlm/functional/__init__.py.
+        pass
+    except ImportError:
+        from torch.nn import *  # noqa: F403
+else:
+    __getattr__, __dir__ = fallback(__name__, torch.nn)
+    __all__.extend(public_names(torch.nn))
+    sys.meta_path.insert(0, TorchSubmodules(__name__, "torch.nn", own=["functional"]))

@@ -1,0 +1,16 @@
+"""`charlm.functional` under the name that torch gives it: the same module object."""
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from charlm.functional import *  # noqa: F403
+
+    try:  # As in charlm/functional/__init__.py.
+        pass
+    except ImportError:
+        from torch.nn.functional import *  # noqa: F403
+else:
+    from charlm import functional
+
+    sys.modules[__name__] = functional  # Python returns what stands here
