@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
-from torch.nn.utils import parametrize
 
 from . import functional, nn
 
@@ -123,9 +122,9 @@ def patch_model(model: ModuleT) -> ModuleT:
     """Turns every `Embedding`, `CrossEntropyLoss` and `LinearCrossEntropyLoss` of torch in `model` into ours, in place.
 
     Only the class of a module changes: it remains the same object, with the same Parameters (tied ones stay
-    tied), buffers, hooks, parametrizations, names and training flag. Subclasses stay as they are, since they
-    may have a `forward` of their own; a `forward` set on the module itself also stays. Doing it twice changes
-    nothing.
+    tied), buffers, hooks, parametrizations, names and training flag. It may have gone through `parametrize`,
+    `fully_shard` or `replicate` before. Subclasses of users stay as they are, since they may have a `forward` of
+    their own; a `forward` set on the module itself also stays. Doing it twice changes nothing.
 
     Args:
         model: any module, also a bare `torch.nn.Embedding`.
@@ -144,13 +143,23 @@ def patch_model(model: ModuleT) -> ModuleT:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"patch_model takes a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        ours = _MODULES.get(parametrize.type_before_parametrizations(module))
+        ours = _exchanged(type(module))
         if ours is not None:
-            module.__class__ = _parametrized(type(module), ours) if parametrize.is_parametrized(module) else ours
+            module.__class__ = ours
     return model
 
 
-def _parametrized(found: type, ours: type[torch.nn.Module]) -> type:
-    """The class that torch made for one parametrized module, with its properties, but derived from ours."""
-    namespace = {name: value for name, value in vars(found).items() if name not in ("__dict__", "__weakref__")}
-    return type(f"Parametrized{ours.__name__}", (ours,), namespace)
+def _exchanged(found: type) -> type | None:
+    """Our class for one of torch's, also inside a class that torch made around it; None for every other class."""
+    if found in _MODULES or not _is_made_by_torch(found):
+        return _MODULES.get(found)
+    bases = tuple(_exchanged(base) or base for base in found.__bases__)
+    if bases == found.__bases__:
+        return None
+    return type(found.__name__, bases, {k: v for k, v in vars(found).items() if k not in ("__dict__", "__weakref__")})
+
+
+def _is_made_by_torch(found: type) -> bool:
+    """Whether parametrize, fully_shard or replicate derived this class at run time: they refuse a copy or a pickle."""
+    refusals = (vars(found).get("__getstate__"), vars(found).get("__deepcopy__"))
+    return any(getattr(refusal, "__module__", "").startswith("torch.") for refusal in refusals)

@@ -59,7 +59,8 @@ class EmbeddingLinear(torch.nn.Module):
     `charlm.functional.embedding_linear`.
 
     The parameters are those of two submodules, `embedding` and `linear`, initialised as torch does; modules that exist
-    already can take their places.
+    already can take their places. Their weights are read and they are not called: hooks on them do not run, and
+    `fully_shard` belongs on the whole.
 
     Args:
         num_embeddings: size of the vocabulary, V.
@@ -103,6 +104,7 @@ class EmbeddingLinear(torch.nn.Module):
         self.linear = torch.nn.Linear(context_size * embedding_dim, out_features, bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        _refuse_wrapped(self, "embedding", "linear")
         return functional.embedding_linear(
             input,
             self.embedding.weight,
@@ -206,7 +208,9 @@ _LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.M
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     """`torch.nn.LinearCrossEntropyLoss` through `charlm.functional.linear_cross_entropy`, with its keyword-only extras.
 
-    The parameters are those of `self.linear`, a `torch.nn.Linear` of num_classes * prod(out_features) outputs.
+    The parameters are those of `self.linear`, a `torch.nn.Linear` of num_classes * prod(out_features) outputs. As in
+    torch's class its weights are read and it is not called: hooks on it do not run, and `fully_shard` belongs on the
+    whole.
 
     Shape:
         input: (in_features) or (N, in_features)
@@ -283,6 +287,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         return ", ".join(part for part in (super().extra_repr(), *extras) if part)
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor | CrossEntropyOutput:
+        _refuse_wrapped(self, "linear")
         shape, bias = (self.num_classes, *self.out_features), self.linear.bias
         return functional.linear_cross_entropy(
             input,
@@ -297,6 +302,21 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             token_weight=token_weight,
             **{name: getattr(self, name) for name in LinearCrossEntropyLoss.__annotations__},
         )
+
+
+def _refuse_wrapped(module: torch.nn.Module, *names: str) -> None:
+    """RuntimeError if fully_shard or replicate was applied to a submodule whose weights `module` reads.
+
+    They work in hooks that run when a module is called, and `module` never calls that one.
+    """
+    for name in names:
+        if any(base.__module__.startswith("torch.distributed.") for base in type(getattr(module, name)).__mro__):
+            owner, wrapped = type(module).__name__, type(getattr(module, name)).__name__
+            raise RuntimeError(
+                f"{owner} reads the weights of its `{name}` without calling it, and {wrapped} gathers weights and "
+                f"reduces gradients only when it is called: apply fully_shard or replicate to the {owner} as a whole, "
+                f"and not to its `{name}`"
+            )
 
 
 if TYPE_CHECKING:
