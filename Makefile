@@ -2,7 +2,7 @@
 # make test     the same set-up, then the tests
 # make test-all the same with the exhaustive ones, which take long
 # make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
-# make lint     ruff and clang-format, nothing changed; `make format` applies them
+# make lint     ruff, clang-format, mypy and pyright, nothing changed; `make format` applies the first two
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
 # make cuda-check   build for CUDA in .venv-cuda (a torch of several GB) and test what needs no GPU; needs nvcc
 # make gpu      with a GPU: build for it with what is installed, test, check and time; nine minutes at most
@@ -45,6 +45,8 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(LINTED_CXX_FILES)
+	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
@@ -55,7 +57,7 @@ build: $(VENV)/built
 
 clean:
 	rm -rf build dist *.egg-info charlm/_C.*.so charlm/_build_config.json $(VENV)/built
-	rm -rf .pytest_cache .hypothesis .ruff_cache
+	rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find bench charlm tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
