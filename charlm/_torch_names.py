@@ -32,13 +32,11 @@ def fallback(name: str, torchs: ModuleType) -> tuple[Callable[[str], Any], Calla
     module = sys.modules[name]
 
     def __getattr__(attribute: str) -> Any:
-        if not attribute.startswith("__"):
-            try:
-                return getattr(torchs, attribute)
-            except AttributeError:
-                pass
-        message = f"module {name!r} has no attribute {attribute!r}, and neither has {torchs.__name__!r}"
-        raise AttributeError(message, name=attribute, obj=module)
+        try:
+            return getattr(torchs, attribute)
+        except AttributeError:
+            message = f"module {name!r} has no attribute {attribute!r}, and neither has {torchs.__name__!r}"
+            raise AttributeError(message, name=attribute, obj=module) from None
 
     def __dir__() -> list[str]:
         return public_dir(vars(module))

@@ -104,13 +104,14 @@ class EmbeddingLinear(torch.nn.Module):
         self.linear = torch.nn.Linear(context_size * embedding_dim, out_features, bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        _refuse_wrapped(self, "embedding", "linear")
+        embedding, linear = self.embedding, self.linear
+        _refuse_wrapped(self, embedding=embedding, linear=linear)
         return functional.embedding_linear(
             input,
-            self.embedding.weight,
-            self.linear.weight,
-            self.linear.bias,
-            padding_idx=self.embedding.padding_idx,
+            embedding.weight,
+            linear.weight,
+            linear.bias,
+            padding_idx=embedding.padding_idx,
             activation=self.activation,
             plan=self.plan,
         )
@@ -287,11 +288,12 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         return ", ".join(part for part in (super().extra_repr(), *extras) if part)
 
     def forward(self, input: Tensor, target: Tensor, token_weight: Tensor | None = None) -> Tensor | CrossEntropyOutput:
-        _refuse_wrapped(self, "linear")
-        shape, bias = (self.num_classes, *self.out_features), self.linear.bias
+        linear = self.linear
+        _refuse_wrapped(self, linear=linear)
+        shape, bias = (self.num_classes, *self.out_features), linear.bias
         return functional.linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*shape, self.linear.in_features),
+            linear.weight.reshape(*shape, linear.in_features),
             target,
             linear_bias=None if bias is None else bias.reshape(shape),
             weight=self.weight,
@@ -304,18 +306,21 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         )
 
 
-def _refuse_wrapped(module: torch.nn.Module, *names: str) -> None:
+def _refuse_wrapped(module: torch.nn.Module, **submodules: torch.nn.Module) -> None:
     """RuntimeError if fully_shard or replicate was applied to a submodule whose weights `module` reads.
 
     They work in hooks that run when a module is called, and `module` never calls that one.
     """
-    for name in names:
-        if any(base.__module__.startswith("torch.distributed.") for base in type(getattr(module, name)).__mro__):
-            owner, wrapped = type(module).__name__, type(getattr(module, name)).__name__
+    for name, submodule in submodules.items():
+        class_ = type(submodule)
+        if class_ is Embedding or class_ is torch.nn.Linear:  # nearly always, and quick
+            continue
+        if any(base.__module__.startswith("torch.distributed.") for base in class_.__mro__):
+            owner = type(module).__name__
             raise RuntimeError(
-                f"{owner} reads the weights of its `{name}` without calling it, and {wrapped} gathers weights and "
-                f"reduces gradients only when it is called: apply fully_shard or replicate to the {owner} as a whole, "
-                f"and not to its `{name}`"
+                f"{owner} reads the weights of its `{name}` without calling it, and {class_.__name__} gathers weights "
+                f"and reduces gradients only when it is called: apply fully_shard or replicate to the {owner} as a "
+                f"whole, and not to its `{name}`"
             )
 
 
