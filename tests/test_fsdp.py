@@ -48,6 +48,16 @@ class FusedModel(torch.nn.Module):
         return self.loss(self.first(tokens), target)
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def with_a_doubled_table(model: Model) -> Model:
+    torch.nn.utils.parametrize.register_parametrization(model.embedding, "weight", Doubled())
+    return model
+
+
 def make_batch() -> tuple[Tensor, Tensor]:
     """int16, which torch's own ops refuse: who runs shows whose kernels do."""
     generator = torch.Generator().manual_seed(1)
@@ -111,6 +121,12 @@ def work(rank: int, folder: str) -> None:
         results[order] = parameters(model)
 
     torch.manual_seed(0)
+    model = charlm.patch_model(sharded(with_a_doubled_table(Model()), ("embedding",)))
+    results["parametrized: classes"] = [base.__name__ for base in type(model.embedding).__mro__[:4]]
+    train(model, tokens, target)
+    results["parametrized"] = parameters(model)
+
+    torch.manual_seed(0)
     model = sharded(FusedModel(), ("first", "loss"))
     train(model, tokens, target)
     results["fused"] = parameters(model)
@@ -151,6 +167,14 @@ def in_one_process(model: torch.nn.Module) -> list[Tensor]:
 def test_a_model_that_is_sharded_and_patched_trains_as_in_one_process(results: dict[str, Any], order: str) -> None:
     assert results[f"{order}: classes"] == [(True, True, True), (True, True, True)]
     torch.testing.assert_close(results[order], in_one_process(charlm.patch_model(Model())))
+
+
+def test_a_parametrized_module_that_is_sharded_and_then_patched_keeps_both(results: dict[str, Any]) -> None:
+    layers = ["FSDPParametrizedEmbedding", "FSDPModule", "ParametrizedEmbedding", "Embedding"]
+    assert results["parametrized: classes"] == layers
+    torch.testing.assert_close(
+        results["parametrized"], in_one_process(charlm.patch_model(with_a_doubled_table(Model())))
+    )
 
 
 def test_a_model_that_is_replicated_and_then_patched_trains_as_in_one_process(results: dict[str, Any]) -> None:
