@@ -46,7 +46,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(LINTED_CXX_FILES)
 	$(BIN)/mypy
-	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	PYTHONPATH="$(CURDIR)" $(BIN)/basedpyright --project tests --pythonpath $(BIN)/python
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

@@ -12,22 +12,16 @@ from types import ModuleType
 from typing import Any
 
 
-def public_names(torchs: ModuleType) -> list[str]:
-    """The public names of one of torch's modules, without what that module only imports for its own use."""
-    return [name for name, value in vars(torchs).items() if name[0] != "_" and _is_torchs(value)]
-
-
-def _is_torchs(value: object) -> bool:
-    if isinstance(value, ModuleType):
-        return value.__name__.startswith("torch.nn.")
-    module = getattr(value, "__module__", None)  # a built-in function has None
-    return not isinstance(value, bool) and (module is None or module.startswith("torch"))
-
-
-def fallback(name: str, torchs: ModuleType) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of our module `name`, whose `__all__` holds what `dir` shows.
+def beside_torch(
+    name: str, ours: list[str], torchs: ModuleType
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of our module `name`, which stands in the place of one of torch's.
 
     torch's attribute is looked up at each use, so that whatever replaces it in torch's module is found here too.
+
+    Args:
+        ours: the public names that our module has itself.
+        torchs: torch's module, which has all others.
     """
     module = sys.modules[name]
 
@@ -41,7 +35,16 @@ def fallback(name: str, torchs: ModuleType) -> tuple[Callable[[str], Any], Calla
     def __dir__() -> list[str]:
         return public_dir(vars(module))
 
-    return __getattr__, __dir__
+    public = (attribute for attribute, value in vars(torchs).items() if attribute[0] != "_" and _is_torchs(value))
+    return __getattr__, __dir__, sorted({*ours, *public})
+
+
+def _is_torchs(value: object) -> bool:
+    """False for what torch's module only imports for its own use."""
+    if isinstance(value, ModuleType):
+        return value.__name__.startswith("torch.nn.")
+    module = getattr(value, "__module__", None)  # a built-in function has None
+    return not isinstance(value, bool) and (module is None or module.startswith("torch"))
 
 
 def public_dir(namespace: dict[str, Any]) -> list[str]:

@@ -115,6 +115,13 @@ def test_an_accepted_call_gives_torchs_result(name: str, isa: str) -> None:
     torch.testing.assert_close(actual, expected, equal_nan=True, rtol=rtol, atol=atol)
 
 
+def test_a_probability_of_0_at_a_logit_of_minus_infinity_gives_nan_like_torch(isa: str) -> None:
+    logits, target = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[0.5, 0.5, 0.0]])
+    for module in (F, functional):
+        assert module.cross_entropy(logits, target).isnan()
+        assert module.cross_entropy(logits, target, reduction="none").isnan().tolist() == [True]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_refused_call_raises_torchs_exception(name: str) -> None:
     with pytest.raises(Exception) as theirs:  # noqa: PT011  torch says which one

@@ -101,7 +101,7 @@ def test_dir_shows_public_names_only(module: ModuleType) -> None:
         if inspect.ismodule(value):
             assert value.__name__.startswith(("charlm.", "torch.nn."))
         assert getattr(value, "__module__", "") not in ("typing", "collections.abc")
-        assert name not in ("kernels", "patching", "annotations", "TYPE_CHECKING", "fallback", "public_names")
+        assert name not in ("kernels", "patching", "annotations", "TYPE_CHECKING", "beside_torch", "public_dir")
 
 
 def test_a_function_that_is_replaced_in_torch_is_found_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING
 
 import torch.nn.functional as _torchs
 
-from charlm._torch_names import fallback, public_names
-from charlm.reference import CrossEntropyOutput, EmbeddingLinearOutput
+from charlm._torch_names import beside_torch
+from charlm.reference import CrossEntropyOutput as CrossEntropyOutput
+from charlm.reference import EmbeddingLinearOutput as EmbeddingLinearOutput
 
-from .cross_entropy import cross_entropy
-from .embedding import embedding
-from .embedding_linear import embedding_linear
-from .entropy import entropy
-from .kl_div import kl_div
-from .kl_divergence import kl_divergence
-from .linear_cross_entropy import linear_cross_entropy
-from .surprisal import surprisal
+from .cross_entropy import cross_entropy as cross_entropy
+from .embedding import embedding as embedding
+from .embedding_linear import embedding_linear as embedding_linear
+from .entropy import entropy as entropy
+from .kl_div import kl_div as kl_div
+from .kl_divergence import kl_divergence as kl_divergence
+from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .surprisal import surprisal as surprisal
 
-__all__ = [
+_OURS = [
     "CrossEntropyOutput",
     "EmbeddingLinearOutput",
     "cross_entropy",
@@ -36,11 +37,10 @@ __all__ = [
     "surprisal",
 ]
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # Without `__getattr__`, by which every name would exist, and `__all__`, which has no end here.
     try:  # Of two imports of a name mypy takes the first, and pyright the last that is not in an `except`: ours.
         pass
     except ImportError:
         from torch.nn.functional import *  # noqa: F403
 else:
-    __getattr__, __dir__ = fallback(__name__, _torchs)
-    __all__.extend(public_names(_torchs))
+    __getattr__, __dir__, __all__ = beside_torch(__name__, _OURS, _torchs)

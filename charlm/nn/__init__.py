@@ -19,15 +19,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
 
-from charlm._torch_names import TorchSubmodules, fallback, public_names
+from charlm._torch_names import TorchSubmodules, beside_torch
 from charlm.functional.cross_entropy import AllIgnored, Inplace
 from charlm.functional.embedding_linear import Activation, Plan
 from charlm.reference import CrossEntropyOutput
 from charlm.reference.embedding_linear import check_options
 
-from . import functional
+from . import functional as functional
 
-__all__ = ["CrossEntropyLoss", "Embedding", "EmbeddingLinear", "LinearCrossEntropyLoss", "functional"]
+_OURS = ["CrossEntropyLoss", "Embedding", "EmbeddingLinear", "LinearCrossEntropyLoss", "functional"]
 
 
 class Embedding(torch.nn.Embedding):
@@ -330,6 +330,5 @@ if TYPE_CHECKING:
     except ImportError:
         from torch.nn import *  # noqa: F403
 else:
-    __getattr__, __dir__ = fallback(__name__, torch.nn)
-    __all__.extend(public_names(torch.nn))
+    __getattr__, __dir__, __all__ = beside_torch(__name__, _OURS, torch.nn)
     sys.meta_path.insert(0, TorchSubmodules(__name__, "torch.nn", own=["functional"]))

@@ -5,11 +5,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from charlm.functional import *  # noqa: F403
-
-    try:  # As in charlm/functional/__init__.py.
-        pass
-    except ImportError:
-        from torch.nn.functional import *  # noqa: F403
 else:
     from charlm import functional
 
