@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -11,10 +13,12 @@ from charlm.reference.kl_divergence import KINDS, broadcast, check_kinds
 
 from .kernels import _C, have_kernels
 
+Kind: TypeAlias = Literal["logits", "log_probs", "probs"]
+
 _KIND_NUMBERS = {name: number for number, name in enumerate(KINDS)}
 
 
-def kl_divergence(p: Tensor, q: Tensor, *, p_kind: str = "logits", q_kind: str = "logits") -> Tensor:
+def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind = "logits") -> Tensor:
     """KL(P || Q) = `sum_c p_c (log p_c - log q_c)`, in nats, of each row of p and q.
 
     The natural order: what P costs beyond its entropy if it is coded for Q. (`torch.nn.functional.kl_div` takes log q
