@@ -1,4 +1,4 @@
-"""Swap torch's embedding and cross-entropies for ours, for a program or for one model, and back.
+"""Swap torch's embedding, cross-entropies and KL loss for ours, for a program or for one model, and back.
 
 `patch_torch` exchanges attributes of `torch.nn.functional`; `patch_model` changes the class of a model's
 own modules. Both leave every parameter, and so every optimizer and checkpoint, as it is.
@@ -20,10 +20,12 @@ ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "embedding": functional.embedding,
     "cross_entropy": functional.cross_entropy,
+    "kl_div": functional.kl_div,
 }
 _MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Embedding: nn.Embedding,
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
+    torch.nn.KLDivLoss: nn.KLDivLoss,
 }
 if hasattr(torch.nn.functional, "linear_cross_entropy"):  # not in torch 2.11
     _FUNCTIONS["linear_cross_entropy"] = functional.linear_cross_entropy
@@ -99,7 +101,7 @@ class TorchPatch:
 
 
 def patch_torch() -> TorchPatch:
-    """Makes `F.embedding`, `F.cross_entropy` and `F.linear_cross_entropy` of torch ours, in the whole process.
+    """Makes torch's `F.embedding`, `F.cross_entropy`, `F.kl_div` and `F.linear_cross_entropy` ours, process-wide.
 
     The last one where this torch has it. `torch.nn`'s modules look these functions up at each call, so models built
     before and after, their subclasses and third-party code follow. Out of reach are a name bound earlier by
@@ -119,7 +121,9 @@ def patch_torch() -> TorchPatch:
 
 
 def patch_model(model: ModuleT) -> ModuleT:
-    """Turns every `Embedding`, `CrossEntropyLoss` and `LinearCrossEntropyLoss` of torch in `model` into ours, in place.
+    """Turns torch's modules in `model` that have a module of ours into these, in place.
+
+    They are `Embedding`, `CrossEntropyLoss`, `KLDivLoss` and `LinearCrossEntropyLoss`.
 
     Only the class of a module changes: it remains the same object, with the same Parameters (tied ones stay
     tied), buffers, hooks, parametrizations, names and training flag. It may have gone through `parametrize`,

@@ -43,7 +43,8 @@ FIRST_BAD_TARGET = "tests/test_cross_entropy_torch_parity.py::test_the_first_of_
 OPS_TESTS_IN_ANY_ORDER = (*OPS_TESTS, "--deselect", FIRST_BAD_TARGET)
 DEVICE_TESTS = ("tests/test_cuda.py",)
 SAMPLE_TESTS = tuple(
-    f"tests/test_{op}.py" for op in ("cross_entropy", "embedding", "embedding_linear", "entropy", "kl_divergence")
+    f"tests/test_{op}.py"
+    for op in ("cross_entropy", "embedding", "embedding_linear", "entropy", "kl_div", "kl_divergence")
 )
 SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64")
 FLOAT_SAMPLES = (*SAMPLES[:-1], "as_close_to_float64 and float32")

@@ -236,3 +236,14 @@ def test_autocast_computes_in_float32_like_torchs_kl_div(dtype: torch.dtype) -> 
         torch.testing.assert_close(ours, theirs)
     ours.sum().backward()
     assert {p.grad.dtype, q.grad.dtype} == {dtype}
+
+
+@pytest.mark.parametrize("name", ["p", "q"])
+def test_a_negative_probability_is_refused_with_its_place(name: str, isa: str) -> None:
+    pair = {"p": torch.full((3, 4), 0.25), "q": torch.full((3, 4), 0.25)}
+    pair[name][1, 2] = -0.5
+    with pytest.raises(ValueError, match=f"{name} must hold probabilities, but is -0.5 at position \\(1, 2\\)"):
+        functional.kl_divergence(**pair, p_kind="probs", q_kind="probs")
+    pair[name][1, 2] = torch.nan  # a NaN is no negative number
+    result = functional.kl_divergence(**pair, p_kind="probs", q_kind="probs")
+    assert result.isnan().tolist() == [False, True, False]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +21,9 @@ def kl_div(
     reduce: bool | None = None,
     reduction: str = "mean",
     log_target: bool = False,
-    **unknown: object,
+    *,
+    p_kind: None = None,
+    q_kind: None = None,
 ) -> Tensor:
     """The Kullback-Leibler loss of log-probabilities and probabilities, in nats: `torch.nn.functional.kl_div`.
 
@@ -44,6 +45,7 @@ def kl_div(
         reduction: "none": each element's value. "sum": their sum. "batchmean": the sum divided by `input.size(0)`,
             which is the KL divergence. "mean": the sum divided by the number of elements, with torch's warning.
         log_target: whether `target` holds logarithms.
+        p_kind, q_kind: options of `kl_divergence`; refused here.
 
     Returns:
         (), or with "none" the broadcast shape; the promoted dtype. Differentiable to any order with respect to both.
@@ -62,8 +64,11 @@ def kl_div(
         >>> kl_div(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]), reduction="sum")
         tensor(0.6931)
     """
-    if unknown:
-        _refuse(next(iter(unknown)))
+    if p_kind is not None or q_kind is not None:
+        raise TypeError(
+            "kl_div() is torch.nn.functional.kl_div(input, target) and takes neither p_kind nor q_kind: the divergence "
+            "of two distributions of given kinds is kl_divergence(p, q, p_kind=..., q_kind=...)"
+        )
     if has_torch_function_variadic(input, target):
         return handle_torch_function(
             kl_div,
@@ -100,12 +105,3 @@ def kl_div(
     if torch.compiler.is_compiling():
         return torch.ops.charlm.pointwise_kl_div.default(*arguments)
     return _C.pointwise_kl_div(*arguments)
-
-
-def _refuse(keyword: str) -> NoReturn:
-    if keyword in ("p_kind", "q_kind"):
-        raise TypeError(
-            f"kl_div() is torch.nn.functional.kl_div(input, target) and has no {keyword!r}: the divergence of two "
-            "distributions of given kinds is kl_divergence(p, q, p_kind=..., q_kind=...)"
-        )
-    raise TypeError(f"kl_div() got an unexpected keyword argument {keyword!r}")

@@ -21,8 +21,9 @@ _KIND_NUMBERS = {name: number for number, name in enumerate(KINDS)}
 def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind = "logits") -> Tensor:
     """KL(P || Q) = `sum_c p_c (log p_c - log q_c)`, in nats, of each row of p and q.
 
-    The natural order: what P costs beyond its entropy if it is coded for Q. (`torch.nn.functional.kl_div` takes log q
-    first, then p, and does not sum.) Each side says what its numbers are, by its kind::
+    What P costs beyond its entropy if it is coded for Q (Kullback and Leibler 1951). `kl_div` is torch's function of
+    the same divergence: it takes log q first, then p, and sums over everything. Each side says what its numbers are,
+    by its kind::
 
         "logits"      log p = x - log sum_c exp x_c
         "log_probs"   log p = x
@@ -51,7 +52,7 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind
 
     Raises:
         RuntimeError: shapes that do not fit, 0-d ones among them; tensors on two devices.
-        ValueError: an unknown kind.
+        ValueError: an unknown kind; on the CPU, a negative probability, with its value and position.
         NotImplementedError: tensors that are not of a floating dtype.
 
     Example:
@@ -61,14 +62,35 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind
     """
     if has_torch_function_variadic(p, q):
         return handle_torch_function(kl_divergence, (p, q), p, q, p_kind=p_kind, q_kind=q_kind)
-    if not have_kernels("kl_divergence", ("p", "q"), (p, q)):
-        return reference.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
+    has_kernels = have_kernels("kl_divergence", ("p", "q"), (p, q))
     check_kinds(p_kind, q_kind)
-    kinds = _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind]
-    if p.shape == q.shape and p.dtype == q.dtype:
-        return _kl_div(p, q, *kinds)
-    p, q, dtype = broadcast(p, q)
-    return _kl_div(p, q, *kinds).to(dtype)
+    if not has_kernels:
+        result = reference.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
+    elif p.shape == q.shape and p.dtype == q.dtype:
+        result = _kl_div(p, q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind])
+    else:
+        wide_p, wide_q, dtype = broadcast(p, q)
+        result = _kl_div(wide_p, wide_q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind]).to(dtype)
+    if p_kind == "probs" or q_kind == "probs":
+        _refuse_negative(result, ("p", p, p_kind), ("q", q, q_kind))
+    return result
+
+
+def _refuse_negative(result: Tensor, *sides: tuple[str, Tensor, Kind]) -> None:
+    """ValueError for a negative probability, which makes the result NaN: only then are the probabilities looked at.
+
+    On the CPU alone, where reading the result waits for nothing, and not while a call is traced or transformed.
+    """
+    if torch.compiler.is_compiling() or type(result) is not Tensor or not result.is_cpu:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(result) or not result.isnan().any():
+        return
+    for name, values, kind in sides:
+        negative = (values < 0).nonzero() if kind == "probs" else ()
+        if len(negative) > 0:
+            position = tuple(negative[0].tolist())
+            value = values[position].item()
+            raise ValueError(f"{name} must hold probabilities, but is {value} at position {position}")
 
 
 def _kl_div(p: Tensor, q: Tensor, p_kind: int, q_kind: int) -> Tensor:

@@ -27,7 +27,7 @@ from charlm.reference.embedding_linear import check_options
 
 from . import functional as functional
 
-_OURS = ["CrossEntropyLoss", "Embedding", "EmbeddingLinear", "LinearCrossEntropyLoss", "functional"]
+_OURS = ["CrossEntropyLoss", "Embedding", "EmbeddingLinear", "KLDivLoss", "LinearCrossEntropyLoss", "functional"]
 
 
 class Embedding(torch.nn.Embedding):
@@ -200,6 +200,23 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             return_predicted_tokens=self.return_predicted_tokens,
             return_token_accuracy=self.return_token_accuracy,
         )
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    """`torch.nn.KLDivLoss` through `charlm.functional.kl_div`: same arguments, same results.
+
+    Shape:
+        input: any shape (*), log-probabilities
+        target: broadcast with `input`; probabilities, or with `log_target` their logarithms
+        output: a loss in nats, () or, with reduction "none", the broadcast shape
+
+    Example:
+        >>> KLDivLoss(reduction="batchmean")(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
+        tensor(0.)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
 # torch has had one since 2.13.

@@ -20,7 +20,12 @@ from .comparison import (
 from .cross_entropy import sample_inputs_cross_entropy
 from .embedding import sample_inputs_embedding
 from .embedding_linear import sample_inputs_embedding_linear
-from .information import sample_inputs_entropy, sample_inputs_kl_divergence, sample_inputs_surprisal
+from .information import (
+    sample_inputs_entropy,
+    sample_inputs_kl_div,
+    sample_inputs_kl_divergence,
+    sample_inputs_surprisal,
+)
 from .linear_cross_entropy import sample_inputs_linear_cross_entropy
 from .samples import FLOAT_DTYPES, PROBABILITIES, SampleInput
 
@@ -36,6 +41,7 @@ __all__ = [
     "sample_inputs_embedding",
     "sample_inputs_embedding_linear",
     "sample_inputs_entropy",
+    "sample_inputs_kl_div",
     "sample_inputs_kl_divergence",
     "sample_inputs_linear_cross_entropy",
     "sample_inputs_surprisal",

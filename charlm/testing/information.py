@@ -109,6 +109,41 @@ def sample_inputs_kl_divergence(dtype: torch.dtype, device: str = "cpu") -> Iter
         yield SampleInput(case.name, {**pair, **kinds}, ("p", "q"), ulps)
 
 
+def sample_inputs_kl_div(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
+    """Calls of `kl_div`, torch's, about one for each reduction, kind of target, shape and layout."""
+    cases = [
+        *(
+            (f"{reduction}_{kind}", (513, 27), (513, 27), "contiguous", reduction, kind)
+            for reduction, kind in _KL_DIV_OPTIONS
+        ),
+        *(
+            (f"long_{reduction}", (9, 8195), (9, 8195), "contiguous", reduction, "probs")
+            for reduction in ("none", "sum")
+        ),
+        ("transposed", (65, 33), (65, 33), "transposed", "batchmean", "probs"),
+        ("sliced", (65, 33), (65, 33), "sliced_columns", "sum", "log_probs"),
+        ("one_row_of_target", (257, 27), (27,), "contiguous", "batchmean", "probs"),
+        ("one_row_of_input", (27,), (257, 27), "contiguous", "mean", "log_probs"),
+        ("no_dimension", (), (), "contiguous", "sum", "probs"),
+        ("three_dimensions", (5, 7, 27), (5, 7, 27), "contiguous", "none", "log_probs"),
+    ]
+    for seed, (name, shape, target_shape, layout, reduction, kind) in enumerate(cases):
+        generator = torch.Generator(device).manual_seed(seed)
+        logits, of_target = (
+            torch.randn(sizes or (1,), generator=generator, device=device) * 2 for sizes in (shape, target_shape)
+        )
+        arguments = {
+            "input": laid_out(logits.log_softmax(-1).sub(0.0 if shape else 1.0).reshape(shape).to(dtype), layout),
+            "target": laid_out(_as_kind(of_target, kind).reshape(target_shape).to(dtype), layout),
+            "reduction": reduction,
+            "log_target": kind == "log_probs",
+        }
+        yield SampleInput(name, arguments, ("input", "target"))
+
+
+_KL_DIV_OPTIONS = [(r, kind) for r in ("none", "mean", "batchmean", "sum") for kind in ("probs", "log_probs")]
+
+
 def sample_inputs_surprisal(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
     """Calls of `surprisal` with logits of `dtype`, about one for each shape, layout and dtype of targets."""
     for seed, case in enumerate((*_ROWS, *_TARGETS)):
