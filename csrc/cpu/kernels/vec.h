@@ -179,7 +179,8 @@ CHARLM_INLINE Vec<C> reduce_sums(const Vec<C>* v) {
     constexpr int kFew = 16 / sizeof(C);
     const Vec<C> a = reduce_sums<C, kCount / 2>(v), b = reduce_sums<C, kCount / 2>(v + kCount / 2);
     constexpr std::make_integer_sequence<int, kLanes<C>> lanes;
-    return kCount <= kFew ? add_neighbours<C, 1, kFew>(a, b, lanes) : add_neighbours<C, kFew, kLanes<C>>(a, b, lanes);
+    if constexpr (kCount <= kFew) return add_neighbours<C, 1, kFew>(a, b, lanes);
+    if constexpr (kCount > kFew) return add_neighbours<C, kFew, kLanes<C>>(a, b, lanes);
   }
 }
 
