@@ -1,6 +1,7 @@
 # make train    set up .venv, build charlm, train on the names that ship, print the table and samples
 # make test     the same set-up, then the tests
 # make test-all the same with the exhaustive ones, which take long
+# make test-clang   build a copy with Clang (CLANGXX, default clang++) in build/clang, and run the tests of the ops there
 # make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
 # make lint     ruff, clang-format, mypy and pyright, nothing changed; `make format` applies the first two
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
@@ -21,7 +22,14 @@ CXX_FILES := $(shell find csrc $(CXX_NAMES))
 LINTED_CXX_FILES := $(CXX_FILES) $(shell find bench tests $(CXX_NAMES))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: train test test-all cuda-check gpu bench lint format build clean distclean
+# What the tests of the ops need, and those tests: `make test-clang` copies the first and runs the second.
+CLANG_TREE := build/clang
+CLANG_PARTS := bench charlm csrc scripts tests pyproject.toml setup.py
+CLANG_TESTS := build_info build_module cross_entropy* devices embedding* entropy few_classes information kl_div \
+	large_offsets linear_cross_entropy* many_rows modules ngrams patching* surprisal torch_citizenship_*
+CLANGXX ?= clang++
+
+.PHONY: train test test-all test-clang cuda-check gpu bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
@@ -31,6 +39,14 @@ test: $(VENV)/dev $(VENV)/built
 
 test-all: $(VENV)/dev $(VENV)/built
 	$(BIN)/python -m pytest -m ""
+
+test-clang: $(VENV)/dev
+	mkdir -p $(CLANG_TREE)
+	cd $(CLANG_TREE) && rm -rf $(CLANG_PARTS)
+	cp -a $(CLANG_PARTS) $(CLANG_TREE)
+	cd $(CLANG_TREE) && rm -f charlm/_C.*.so charlm/_build_config.json
+	cd $(CLANG_TREE) && CXX="$(CLANGXX)" FORCE_CUDA=0 ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd $(CLANG_TREE) && PYTHONPATH="$$PWD" ../../$(BIN)/python -m pytest $(CLANG_TESTS:%=tests/test_%.py)
 
 cuda-check:
 	$(PYTHON) scripts/cuda_check.py

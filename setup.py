@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "scripts"))  # pip runs this file without its folder on the path
 
 import cuda_toolkit  # noqa: E402
+import elf  # noqa: E402
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -42,9 +43,11 @@ MIN_TORCH = "2.11"
 RUNTIME_REQUIREMENTS = ["numpy", "safetensors", "typer", "rich"]
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
-# Named, the C++ runtime is the shared one, torch's, where a toolchain would link a static one (-static-libstdc++): what
-# that throws, torch cannot catch, and an IndexError ends the process.
-LINK_FLAGS = ["-fopenmp", *(["-lstdc++"] if sys.platform == "linux" else [])]
+# Named by its file, the C++ runtime is the shared one, torch's, where a toolchain would link a static one
+# (-static-libstdc++, or a libstdc++.so that is a dangling link): what that throws, torch cannot catch, and an
+# IndexError ends the process. The -lstdc++ that GCC and Clang add behind it finds no symbol left to define.
+CXX_RUNTIME = "libstdc++.so.6"
+LINK_FLAGS = [f"-l:{CXX_RUNTIME}"] if sys.platform == "linux" else []
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [
     *AVX2_FLAGS,
@@ -122,6 +125,45 @@ def find_compiler(command: str) -> str:
         )
     printed = subprocess.run([*arguments, "--version"], capture_output=True, text=True, check=False).stdout
     return (printed.splitlines() or [command])[0]
+
+
+class Flags(NamedTuple):
+    """What the compiler is given for csrc/cpu/kernels, for all other sources, and for linking."""
+
+    kernels: list[str]
+    sources: list[str]
+    link: list[str]
+
+
+def compiler_flags(clang: bool) -> Flags:
+    """Flags with which at::parallel_for starts the threads of torch's OpenMP runtime, libgomp.
+
+    GCC's -fopenmp does. Clang's starts those of another runtime: csrc/cpu/gomp.h takes its place.
+    """
+    if not (clang and sys.platform == "linux"):
+        return Flags(CXX_FLAGS, CXX_FLAGS, ["-fopenmp", *LINK_FLAGS])
+    kernels = [flag for flag in CXX_FLAGS if flag != "-fopenmp"] + ["-Wno-unknown-warning-option"]
+    return Flags(kernels, [*kernels, "-include", "cpu/gomp.h"], ["-l:libgomp.so.1", *LINK_FLAGS])
+
+
+def is_clang(command: str) -> bool:
+    """Whether the C++ compiler is Clang, whatever its name is."""
+    ask = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
+    return "#define __clang__ " in subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+
+
+def check_cxx_runtime(module: Path) -> None:
+    """Removes the linked module and ends the build unless it throws through the shared C++ runtime."""
+    linked = elf.read_dynamic_section(module)
+    if CXX_RUNTIME in linked.needed and "__cxa_throw" in linked.undefined:
+        return
+    module.unlink()
+    raise BuildError(
+        f"the linker put a C++ runtime into {module.name}, which must need {CXX_RUNTIME} and take __cxa_throw from it. "
+        "Every error that such a module raises ends the process, so it was removed.",
+        "Remove -static-libstdc++ and -nostdlib++ from CXX, CXXFLAGS and LDFLAGS, or set CXX to a compiler that links "
+        "the shared runtime (CXX=/usr/bin/g++), then build again.",
+    )
 
 
 def find_python_headers(include: str) -> None:
@@ -216,8 +258,7 @@ def extension(isas: Mapping[str, list[str]], cuda: Cuda) -> Extension:
         [source for source in sources if source != ISA_SOURCE],
         include_dirs=[str(CSRC)],
         define_macros=[(macro, None) for macro in macros],
-        extra_compile_args={"cxx": list(CXX_FLAGS), "nvcc": list(NVCC_FLAGS)},
-        extra_link_args=LINK_FLAGS,
+        extra_compile_args={"cxx": [], "nvcc": list(NVCC_FLAGS)},  # cxx: see compiler_flags
     )
 
 
@@ -251,17 +292,19 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) 
             # compile everything again when MAX_JOBS changes.
             appended = os.environ.get("NVCC_APPEND_FLAGS", "")
             os.environ["NVCC_APPEND_FLAGS"] = f"{appended} --threads {jobs}".strip()
+            compiler = cpp_extension.get_cxx_compiler()
             config = {
                 "charlm": self.distribution.get_version(),
                 "torch": torch.__version__,
                 "python": platform.python_version(),
-                "compiler": find_compiler(cpp_extension.get_cxx_compiler()),
+                "compiler": find_compiler(compiler),
                 "instruction_sets": list(isas),
                 "cuda_architectures": cuda.architectures,
                 "why_no_cuda": cuda.why_not,
             }
             print_configuration(config, cuda.nvcc, jobs)
             self.jobs = jobs
+            self.flags = compiler_flags(is_clang(compiler))
             super().run()
             self.config_path().write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -279,7 +322,7 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) 
                     output_dir=str(Path(self.build_temp, isa)),
                     macros=[("CHARLM_ISA", isa)],
                     include_dirs=[str(CSRC)],
-                    extra_postargs={"cxx": [*CXX_FLAGS, *isas[isa]]},
+                    extra_postargs={"cxx": [*self.flags.kernels, *isas[isa]]},
                 )
 
             # Each set is a ninja run of its own with one object in it: side by side they use the cores.
@@ -287,7 +330,11 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) 
                 ext.extra_objects += [obj for objects in pool.map(compile_isa, isas) for obj in objects]
             compile_sources = self.compiler.compile  # is given them sorted by name
             self.compiler.compile = lambda sources, **options: compile_sources(longest_first(sources), **options)
+            ext.extra_compile_args["cxx"] += self.flags.sources
+            ext.extra_link_args += self.flags.link
             super().build_extension(ext)
+            if sys.platform == "linux":
+                check_cxx_runtime(Path(self.get_ext_fullpath(ext.name)))
 
     return BuildExtension
 

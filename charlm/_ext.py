@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,13 +21,12 @@ from typing import Any
 import torch
 
 CONFIG_PATH = Path(__file__).with_name("_build_config.json")
-BUILD_COMMAND = "pip install --no-build-isolation ."
 BACKENDS = ("extension", "reference")
 
 
-def read_build_config() -> dict[str, Any] | None:
+def read_build_config(path: Path = CONFIG_PATH) -> dict[str, Any] | None:
     """What setup.py wrote beside the module it built; None where nothing was built."""
-    return json.loads(CONFIG_PATH.read_text(encoding="utf-8")) if CONFIG_PATH.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else None
 
 
 def chosen_backend() -> str:
@@ -37,27 +37,43 @@ def chosen_backend() -> str:
     return name
 
 
+def built_elsewhere() -> Path | None:
+    """The folder of another charlm on sys.path that is built with the torch that is running; None if there is none."""
+    for folder in (Path(entry, "charlm").resolve() for entry in sys.path):
+        config = read_build_config(folder / CONFIG_PATH.name)
+        if config is not None and config["torch"] == torch.__version__ and folder != CONFIG_PATH.parent.resolve():
+            return folder
+    return None
+
+
+def cure() -> str:
+    """How to come by kernels that load: those of a charlm that this folder hides, or new ones in this folder."""
+    parent, built = CONFIG_PATH.parent.parent, built_elsewhere()
+    if (parent / "setup.py").exists():  # without -e, pip installs a charlm that the source folder hides
+        build = f"build them in {parent}: pip install --no-build-isolation -e ."
+    else:
+        build = "build them in charlm's source folder: pip install --no-build-isolation ."
+    if built is None:
+        return f"To use kernels, {build} To run without them, in plain torch: CHARLM_BACKEND=reference"
+    return (
+        f"There are kernels in {built}, but Python imports {CONFIG_PATH.parent}, because {parent} stands before "
+        f"{built.parent} on sys.path. Run Python from another folder, or {build}"
+    )
+
+
 def load_extension() -> ModuleType:
     """charlm._C, for the torch that is running, with the instruction set that CHARLM_CPU_ISA asks for."""
     config = read_build_config()
     if config is None:
-        raise ImportError(
-            f"charlm's kernels are not built in {CONFIG_PATH.parent}. In charlm's source folder: "
-            f"{BUILD_COMMAND} (add -e to run from the source folder itself). "
-            "To run without them, in plain torch: CHARLM_BACKEND=reference"
-        )
+        raise ImportError(f"charlm's kernels are not built in {CONFIG_PATH.parent}. {cure()}")
     if config["torch"] != torch.__version__:
         raise ImportError(
-            f"charlm was built with torch {config['torch']}, but torch {torch.__version__} is running. "
-            f"Rebuild it, in charlm's source folder: {BUILD_COMMAND}"
+            f"charlm was built with torch {config['torch']}, but torch {torch.__version__} is running. {cure()}"
         )
     try:
         module = importlib.import_module("charlm._C")
     except ImportError as error:
-        raise ImportError(
-            f"charlm's kernels cannot be loaded ({error}). Rebuild them, in charlm's source folder: "
-            f"{BUILD_COMMAND} To run without them, in plain torch: CHARLM_BACKEND=reference"
-        ) from error
+        raise ImportError(f"charlm's kernels cannot be loaded ({error}). {cure()}") from error
     isa = os.environ.get("CHARLM_CPU_ISA")
     if isa:
         supported = module.supported_isas()
