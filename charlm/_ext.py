@@ -24,7 +24,7 @@ CONFIG_PATH = Path(__file__).with_name("_build_config.json")
 BACKENDS = ("extension", "reference")
 
 
-def read_build_config(path: Path = CONFIG_PATH) -> dict[str, Any] | None:
+def read_build_config(path: Path) -> dict[str, Any] | None:
     """What setup.py wrote beside the module it built; None where nothing was built."""
     return json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else None
 
@@ -63,7 +63,7 @@ def cure() -> str:
 
 def load_extension() -> ModuleType:
     """charlm._C, for the torch that is running, with the instruction set that CHARLM_CPU_ISA asks for."""
-    config = read_build_config()
+    config = read_build_config(CONFIG_PATH)
     if config is None:
         raise ImportError(f"charlm's kernels are not built in {CONFIG_PATH.parent}. {cure()}")
     if config["torch"] != torch.__version__:

@@ -39,7 +39,7 @@ def build_info() -> BuildInfo:
         >>> charlm.build_info()["instruction_set_in_use"]
         'avx2'
     """
-    built = _ext.read_build_config() or {}
+    built = _ext.read_build_config(_ext.CONFIG_PATH) or {}
     module = _ext._C
     return BuildInfo(
         charlm=__version__,
