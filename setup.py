@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zlib
 from collections.abc import Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -150,6 +151,20 @@ def is_clang(command: str) -> bool:
     """Whether the C++ compiler is Clang, whatever its name is."""
     ask = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
     return "#define __clang__ " in subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+
+
+def name_compiler(command: str, folder: Path, env: MutableMapping[str, str]) -> None:
+    """Makes CXX one word, as which torch 2.13 quotes it: the name of a script in `folder` where it has arguments."""
+    words = shlex.split(command)
+    if words == [command]:
+        return
+    script = folder / f"cxx-{zlib.crc32(command.encode()):08x}"  # ninja compiles again when the name changes
+    folder.mkdir(parents=True, exist_ok=True)
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+    script.chmod(0o755)
+    env["PATH"] = os.pathsep.join([str(folder), env.get("PATH", "")])
+    env["CXX"] = script.name
+    env["TORCH_NO_COMPILER_WRAPPER"] = "1"  # torch would put ccache before the script, and before a ccache in it
 
 
 def check_cxx_runtime(module: Path) -> None:
@@ -305,6 +320,7 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) 
             print_configuration(config, cuda.nvcc, jobs)
             self.jobs = jobs
             self.flags = compiler_flags(is_clang(compiler))
+            name_compiler(compiler, Path(self.build_temp), os.environ)
             super().run()
             self.config_path().write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

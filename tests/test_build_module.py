@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from setup_module import build
 
 from charlm import _C
 
+ROOT = Path(__file__).resolve().parent.parent
 THROWS = "int throws(int x) { if (x) throw x; return x; }"
 # The time on a processor of each thread but the first, around each of three calls; and the OpenMP runtimes in memory.
 TWO_THREADS = """
@@ -107,6 +109,66 @@ def test_what_is_no_shared_object_is_said_to_be_none(tmp_path):
     path.write_bytes(b"\x7fELF\x01 of 32 bits")
     with pytest.raises(ValueError, match=r"module\.so is not a 64-bit ELF file"):
         build.elf.read_dynamic_section(path)
+
+
+# --- setup.py, on two small sources -------------------------------------------------------------------------
+
+SMALL_SOURCES = {
+    "csrc/cpu/kernels/isa.cpp": "#define NAME_(isa) isa##_kernels\n#define NAME(isa) NAME_(isa)\nint NAME(CHARLM_ISA);",
+    "csrc/ops.cpp": """#include <ATen/Parallel.h>
+extern "C" __attribute__((visibility("default"))) int64_t add_up(int64_t n) {
+  if (n < 0) throw n;
+  std::atomic<int64_t> sum{0};
+  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { sum += end - begin; });
+  return sum;
+}
+""",
+}
+
+
+@pytest.fixture
+def small_tree(tmp_path):
+    """A source folder whose extension takes seconds to build. Its path has what a command line has to quote."""
+    tree = tmp_path / 'it\'s a "naïve" folder'
+    for name in ("setup.py", "pyproject.toml", "README.md", "scripts", "charlm/_version.py", "csrc/cpu/gomp.h"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tree / name)
+    for name, source in SMALL_SOURCES.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(source)
+    (tree / "charlm" / "__init__.py").touch()
+    return tree
+
+
+def build_in(tree, compiler):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    env = {**os.environ, "CXX": compiler, "FORCE_CUDA": "0"}
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "compiler", [*(name for name in ("g++", "clang++") if shutil.which(name)), "env LC_ALL=C c++ -O1"]
+)
+def test_a_folder_with_spaces_quotes_and_other_letters_builds(small_tree, compiler):
+    built = build_in(small_tree, compiler)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (module,) = (small_tree / "charlm").glob("_C.*.so")
+    record = json.loads((module.parent / "_build_config.json").read_text())
+    assert ("clang" in record["compiler"]) == (compiler == "clang++")
+    assert ctypes.CDLL(str(module)).add_up(1000) == 1000
+    assert "libgomp.so.1" in build.elf.read_dynamic_section(module).needed
+
+
+def test_setup_leaves_no_module_that_has_a_cxx_runtime_of_its_own(small_tree, tmp_path):
+    script = tmp_path / "g++"
+    drop = 'for flag; do shift; [ "$flag" = -l:libstdc++.so.6 ] || set -- "$@" "$flag"; done'
+    script.write_text(f'#!/bin/sh\n{drop}\nexec {shutil.which("c++")} "$@" -static-libstdc++\n')
+    script.chmod(0o755)
+    built = build_in(small_tree, str(script))
+    assert built.returncode == 1
+    assert "charlm cannot be built: the linker put a C++ runtime into _C." in built.stderr
+    assert not list(small_tree.rglob("_C.*.so"))
+    assert not list(small_tree.rglob("_build_config.json"))
 
 
 # --- the OpenMP runtime -------------------------------------------------------------------------------------
