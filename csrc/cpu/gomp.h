@@ -39,7 +39,7 @@ void invoke_parallel(int64_t begin, int64_t end, int64_t grain_size, const F& f)
     int64_t begin, end, grain_size;
     const F& f;
     std::atomic_flag failed = ATOMIC_FLAG_INIT;
-    std::exception_ptr error;
+    std::exception_ptr error = nullptr;
   } loop{begin, end, grain_size, f};
   const auto run_part = [](void* data) {
     Loop& loop = *static_cast<Loop*>(data);
