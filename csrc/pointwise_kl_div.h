@@ -34,7 +34,7 @@ struct PointwiseKlDiv {
 template <class T>
 struct PointwiseKlDivKernels {
   // Writes `output` or returns the sum; raises *largest to the largest input.
-  Compute<T> (*forward)(const PointwiseKlDiv<T>&, int64_t begin, int64_t end, Compute<T>* largest);
+  double (*forward)(const PointwiseKlDiv<T>&, int64_t begin, int64_t end, Compute<T>* largest);
   void (*backward)(const PointwiseKlDiv<T>&, int64_t begin, int64_t end);
 };
 

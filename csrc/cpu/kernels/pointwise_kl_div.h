@@ -27,29 +27,35 @@ CHARLM_INLINE void read_targets(bool log_target, Vec<C> (&log_t)[K], Vec<C> (&t)
 }
 
 template <class T, class C = Compute<T>>
-CHARLM_NOINLINE C pointwise_kl_div_forward(const PointwiseKlDiv<T>& p, int64_t begin, int64_t end, C* largest) {
+CHARLM_NOINLINE double pointwise_kl_div_forward(const PointwiseKlDiv<T>& p, int64_t begin, int64_t end, C* largest) {
   using V = Vec<C>;
-  V sums[2] = {}, largests{};
-  for_each_vectors<C, 2>(end - begin, [&]<int K>(int64_t i, auto width, Count<K>) {
-    V x[K], log_t[K], t[K];
-    // Past the end 0: exp(0) (0 - 0) and 0 log 0 - 0 * 0 are 0.
-    for (int k = 0; k < K; k++) x[k] = load(p.input + begin + i + k * kLanes<C>, width, C(0));
-    for (int k = 0; k < K; k++) log_t[k] = load(p.target + begin + i + k * kLanes<C>, width, C(0));
-    read_targets<C, K>(p.log_target, log_t, t);
-    for (int k = 0; k < K; k++) {
-      largests = max<C>(x[k], largests);
-      const V value =
-          p.log_target ? V(t[k] * (log_t[k] - x[k])) : V(select<C>(t[k] == 0, V{}, t[k] * log_t[k]) - t[k] * x[k]);
-      if (p.output) {
-        store(p.output + begin + i + k * kLanes<C>, value, width);
-      } else {
-        sums[k] += value;
+  constexpr int64_t kChunk = 512;  // elements that are added up as C: the rounding of a sum grows with its length
+  V largests{};
+  double sum = 0;
+  for (int64_t first = begin; first < end; first += kChunk) {
+    V sums[2] = {};
+    for_each_vectors<C, 2>(end - first < kChunk ? end - first : kChunk, [&]<int K>(int64_t i, auto width, Count<K>) {
+      V x[K], log_t[K], t[K];
+      // Past the end 0: exp(0) (0 - 0) and 0 log 0 - 0 * 0 are 0.
+      for (int k = 0; k < K; k++) x[k] = load(p.input + first + i + k * kLanes<C>, width, C(0));
+      for (int k = 0; k < K; k++) log_t[k] = load(p.target + first + i + k * kLanes<C>, width, C(0));
+      read_targets<C, K>(p.log_target, log_t, t);
+      for (int k = 0; k < K; k++) {
+        largests = max<C>(x[k], largests);
+        const V value =
+            p.log_target ? V(t[k] * (log_t[k] - x[k])) : V(select<C>(t[k] == 0, V{}, t[k] * log_t[k]) - t[k] * x[k]);
+        if (p.output) {
+          store(p.output + first + i + k * kLanes<C>, value, width);
+        } else {
+          sums[k] += value;
+        }
       }
-    }
-  });
+    });
+    sum += reduce_sum<C>(sums[0] + sums[1]);
+  }
   const C found = reduce_max<C>(largests);
   *largest = found > *largest ? found : *largest;
-  return reduce_sum<C>(sums[0] + sums[1]);
+  return sum;
 }
 
 template <class T, class C = Compute<T>>

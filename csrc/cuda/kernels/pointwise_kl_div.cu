@@ -48,12 +48,11 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     pointwise_kl_div_total(const Compute<T>* sums, int n_sums, double divisor, T* total) {
-  using C = Compute<T>;
-  CHARLM_SHARED(C, shared, kMaxWarps);
-  C sum = 0;
+  CHARLM_SHARED(double, shared, kMaxWarps);
+  double sum = 0;
   for (int i = threadIdx.x; i < n_sums; i += kThreads) sum += sums[i];
   sum = sum_over_block(sum, shared);
-  if (threadIdx.x == 0) *total = from_compute<T>(static_cast<C>(sum / divisor));
+  if (threadIdx.x == 0) *total = from_compute<T>(static_cast<Compute<T>>(sum / divisor));
 }
 
 template <class T>
