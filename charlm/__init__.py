@@ -1,6 +1,7 @@
 """charlm: fused embedding and softmax-cross-entropy kernels for PyTorch, and a character model on top of them."""
 
 from . import functional, information, ngrams, nn, reference
+from ._errors import UserError
 from ._info import build_info
 from ._load import load
 from ._synchronize import synchronize
@@ -9,6 +10,7 @@ from ._version import __version__
 from .patching import patch_model, patch_torch
 
 __all__ = [
+    "UserError",
     "__version__",
     "build_info",
     "functional",

@@ -20,7 +20,7 @@ def load(directory: str | PathLike[str], device: torch.device | str = "cpu") -> 
         device: where the model runs: "cpu", "cuda", "cuda:1", ….
 
     Raises:
-        charlm.lm.errors.UserError: there is no checkpoint, a part of it is damaged, or the device cannot be used.
+        charlm.UserError: there is no checkpoint, a part of it is damaged, or the device cannot be used.
 
     Example, after `charlm train -i names.txt -o out`:
 

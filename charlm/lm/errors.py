@@ -1,5 +1,5 @@
 """The one exception that the command line turns into a sentence on stderr."""
 
+from charlm._errors import UserError
 
-class UserError(Exception):
-    """Something the user can put right: a file, a flag or a checkpoint; the text is one sentence."""
+__all__ = ["UserError"]
