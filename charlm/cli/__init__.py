@@ -11,7 +11,7 @@ from __future__ import annotations
 import typer
 
 from charlm.cli import compare, entropy, eval, info, sample, score, train
-from charlm.cli.common import reports_user_errors
+from charlm.cli.common import prepare_streams, reports_user_errors
 from charlm.cli.train import FREE_ON_RESUME
 
 __all__ = ["FREE_ON_RESUME", "app", "main"]
@@ -32,4 +32,5 @@ app.command("info")(reports_user_errors(info.info))
 
 
 def main() -> None:
+    prepare_streams()
     app(prog_name="charlm")

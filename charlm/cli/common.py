@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,36 @@ if TYPE_CHECKING:
     from charlm.lm.data import Corpus
 
 EXIT_USER_ERROR = 2
+STREAM = "-"  # the path that means standard input; in a checkpoint, data that came from there or through a pipe
+# What the commands print beyond ASCII, for an output that cannot show it; other characters are shown as escapes.
+PLAIN = {"·": "-", "…": "...", "±": "+-", "×": "x", "–": "-"}
+
+
+def prepare_streams() -> None:
+    """Makes every command's output one that no character ends, that appears line by line, and that is there.
+
+    A stream that was closed as the process began is None in Python: it becomes an empty one.
+    """
+    codecs.register_error("charlm", _plainly)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the process lasts)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="charlm", line_buffering=True)
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """Encodes what the output's encoding has no place for, as codecs.register_error asks."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
+
+
+def flag(name: str) -> str:
+    """The option of a parameter: "n_layer" → "--n-layer"."""
+    return f"--{name.replace('_', '-')}"
 
 
 def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -77,20 +108,30 @@ def new_console() -> Console:
     return Console(highlight=False)
 
 
-def corpus_of(config: Config) -> Corpus:
-    """The corpus that `config` asks for."""
+def where_it_stays(path: Path) -> str:
+    """What a checkpoint keeps of the `path` of its data: STREAM for a pipe or a terminal, which is read only once."""
+    resolved = path.resolve()
+    if path == Path(STREAM) or (os.path.exists(path) and not (resolved.is_file() or resolved.is_dir())):
+        return STREAM
+    return str(resolved)
+
+
+def corpus_of(config: Config, given: Path | None = None) -> Corpus:
+    """The corpus that `config` asks for, read from the file `given` in the place of its own."""
     from charlm.lm.data import read_corpus
 
-    path = None if config.input_file is None else Path(config.input_file)
+    if given is None and config.input_file == STREAM:
+        raise UserError("the run read its data from standard input or a pipe: give it again with -i")
+    path = given or (None if config.input_file is None else Path(config.input_file))
     return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
 
 
 def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
     """The corpus that `saved` was trained on, from where it was or from `input_file`."""
-    config = saved.config if input_file is None else replace(saved.config, input_file=str(input_file))
-    corpus = corpus_of(config)
+    corpus = corpus_of(saved.config, input_file)
     if corpus.digest != saved.digest:
-        raise UserError(f"{config.input_file or 'names.txt'} is not what the model was trained on: its split differs")
+        name = input_file or saved.config.input_file or "names.txt"
+        raise UserError(f"{name} is not what the model was trained on: its split differs")
     return corpus
 
 

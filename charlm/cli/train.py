@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from charlm.cli.common import corpus_of, new_console, print_samples
-from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config
+from charlm.cli.common import STREAM, corpus_of, flag, new_console, print_samples, where_it_stays
+from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
 from charlm.lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def train(
     work_dir: Annotated[Path, option(OUTPUT, "Checkpoint and metrics.", "-o", "--work-dir")] = DEFAULT_DIRECTORY,
     resume: Annotated[bool, option(OUTPUT, "Go on from the checkpoint in the work dir.", "--resume")] = False,
     overwrite: Annotated[bool, option(OUTPUT, "Replace the run in the work dir.", "--overwrite")] = False,
+    force: Annotated[bool, option(OUTPUT, "Train what may not fit into memory.", "--force")] = False,
     type: Annotated[
         str, option(MODEL, "mlp, wavenet or gpt, or, by counting, ngram, bigram, unigram or uniform.")
     ] = DEFAULT.type,
@@ -105,6 +108,10 @@ def train(
         str, option(TRAINING, f"{' or '.join(DTYPES)}: the second trains under autocast.")
     ] = DEFAULT.dtype,
     compile: Annotated[bool, option(TRAINING, "Train through torch.compile.", "--compile")] = DEFAULT.compile,
+    threads: Annotated[
+        int | None,
+        option(TRAINING, "Of the CPU; fewer are faster where others use it too; absent: one a core."),
+    ] = None,
 ) -> None:
     """Train a model; show its loss and samples.
 
@@ -113,6 +120,7 @@ def train(
     Losses are in nats a character, and at the end in bits too, beside the baselines'.
     """
     from charlm.lm import checkpoint
+    from charlm.lm.files import locked
 
     given = {
         name: context.params[name]
@@ -120,59 +128,114 @@ def train(
         if context.get_parameter_source(name).name == "COMMANDLINE"
     }
     if input_file is not None:
-        given["input_file"] = str(input_file.resolve())
+        given["input_file"] = where_it_stays(input_file)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    _check_one_process()
+    _set_threads(threads)
     if resume:
-        saved = checkpoint.load(work_dir)
-        _run(_resumed_config(saved.config, given), work_dir, saved)
+        checkpoint.load(work_dir)  # before the lock makes the folder
+    else:
+        config = Config.of_type(**{"type": DEFAULT.type, **given})
+        check_options(config.type, given)
+        _check_folder(work_dir, overwrite)
+    with locked(work_dir):
+        saved = None
+        if resume:
+            saved = checkpoint.load(work_dir)
+            check_options(saved.config.type, given)
+            config = _resumed_config(saved.config, given)
+        else:
+            _check_folder(work_dir, overwrite)
+        _run(config, input_file, work_dir, saved, force)
+
+
+def _check_one_process() -> None:
+    """Raises UserError under torchrun, whose processes would all train the same run into the same folder."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes.isdecimal() and int(processes) > 1:
+        raise UserError(
+            f"WORLD_SIZE is {processes}, as torchrun sets it, but charlm trains in one process: start it without "
+            "torchrun, or unset WORLD_SIZE"
+        )
+
+
+def _set_threads(count: int | None) -> None:
+    import torch
+
+    if count is None:
         return
+    cores = os.cpu_count() or 1
+    if not 1 <= count <= cores:
+        raise UserError(f"threads is {count}, but must be at least 1 and at most {cores}, the cores of this machine")
+    torch.set_num_threads(count)
+
+
+def _check_folder(work_dir: Path, overwrite: bool) -> None:
+    """Raises UserError unless a run may begin in `work_dir`."""
+    from charlm.lm import checkpoint
+
+    names = checkpoint.in_the_way(work_dir)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(
+            f"{work_dir} holds files that no run of charlm wrote ({', '.join(names[:3])}{more}): give a new folder or "
+            "an empty one with -o"
+        )
     if checkpoint.exists(work_dir) and not overwrite:
         raise UserError(
             f"{work_dir} holds a trained model already: add --resume to go on, or --overwrite to replace it"
         )
-    _run(Config.of_type(**{"type": DEFAULT.type, **given}), work_dir, None)
 
 
 def _resumed_config(saved: Config, given: dict[str, Any]) -> Config:
     """The saved config with the flags given now, of which only those in FREE_ON_RESUME may differ."""
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != getattr(saved, name):
-            flag = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"{flag} {value} differs from the checkpoint's {getattr(saved, name)}, and cannot on --resume"
+                f"{flag(name)} {value} differs from the checkpoint's {getattr(saved, name)}, and cannot on --resume"
             )
     return replace(saved, **{name: value for name, value in given.items() if name in FREE_ON_RESUME})
 
 
-def _run(config: Config, work_dir: Path, resumed: Checkpoint | None) -> None:
+def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Checkpoint | None, force: bool) -> None:
     """Trains to the end or to a signal, and shows what came out."""
     from charlm.lm.display import ProgressReport
-    from charlm.lm.train import StopRequest, Trainer
+    from charlm.lm.memory import check_fits
+    from charlm.lm.train import StopRequest, Trainer, usable_device
 
     console = new_console()
-    corpus = corpus_of(config)
+    corpus = corpus_of(config, input_file)
     guessed = ", guessed" if config.format is None else ""
     config = replace(config, format=corpus.format)
+    _print_data(console, config, corpus, guessed)
+    if not force:
+        check_fits(config, corpus, usable_device(config.device))
     trainer = Trainer(config, corpus, work_dir, resumed)
-    _print_header(console, config, corpus, trainer, guessed)
-    with StopRequest().listening() as stop, ProgressReport(console, config.max_steps, trainer.step) as report:
-        finished = trainer.run(report, stop)
+    _print_model(console, config, corpus, trainer)
+    stop = StopRequest()
+    # Counting has nothing to save before its end: a signal ends it as it ends any process.
+    with (
+        nullcontext() if trainer.optimizer is None else stop.listening(),
+        ProgressReport(console, config.max_steps, trainer.step) as report,
+    ):
+        finished = trainer.run(report, stop, report.advise)
     if not finished:
+        again = " -i FILE" if config.input_file == STREAM else ""
         where = f"stopped at step {trainer.step} of {config.max_steps}, and saved in {work_dir}"
-        console.print(f"{where}; go on with:\ncharlm train -o {work_dir} --resume", soft_wrap=True)
+        console.print(f"{where}; go on with:\ncharlm train -o {work_dir} --resume{again}", soft_wrap=True)
         raise typer.Exit(128 + (stop.signal or 0))
     _print_result(console, config, corpus, trainer)
 
 
-def _print_header(console: Console, config: Config, corpus: Corpus, trainer: Trainer, guessed: str) -> None:
+def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) -> None:
     sizes = {name: sum(map(len, part)) if corpus.format == "text" else len(part) for name, part in corpus.parts.items()}
     unit = "characters" if corpus.format == "text" else "items"
     counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     source = config.input_file or "the names that ship with charlm"
     console.print(
-        f"{source}: {sum(sizes.values()):,} {unit} ({corpus.format} format{guessed}); {counts}; "
-        f"{len(corpus.vocabulary)} tokens",
+        f"{'standard input or a pipe' if source == STREAM else source}: {sum(sizes.values()):,} {unit} "
+        f"({corpus.format} format{guessed}); {counts}; {len(corpus.vocabulary)} tokens",
         soft_wrap=True,
     )
     if corpus.duplicates_removed:
@@ -182,10 +245,18 @@ def _print_header(console: Console, config: Config, corpus: Corpus, trainer: Tra
         console.print(
             f"{overlap:,} of {sizes['dev']:,} dev items ({overlap / sizes['dev']:.1%}) stand in train as well"
         )
+
+
+def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
+    from charlm.lm.memory import estimate_bytes, in_gb
+
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f", resumed at step {trainer.step}" if trainer.step else ""
-    work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}" if parameters else "counts"
-    console.print(f"{config.label}: {work}{start}")
+    work = "counts"
+    if parameters:
+        memory = in_gb(estimate_bytes(config, corpus))
+        work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}, about {memory} of memory"
+    console.print(f"{config.label}: {work}{start}", soft_wrap=True)
 
 
 def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:

@@ -8,7 +8,8 @@
 
 The tensor files are named after their content, so a new one never overwrites the old one's. Both are on disk
 before the manifest is renamed over the old one, which is the one atomic step: at every moment the manifest in
-place names two complete files. Files that no manifest names are removed after that.
+place names two complete files. Files that it does not name are removed after that: so one process at a time
+writes to a folder, which `files.locked` sees to, and a reader whose file was replaced reads the manifest again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ from charlm.lm.models import LanguageModel, build_model
 from charlm.lm.vocabulary import Vocabulary
 
 MANIFEST = "checkpoint.json"
+FORMAT = "charlm checkpoint"
 VERSION = 1
 PARTS = ("model", "training")
+# What a run that ends before its first checkpoint can leave in its folder.
+OURS = re.compile(r"\.lock|metrics\.jsonl|(model|training)-[0-9a-f]{16}\.safetensors|\..+\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Checkpoint:
         try:
             model = build_model(**self.model)
             model.load_state_dict(self.weights)
+        except UserError:  # which is a ValueError
+            raise
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"the checkpoint's weights do not fit its model: {reason}") from error
@@ -81,6 +87,22 @@ def exists(directory: Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
+def in_the_way(directory: Path) -> list[str]:
+    """The names of what keeps a run from beginning in `directory`: files that no run of ours wrote.
+
+    None where it is not there, is empty, or holds a checkpoint, even a damaged one.
+    """
+    if not directory.is_dir():
+        return []
+    if not exists(directory):
+        return sorted(path.name for path in directory.iterdir() if not OURS.fullmatch(path.name))
+    try:
+        manifest = json.loads(_read(directory / MANIFEST))
+    except (ValueError, RecursionError):
+        return []
+    return [] if isinstance(manifest, dict) and manifest.get("format") == FORMAT else [MANIFEST]
+
+
 def save(directory: Path, checkpoint: Checkpoint) -> None:
     """Writes `checkpoint` to `directory`, made if need be; the one in place stays until this one is whole."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -89,7 +111,7 @@ def save(directory: Path, checkpoint: Checkpoint) -> None:
         "training": _write_tensors(directory, "training", checkpoint.training),
     }
     manifest = {
-        "format": "charlm checkpoint",
+        "format": FORMAT,
         "version": VERSION,
         "charlm": __version__,
         "step": checkpoint.step,
@@ -116,7 +138,19 @@ def load(directory: Path) -> Checkpoint:
         UserError: there is none, a newer charlm wrote it, or a file of it is missing, truncated or altered.
     """
     path = directory / MANIFEST
-    manifest = _read_manifest(path)
+    while True:
+        data = _read(path)
+        try:
+            return _load(path, data)
+        except UserError:
+            # A run that goes on may have replaced the files between our reading of their names and of them.
+            if _read(path) == data:
+                raise
+
+
+def _load(path: Path, data: bytes) -> Checkpoint:
+    directory = path.parent
+    manifest = _parse(path, data)
     version = manifest["version"]
     if type(version) is not int or version < 1:
         raise UserError(f"{path} is damaged: its version is {version!r}")
@@ -138,19 +172,26 @@ def load(directory: Path) -> Checkpoint:
             weights=tensors["model"],
             training=tensors["training"],
         )
+    except UserError:  # which is a ValueError
+        raise
     except KeyError as error:
         raise UserError(f"{path} is damaged: it has no {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> bytes:
     try:
-        manifest = json.loads(path.read_bytes())
+        return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint in {path.parent}: {path} does not exist") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data)
     except (ValueError, RecursionError):
         manifest = None
     if not isinstance(manifest, dict) or "version" not in manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -43,6 +44,53 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "ngram": ("order", "smoothing", "add_k"),
 }
 COUNT_OPTIONS = ("add_k",)
+NETWORKS = ("mlp", "wavenet", "gpt")
+# What only networks are trained with. (add_k is every type's: the baselines of its tables are smoothed with it.)
+NETWORK_OPTIONS = (
+    "block_size",
+    "token_noise",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "learning_rate",
+    "weight_decay",
+    "grad_clip",
+    "schedule",
+    "warmup_steps",
+    "eval_interval",
+    "patience",
+    "log_interval",
+    "dtype",
+    "compile",
+)
+
+INT64 = range(-(2**63), 2**63)
+SEEDS = range(-(2**63), 2**64)  # what torch.manual_seed takes
+
+
+def check_integers(values: Mapping[str, Any]) -> None:
+    """Raises UserError for an integer beyond 64 bits, which torch would end in an OverflowError of its own."""
+    for name, value in values.items():
+        allowed, end = (SEEDS, "2**64") if name == "seed" else (INT64, "2**63")
+        if isinstance(value, int) and value not in allowed:
+            raise UserError(f"{name} is {value}, but must be at least -2**63 and below {end}")
+
+
+def check_options(type: str, given: Iterable[str]) -> None:
+    """Raises UserError for an option that a model of `type` does not have, naming the types that have it."""
+    foreign = {name: types for name in given if type not in (types := types_with(name))}
+    if foreign and type in MODELS:
+        options = ", ".join(f"--{name.replace('_', '-')} ({' and '.join(types)})" for name, types in foreign.items())
+        raise UserError(f"{type} does not have these options; in brackets the types that do: {options}")
+
+
+def types_with(option: str) -> tuple[str, ...]:
+    """The types whose runs depend on `option`, a field of Config."""
+    if option in NETWORK_OPTIONS:
+        return NETWORKS
+    own = tuple(type for type, options in MODEL_OPTIONS.items() if option in options)
+    return own if own and option not in COUNT_OPTIONS else tuple(MODELS)
 
 
 @dataclass(frozen=True)
@@ -115,6 +163,7 @@ class Config:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        check_integers(vars(self))
         counts = ("block_size", "n_embd", "n_hidden", "n_layer", "n_head", "max_steps", "batch_size", "log_interval")
         for name in (*counts, "gradient_accumulation_steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")

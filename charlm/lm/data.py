@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -39,6 +40,7 @@ from charlm.lm.vocabulary import Vocabulary
 
 SPLITS = ("train", "dev", "test")
 FORMATS = ("line", "text")
+STDIN = Path("-")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # What still counts as one item a line: short lines of few words, hardly an empty one.
@@ -51,16 +53,26 @@ EMPTY_LINES = 0.02
 
 
 def read_text(path: Path | None) -> str:
-    """The text of a UTF-8 file, newlines as "\\n"; None reads the names that ship with charlm.
+    """The text of a UTF-8 file, newlines as "\\n"; None reads the names that ship with charlm, "-" standard input.
 
     Raises:
         UserError: the file cannot be read, or is not UTF-8 (the text names the byte offset).
     """
     try:
-        raw = resources.files("charlm.data").joinpath("names.txt").read_bytes() if path is None else path.read_bytes()
+        if path is None:
+            raw = resources.files("charlm.data").joinpath("names.txt").read_bytes()
+        else:
+            raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return decode_text(raw, str(path))
+    return decode_text(raw, _name(path))
+
+
+def _name(path: Path | None) -> str:
+    """What an error calls the data at `path`."""
+    if path is None:
+        return "names.txt"
+    return "standard input" if path == STDIN else str(path)
 
 
 def decode_text(raw: bytes, name: str) -> str:
@@ -203,5 +215,4 @@ def _plural(count: int, noun: str) -> str:
 
 def read_corpus(path: Path | None, *, format: str | None = None, seed: int = 42, dedup: bool = False) -> Corpus:
     """`build_corpus` of the file at `path`; None reads the names that ship with charlm."""
-    name = "names.txt" if path is None else str(path)
-    return build_corpus(read_text(path), format=format, seed=seed, dedup=dedup, name=name)
+    return build_corpus(read_text(path), format=format, seed=seed, dedup=dedup, name=_name(path))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from charlm.lm.compare import Comparison
@@ -16,11 +17,13 @@ from charlm.lm.evaluate import Evaluation
 from charlm.lm.examples import PROTOCOLS
 from charlm.lm.train import Progress
 
+SECONDS_BETWEEN_LINES = 10.0
 SAMPLE_COLUMN = 32  # a longer sample pushes its mark to the right, and no other's
 
 
 class ProgressReport:
-    """Shows a training run: a live bar on a terminal, elsewhere a line for each evaluation on dev.
+    """Shows a training run: a live bar on a terminal, elsewhere a line for each evaluation on dev, and in between one
+    of the training loss where SECONDS_BETWEEN_LINES have passed.
 
     A context manager; call it with each `Progress`.
     """
@@ -32,30 +35,44 @@ class ProgressReport:
         self.dev: Progress | None = None
         # Refreshed by hand: rich's own thread would compete with the training loop for the interpreter.
         self.bar = Bar(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TimeRemainingColumn(),
+            TextColumn("training", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             auto_refresh=False,
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("training", total=max_steps, completed=step, losses="")
+        self.printed_at = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
         if progress.split == "train":
             self.train = progress
         else:
             self.dev = progress
-            if not self.console.is_terminal:
-                self.console.print(f"step {progress.step}/{self.max_steps} · {self.losses()}", soft_wrap=True)
-        self.bar.update(self.task, completed=progress.step, losses=self.losses())
+        if not self.console.is_terminal:
+            if progress.split == "dev" or time.monotonic() - self.printed_at >= SECONDS_BETWEEN_LINES:
+                self._print_line(progress)
+            return
+        self.bar.update(self.task, completed=progress.step, losses=self.losses(progress.step))
         self.bar.refresh()
 
-    def losses(self) -> str:
-        """The latest train and dev loss, and the speed of training."""
-        parts = [f"{p.split} {p.nats:.4f}" for p in (self.train, self.dev) if p is not None]
+    def _print_line(self, progress: Progress) -> None:
+        """Says what was measured since the line before: of an older loss it would be an untrue line."""
+        self.console.print(f"step {progress.step}/{self.max_steps} · {self.losses(progress.step)}", soft_wrap=True)
+        self.printed_at = time.monotonic()
+        self.train = self.dev = None
+
+    def advise(self, text: str) -> None:
+        """Prints a sentence above the bar."""
+        self.console.print(text, soft_wrap=True)
+
+    def losses(self, step: int) -> str:
+        """The latest train and dev loss, each with its step where that is not `step`, and the speed of training."""
+        found = [p for p in (self.train, self.dev) if p is not None]
+        parts = [f"{p.split} {p.nats:.4f}{'' if p.step == step else f' (step {p.step})'}" for p in found]
         text = " · ".join(parts) + " nats"
         return text if self.train is None else f"{text} · {self.train.tokens_per_second:,.0f} tokens/s"
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from charlm.lm.config import check_integers
 from charlm.lm.data import SPLITS, Corpus
 from charlm.lm.errors import UserError
 from charlm.lm.models import LanguageModel
@@ -36,6 +37,7 @@ class SamplingOptions:
     seed: int = 1337
 
     def __post_init__(self) -> None:
+        check_integers(vars(self))
         for name in ("num_samples", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

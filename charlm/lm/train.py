@@ -1,9 +1,9 @@
 """Training: a tight loop over random batches, and everything needed to stop and go on exactly.
 
 After step s the state is: weights, optimizer state, two generators' states (batches; dropout and noise), the loss
-summed since the last line, and the best weights so far. A batch is a pure function of the batch generator's
-state. So a run that is resumed has, bit for bit, the losses of one that never stopped (on one machine, with
-one number of threads).
+summed since the last line, the best weights so far, and whether an evaluation is due that a signal cut short. A batch
+is a pure function of the batch generator's state. So a run that is resumed has, bit for bit, the losses of one that
+never stopped (on one machine, with one number of threads).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from charlm.lm import checkpoint as checkpoints
+from charlm.lm import threads
 from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
@@ -48,11 +49,16 @@ class Progress:
 Report = Callable[[str, float, float], None]  # split, nats, tokens per second
 
 
+class Interrupted(BaseException):
+    """A signal came while nothing would be left half done."""
+
+
 @dataclass
 class StopRequest:
     """Set by a signal; the loop looks at it between steps, so that no step is left half done."""
 
     signal: int | None = None
+    is_interruptible: bool = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -62,6 +68,8 @@ class StopRequest:
             if self.signal is not None:
                 raise KeyboardInterrupt
             self.signal = number
+            if self.is_interruptible:
+                raise Interrupted
 
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -69,6 +77,17 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Inside, a signal raises Interrupted at once, and one that came before it does on entering."""
+        self.is_interruptible = True
+        try:
+            if self.signal is not None:
+                raise Interrupted
+            yield
+        finally:
+            self.is_interruptible = False
 
 
 def learning_rate_at(config: Config, step: int) -> float:
@@ -141,6 +160,7 @@ class Trainer:
         self.step = 0
         self.loss_sum = torch.zeros((), device=self.device)  # over the loss_steps steps since the last line
         self.loss_steps = 0
+        self.is_evaluation_due = False  # of the weights after `step`
         self.best_step: int | None = None
         self.best_nats: float | None = None
         self.best_weights = copy.deepcopy(self.model.state_dict())
@@ -149,11 +169,17 @@ class Trainer:
         if resumed is not None:
             self._restore(resumed)
 
-    def run(self, on_progress: Callable[[Progress], None] | None = None, stop: StopRequest | None = None) -> bool:
+    def run(
+        self,
+        on_progress: Callable[[Progress], None] | None = None,
+        stop: StopRequest | None = None,
+        on_advice: Callable[[str], None] | None = None,
+    ) -> bool:
         """Trains up to max_steps, or until the loss on dev has not become better for `patience` evaluations,
         evaluating and saving as it goes; False if `stop` was set before the end.
 
         Either way the state is saved, and `self.model` ends as the best model on dev, in evaluation mode.
+        `on_advice` is called where the run would be faster with one thread.
         """
         with MetricsLog(self.directory, self.step) as metrics, self._own_randomness():
             self._metrics = metrics
@@ -167,7 +193,7 @@ class Trainer:
             if self.optimizer is None:
                 self._count(report)
             else:
-                self._optimize(self.optimizer, report, stop or StopRequest())
+                self._optimize(self.optimizer, report, stop or StopRequest(), on_advice)
             self.random_state = self._get_random_state()
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
@@ -186,6 +212,7 @@ class Trainer:
         training["random.batches"] = self.batches.get_state()
         training["loss_sum"] = self.loss_sum
         training["loss_steps"] = torch.tensor(self.loss_steps)
+        training["is_evaluation_due"] = torch.tensor(self.is_evaluation_due)
         checkpoints.save(
             self.directory,
             Checkpoint(
@@ -216,6 +243,8 @@ class Trainer:
             self.random_state |= _below(tensors, "random.")
             self.loss_sum.copy_(tensors["loss_sum"])
             self.loss_steps = int(tensors["loss_steps"].item())
+            if "is_evaluation_due" in tensors:
+                self.is_evaluation_due = bool(tensors["is_evaluation_due"].item())
         except (KeyError, RuntimeError) as error:
             raise UserError(f"the checkpoint does not fit its own config: {error}") from error
         if self.optimizer is not None:
@@ -231,9 +260,15 @@ class Trainer:
         if self.step < self.config.max_steps:
             self.model.fit(predictions(self.model, self.corpus, "train").to(self.device))
             self.step = self.config.max_steps
-            self._evaluate_and_save(self._dev(), report)
+            self._evaluate_and_save(self._dev(), report, StopRequest())
 
-    def _optimize(self, optimizer: torch.optim.Optimizer, report: Report, stop: StopRequest) -> None:
+    def _optimize(
+        self,
+        optimizer: torch.optim.Optimizer,
+        report: Report,
+        stop: StopRequest,
+        on_advice: Callable[[str], None] | None,
+    ) -> None:
         config, model = self.config, self.model
         rows = self.corpus.sequences if model.predicts_every_position else self.corpus.examples
         train, dev = rows("train", config.block_size).to(self.device), self._dev()
@@ -246,6 +281,10 @@ class Trainer:
             loss_of = torch.compile(loss_of, dynamic=model.predicts_every_position)  # rows are as wide as their longest
         parameters = list(model.parameters())
         model.train()
+        if self.is_evaluation_due:
+            self._evaluate_and_save(dev, report, stop)
+        if on_advice is not None:
+            self._advise(train, on_advice)
         clock, tokens = time.perf_counter(), 0
         while not self._is_finished() and stop.signal is None:
             rate = learning_rate_at(config, self.step)
@@ -269,10 +308,29 @@ class Trainer:
                 clock, tokens = now, 0
             if self.step % config.steps_between_evaluations == 0 or last:
                 paused = time.perf_counter()
-                self._evaluate_and_save(dev, report)
+                self.is_evaluation_due = True
+                self._evaluate_and_save(dev, report, stop)
                 clock += time.perf_counter() - paused
         if not self._is_finished():
             self.save()
+
+    def _advise(self, train: Examples | Sequences, on_advice: Callable[[str], None]) -> None:
+        """Times a few steps of a copy of the model, which leaves the run as it is."""
+        worth_it = self.config.max_steps - self.step >= threads.STEPS_WORTH_IT
+        if not worth_it or self.device.type != "cpu" or self.config.compile or torch.get_num_threads() == 1:
+            return
+        model = copy.deepcopy(self.model)
+        idx, targets, _ = train.select(torch.arange(self.config.batch_size) % len(train))
+
+        def step() -> None:
+            with self._precision():
+                loss = model.loss(idx, targets)
+            loss.backward()
+
+        with self._own_randomness():
+            advice = threads.advice(step)
+        if advice is not None:
+            on_advice(advice)
 
     def _backward(
         self, loss_of: Callable[..., Tensor], train: Examples | Sequences, noise: TokenNoise | None = None
@@ -304,8 +362,10 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _is_finished(self) -> bool:
-        """Whether max_steps are done, or the patience is at its end."""
+        """Whether max_steps are done and evaluated, or the patience is at its end."""
         config = self.config
+        if self.is_evaluation_due:
+            return False
         if self.step >= config.max_steps:
             return True
         if config.patience is None or self.best_step is None:
@@ -321,9 +381,15 @@ class Trainer:
         self.loss_steps = 0
         return nats
 
-    def _evaluate_and_save(self, dev: Examples | Sequences, report: Report) -> None:
+    def _evaluate_and_save(self, dev: Examples | Sequences, report: Report, stop: StopRequest) -> None:
+        """Does neither where `stop` interrupts the evaluation, which then stays due."""
         start = time.perf_counter()
-        result = evaluate(self.model, dev, "dev")
+        try:
+            with stop.interrupting():
+                result = evaluate(self.model, dev, "dev")
+        except Interrupted:
+            return
+        self.is_evaluation_due = False
         seconds = time.perf_counter() - start
         if not math.isfinite(result.nats):
             raise UserError(f"the loss on dev became {result.nats} by step {self.step}: try a lower --learning-rate")
