@@ -69,17 +69,24 @@ def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:
-            typer.echo(f"charlm: {error}", err=True)
+            _say(str(error))
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
             if error.filename is None:
                 _discard_stdout()
                 if error.errno == errno.EPIPE:
                     raise
-            typer.echo(f"charlm: cannot write {error.filename or 'the output'}: {error.strerror}", err=True)
+            _say(f"cannot write {error.filename or 'the output'}: {error.strerror}")
             raise typer.Exit(EXIT_USER_ERROR) from error
 
     return guarded
+
+
+def _say(sentence: str) -> None:
+    """Prints a sentence on stderr, in which a file name or a text cannot act on the terminal."""
+    from charlm.lm.terminal import visible
+
+    typer.echo(f"charlm: {visible(sentence)}", err=True)
 
 
 def _discard_stdout() -> None:
@@ -88,7 +95,9 @@ def _discard_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-InputFile = Annotated[Path | None, typer.Option("-i", "--input-file", help="UTF-8 text.", show_default=False)]
+InputFile = Annotated[
+    Path | None, typer.Option("-i", "--input-file", help="UTF-8 text; - is standard input.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Directory = Annotated[Path, typer.Argument(help="The folder that `charlm train -o` wrote.")]
 
@@ -102,10 +111,10 @@ def check_split(split: str) -> None:
 
 
 def new_console() -> Console:
-    """Standard output; rich leaves colours out where it is no terminal."""
-    from rich.console import Console
+    """Standard output, on which nothing that is printed acts."""
+    from charlm.lm import terminal
 
-    return Console(highlight=False)
+    return terminal.new_console()
 
 
 def where_it_stays(path: Path) -> str:

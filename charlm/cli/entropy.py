@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from itertools import zip_longest
+import os
+import stat
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def entropy(
-    file: Annotated[Path | None, typer.Argument(help="UTF-8 text; without it, the 32,000 names that ship.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="UTF-8 text, - for standard input; absent: the 32,000 names that ship.")
+    ] = None,
     order: Annotated[int, typer.Option(help="The longest context, in characters; from 0 to 20.")] = 5,
     format: Annotated[
         str | None, typer.Option(help="line (one item a line) or text; guessed if absent.", show_default=False)
@@ -35,10 +39,12 @@ def entropy(
 
     Held-out ones are of Kneser-Ney n-grams, fitted on train, measured on dev.
     """
-    from charlm.lm.data import read_text
+    from charlm.lm.data import data_name, read_text
     from charlm.lm.predictability import measure
 
-    name = "names.txt" if file is None else str(file)
+    if file is None:
+        _hint_at_standard_input()
+    name = data_name(file)
     found = measure(read_text(file), order=order, format=format, seed=split_seed, name=name)
     if as_json:
         typer.echo(json.dumps(found.to_json(), allow_nan=False))
@@ -47,7 +53,8 @@ def entropy(
 
 
 def _show(console: Console, name: str, found: Predictability, guessed: bool) -> None:
-    from rich.table import Table
+    from charlm.lm.display import print_entropies
+    from charlm.lm.terminal import print_line
 
     kind = f"{found.format} format{', guessed' if guessed else ''}"
     lines = [
@@ -60,12 +67,18 @@ def _show(console: Console, name: str, found: Predictability, guessed: bool) -> 
             f"{found.dev_items_in_train:,} of {found.dev_items:,} dev items ({share:.1%}) stand in train as well",
         ]
     lines += ["bits per character, by how many characters of context are known:"]
-    console.print("\n".join(lines), soft_wrap=True)
-    table = Table()
-    for column in ("context", "in-sample, whole file", "held-out on dev"):
-        table.add_column(column, justify="right")
-    for k, row in enumerate(zip_longest(found.in_sample, found.held_out)):
-        table.add_row(str(k), *("-" if bits is None else f"{bits:.4f}" for bits in row))
-    console.print(table)
+    for line in lines:
+        print_line(console, line)
+    print_entropies(console, found.in_sample, found.held_out)
     compressed = ", ".join(f"{compressor} {bits:.4f}" for compressor, bits in found.compressed.items())
-    console.print(f"compressed, bits per character of the whole file: {compressed}", soft_wrap=True)
+    print_line(console, f"compressed, bits per character of the whole file: {compressed}")
+
+
+def _hint_at_standard_input() -> None:
+    """Says that "-" reads standard input where that is a pipe or a file, which somebody meant to be read."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):  # closed, or no file
+        return
+    if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+        typer.echo("charlm: the names that ship are measured: `charlm entropy -` reads standard input", err=True)

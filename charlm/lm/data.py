@@ -19,12 +19,16 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
+from charlm.lm.encodings import advice, conversion, wide_encoding
 from charlm.lm.errors import UserError
 from charlm.lm.examples import (
     Examples,
@@ -56,20 +60,32 @@ def read_text(path: Path | None) -> str:
     """The text of a UTF-8 file, newlines as "\\n"; None reads the names that ship with charlm, "-" standard input.
 
     Raises:
-        UserError: the file cannot be read, or is not UTF-8 (the text names the byte offset).
+        UserError: the file cannot be read, or is not UTF-8 (the text names the byte offset, what the file looks like
+                   and the command that converts it).
     """
+    if path is None:
+        return decode_text(resources.files("charlm.data").joinpath("names.txt").read_bytes(), data_name(path))
+    with opened(path) as file:
+        return decode_text(file.read(), data_name(path))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes at `path`, of standard input for "-"; an OSError inside is a UserError that names the data."""
     try:
-        if path is None:
-            raw = resources.files("charlm.data").joinpath("names.txt").read_bytes()
+        if path == STDIN:
+            if sys.stdin is None:  # closed as the process began
+                raise UserError("standard input is closed: give a file")
+            yield sys.stdin.buffer
         else:
-            raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+            with path.open("rb") as file:
+                yield file
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return decode_text(raw, _name(path))
+        raise UserError(f"cannot read {data_name(path)}: {error.strerror}") from error
 
 
-def _name(path: Path | None) -> str:
-    """What an error calls the data at `path`."""
+def data_name(path: Path | None) -> str:
+    """What a person calls the data at `path`."""
     if path is None:
         return "names.txt"
     return "standard input" if path == STDIN else str(path)
@@ -82,7 +98,14 @@ def decode_text(raw: bytes, name: str) -> str:
         text = raw[offset:].decode("utf-8")
     except UnicodeDecodeError as error:
         at = offset + error.start
-        raise UserError(f"{name} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} ({error.reason})") from error
+        raise UserError(
+            f"{name} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} ({error.reason}){advice(raw, at, name)}"
+        ) from error
+    encoding = wide_encoding(raw)
+    if encoding is not None:
+        raise UserError(
+            f"{name} looks like {encoding}, not UTF-8: every second byte is NUL; {conversion(encoding, name)}"
+        )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -215,4 +238,4 @@ def _plural(count: int, noun: str) -> str:
 
 def read_corpus(path: Path | None, *, format: str | None = None, seed: int = 42, dedup: bool = False) -> Corpus:
     """`build_corpus` of the file at `path`; None reads the names that ship with charlm."""
-    return build_corpus(read_text(path), format=format, seed=seed, dedup=dedup, name=_name(path))
+    return build_corpus(read_text(path), format=format, seed=seed, dedup=dedup, name=data_name(path))

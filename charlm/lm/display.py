@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import zip_longest
 from types import TracebackType
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from charlm.lm.compare import Comparison
 from charlm.lm.evaluate import Evaluation
 from charlm.lm.examples import PROTOCOLS
+from charlm.lm.terminal import print_line, print_table, visible
 from charlm.lm.train import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -88,54 +91,61 @@ class ProgressReport:
 
 def print_losses(console: Console, title: str, rows: dict[str, Evaluation]) -> None:
     """A title, and under it a table of models and their losses on one split."""
-    console.print(title)
-    table = Table()
-    table.add_column("model")
-    for column in ("nats", "bits per character", "perplexity"):
-        table.add_column(column, justify="right")
-    for name, result in rows.items():
-        table.add_row(Text(name), f"{result.nats:.4f}", f"{result.bits_per_char:.4f}", f"{result.perplexity:.3f}")
-    console.print(table)
+    print_line(console, title)
+    table = {
+        "model": [visible(name) for name in rows],
+        "nats": [f"{row.nats:.4f}" for row in rows.values()],
+        "bits per character": [f"{row.bits_per_char:.4f}" for row in rows.values()],
+        "perplexity": [f"{row.perplexity:.3f}" for row in rows.values()],
+    }
+    print_table(console, table, folded="model")
 
 
 def print_comparison(console: Console, rows: list[Comparison], units: str) -> None:
     """One table of models on one split; `units` is what the standard error was taken over."""
     evaluation = rows[0].evaluation
-    console.print(
+    print_line(
+        console,
         f"loss on {evaluation.split}, {evaluation.tokens:,} tokens; ± is one standard error, over {units}; "
         "seconds are of this evaluation",
-        soft_wrap=True,
     )
-    table = Table()
-    table.add_column("model", overflow="fold")
+    table = {"model": [visible(row.name if row.name == row.type else f"{row.name} ({row.type})") for row in rows]}
     if evaluation.protocol != "items":
-        table.add_column("context")
-    for column in ("nats", "±", "bits per character", "perplexity", "parameters", "seconds"):
-        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
-    for row in rows:
-        loss = row.evaluation
-        name = row.name if row.name == row.type else f"{row.name} ({row.type})"
-        error = "-" if math.isnan(row.standard_error) else f"{row.standard_error:.4f}"
-        figures = (f"{loss.nats:.4f}", error, f"{loss.bits_per_char:.4f}", f"{loss.perplexity:.3f}")
-        protocol = [] if evaluation.protocol == "items" else [PROTOCOLS[loss.protocol]]
-        table.add_row(Text(name), *protocol, *figures, f"{row.parameters:,}", f"{row.seconds:.2f}")
-    console.print(table)
+        table["context"] = [PROTOCOLS[row.evaluation.protocol] for row in rows]
+    table |= {
+        "nats": [f"{row.evaluation.nats:.4f}" for row in rows],
+        "±": ["-" if math.isnan(row.standard_error) else f"{row.standard_error:.4f}" for row in rows],
+        "bits per character": [f"{row.evaluation.bits_per_char:.4f}" for row in rows],
+        "perplexity": [f"{row.evaluation.perplexity:.3f}" for row in rows],
+        "parameters": [f"{row.parameters:,}" for row in rows],
+        "seconds": [f"{row.seconds:.2f}" for row in rows],
+    }
+    print_table(console, table, folded="model")
+
+
+def print_entropies(console: Console, in_sample: list[float], held_out: list[float]) -> None:
+    """A row for each length of context, from 0 on: bits a character, "-" where there is no such length."""
+    pairs = list(zip_longest(in_sample, held_out))
+    shown = [["-" if bits is None else f"{bits:.4f}" for bits in column] for column in zip(*pairs, strict=True)]
+    lengths = [str(length) for length in range(len(pairs))]
+    print_table(console, {"context": lengths, "in-sample, whole file": shown[0], "held-out on dev": shown[1]})
 
 
 def print_items(console: Console, samples: list[str], standing: list[str] | None) -> None:
     """Sampled items, one a line, each with where it stands in the data if that is known."""
+    shown = [visible(text) for text in samples]
     if standing is None:
-        for text in samples:
+        for text in shown:
             console.print(Text(text), soft_wrap=True)
         return
-    width = min(max(len(text) for text in samples), SAMPLE_COLUMN)
-    for text, place in zip(samples, standing, strict=True):
-        marked = Text.assemble(text.ljust(width), "  ", (place, "green" if place == "new" else "dim"))
-        console.print(marked, soft_wrap=True)
+    width = min(max(map(cell_len, shown)), SAMPLE_COLUMN)
+    for text, place in zip(shown, standing, strict=True):
+        gap = " " * (max(0, width - cell_len(text)) + 2)
+        console.print(Text.assemble(text, gap, (place, "green" if place == "new" else "dim")), soft_wrap=True)
 
 
 def print_passages(console: Console, samples: list[str]) -> None:
     """Samples of running text, a rule between them."""
     for text in samples:
         console.rule(characters="-")
-        console.print(Text(text), soft_wrap=True)
+        console.print(Text(visible(text, keep="\n\t")), soft_wrap=True)
