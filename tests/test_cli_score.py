@@ -13,9 +13,9 @@ from lm_support import fails, succeeds, untrained_checkpoint
 from rich.console import Console
 
 import charlm
-from charlm.cli.score import MAX_BYTES
 from charlm.lm import checkpoint
 from charlm.lm.data import build_corpus
+from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.heatmap import glyph, heat, print_surprisals
 
 ITEMS = build_corpus("emma\nolivia\nava\nisabella\n" * 5, format="line")
@@ -41,7 +41,7 @@ def test_json_is_one_object_whose_bits_are_the_models(items):
     assert printed.count("\n") == 1
     result = json.loads(printed)
     bits = charlm.load(items).surprisal("emma", unit="bits").tolist()
-    assert list(result) == ["format", "items", "characters", "total_bits", "bits_per_char"]
+    assert list(result) == ["format", "protocol", "items", "characters", "total_bits", "bits_per_char"]
     assert result["items"] == [{"text": "emma", "bits": bits, "total_bits": math.fsum(bits)}]
     assert result["characters"] == 5
     assert result["bits_per_char"] == pytest.approx(result["total_bits"] / 5)
@@ -100,8 +100,97 @@ def test_nothing_to_score_two_texts_and_too_long_a_text_are_one_sentence(items, 
     assert "exclude each other" in fails("score", items, "emma", "-i", tmp_path / "any.txt")
     assert "No such file" in fails("score", items, "-i", tmp_path / "any.txt")
     assert "Is a directory" in fails("score", items, "-i", tmp_path)
-    assert f"more than {MAX_BYTES:,} bytes" in fails("score", text, "-i", "/dev/zero")
+    assert "'\\x00' at position 0 of the text" in fails("score", text, "-i", "/dev/zero")  # which has no end
     assert "standard input is not UTF-8: byte 0xff at offset 1" in fails("score", text, input=b"t\xff")
+
+
+def test_several_texts_are_scored_each_by_itself(items, text):
+    result = json.loads(succeeds("score", items, "emma", "olivia\nava", "--json"))
+    alone = [json.loads(succeeds("score", items, name, "--json"))["items"][0] for name in ("emma", "olivia", "ava")]
+    assert [item["text"] for item in result["items"]] == ["emma", "olivia", "ava"]
+    for together, each in zip(result["items"], alone, strict=True):
+        assert together["bits"] == pytest.approx(each["bits"])
+    result = json.loads(succeeds("score", text, "to be", "or not", "--json"))
+    assert [item["text"] for item in result["items"]] == ["to be", "or not"]
+    assert "'#' at position 1 of text 2" in fails("score", text, "to be", "o#")
+
+
+def test_the_protocol_is_named_and_fixed_windows_are_evals(text, tmp_path):
+    part = TEXT.parts["train"][0]
+    found = {}
+    for protocol, words in (("sliding", "sliding full context"), ("fixed", "fixed windows")):
+        assert f" ({words}): " in succeeds("score", text, part, "--protocol", protocol)
+        found[protocol] = json.loads(succeeds("score", text, part, "--protocol", protocol, "--json"))
+        assert found[protocol]["protocol"] == protocol
+        model = charlm.load(text).model
+        expected = evaluate(model, predictions(model, TEXT, "train", protocol), "train")
+        assert found[protocol]["bits_per_char"] == pytest.approx(expected.bits_per_char, rel=1e-6)
+    assert found["sliding"]["total_bits"] != pytest.approx(found["fixed"]["total_bits"])
+    assert "unknown protocol 'half'" in fails("score", text, "to be", "--protocol", "half")
+
+
+def test_items_have_one_protocol(items):
+    assert json.loads(succeeds("score", items, "emma", "--json"))["protocol"] == "items"
+    assert "is for running text" in fails("score", items, "emma", "--protocol", "fixed")
+
+
+@pytest.mark.parametrize("of_items", [True, False])
+@pytest.mark.parametrize("unknown", ["error", "escape"])
+def test_more_than_a_megabyte_is_summed_to_what_its_pieces_have(items, text, of_items, unknown, tmp_path, monkeypatch):
+    monkeypatch.setattr("charlm.cli.score.MAX_BYTES", 1001)
+    directory, source = (items, "emma\r\n  ava\r\nolivia\r") if of_items else (text, "to be, or not\r\nto be\r")
+    source = "\ufeff" + source * 300 + ("" if unknown == "error" else "ß\n" * 5)
+    path = tmp_path / "long.txt"
+    path.write_bytes(source.encode())
+    flags = ("-i", path, "--unknown", unknown)
+    result = json.loads(succeeds("score", directory, *flags, "--json"))
+    assert result["items"] is None
+    assert f"total {result['total_bits']:.2f} bits" in succeeds("score", directory, *flags)
+    assert "--svg draws every character" in fails("score", directory, *flags, "--svg", tmp_path / "x.svg")
+    monkeypatch.setattr("charlm.cli.score.MAX_BYTES", 1_000_000)
+    whole = json.loads(succeeds("score", directory, *flags, "--json"))
+    assert result["characters"] == whole["characters"]
+    assert result["total_bits"] == pytest.approx(whole["total_bits"], rel=1e-6)
+
+
+def test_errors_in_a_long_text_name_their_place_in_the_whole(items, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("charlm.cli.score.MAX_BYTES", 1000)
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"to be\n" * 1000 + b"#")
+    assert "'#' at position 6000 of the text" in fails("score", text, "-i", path)
+    path.write_bytes(b"emma\n" * 1000 + b"em#ma\n")
+    assert "'#' at position 2 of item 1001" in fails("score", items, "-i", path)
+    for data in (b"to be\n" * 1000 + b"\xff\n", "é".encode() * 3000 + b"\xff\n"):
+        path.write_bytes(data)
+        assert "is not UTF-8: byte 0xff at offset 6000" in fails("score", text, "-i", path, "--unknown", "escape")
+    path.write_bytes(("to be\n" * 1000).encode("utf-16-le"))
+    assert "looks like UTF-16LE" in fails("score", text, "-i", path)
+    path.write_bytes(b" \n" * 1000)
+    assert "the text is empty" in fails("score", items, "-i", path)
+
+
+def test_a_text_of_several_megabytes_is_scored(items, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"emma\nolivia\n" * 100_000)
+    result = json.loads(succeeds("score", items, "-i", path, "--json"))
+    expected = json.loads(succeeds("score", items, "emma", "olivia", "--json"))
+    assert result["characters"] == 1_200_000
+    assert result["bits_per_char"] == pytest.approx(expected["bits_per_char"], rel=1e-6)
+
+
+def test_an_unknown_capital_is_told_the_case_of_the_vocabulary(items, text):
+    message = fails("score", items, "Emma")
+    assert (
+        "'E' at position 0 of the text (the first is 0) is not in the model's vocabulary, whose letters are all"
+        in message
+    )
+    assert "are all lower case: did you mean 'emma'?" in message
+    assert "--unknown escape counts unknown characters at their cost" in message
+    assert "did you mean" not in fails("score", items, "Ëmma")
+    assert (
+        "'#' at position 1 of the text (the first is 0) is not in the model's vocabulary (nor are '!', '?')"
+        in fails("score", text, "t#!?")
+    )
 
 
 def test_what_would_act_on_the_terminal_is_shown_by_its_code_point():

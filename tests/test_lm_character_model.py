@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from lm_support import untrained_checkpoint
 import charlm
 from charlm import _load
 from charlm.lm import checkpoint
-from charlm.lm.character_model import ESCAPE_PROBABILITY, CharacterModel
+from charlm.lm.character_model import CharacterModel
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.errors import UserError
-from charlm.lm.evaluate import evaluate
+from charlm.lm.evaluate import evaluate, predictions
+from charlm.lm.vocabulary import ESCAPE_PROBABILITY
 
 ITEMS = build_corpus("\n".join(read_text(None).split("\n")[:300]), format="line")
 TEXT = build_corpus("to be, or not to be: that is the question,\n" * 20, format="text")
@@ -142,3 +144,47 @@ def test_load_takes_a_path_or_a_string_and_says_what_is_wrong(tmp_path):
         charlm.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="device 'abacus' cannot be used"):
         charlm.load(tmp_path / "out", device="abacus")
+
+
+@pytest.mark.parametrize("type", ["mlp", "gpt", "bigram"])
+@pytest.mark.parametrize("protocol", ["sliding", "fixed"])
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_a_text_in_pieces_is_scored_as_the_whole(type, protocol, size, monkeypatch):
+    model = CharacterModel(untrained_checkpoint(TEXT, type, block_size=4, n_embd=4, n_head=2))
+    whole = TEXT.parts["train"][0]
+    nats = model.surprisal(whole, protocol=protocol)
+    if (type, protocol) != ("gpt", "sliding"):  # there eval sees block_size paddings before the text, and this one
+        expected = evaluate(model.model, predictions(model.model, TEXT, "train", protocol), "train")
+        assert nats.mean().item() == pytest.approx(expected.nats, rel=1e-6)
+    monkeypatch.setattr("charlm.lm.character_model.PREDICTED_AT_ONCE", 100)
+    torch.testing.assert_close(model.surprisal(whole, protocol=protocol), nats, rtol=1e-5, atol=1e-6)
+    pieces = (whole[at : at + size] for at in range(0, len(whole), size))
+    total, count = model.total_surprisal(pieces, protocol=protocol)
+    assert count == len(whole)
+    assert total == pytest.approx(nats.sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("type", ["mlp", "gpt"])
+def test_items_in_pieces_are_scored_as_the_items(type, monkeypatch):
+    model = CharacterModel(untrained_checkpoint(ITEMS, type, block_size=4, n_embd=4, n_head=2))
+    items = [*ITEMS.parts["train"][:40], "a" * 50, "e"]
+    nats = torch.cat(model.surprisals(items))
+    monkeypatch.setattr("charlm.lm.character_model.PREDICTED_AT_ONCE", 100)
+    torch.testing.assert_close(torch.cat(model.surprisals(items)), nats, rtol=1e-5, atol=1e-6)
+    whole = "\n\n".join(items)
+    total, count = model.total_surprisal(whole[at : at + 3] for at in range(0, len(whole), 3))
+    assert count == len(nats)
+    assert total == pytest.approx(nats.sum().item(), rel=1e-6)
+    monkeypatch.setattr("charlm.lm.character_model.ITEM_CHARACTERS", 20)
+    with pytest.raises(UserError, match="a line has more than 20 characters"):
+        model.total_surprisal(["ava\n" * 10, "a" * 15, "a" * 15])
+
+
+def test_the_repr_says_what_the_model_is(items):
+    trained = replace(untrained_checkpoint(ITEMS, input_file="names.txt"), best_nats=2.12345)
+    size = sum(parameter.numel() for parameter in trained.build_model().parameters())
+    tokens = len(ITEMS.vocabulary)
+    assert repr(CharacterModel(trained)) == (
+        f"<charlm mlp: {size:,} parameters, {tokens} tokens, line format, 'names.txt', 2.1235 nats on dev>"
+    )
+    assert repr(items).endswith("line format, the names that ship with charlm>")

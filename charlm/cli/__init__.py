@@ -8,8 +8,11 @@ shells count.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from charlm._version import __version__
 from charlm.cli import compare, entropy, eval, info, sample, score, train
 from charlm.cli.common import prepare_streams, reports_user_errors
 from charlm.cli.train import FREE_ON_RESUME
@@ -19,9 +22,26 @@ __all__ = ["FREE_ON_RESUME", "app", "main"]
 app = typer.Typer(
     help="A character language model, trained through charlm's kernels.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"charlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _charlm(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 app.command("train")(reports_user_errors(train.train))
 app.command("sample")(reports_user_errors(sample.sample))
 app.command("score")(reports_user_errors(score.score))

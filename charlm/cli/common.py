@@ -7,8 +7,8 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,7 +99,21 @@ InputFile = Annotated[
     Path | None, typer.Option("-i", "--input-file", help="UTF-8 text; - is standard input.", show_default=False)
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Unknown = Annotated[
+    str, typer.Option(help="A character outside the vocabulary: error, or escape at its cost of about 32 bits.")
+]
 Directory = Annotated[Path, typer.Argument(help="The folder that `charlm train -o` wrote.")]
+
+
+@contextmanager
+def unknown_characters_named() -> Iterator[None]:
+    """Adds to the error about an unknown character how to count it."""
+    from charlm.lm.vocabulary import UnknownCharacterError
+
+    try:
+        yield
+    except UnknownCharacterError as error:
+        raise UserError(f"{error}; --unknown escape counts unknown characters at their cost") from error
 
 
 def check_split(split: str) -> None:

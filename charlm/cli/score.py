@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from charlm.cli.common import Device, Directory, InputFile, new_console
+from charlm.cli.common import Device, Directory, InputFile, Unknown, new_console, unknown_characters_named
 from charlm.lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from charlm.lm.character_model import CharacterModel
 
-MAX_BYTES = 1_000_000  # of a text whose every character is printed; `charlm eval` takes files of any size
+MAX_BYTES = 1_000_000  # of a text whose every character is printed; of a longer one only the sum is
 SVG_COLUMNS = 80
 
 
@@ -37,11 +37,19 @@ class Scored:
 
 def score(
     directory: Directory,
-    text: Annotated[str | None, typer.Argument(help="What to score; without it and -i: standard input.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="What to score, each by itself; without it and -i: standard input.")
+    ] = None,
     input_file: InputFile = None,
-    unknown: Annotated[
-        str, typer.Option(help="A character outside the vocabulary: error, or escape at its cost of about 32 bits.")
-    ] = "error",
+    unknown: Unknown = "error",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="Of running text: sliding (each character from the full context before it; absent: this) or fixed "
+            "(windows of it side by side, as nanoGPT).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else; bits.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Write the coloured picture here as well.")] = None,
     device: Device = "cpu",
@@ -51,41 +59,53 @@ def score(
     The surprisal of a character is -log2 p: green is expected, red a surprise.
 
     A model of items scores each line, its end included; another the whole text.
+
+    Of more than 1 MB only the sum is printed.
     """
     import charlm
 
-    if text is not None and input_file is not None:
+    if texts and input_file is not None:
         raise UserError("TEXT and --input-file exclude each other")
     model = charlm.load(directory, device)
-    texts = _texts(_read(input_file) if text is None else text, model.format)
-    scored = [
-        Scored(text, bits.tolist())
-        for text, bits in zip(texts, model.surprisals(texts, unit="bits", unknown=unknown), strict=True)
-    ]
-    if svg is not None:
-        _write_svg(svg, model, scored)
-    if as_json:
-        typer.echo(json.dumps(_to_json(model, scored), allow_nan=False))
-    else:
-        _show(new_console(), model, scored)
-
-
-def _read(path: Path | None) -> str:
-    """The text of a file, or of standard input, of at most MAX_BYTES."""
-    from charlm.lm.data import decode_text
-
-    name = "standard input" if path is None else str(path)
-    try:
-        if path is None:
-            raw = sys.stdin.buffer.read(MAX_BYTES + 1)
+    protocol = model.protocol(protocol)
+    options = {"unit": "bits", "unknown": unknown, "protocol": protocol}
+    with unknown_characters_named():
+        if texts:
+            found: list[Scored] | tuple[float, int] = _score(model, texts, options)
         else:
-            with path.open("rb") as file:
-                raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from error
-    if len(raw) > MAX_BYTES:
-        raise UserError(f"{name} has more than {MAX_BYTES:,} bytes, and score prints every character: give it a part")
-    return decode_text(raw, name)
+            found = _score_file(model, input_file or Path("-"), options)
+    scored = None if isinstance(found, tuple) else found
+    total, count = _sum(scored) if scored else found
+    if not count:
+        raise UserError("there is nothing to score: the text is empty")
+    if svg is not None:
+        if scored is None:
+            raise UserError(f"--svg draws every character, but the text has more than {MAX_BYTES:,} bytes")
+        _write_svg(svg, model, scored, protocol)
+    if as_json:
+        typer.echo(json.dumps(_to_json(model.format, protocol, total, count, scored), allow_nan=False))
+    elif scored is None:
+        _show_sum(new_console(), total, count, protocol)
+    else:
+        _show(new_console(), model, scored, protocol)
+
+
+def _score(model: CharacterModel, texts: list[str], options: dict[str, Any]) -> list[Scored]:
+    texts = [part for text in texts for part in _texts(text, model.format)]
+    found = model.surprisals(texts, **options)
+    return [Scored(text, bits.tolist()) for text, bits in zip(texts, found, strict=True)]
+
+
+def _score_file(model: CharacterModel, path: Path, options: dict[str, Any]) -> list[Scored] | tuple[float, int]:
+    """What the file holds, scored; of more than MAX_BYTES the sum of its bits and its number of predictions."""
+    from charlm.lm.data import data_name, decode_blocks, decode_text, opened
+
+    with opened(path) as file:
+        head = file.read(MAX_BYTES + 1)
+        if len(head) <= MAX_BYTES:
+            return _score(model, [decode_text(head, data_name(path))], options)
+        blocks = chain([head], iter(lambda: file.read(MAX_BYTES), b""))
+        return model.total_surprisal(decode_blocks(blocks, data_name(path)), **options)
 
 
 def _texts(text: str, format: str) -> list[str]:
@@ -95,7 +115,11 @@ def _texts(text: str, format: str) -> list[str]:
     return texts
 
 
-def _show(console: Console, model: CharacterModel, scored: list[Scored]) -> None:
+def _sum(scored: list[Scored]) -> tuple[float, int]:
+    return math.fsum(each.total for each in scored), sum(len(each.bits) for each in scored)
+
+
+def _show(console: Console, model: CharacterModel, scored: list[Scored], protocol: str) -> None:
     from charlm.lm.heatmap import END, legend, print_surprisals
 
     worst = max(1.0, math.log2(len(model.vocabulary)))
@@ -105,15 +129,19 @@ def _show(console: Console, model: CharacterModel, scored: list[Scored]) -> None
         if len(scored) > 1:
             console.print(f"{each.total:.2f} bits\n")
     console.print(legend(worst, len(model.vocabulary)), soft_wrap=True)
-    total = math.fsum(each.total for each in scored)
-    count = sum(len(each.bits) for each in scored)
-    ends = ", an item's end being one" if end else ""
+    _show_sum(console, *_sum(scored), protocol)
+
+
+def _show_sum(console: Console, total: float, count: int, protocol: str) -> None:
+    from charlm.lm.examples import PROTOCOLS
+
+    how = ", an item's end being one" if protocol == "items" else f" ({PROTOCOLS[protocol]})"
     console.print(
-        f"total {total:.2f} bits for {count:,} characters{ends}: {total / count:.4f} bits per character", soft_wrap=True
+        f"total {total:.2f} bits for {count:,} characters{how}: {total / count:.4f} bits per character", soft_wrap=True
     )
 
 
-def _write_svg(path: Path, model: CharacterModel, scored: list[Scored]) -> None:
+def _write_svg(path: Path, model: CharacterModel, scored: list[Scored], protocol: str) -> None:
     import io
 
     from rich.console import Console
@@ -129,20 +157,22 @@ def _write_svg(path: Path, model: CharacterModel, scored: list[Scored]) -> None:
         no_color=False,
         highlight=False,
     )
-    _show(console, model, scored)
+    _show(console, model, scored, protocol)
     write_atomically(path, console.export_svg(title="charlm score").encode())
 
 
-def _to_json(model: CharacterModel, scored: list[Scored]) -> dict[str, Any]:
-    """The fixed form of `charlm score --json`: bits throughout; a number that JSON cannot hold is null."""
-    total = math.fsum(each.total for each in scored)
-    count = sum(len(each.bits) for each in scored)
-    items = [
+def _to_json(format: str, protocol: str, total: float, count: int, scored: list[Scored] | None) -> dict[str, Any]:
+    """The fixed form of `charlm score --json`: bits throughout; a number that JSON cannot hold is null.
+
+    items: null where only the sum was taken, of more than MAX_BYTES.
+    """
+    items = scored and [
         {"text": each.text, "bits": [_finite(bits) for bits in each.bits], "total_bits": _finite(each.total)}
         for each in scored
     ]
     return {
-        "format": model.format,
+        "format": format,
+        "protocol": protocol,
         "items": items,
         "characters": count,
         "total_bits": _finite(total),

@@ -19,7 +19,8 @@ escape sees the padding token in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -29,15 +30,14 @@ from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.errors import UserError
 from charlm.lm.evaluate import CHUNK, surprisals
-from charlm.lm.examples import sequences_of
+from charlm.lm.examples import in_windows, sequences_of, text_examples, text_windows
 from charlm.lm.models import LanguageModel
 from charlm.lm.sample import SamplingOptions, sample
-from charlm.lm.vocabulary import Vocabulary
+from charlm.lm.vocabulary import UNKNOWN, Vocabulary
 
-CODE_POINTS = 0x110000
-ESCAPE_PROBABILITY = 2.0**-12  # ε: an escape costs 12 bits and about 20 for its code point
 UNITS = {"nats": 1.0, "bits": math.log(2)}
-UNKNOWN = ("error", "escape")
+PREDICTED_AT_ONCE = 1 << 21  # tokens seen by all predictions of a step, a few times 8 bytes each
+ITEM_CHARACTERS = 1_000_000  # of a line in a text that comes in pieces
 
 
 class CharacterModel:
@@ -52,8 +52,20 @@ class CharacterModel:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
         self.model: LanguageModel = checkpoint.build_model(device)
         self.vocabulary: Vocabulary = checkpoint.vocabulary
+        self._escaping = replace(self.vocabulary, escapes=True)
         self.config: Config = checkpoint.config
         self.device = torch.device(device)
+        self.best_nats: float | None = checkpoint.best_nats
+
+    def __repr__(self) -> str:
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        file = self.config.input_file
+        data = {None: "the names that ship with charlm", "-": "standard input"}.get(file, repr(file))
+        loss = "" if self.best_nats is None else f", {self.best_nats:.4f} nats on dev"
+        return (
+            f"<charlm {self.config.label}: {parameters:,} parameters, {len(self.vocabulary)} tokens, "
+            f"{self.format} format, {data}{loss}>"
+        )
 
     @property
     def format(self) -> str:
@@ -71,7 +83,9 @@ class CharacterModel:
         """The text of tokens (n,) of any integer dtype; the separator of items is printed "."."""
         return self.vocabulary.decode(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
 
-    def surprisal(self, text: str, *, unit: str = "nats", unknown: str = "error") -> Tensor:
+    def surprisal(
+        self, text: str, *, unit: str = "nats", unknown: str = "error", protocol: str | None = None
+    ) -> Tensor:
         """-log p of each character of `text` given those before it.
 
         Args:
@@ -79,26 +93,98 @@ class CharacterModel:
             unit: "nats" or "bits".
             unknown: what a character outside the vocabulary is: an "error", or an "escape" at the cost that the
                      head of this file derives, which then costs every other character 0.0004 bits as well.
+            protocol: of running text "sliding", each character given the block_size before it, or "fixed", given those
+                      before it in windows of block_size side by side, as nanoGPT has it, which costs a gpt one pass.
 
         Returns:
             float64 on the CPU: (n + 1,) in line format, the last one of the item's end; (n,) in running text.
 
         Raises:
-            UserError: an unknown character, named with its position; a `unit` or `unknown` that does not exist.
+            UserError: an unknown character, named with its position; a `unit`, `unknown` or `protocol` that
+                       does not exist.
         """
-        return self.surprisals([text], unit=unit, unknown=unknown)[0]
+        return self.surprisals([text], unit=unit, unknown=unknown, protocol=protocol)[0]
 
-    def surprisals(self, texts: Sequence[str], *, unit: str = "nats", unknown: str = "error") -> list[Tensor]:
+    def surprisals(
+        self, texts: Sequence[str], *, unit: str = "nats", unknown: str = "error", protocol: str | None = None
+    ) -> list[Tensor]:
         """`surprisal` of each of `texts`, none of which sees another."""
-        _check_choice("unit", unit, tuple(UNITS))
-        _check_choice("unknown", unknown, UNKNOWN)
         each = "item" if self.format == "line" else "text"
         names = ["the text"] if len(texts) == 1 else [f"{each} {number}" for number in range(1, len(texts) + 1)]
+        return self._surprisals(texts, names, unit, unknown, protocol)
+
+    def total_surprisal(
+        self, pieces: Iterable[str], *, unit: str = "nats", unknown: str = "error", protocol: str | None = None
+    ) -> tuple[float, int]:
+        """The sum of `surprisal` over a text of any length, and how many predictions it has.
+
+        pieces: the text, cut anywhere; in line format every line is an item. The memory taken does not grow with it.
+
+        Raises:
+            UserError: as `surprisal`; a line of more than ITEM_CHARACTERS.
+        """
+        total, count, seen = [], 0, 0
+        if self.format == "line":
+            for items in _items_of(pieces):
+                names = [f"item {number}" for number in range(seen + 1, seen + len(items) + 1)]
+                nats = torch.cat(self._surprisals(items, names, unit, unknown, protocol))
+                seen, count = seen + len(items), count + len(nats)
+                total.append(nats.sum().item())
+            return math.fsum(total), count
+        _check_choice("unit", unit, tuple(UNITS))
+        _check_choice("unknown", unknown, UNKNOWN)
+        protocol = self.protocol(protocol)
+        before = torch.empty(0, dtype=torch.long)
+        for piece in _cut(pieces, self._at_once):
+            tokens, escaped = self._tokens(piece, unknown, "the text", count)
+            nats = _running_surprisals(self.model, before, tokens, protocol, self.device)
+            total.append(self._coded(nats, escaped, unit, unknown).sum().item())
+            before = torch.cat([before, tokens])[-self.model.block_size :]
+            count += len(tokens)
+        return math.fsum(total), count
+
+    def protocol(self, protocol: str | None = None) -> str:
+        """What a prediction of `surprisal` sees: "items", or of running text `protocol`, "sliding" if None."""
+        if self.format == "line":
+            if protocol not in (None, "items"):
+                raise UserError(f"protocol {protocol!r} is for running text: items are predicted each on its own")
+            return "items"
+        if protocol not in (None, "sliding", "fixed"):
+            raise UserError(f"unknown protocol {protocol!r} of running text: it is fixed or sliding")
+        return protocol or "sliding"
+
+    def _surprisals(
+        self, texts: Sequence[str], names: Sequence[str], unit: str, unknown: str, protocol: str | None
+    ) -> list[Tensor]:
+        _check_choice("unit", unit, tuple(UNITS))
+        _check_choice("unknown", unknown, UNKNOWN)
+        protocol = self.protocol(protocol)
         encoded = [self._tokens(text, unknown, name) for text, name in zip(texts, names, strict=True)]
-        found = _token_surprisals(self.model, [tokens for tokens, _ in encoded], self.device)
-        if unknown == "escape":
-            found = [self._with_escapes(nats, escaped) for nats, (_, escaped) in zip(found, encoded, strict=True)]
-        return [nats / UNITS[unit] for nats in found]
+        found: list[Tensor] = []
+        for batch in _batches([tokens for tokens, _ in encoded], self._at_once):
+            if protocol != "fixed" and len(batch) > 1:
+                found += _token_surprisals(self.model, batch, self.device)
+            else:
+                found += [self._in_pieces(tokens, protocol) for tokens in batch]
+        return [self._coded(nats, escaped, unit, unknown) for nats, (_, escaped) in zip(found, encoded, strict=True)]
+
+    @property
+    def _at_once(self) -> int:
+        """How many tokens are predicted at once, a whole number of windows."""
+        size = self.model.block_size
+        return max(1, PREDICTED_AT_ONCE // (size * size if self.model.predicts_every_position else size)) * size
+
+    def _in_pieces(self, tokens: Tensor, protocol: str) -> Tensor:
+        """The surprisals (n,) of one item or text."""
+        before, found = tokens[:0], []
+        for piece in tokens.split(self._at_once):
+            found.append(_running_surprisals(self.model, before, piece, protocol, self.device))
+            before = torch.cat([before, piece])[-self.model.block_size :]
+        return torch.cat(found)
+
+    def _coded(self, nats: Tensor, escaped: Tensor, unit: str, unknown: str) -> Tensor:
+        """The model's surprisals (n,) in `unit`, as the code with escapes has them if `unknown` says so."""
+        return (self.vocabulary.with_escapes(nats, escaped) if unknown == "escape" else nats) / UNITS[unit]
 
     def log_prob(self, text: str, *, unit: str = "nats", unknown: str = "error") -> float:
         """log p(text): the sum of `surprisal`, negated; in line format of the whole item, its end included."""
@@ -123,23 +209,73 @@ class CharacterModel:
         options = SamplingOptions(num_samples, prompt, max_new_tokens, temperature, top_k, top_p, seed)
         return sample(self.model, self.vocabulary, options, self.device)
 
-    def _tokens(self, text: str, unknown: str, name: str) -> tuple[Tensor, Tensor]:
+    def _tokens(self, text: str, unknown: str, name: str, first: int = 0) -> tuple[Tensor, Tensor]:
         """(n,) or (n + 1,) int64 tokens to predict, and which of them are escapes, which are padding tokens."""
-        vocabulary = self.vocabulary
-        known = torch.tensor([char in vocabulary.stoi for char in text], dtype=torch.bool)
-        if unknown == "error" or bool(known.all()):
-            tokens = vocabulary.encode(text, name).long()
-        else:
-            tokens = torch.tensor([vocabulary.stoi.get(char, vocabulary.pad_token) for char in text])
+        vocabulary = self._escaping if unknown == "escape" else self.vocabulary
+        tokens = vocabulary.encode(text, name, first).long()
+        escaped = ~vocabulary.known(text) if vocabulary.escapes else torch.zeros(len(text), dtype=torch.bool)
         if vocabulary.stop_token is not None:
             tokens = torch.cat([tokens, tokens.new_tensor([vocabulary.stop_token])])
-            known = torch.cat([known, known.new_tensor([True])])
-        return tokens, ~known
+            escaped = torch.cat([escaped, escaped.new_tensor([False])])
+        return tokens, escaped
 
-    def _with_escapes(self, nats: Tensor, escaped: Tensor) -> Tensor:
-        """The model's surprisals (n,) as the code with escapes has them."""
-        others = CODE_POINTS - len(self.vocabulary.chars)
-        return torch.where(escaped, math.log(others / ESCAPE_PROBABILITY), nats - math.log1p(-ESCAPE_PROBABILITY))
+
+def _running_surprisals(
+    model: LanguageModel, before: Tensor, tokens: Tensor, protocol: str, device: torch.device
+) -> Tensor:
+    """-log p of every token of a piece of text: (n,) → (n,) float64 nats on the CPU.
+
+    before: the tokens in front of the piece, all of them up to block_size. With "fixed" the piece begins a window.
+    """
+    if not len(tokens):
+        return torch.empty(0, dtype=torch.float64)
+    if protocol != "fixed":
+        return _token_surprisals(model, [torch.cat([before, tokens])], device)[0][len(before) :]
+    stream, start = torch.cat([before[-1:], tokens]), len(before[-1:])
+    if model.predicts_every_position:
+        asked = text_windows(stream.int(), start, model.block_size, model.pad_token)
+    else:
+        asked = in_windows(text_examples(stream, start, model.block_size, model.pad_token), model.pad_token)
+    return surprisals(model, asked.to(device)).double().cpu()
+
+
+def _cut(pieces: Iterable[str], size: int) -> Iterator[str]:
+    """The text of `pieces`, `size` characters at a time."""
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        whole = len(rest) // size * size
+        yield from (rest[at : at + size] for at in range(0, whole, size))
+        rest = rest[whole:]
+    if rest:
+        yield rest
+
+
+def _items_of(pieces: Iterable[str]) -> Iterator[list[str]]:
+    """The items of a text that comes in pieces: those that end in a piece together."""
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        if max(map(len, [*lines, rest])) > ITEM_CHARACTERS:
+            raise UserError(f"a line has more than {ITEM_CHARACTERS:,} characters: it is no item")
+        if items := [item for line in lines if (item := line.strip())]:
+            yield items
+    if item := rest.strip():
+        yield [item]
+
+
+def _batches(sequences: list[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """`sequences` in their order, side by side as long as they have at most `size` tokens together."""
+    batch: list[Tensor] = []
+    taken = 0
+    for tokens in sequences:
+        if batch and taken + len(tokens) > size:
+            yield batch
+            batch, taken = [], 0
+        batch.append(tokens)
+        taken += len(tokens)
+    if batch:
+        yield batch
 
 
 @torch.no_grad()

@@ -16,10 +16,13 @@ Files are UTF-8, with or without a byte order mark; "\\r\\n" and "\\r" are read 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
+import itertools
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -43,6 +46,7 @@ from charlm.lm.examples import (
 from charlm.lm.vocabulary import Vocabulary
 
 SPLITS = ("train", "dev", "test")
+WHOLE = "all"  # the one split of a text that is not split
 FORMATS = ("line", "text")
 STDIN = Path("-")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -109,6 +113,29 @@ def decode_text(raw: bytes, name: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def decode_blocks(blocks: Iterable[bytes], name: str) -> Iterator[str]:
+    """`decode_text` of bytes that come in blocks, cut anywhere: what is held does not grow with them."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    read = 0  # bytes in front of the block and of what the decoder kept of the one before
+    for block in itertools.chain(blocks, [b""]):
+        if read == 0 and wide_encoding(block) is not None:
+            decode_text(block, name)  # raises: what says so is its head
+        kept = decoder.getstate()[0]
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raw, at = error.object, error.start
+            raise UserError(
+                f"{name} is not UTF-8: byte 0x{raw[at]:02x} at offset {read - len(kept) + at} ({error.reason})"
+                f"{advice(raw, at, name)}"
+            ) from error
+        if read == 0:
+            text = text.removeprefix(BYTE_ORDER_MARK.decode())
+        read += len(block)
+        yield newlines.decode(text, final=not block)
+
+
 def guess_format(text: str) -> str:
     """ "line" if nearly every line is short, of few words, and hardly one is empty; else "text"."""
     lines = text.strip("\n").split("\n")
@@ -134,6 +161,8 @@ def split_bounds(count: int) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Corpus:
     """A corpus, split. `parts[split]` is a list of items (line) or one run of text (text).
+
+    The splits are SPLITS in their order, or WHOLE alone.
 
     digest is a sha256 over format and splits: two corpora with one digest ask for the same predictions.
     """
@@ -166,11 +195,11 @@ class Corpus:
 
     def _stream(self, split: str, block_size: int) -> tuple[Tensor, int]:
         """The tokens of `split` with up to `block_size` before it, and where it begins in them."""
-        lengths = [len(self.parts[name][0]) for name in SPLITS]
-        index = SPLITS.index(split)
-        start = sum(lengths[:index])
+        names = list(self.parts)  # in the order of the text
+        index = names.index(split)
+        start = sum(len(self.parts[name][0]) for name in names[:index])
         before = max(0, start - block_size)
-        text = "".join(self.parts[name][0] for name in SPLITS[: index + 1])
+        text = "".join(self.parts[name][0] for name in names[: index + 1])
         return self.vocabulary.encode(text[before:]), start - before
 
     def overlap(self) -> int | None:
@@ -213,6 +242,22 @@ def build_corpus(
     return Corpus("line", vocabulary, parts, _digest("line", parts), found - len(items))
 
 
+def whole_corpus(text: str, vocabulary: Vocabulary, name: str = "the input") -> Corpus:
+    """All of `text` as one split, WHOLE, for a model of `vocabulary`, in its format.
+
+    Raises:
+        UserError: an empty text.
+    """
+    if vocabulary.separator:
+        parts = {WHOLE: [item for line in text.split("\n") if (item := line.strip())]}
+    else:
+        parts = {WHOLE: [text] if text else []}
+    if not parts[WHOLE]:
+        raise UserError(f"{name} is empty")
+    format = "line" if vocabulary.separator else "text"
+    return Corpus(format, vocabulary, parts, _digest(format, parts))
+
+
 def _text_corpus(text: str, dedup: bool, name: str) -> Corpus:
     if dedup:
         raise UserError(f"{name} is running text, which has no items to deduplicate (--format line makes it items)")
@@ -225,9 +270,9 @@ def _text_corpus(text: str, dedup: bool, name: str) -> Corpus:
 
 def _digest(format: str, parts: dict[str, list[str]]) -> str:
     digest = hashlib.sha256(format.encode())
-    for split in SPLITS:
-        body = "\n".join(parts[split]).encode()
-        digest.update(f"\n{split} {len(parts[split])} {len(body)}\n".encode())
+    for split, part in parts.items():
+        body = "\n".join(part).encode()
+        digest.update(f"\n{split} {len(part)} {len(body)}\n".encode())
         digest.update(body)
     return digest.hexdigest()
 

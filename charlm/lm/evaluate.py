@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from charlm.lm.data import Corpus
 from charlm.lm.errors import UserError
 from charlm.lm.examples import Examples, Sequences, is_asked
 from charlm.lm.models import COUNT_MODELS, LanguageModel
+from charlm.lm.vocabulary import UNKNOWN
 
 CHUNK = 8192  # predictions at a time: the logits of a chunk stay in cache for most vocabularies
 
@@ -92,6 +93,37 @@ def evaluate(model: LanguageModel, asked: Examples | Sequences, split: str) -> E
     """The mean loss over all that is `asked`, exact: summed in double, the model in evaluation mode."""
     nats = surprisals(model, asked).sum(dtype=torch.float64).item() / asked.tokens
     return Evaluation(split, asked.protocol, nats, asked.tokens)
+
+
+def evaluate_on(
+    model: LanguageModel,
+    corpus: Corpus,
+    split: str,
+    protocol: str | None = None,
+    unknown: str = "error",
+    device: torch.device | str = "cpu",
+) -> tuple[Evaluation, int]:
+    """The mean loss on a split, and how many of its characters are unknown, which are an "error" or an "escape".
+
+    Escapes cost what the head of `charlm.lm.character_model` derives.
+
+    Raises:
+        UserError: an unknown character; a `protocol` or `unknown` that does not exist.
+    """
+    if unknown not in UNKNOWN:
+        raise UserError(f"unknown is {unknown!r}, but must be {' or '.join(UNKNOWN)}")
+    escapes = unknown == "escape"
+    vocabulary = replace(corpus.vocabulary, escapes=escapes)
+    asked = predictions(model, replace(corpus, vocabulary=vocabulary), split, protocol).to(device)
+    if not escapes:
+        return evaluate(model, asked, split), 0
+    end = "\n" if corpus.format == "line" else ""
+    escaped = ~vocabulary.known("".join(f"{part}{end}" for part in corpus.parts[split]))
+    if end:  # is predicted too, and always known
+        lengths = torch.tensor([len(item) + 1 for item in corpus.parts[split]])
+        escaped[lengths.cumsum(0) - 1] = False
+    nats = vocabulary.with_escapes(surprisals(model, asked).double().cpu(), escaped)
+    return Evaluation(split, asked.protocol, nats.mean().item(), len(nats)), int(escaped.sum().item())
 
 
 def fitted_baselines(corpus: Corpus, add_k: float = 1.0) -> Iterator[tuple[str, LanguageModel]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,18 +14,30 @@ from charlm.lm.errors import UserError
 
 SEPARATOR = 0  # token of the separator in line format
 SEPARATOR_GLYPH = "."  # how it is printed
+UNKNOWN = ("error", "escape")  # what a character outside a vocabulary may be
+CODE_POINTS = 0x110000
+ESCAPE_PROBABILITY = 2.0**-12  # ε: an escape costs 12 bits and about 20 for its code point
+NAMED = 10  # unknown characters that an error names
+SUGGESTED = 40  # characters of a text that an error suggests in lower or upper case
 ENCODED_AT_ONCE = 1 << 20  # characters: encoding takes 30 bytes for each, and a text may have 10⁹
+
+
+class UnknownCharacterError(UserError):
+    """A text holds a character that is in no vocabulary of the model."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """The characters of a corpus, sorted by code point, and their tokens.
 
-    With a separator the characters are tokens 1, 2, …; without one 0, 1, …. `chars` is all there is to save.
+    With a separator the characters are tokens 1, 2, …; without one 0, 1, …. `chars` and `separator` are all there is
+    to save. With `escapes` it encodes every text: an unknown character becomes the padding token, at a cost that
+    `with_escapes` adds.
     """
 
     chars: str
     separator: bool
+    escapes: bool = False
     stoi: dict[str, int] = field(init=False, repr=False, compare=False)
     _table: np.ndarray = field(init=False, repr=False, compare=False)  # (largest code point + 1,) token, or -1
 
@@ -64,23 +77,52 @@ class Vocabulary:
         """The smallest dtype that holds every token: tokens of most character models fit a byte."""
         return torch.uint8 if len(self) <= 256 else torch.int32
 
-    def encode(self, text: str, what: str = "the text") -> Tensor:
-        """The tokens of `text`, (len(text),) of `self.dtype`.
+    def encode(self, text: str, what: str = "the text", first: int = 0) -> Tensor:
+        """The tokens of `text`, (len(text),) of `self.dtype`; `first` is the position in `what` of its first character.
 
         Raises:
-            UserError: a character is not in the vocabulary; the text names it and its position in `what`.
+            UserError: a character is not in the vocabulary, which does not escape; the text names it, its position in
+                       `what`, and the other unknown characters.
         """
         encoded = torch.empty(len(text), dtype=self.dtype)
         for start in range(0, len(text), ENCODED_AT_ONCE):
             tokens = self._lookup(text[start : start + ENCODED_AT_ONCE])
             if (tokens < 0).any():
-                position = start + int((tokens < 0).argmax())
-                raise UserError(
-                    f"character {text[position]!r} at position {position} of {what} (the first is 0) "
-                    "is not in the model's vocabulary"
-                )
+                if not self.escapes:
+                    raise UnknownCharacterError(
+                        self._unknown_characters(text, start + int((tokens < 0).argmax()), what, first)
+                    )
+                tokens = np.where(tokens < 0, self.pad_token, tokens)
             encoded[start : start + len(tokens)] = torch.from_numpy(tokens)
         return encoded
+
+    def known(self, text: str) -> Tensor:
+        """Which characters of `text` are in the vocabulary: (len(text),) bool."""
+        pieces = [self._lookup(text[at : at + ENCODED_AT_ONCE]) >= 0 for at in range(0, len(text), ENCODED_AT_ONCE)]
+        return torch.from_numpy(np.concatenate([np.empty(0, dtype=bool), *pieces]))
+
+    def with_escapes(self, nats: Tensor, escaped: Tensor) -> Tensor:
+        """A model's surprisals (n,) as the code with escapes has them, derived in `charlm.lm.character_model`."""
+        cost = math.log((CODE_POINTS - len(self.chars)) / ESCAPE_PROBABILITY)
+        return torch.where(escaped, cost, nats - math.log1p(-ESCAPE_PROBABILITY))
+
+    def _unknown_characters(self, text: str, position: int, what: str, first: int) -> str:
+        """The sentence about the characters of `text` that are unknown, of which the first stands at `position`."""
+        others = sorted(set(text) - set(self.chars) - {text[position]})
+        more = f" and {len(others) - NAMED} others" if len(others) > NAMED else ""
+        also = f" (nor are {', '.join(map(repr, others[:NAMED]))}{more})" if others else ""
+        return (
+            f"character {text[position]!r} at position {first + position} of {what} (the first is 0) "
+            f"is not in the model's vocabulary{also}{self._case_hint(text)}"
+        )
+
+    def _case_hint(self, text: str) -> str:
+        """Says that all letters of the vocabulary are of one case, where `text` in that case is known."""
+        for case, convert, other in (("lower", str.lower, str.isupper), ("upper", str.upper, str.islower)):
+            if not any(map(other, self.chars)) and set(convert(text)) <= set(self.chars):
+                meant = f": did you mean {convert(text)!r}?" if len(text) <= SUGGESTED else ""
+                return f", whose letters are all {case} case{meant}"
+        return ""
 
     def _lookup(self, text: str) -> np.ndarray:
         """(len(text),) int32 tokens, -1 for an unknown character."""
