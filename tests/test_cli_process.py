@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import charlm
 from charlm.lm import checkpoint
 from charlm.lm.data import read_text
 
@@ -120,3 +121,28 @@ def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(tmp_path, names):
     text = shown.decode()
     for part in ("training", "300/300", "train ", "dev ", "nats", "tokens/s", "0:00:"):
         assert part in text
+
+
+def test_python_m_charlm_is_charlm_and_says_its_version():
+    command = [sys.executable, "-m", "charlm", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"charlm {charlm.__version__}\n", "")
+    assert run("--version").stdout == result.stdout
+
+
+def completed(words: str) -> list[str]:
+    """What bash is offered for the last of `words`."""
+    number = str(len(words.split(" ")) - 1)
+    environment = {**os.environ, "_CHARLM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": number}
+    result = subprocess.run(CHARLM, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)
+    assert result.stderr == ""
+    return result.stdout.split()
+
+
+def test_the_shell_completes_commands_and_options():
+    assert completed("charlm ") == ["train", "sample", "score", "eval", "compare", "entropy", "info"]
+    assert completed("charlm sc") == ["score"]
+    assert completed("charlm eval --pro") == ["--protocol"]
+    script = run("--show-completion", "bash").stdout
+    assert "_CHARLM_COMPLETE=complete_bash" in script
+    assert script.rstrip().endswith("-F _charlm_completion charlm")
