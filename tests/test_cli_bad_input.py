@@ -120,6 +120,12 @@ def test_a_prompt_of_unknown_characters_and_options_at_their_ends(run_of):
         assert "but must be" in fails("sample", run, *flags)
 
 
+def test_more_samples_than_the_memory_holds_are_refused(run_of):
+    message = fails("sample", run_of(), "-n", 10**10, "--max-new-tokens", 1000)
+    assert "10,000,000,000 samples of up to 1,000 characters may take 16" in message
+    assert "draw fewer at a time" in message
+
+
 # ---- checkpoints
 
 

@@ -100,6 +100,8 @@ def test_nothing_to_score_two_texts_and_too_long_a_text_are_one_sentence(items, 
     assert "exclude each other" in fails("score", items, "emma", "-i", tmp_path / "any.txt")
     assert "No such file" in fails("score", items, "-i", tmp_path / "any.txt")
     assert "Is a directory" in fails("score", items, "-i", tmp_path)
+    for folder in (".", "", tmp_path):
+        assert f"cannot write {folder or '.'}: Is a directory" in fails("score", items, "emma", "--svg", folder)
     assert "'\\x00' at position 0 of the text" in fails("score", text, "-i", "/dev/zero")  # which has no end
     assert "standard input is not UTF-8: byte 0xff at offset 1" in fails("score", text, input=b"t\xff")
 

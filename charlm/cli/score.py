@@ -66,6 +66,8 @@ def score(
 
     if texts and input_file is not None:
         raise UserError("TEXT and --input-file exclude each other")
+    if svg is not None and (not svg.name or svg.is_dir()):
+        raise UserError(f"cannot write {svg}: Is a directory")
     model = charlm.load(directory, device)
     protocol = model.protocol(protocol)
     options = {"unit": "bits", "unknown": unknown, "protocol": protocol}

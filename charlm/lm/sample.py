@@ -9,6 +9,7 @@ import torch
 from charlm.lm.config import check_integers
 from charlm.lm.data import SPLITS, Corpus
 from charlm.lm.errors import UserError
+from charlm.lm.memory import in_gb, machine_bytes
 from charlm.lm.models import LanguageModel
 from charlm.lm.models.base import check_sampling
 from charlm.lm.vocabulary import Vocabulary
@@ -57,9 +58,11 @@ def sample(
         UserError: a character of the prompt is not in the vocabulary.
     """
     start = vocabulary.encode(options.prompt, "the prompt").long().to(device)
+    max_new_tokens = options.max_new_tokens or MAX_NEW_TOKENS["line" if vocabulary.separator else "text"]
+    _check_fits(options.num_samples, len(start) + max_new_tokens, len(vocabulary), torch.device(device))
     tokens = model.generate(
         start.expand(options.num_samples, -1),
-        options.max_new_tokens or MAX_NEW_TOKENS["line" if vocabulary.separator else "text"],
+        max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -67,6 +70,16 @@ def sample(
         generator=torch.Generator().manual_seed(options.seed),
     )
     return [vocabulary.decode(_before_stop(row, vocabulary.stop_token)) for row in tokens.tolist()]
+
+
+def _check_fits(num_samples: int, length: int, vocab_size: int, device: torch.device) -> None:
+    """Raises UserError where the samples may take more memory than there is: their tokens, and logits of a step."""
+    needed = num_samples * (2 * 8 * length + 3 * 4 * vocab_size)
+    if needed > machine_bytes(device):
+        raise UserError(
+            f"{num_samples:,} samples of up to {length:,} characters may take {in_gb(needed)} of memory, and "
+            f"{device.type} has {in_gb(machine_bytes(device))}: draw fewer at a time, with another seed each"
+        )
 
 
 def _before_stop(row: list[int], stop_token: int | None) -> list[int]:
