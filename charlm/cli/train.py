@@ -220,6 +220,7 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
         ProgressReport(console, config.max_steps, trainer.step) as report,
     ):
         finished = trainer.run(report, stop, report.advise)
+        report.stopped_at(trainer.step)
     if not finished:
         again = " -i FILE" if config.input_file == STREAM else ""
         where = f"stopped at step {trainer.step} of {config.max_steps}, and saved in {work_dir}"
@@ -248,13 +249,13 @@ def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) 
 
 
 def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
-    from charlm.lm.memory import estimate_bytes, in_gb
+    from charlm.lm.memory import estimate_bytes, readable
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f", resumed at step {trainer.step}" if trainer.step else ""
     work = "counts"
     if parameters:
-        memory = in_gb(estimate_bytes(config, corpus))
+        memory = readable(estimate_bytes(config, corpus))
         work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}, about {memory} of memory"
     console.print(f"{config.label}: {work}{start}", soft_wrap=True)
 

@@ -72,9 +72,9 @@ SEEDS = range(-(2**63), 2**64)  # what torch.manual_seed takes
 def check_integers(values: Mapping[str, Any]) -> None:
     """Raises UserError for an integer beyond 64 bits, which torch would end in an OverflowError of its own."""
     for name, value in values.items():
-        allowed, end = (SEEDS, "2**64") if name == "seed" else (INT64, "2**63")
+        allowed = SEEDS if name == "seed" else INT64
         if isinstance(value, int) and value not in allowed:
-            raise UserError(f"{name} is {value}, but must be at least -2**63 and below {end}")
+            raise UserError(f"{name} is {value}, but must be an integer of 64 bits")
 
 
 def check_options(type: str, given: Iterable[str]) -> None:

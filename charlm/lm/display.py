@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import zip_longest
 from types import TracebackType
 
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
@@ -22,6 +25,24 @@ from charlm.lm.train import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 SAMPLE_COLUMN = 32  # a longer sample pushes its mark to the right, and no other's
+
+
+class Bar(RichProgress):
+    """A bar that leaves room behind it: the terminal writes ^C there, and a line that it made longer than the terminal
+    is wide would be two, of which only one is ever taken back."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from map(Shorter, super().get_renderables())
+
+
+@dataclass
+class Shorter:
+    """What it holds, in a line that is shorter than the terminal by two ^C."""
+
+    renderable: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+        yield Constrain(self.renderable, max(1, options.max_width - len("^C^C")))
 
 
 class ProgressReport:
@@ -38,10 +59,12 @@ class ProgressReport:
         self.dev: Progress | None = None
         # Refreshed by hand: rich's own thread would compete with the training loop for the interpreter.
         self.bar = Bar(
-            TextColumn("training", table_column=Column(no_wrap=True)),
+            # What a narrow terminal cuts off is the end of this text, never the steps.
+            TextColumn(
+                "training {task.completed:.0f}/{task.total:.0f} {task.fields[losses]}",
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             auto_refresh=False,
@@ -59,7 +82,7 @@ class ProgressReport:
             if progress.split == "dev" or time.monotonic() - self.printed_at >= SECONDS_BETWEEN_LINES:
                 self._print_line(progress)
             return
-        self.bar.update(self.task, completed=progress.step, losses=self.losses(progress.step))
+        self.bar.update(self.task, completed=progress.step, losses=self.losses())
         self.bar.refresh()
 
     def _print_line(self, progress: Progress) -> None:
@@ -68,14 +91,22 @@ class ProgressReport:
         self.printed_at = time.monotonic()
         self.train = self.dev = None
 
+    def stopped_at(self, step: int) -> None:
+        """Leaves the bar where the run stopped, which may be between two lines of its log."""
+        self.bar.update(self.task, completed=step)
+
     def advise(self, text: str) -> None:
         """Prints a sentence above the bar."""
         self.console.print(text, soft_wrap=True)
 
-    def losses(self, step: int) -> str:
+    def losses(self, step: int | None = None) -> str:
         """The latest train and dev loss, each with its step where that is not `step`, and the speed of training."""
-        found = [p for p in (self.train, self.dev) if p is not None]
-        parts = [f"{p.split} {p.nats:.4f}{'' if p.step == step else f' (step {p.step})'}" for p in found]
+        parts = []
+        for progress in (self.train, self.dev):
+            if progress is not None:
+                of_another = step is not None and progress.step != step
+                at = f" (at step {progress.step})" if of_another else ""
+                parts.append(f"{progress.split} {progress.nats:.4f}{at}")
         text = " · ".join(parts) + " nats"
         return text if self.train is None else f"{text} · {self.train.tokens_per_second:,.0f} tokens/s"
 

@@ -93,12 +93,14 @@ def check_fits(config: Config, corpus: Corpus, device: torch.device) -> None:
     if needed > found:
         parameters = count_parameters(config, len(corpus.vocabulary))
         raise UserError(
-            f"this {config.type} has {parameters:,} parameters, and training it takes about {in_gb(needed)} of memory: "
-            f"{device} has {in_gb(found)} (a smaller --block-size, --batch-size or model takes less; --force tries it)"
+            f"this {config.type} has {parameters:,} parameters, and training it takes about {readable(needed)} of "
+            f"memory, but {device} has {readable(found)}: make --block-size, --batch-size or the model smaller, or try "
+            "it with --force"
         )
 
 
-def in_gb(count: int) -> str:
-    """`count` bytes for a reader: "0.4 GB", "23 GB"."""
-    gigabytes = count / 1e9
-    return f"{gigabytes:.1f} GB" if gigabytes < 10 else f"{gigabytes:,.0f} GB"
+def readable(count: int) -> str:
+    """`count` bytes for a reader: "24 MB", "1.3 GB", "23 GB"."""
+    if count < 1e9:
+        return f"{max(1, round(count / 1e6))} MB"
+    return f"{count / 1e9:.1f} GB" if count < 1e10 else f"{count / 1e9:,.0f} GB"

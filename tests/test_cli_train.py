@@ -1,0 +1,318 @@
+"""`charlm train`: what it refuses, what it says as it goes, how it stops."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import time
+from itertools import product
+
+import pytest
+import torch
+from lm_support import fails, succeeds
+from rich.console import Console
+
+import charlm
+from charlm.cli import common
+from charlm.lm import checkpoint, display, memory, threads, train
+from charlm.lm.config import NETWORKS, TYPE_DEFAULTS, Config, check_options
+from charlm.lm.data import build_corpus, read_text
+from charlm.lm.display import ProgressReport
+from charlm.lm.errors import UserError
+from charlm.lm.metrics import METRICS
+from charlm.lm.models import MODELS, build_model
+from charlm.lm.train import Progress, StopRequest, Trainer
+
+NAMES = "\n".join(read_text(None).split("\n")[:300])
+CORPUS = build_corpus(NAMES)
+SMALL = Config(block_size=3, n_embd=4, n_hidden=16, max_steps=40, batch_size=16, eval_interval=20, log_interval=7)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text(NAMES)
+    return path
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--n-layer", 12, "--order", 3), "mlp does not have these options; in brackets the types that do: "),
+        (("--n-layer", 12, "--order", 3), "--n-layer (gpt), --order (ngram)"),
+        (("--n-layer", 4), "--n-layer (gpt)"),  # its default: given, and of no effect
+        (("--type", "gpt", "--n-hidden", 9, "--batch-norm"), "--n-hidden (mlp and wavenet), --batch-norm (mlp)"),
+        (("--type", "wavenet", "--smoothing", "add-k"), "--smoothing (ngram)"),
+        (("--type", "ngram", "--block-size", 3), "--block-size (mlp and wavenet and gpt)"),
+        (("--type", "bigram", "--max-steps", 9, "-l", 0.1), "--max-steps (mlp and wavenet and gpt), --learning-rate"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_naming_the_types_that_have_it(tmp_path, data, flags, words):
+    assert words in fails("train", "-i", data, "-o", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_option_that_changes_a_model_is_one_that_its_type_accepts():
+    for type in MODELS:
+        has = set(Config.of_type(type).model_config(5, 0)) - {"vocab_size", "pad_token"}
+        check_options(type, has - ({"block_size"} if type not in NETWORKS else set()))
+        check_options(type, TYPE_DEFAULTS.get(type, {}))
+        check_options(type, ("input_file", "seed", "device", "split_seed", "dedup", "format", "add_k"))
+
+
+def test_an_option_of_another_type_is_refused_on_resume_too(tmp_path, data):
+    run = tmp_path / "run"
+    succeeds("train", "-i", data, "-o", run, "--max-steps", 1, "--n-hidden", 4)
+    assert "--n-layer (gpt)" in fails("train", "-o", run, "--resume", "--n-layer", 4)
+
+
+@pytest.mark.parametrize("value", [99999999999999999999, -99999999999999999999, 2**64, -(2**63) - 1])
+def test_a_seed_beyond_64_bits_is_one_sentence(tmp_path, data, value):
+    for command in (("train", "-i", data, "-o", tmp_path / "run"), ("sample", tmp_path)):
+        assert f"seed is {value}, but must be an integer of 64 bits" in fails(*command, "--seed", value)
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63), -1])
+def test_every_seed_that_torch_takes_is_taken(tmp_path, data, seed):
+    flags = ("--max-steps", 1, "--n-hidden", 4, "--seed", seed)
+    succeeds("train", "-i", data, "-o", tmp_path / "run", *flags)
+    succeeds("sample", tmp_path / "run", "--seed", seed)
+
+
+@pytest.mark.parametrize("name", [n for n, value in vars(Config()).items() if isinstance(value, int) and n != "seed"])
+def test_no_integer_option_goes_beyond_64_bits(name):
+    if not isinstance(getattr(Config(), name), bool):
+        with pytest.raises(UserError, match=rf"^{name} is {2**63}, but must be an integer of 64 bits"):
+            Config(**{name: 2**63})
+
+
+def test_threads_are_those_of_the_machine(tmp_path, data):
+    cores = os.cpu_count()
+    for count in (0, cores + 1):
+        message = fails("train", "-i", data, "-o", tmp_path / "run", "--threads", count)
+        assert f"threads is {count}, but must be at least 1 and at most {cores}, the cores of this machine" in message
+    before = torch.get_num_threads()
+    try:
+        succeeds("train", "-i", data, "-o", tmp_path / "run", "--threads", 1, "--max-steps", 1, "--n-hidden", 4)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "n_hidden", "block_size", "vocab_size"), [*product((4, 12), (6, 9), (2, 8), (5, 30))]
+)
+def test_parameters_are_counted_without_the_model(n_embd, n_hidden, block_size, vocab_size):
+    sizes = {"n_embd": n_embd, "n_hidden": n_hidden, "block_size": block_size, "n_layer": 3, "n_head": 2}
+    for type, options in (("mlp", {}), ("mlp", {"batch_norm": True}), ("wavenet", {}), ("gpt", {}), ("bigram", {})):
+        config = Config(type=type, **sizes, **options)
+        model = build_model(**config.model_config(vocab_size, 0))
+        assert memory.count_parameters(config, vocab_size) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 100_000},
+        {"type": "wavenet", "block_size": 2**40},
+        {"type": "gpt", "n_layer": 10**15},
+        {"type": "gpt", "n_embd": 2**62, "n_head": 1},
+        {"n_hidden": 2**62},
+        {"batch_size": 10**15},
+    ],
+    ids=str,
+)
+def test_a_run_beyond_the_memory_is_refused_before_any_is_taken(tmp_path, data, options, monkeypatch):
+    monkeypatch.setattr(memory, "machine_bytes", lambda device: 8 * 10**9)
+    flags = [text for name, value in options.items() for text in (common.flag(name), value)]
+    message = fails("train", "-i", data, "-o", tmp_path / "run", *flags)
+    assert " parameters, and training it takes about " in message
+    assert " GB of memory, but cpu has 8.0 GB: make --block-size" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_force_trains_beyond_the_memory(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(memory, "machine_bytes", lambda device: 1)
+    flags = ("train", "-i", data, "-o", tmp_path / "run", "--max-steps", 1, "--n-hidden", 4)
+    assert "but cpu has 1 MB" in fails(*flags)
+    assert "parameters, 1 steps on cpu, about 4 MB of memory" in succeeds(*flags, "--force")
+
+
+@pytest.mark.parametrize("type", list(MODELS))
+def test_the_defaults_fit_a_small_machine(type):
+    assert memory.estimate_bytes(Config.of_type(type), build_corpus(read_text(None))) < 5e8
+
+
+def test_the_memory_is_that_of_the_control_group_where_it_is_less(tmp_path, monkeypatch):
+    whole = memory.machine_bytes(torch.device("cpu"))
+    for text, expected in (("123456\n", 123456), ("max\n", whole), (str(2**63), whole)):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr(memory, "CGROUP_LIMITS", (tmp_path / "memory.max", tmp_path / "nowhere"))
+        assert memory.machine_bytes(torch.device("cpu")) == expected
+
+
+# ---- threads
+
+
+def test_advice_is_given_where_one_thread_is_faster(monkeypatch):
+    for one, many, expected in (
+        (0.010, 0.050, "2 threads are slower than one here: 50 ms a step, with one 10 ms; --threads 1 goes faster"),
+        (0.010, 0.0105, None),
+        (0.010, 0.006, None),
+    ):
+        monkeypatch.setattr(threads, "seconds_of", lambda step, count, found=(one, many): found)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert threads.advice(lambda: None) == expected
+
+
+def test_steps_are_timed_with_one_thread_and_with_all_and_the_number_is_restored():
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        one, two = threads.seconds_of(lambda: (seen.append(torch.get_num_threads()), time.sleep(0.001)), 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2] * (threads.WARM_UP + threads.REPEATS)
+    assert min(one, two) >= 0.001
+
+
+@pytest.mark.parametrize("type", ["mlp", "wavenet", "gpt"])
+def test_timing_steps_changes_nothing_of_the_run(tmp_path, monkeypatch, type):
+    monkeypatch.setattr(threads, "STEPS_WORTH_IT", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    config = Config.of_type(
+        type, n_embd=8, n_hidden=16, n_layer=1, n_head=2, max_steps=4, batch_size=16, eval_interval=2
+    )
+    advised, states = [], []
+    monkeypatch.setattr(threads, "seconds_of", lambda step, count: (step(), (1.0, 2.0))[1])
+    try:
+        for on_advice in (advised.append, None):
+            trainer = Trainer(config, CORPUS, tmp_path / type)
+            trainer.run(on_advice=on_advice)
+            states.append(checkpoint.load(tmp_path / type).training)
+    finally:
+        torch.set_num_threads(before)
+    assert advised == [
+        "2 threads are slower than one here: 2e+03 ms a step, with one 1e+03 ms; --threads 1 goes faster"
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+# ---- what it says
+
+
+def lines_of(*progress: Progress, seconds: float = 0.0, monkeypatch=None) -> list[str]:
+    clock = iter(range(1000))
+    if monkeypatch is not None:
+        monkeypatch.setattr(display.time, "monotonic", lambda: seconds * next(clock))
+    output = io.StringIO()
+    with ProgressReport(Console(file=output, width=200), 1000, 0) as report:
+        for one in progress:
+            report(one)
+    return output.getvalue().splitlines()
+
+
+def test_a_line_has_no_loss_of_an_earlier_line_and_says_of_which_step_it_is():
+    lines = lines_of(
+        Progress(100, "train", 2.5, 1000.0),
+        Progress(150, "dev", 2.4, 9.0),
+        Progress(175, "dev", 2.3, 9.0),
+        Progress(200, "train", 2.25, 2000.0),
+        Progress(200, "dev", 2.2, 9.0),
+    )
+    assert lines == [
+        "step 150/1000 · train 2.5000 (at step 100) · dev 2.4000 nats · 1,000 tokens/s",
+        "step 175/1000 · dev 2.3000 nats",
+        "step 200/1000 · train 2.2500 · dev 2.2000 nats · 2,000 tokens/s",
+    ]
+
+
+def test_a_long_wait_for_an_evaluation_has_lines_of_the_training_loss(monkeypatch):
+    progress = [Progress(step, "train", 2.0, 10.0) for step in (10, 20, 30, 40)]
+    lines = lines_of(*progress, seconds=6.0, monkeypatch=monkeypatch)
+    assert [line.split()[1] for line in lines] == ["20/1000", "40/1000"]
+    assert lines[0] == "step 20/1000 · train 2.0000 nats · 10 tokens/s"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100])
+def test_the_bar_fits_its_terminal_with_room_for_ctrl_c_and_whole_steps(columns):
+    output = io.StringIO()
+    console = Console(file=output, width=columns, force_terminal=True, color_system=None)
+    with ProgressReport(console, 1_000_000, 0) as report:
+        report(Progress(123_400, "train", 2.5, 345_678.0))
+        report(Progress(123_400, "dev", 2.4, 1e6))
+        report.stopped_at(123_456)
+    shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", output.getvalue())
+    bars = [line for line in re.split(r"[\r\n]+", shown) if "training" in line]
+    assert len(bars) > 2
+    assert all(len(line) <= columns - len("^C^C") for line in bars)
+    assert "training 123456/1000000 " in bars[-1]
+
+
+# ---- how it stops
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [20, 40])
+def test_a_signal_ends_an_evaluation_at_once_and_resuming_makes_it(tmp_path, monkeypatch, number, at):
+    assert Trainer(SMALL, CORPUS, tmp_path / "whole").run()
+    trainer, evaluate, signalled = Trainer(SMALL, CORPUS, tmp_path / "parts"), train.evaluate, []
+
+    def endless(*arguments):
+        if trainer.step == at:
+            signalled.append(time.monotonic())
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch, StopRequest().listening() as stop:
+        patch.setattr(train, "evaluate", endless)
+        assert not trainer.run(stop=stop)
+    assert time.monotonic() - signalled[0] < 2
+    assert stop.signal == number
+    saved = checkpoint.load(tmp_path / "parts")
+    assert saved.step == at
+    resumed = Trainer(SMALL, CORPUS, tmp_path / "parts", saved)
+    assert resumed.run()
+    ours, theirs = (
+        [
+            {**json.loads(line), "tokens/s": 0} for line in (tmp_path / name / METRICS).read_text().splitlines()
+        ]  # but the speed, which is the machine's
+        for name in ("parts", "whole")
+    )
+    assert ours == theirs
+    ours, theirs = (checkpoint.load(tmp_path / name) for name in ("parts", "whole"))
+    assert (ours.best_step, ours.best_nats) == (theirs.best_step, theirs.best_nats)
+    for part in ("weights", "training"):
+        assert all(torch.equal(tensor, getattr(theirs, part)[name]) for name, tensor in getattr(ours, part).items())
+
+
+def test_a_checkpoint_of_before_says_that_no_evaluation_is_due(tmp_path):
+    trainer = Trainer(SMALL, CORPUS, tmp_path)
+    trainer.run()
+    saved = checkpoint.load(tmp_path)
+    del saved.training["is_evaluation_due"]
+    assert not Trainer(SMALL, CORPUS, tmp_path, saved).is_evaluation_due
+
+
+# ---- the error
+
+
+def test_user_error_is_a_value_error_of_charlm(tmp_path):
+    assert charlm.UserError is UserError
+    assert issubclass(UserError, ValueError)
+    assert f"{UserError.__module__}.{UserError.__qualname__}" == "charlm.UserError"
+    with pytest.raises(charlm.UserError, match="there is no checkpoint"):
+        charlm.load(tmp_path)
