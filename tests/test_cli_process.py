@@ -18,6 +18,7 @@ from charlm.lm.data import read_text
 
 CHARLM = [sys.executable, "-c", "from charlm.cli import main; main()"]
 TINY = ["--n-hidden", "16", "--n-embd", "4", "--block-size", "3", "--batch-size", "16"]
+ALONE = ["--threads", "1"]  # two take 50 times as long on a machine whose cores are taken
 PATIENCE = 60.0  # seconds, for a process to start and take its first steps on a machine that is busy
 
 
@@ -39,7 +40,7 @@ def without_clock(directory: Path) -> list[tuple[int, str, float]]:
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_changes_nothing(tmp_path, names):
-    flags = ["-i", names, *TINY, "--max-steps", "800", "--log-interval", "10"]
+    flags = ["-i", names, *TINY, "--max-steps", "800", "--log-interval", "10", *ALONE]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run("train", "-o", whole, *flags).returncode == 0
 
@@ -60,7 +61,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_changes_nothing(tmp_path, n
     assert f"stopped at step {step} of 800, and saved in" in stdout
     assert stdout.endswith(f"charlm train -o {parts} --resume\n")
 
-    assert run("train", "-o", parts, "--resume").returncode == 0
+    assert run("train", "-o", parts, "--resume", *ALONE).returncode == 0
     assert without_clock(parts) == without_clock(whole)
 
 
@@ -103,7 +104,7 @@ def test_importing_charlm_imports_nothing_of_the_command_line():
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(tmp_path, names):
     ours, theirs = os.openpty()
-    command = [*CHARLM, "train", "-i", str(names), "-o", str(tmp_path / "run"), *TINY, "--max-steps", "300"]
+    command = [*CHARLM, "train", "-i", str(names), "-o", str(tmp_path / "run"), *TINY, *ALONE, "--max-steps", "300"]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "160"}
     with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, env=environment) as process:
         os.close(theirs)

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from itertools import product
 
@@ -144,12 +146,37 @@ def test_force_trains_beyond_the_memory(tmp_path, data, monkeypatch):
     monkeypatch.setattr(memory, "machine_bytes", lambda device: 1)
     flags = ("train", "-i", data, "-o", tmp_path / "run", "--max-steps", 1, "--n-hidden", 4)
     assert "but cpu has 1 MB" in fails(*flags)
-    assert "parameters, 1 steps on cpu, about 4 MB of memory" in succeeds(*flags, "--force")
+    assert re.search(r"mlp: [\d,]+ parameters, 1 steps on cpu, about \d MB of memory\n", succeeds(*flags, "--force"))
 
 
 @pytest.mark.parametrize("type", list(MODELS))
 def test_the_defaults_fit_a_small_machine(type):
     assert memory.estimate_bytes(Config.of_type(type), build_corpus(read_text(None))) < 5e8
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("type", "options"),
+    [
+        ("mlp", {"block_size": 2000}),
+        ("mlp", {"n_hidden": 20_000, "block_size": 64, "n_embd": 32}),
+        ("wavenet", {"block_size": 64, "batch_size": 2048}),
+        ("gpt", {"format": "text", "block_size": 512, "batch_size": 16}),
+    ],
+)
+def test_the_estimate_is_within_a_factor_of_two_of_what_is_taken(tmp_path, type, options):
+    code = (
+        "import resource, sys; from pathlib import Path; from charlm.lm.config import Config\n"
+        "from charlm.lm.data import build_corpus, read_text; from charlm.lm.memory import estimate_bytes\n"
+        "from charlm.lm.train import Trainer\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        f"config = Config.of_type({type!r}, max_steps=2, **{options!r})\n"
+        "corpus = build_corpus(read_text(None), format=config.format)\n"
+        "before = peak(); Trainer(config, corpus, Path(sys.argv[1])).run()\n"
+        "print((peak() - before) / estimate_bytes(config, corpus))"
+    )
+    found = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True).stdout
+    assert 0.5 < float(found) < 2
 
 
 def test_the_memory_is_that_of_the_control_group_where_it_is_less(tmp_path, monkeypatch):

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.examples import Examples, Sequences
 from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, Mixture, build_model
+from charlm.lm.stop import Interrupted, StopRequest
 
 SGD_STEP_DECAY = 0.1  # schedule "step": the factor from the half on, as in the lecture
 
@@ -47,47 +46,6 @@ class Progress:
 
 
 Report = Callable[[str, float, float], None]  # split, nats, tokens per second
-
-
-class Interrupted(BaseException):
-    """A signal came while nothing would be left half done."""
-
-
-@dataclass
-class StopRequest:
-    """Set by a signal; the loop looks at it between steps, so that no step is left half done."""
-
-    signal: int | None = None
-    is_interruptible: bool = False
-
-    @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """SIGINT and SIGTERM set `signal`; a second one interrupts at once. For the main thread only."""
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = number
-            if self.is_interruptible:
-                raise Interrupted
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def interrupting(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted at once, and one that came before it does on entering."""
-        self.is_interruptible = True
-        try:
-            if self.signal is not None:
-                raise Interrupted
-            yield
-        finally:
-            self.is_interruptible = False
 
 
 def learning_rate_at(config: Config, step: int) -> float:
@@ -271,11 +229,18 @@ class Trainer:
     ) -> None:
         config, model = self.config, self.model
         rows = self.corpus.sequences if model.predicts_every_position else self.corpus.examples
-        train, dev = rows("train", config.block_size).to(self.device), self._dev()
         noise = None
-        if config.token_noise:
-            every = self.corpus.examples("train", block_size=1).targets.to(self.device)
-            noise = TokenNoise(config.token_noise, every, model.vocab_size)
+        try:
+            with stop.interrupting():
+                train, dev = rows("train", config.block_size).to(self.device), self._dev()
+                if config.token_noise:
+                    every = self.corpus.examples("train", block_size=1).targets.to(self.device)
+                    noise = TokenNoise(config.token_noise, every, model.vocab_size)
+                if on_advice is not None:
+                    self._advise(train, on_advice)
+        except Interrupted:
+            self.save()
+            return
         loss_of = model.loss
         if config.compile:
             loss_of = torch.compile(loss_of, dynamic=model.predicts_every_position)  # rows are as wide as their longest
@@ -283,8 +248,6 @@ class Trainer:
         model.train()
         if self.is_evaluation_due:
             self._evaluate_and_save(dev, report, stop)
-        if on_advice is not None:
-            self._advise(train, on_advice)
         clock, tokens = time.perf_counter(), 0
         while not self._is_finished() and stop.signal is None:
             rate = learning_rate_at(config, self.step)
@@ -319,7 +282,7 @@ class Trainer:
         worth_it = self.config.max_steps - self.step >= threads.STEPS_WORTH_IT
         if not worth_it or self.device.type != "cpu" or self.config.compile or torch.get_num_threads() == 1:
             return
-        model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.model).train()
         idx, targets, _ = train.select(torch.arange(self.config.batch_size) % len(train))
 
         def step() -> None:
