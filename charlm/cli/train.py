@@ -41,7 +41,8 @@ def option(group: str, text: str, *names: str, by_type: str | None = None) -> An
 def train(
     context: typer.Context,
     input_file: Annotated[
-        Path | None, option(DATA, "UTF-8 text; without it, the 32,000 names that ship.", "-i", "--input-file")
+        Path | None,
+        option(DATA, "UTF-8 text, or - for standard input; absent: the names that ship.", "-i", "--input-file"),
     ] = None,
     format: Annotated[str | None, option(DATA, "line (one item a line) or text; guessed if absent.")] = None,
     split_seed: Annotated[
@@ -133,13 +134,13 @@ def train(
         raise UserError("--resume and --overwrite exclude each other")
     _check_one_process()
     _set_threads(threads)
-    if resume:
-        checkpoint.load(work_dir)  # before the lock makes the folder
-    else:
+    if not resume:
         config = Config.of_type(**{"type": DEFAULT.type, **given})
         check_options(config.type, given)
         _check_folder(work_dir, overwrite)
-    with locked(work_dir):
+    elif not checkpoint.exists(work_dir):
+        raise UserError(f"there is no checkpoint in {work_dir} to go on from")
+    with locked(work_dir):  # and what was looked at is looked at again
         saved = None
         if resume:
             saved = checkpoint.load(work_dir)
@@ -161,10 +162,10 @@ def _check_one_process() -> None:
 
 
 def _set_threads(count: int | None) -> None:
-    import torch
-
     if count is None:
         return
+    import torch
+
     cores = os.cpu_count() or 1
     if not 1 <= count <= cores:
         raise UserError(f"threads is {count}, but must be at least 1 and at most {cores}, the cores of this machine")
