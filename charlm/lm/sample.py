@@ -9,7 +9,7 @@ import torch
 from charlm.lm.config import check_integers
 from charlm.lm.data import SPLITS, Corpus
 from charlm.lm.errors import UserError
-from charlm.lm.memory import in_gb, machine_bytes
+from charlm.lm.memory import machine_bytes, readable
 from charlm.lm.models import LanguageModel
 from charlm.lm.models.base import check_sampling
 from charlm.lm.vocabulary import Vocabulary
@@ -77,8 +77,8 @@ def _check_fits(num_samples: int, length: int, vocab_size: int, device: torch.de
     needed = num_samples * (2 * 8 * length + 3 * 4 * vocab_size)
     if needed > machine_bytes(device):
         raise UserError(
-            f"{num_samples:,} samples of up to {length:,} characters may take {in_gb(needed)} of memory, and "
-            f"{device.type} has {in_gb(machine_bytes(device))}: draw fewer at a time, with another seed each"
+            f"{num_samples:,} samples of up to {length:,} characters may take {readable(needed)} of memory, and "
+            f"{device.type} has {readable(machine_bytes(device))}: draw fewer at a time, with another seed each"
         )
 
 
