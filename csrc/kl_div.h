@@ -25,7 +25,7 @@ inline void check_kl_div(const Tensor& p, const Tensor& q, int64_t p_kind, int64
   TORCH_CHECK(p.sym_sizes() == q.sym_sizes(), "p and q must have one shape here, got ", p.sym_sizes(), " and ",
               q.sym_sizes());
   TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(p.scalar_type()) && p.element_size() >= 2,
-                              "\"kl_div\" not implemented for '", p.scalar_type(), "'");
+                              "\"kl_divergence\" not implemented for '", p.scalar_type(), "'");
   TORCH_CHECK(p.scalar_type() == q.scalar_type(), "p and q must have the same dtype, got ", p.scalar_type(), " and ",
               q.scalar_type());
   check_same_device(p, "p", q, "q");
