@@ -58,12 +58,20 @@ class PythonArguments {
   }
 
   double softcap(py::handle value) const {
-    return value.is_none() ? 0.0 : checks("softcap_number")(function_, value).cast<double>();
+    if (value.is_none()) return 0.0;
+    if (PyFloat_CheckExact(value.ptr()) && PyFloat_AS_DOUBLE(value.ptr()) > 0) return PyFloat_AS_DOUBLE(value.ptr());
+    return checks("softcap_number")(function_, value).cast<double>();
   }
 
   // The row of `padding_idx`, -1 for None.
   int64_t padding_row(py::handle value, int64_t num_embeddings) const {
     return value.is_none() ? -1 : checks("padding_row")(function_, value, num_embeddings).cast<int64_t>();
+  }
+
+  static bool kernels_take(py::handle object, const at::Tensor& t) {
+    if (t.key_set().has(c10::DispatchKey::Python))
+      return checks("is_kernel_tensor")(object).cast<bool>() && on_device(t);
+    return t.layout() == at::kStrided && on_device(t);
   }
 
   static bool is(py::handle value, const char* text) {
@@ -76,12 +84,6 @@ class PythonArguments {
   }
 
  private:
-  static bool kernels_take(py::handle object, const at::Tensor& t) {
-    if (t.key_set().has(c10::DispatchKey::Python))
-      return checks("is_kernel_tensor")(object).cast<bool>() && on_device(t);
-    return t.layout() == at::kStrided && on_device(t);
-  }
-
   static bool on_device(const at::Tensor& t) {
 #ifdef CHARLM_HAVE_CUDA
     if (t.is_cuda()) return true;

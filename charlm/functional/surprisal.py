@@ -5,11 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import _checks, reference
+from charlm import _checks
 from charlm.reference.surprisal import for_cross_entropy
 
 from .cross_entropy import cross_entropy
-from .kernels import have_kernels
 
 
 def surprisal(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -41,9 +40,9 @@ def surprisal(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Te
     """
     if has_torch_function_variadic(logits, target):
         return handle_torch_function(surprisal, (logits, target), logits, target, ignore_index=ignore_index)
-    has_kernels = have_kernels("surprisal", ("logits", "target"), (logits, target))
-    ignore_index = _checks.integer("surprisal", "ignore_index", ignore_index)
-    if not has_kernels:
-        return reference.surprisal(logits, target, ignore_index=ignore_index)
+    if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
+        _checks.tensors("surprisal", ("logits", "target"), (logits, target))
+    if type(ignore_index) is not int:
+        ignore_index = _checks.integer("surprisal", "ignore_index", ignore_index)
     classes_second, target, dtype = for_cross_entropy(logits, target)
     return cross_entropy(classes_second, target, ignore_index=ignore_index, reduction="none").to(dtype)
