@@ -25,8 +25,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What the tests of the ops need, and those tests: `make test-clang` copies the first and runs the second.
 CLANG_TREE := build/clang
 CLANG_PARTS := bench charlm csrc scripts tests pyproject.toml setup.py
-CLANG_TESTS := build_info build_module cross_entropy* devices embedding* entropy few_classes information kl_div \
-	large_offsets linear_cross_entropy* many_rows modules ngrams patching* surprisal torch_citizenship_*
+CLANG_TESTS := build_info build_module cross_entropy* devices embedding* entropy few_classes information kl_div* options \
+	large_offsets linear_cross_entropy* many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
 CLANGXX ?= clang++
 
 .PHONY: train test test-all test-clang cuda-check gpu bench lint format build clean distclean

@@ -93,7 +93,7 @@ def modules() -> None:
         label_smoothing=0.1, lse_square_scale=1e-4, softcap=30.0, inplace="backward", return_lse=True
     )
     assert_type(loss.logit_scale, float)
-    assert_type(nn.KLDivLoss("batchmean", log_target=True).log_target, bool)
+    assert_type(nn.KLDivLoss(reduction="batchmean", log_target=True).log_target, bool)
     nn.LinearCrossEntropyLoss(3, 4, bias=True, all_ignored="zero", return_token_accuracy=True)
 
     nn.CrossEntropyLoss(lse_scale=0.1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

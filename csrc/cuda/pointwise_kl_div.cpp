@@ -19,6 +19,7 @@ Tensor forward(const Tensor& given_input, const Tensor& given_target, bool log_t
   const DeviceCall device(given_input.device());
   const Tensor input = given_input.contiguous(), target = given_target.contiguous();
   const Tensor output = reduce ? at::empty({}, input.options()) : at::empty(input.sizes(), input.options());
+  if (!reduce && input.numel() == 0) return output;
   const Tensor sums = at::empty({kMostPointwiseBlocks}, input.options().dtype(row_dtype(input)));
   with_float_type(input.scalar_type(), "kl_div", [&]<class T>() {
     PointwiseKlDiv<T> p;
