@@ -54,6 +54,8 @@ NARROW = {
     r"embedding_(sum|join)_chunks<\w+, 1>": "the same",
     r"embedding_linear_(sum_rows|differentiate)<\w+, 1>": "the same",
     r"(entropy|kl_div)_(forward|backward)_rows<": "a warp reads 32 neighbours of a row",
+    r"pointwise_kl_div_(values|gradients)<": "a warp reads 32 neighbours, at any alignment",
+    r"pointwise_kl_div_total<": "a few numbers of each block",
     r"embedding_fill_tables<": "a thread sums a column: a warp reads 32 neighbours",
 }
 
