@@ -2,6 +2,7 @@
 # make test     the same set-up, then the tests
 # make test-all the same with the exhaustive ones, which take long
 # make test-clang   build a copy with Clang (CLANGXX, default clang++) in build/clang, and run the tests of the ops there
+# make fuzz     random calls of every op against float64, ten minutes from a fresh seed
 # make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
 # make lint     ruff, clang-format, mypy and pyright, nothing changed; `make format` applies the first two
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
@@ -29,7 +30,7 @@ CLANG_TESTS := build_info build_module cross_entropy* devices embedding* entropy
 	large_offsets linear_cross_entropy* many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
 CLANGXX ?= clang++
 
-.PHONY: train test test-all test-clang cuda-check gpu bench lint format build clean distclean
+.PHONY: train test test-all test-clang fuzz cuda-check gpu bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
@@ -39,6 +40,9 @@ test: $(VENV)/dev $(VENV)/built
 
 test-all: $(VENV)/dev $(VENV)/built
 	$(BIN)/python -m pytest -m ""
+
+fuzz: $(VENV)/dev $(VENV)/built
+	$(BIN)/python -W ignore -m tests.fuzz
 
 test-clang: $(VENV)/dev
 	mkdir -p $(CLANG_TREE)

@@ -1,0 +1,40 @@
+"""The fuzz runs, and can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import fuzz
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    found = torch.get_num_threads()
+    yield
+    torch.set_num_threads(found)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_some_seconds_of_a_known_seed_find_nothing(capsys):
+    assert fuzz.main(["--seconds", "5", "--seed", "1"]) == 0
+    assert " 0 failures" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_divisor_is_found_with_the_line_that_repeats_it(capsys, monkeypatch):
+    right = fuzz.F.cross_entropy
+
+    def wrong(x, y, *args, **options):  # a mean over all targets, ignored ones too
+        loss = right(x, y, *args, **options)
+        if options["reduction"] == "mean" and not y.is_floating_point() and y.numel() > 1:
+            return loss * (y != options["ignore_index"]).double().mean()
+        return loss
+
+    monkeypatch.setattr(fuzz.F, "cross_entropy", wrong)
+    assert fuzz.main(["--seconds", "20", "--seed", "1", "--op", "cross_entropy"]) == 1
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith("python -m tests.fuzz --seed 1 --case ")
+    monkeypatch.undo()
+    number = line.split("--case ")[1].split()[0]
+    assert fuzz.main(["--seed", "1", "--op", "cross_entropy", "--case", number]) == 0
