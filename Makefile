@@ -3,6 +3,7 @@
 # make test-all the same with the exhaustive ones, which take long
 # make test-clang   build a copy with Clang (CLANGXX, default clang++) in build/clang, and run the tests of the ops there
 # make fuzz     random calls of every op against float64, ten minutes from a fresh seed
+# make thirdparty   try charlm under torch's own OpInfo and ModuleInfo, transformers, PEFT, Lightning and litgpt
 # make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
 # make lint     ruff, clang-format, mypy and pyright, nothing changed; `make format` applies the first two
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
@@ -30,7 +31,7 @@ CLANG_TESTS := build_info build_module cross_entropy* devices embedding* entropy
 	large_offsets linear_cross_entropy* many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
 CLANGXX ?= clang++
 
-.PHONY: train test test-all test-clang fuzz cuda-check gpu bench lint format build clean distclean
+.PHONY: train test test-all test-clang thirdparty fuzz cuda-check gpu bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
@@ -51,6 +52,9 @@ test-clang: $(VENV)/dev
 	cd $(CLANG_TREE) && rm -f charlm/_C.*.so charlm/_build_config.json
 	cd $(CLANG_TREE) && CXX="$(CLANGXX)" FORCE_CUDA=0 ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd $(CLANG_TREE) && PYTHONPATH="$$PWD" ../../$(BIN)/python -m pytest $(CLANG_TESTS:%=tests/test_%.py)
+
+thirdparty: $(VENV)-thirdparty/installed $(VENV)/built
+	$(VENV)-thirdparty/bin/python -m pytest tests/thirdparty -W ignore --record tests/thirdparty/RESULTS.md
 
 cuda-check:
 	$(PYTHON) scripts/cuda_check.py
@@ -81,7 +85,7 @@ clean:
 	find bench charlm tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) .venv-cuda $(OUT)
+	rm -rf $(VENV) $(VENV)-thirdparty .venv-cuda $(OUT)
 
 $(VENV)/runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -94,6 +98,14 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/runtime
 
 $(VENV)/bench: requirements-bench.txt $(VENV)/runtime
 	$(PIP) install -r requirements-bench.txt
+	touch $@
+
+# An environment of its own: it takes charlm from the checkout. litgpt bounds huggingface-hub below what transformers
+# needs, and its own code does not care: --no-deps.
+$(VENV)-thirdparty/installed: requirements-thirdparty.txt requirements-dev.txt requirements.txt
+	$(PYTHON) -m venv $(VENV)-thirdparty
+	$(VENV)-thirdparty/bin/python -m pip --disable-pip-version-check install -r requirements-thirdparty.txt
+	$(VENV)-thirdparty/bin/python -m pip --disable-pip-version-check install --no-deps litgpt==0.5.13
 	touch $@
 
 $(VENV)/built: $(VENV)/runtime setup.py pyproject.toml charlm/_version.py $(CXX_FILES)

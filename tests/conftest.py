@@ -26,6 +26,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("charlm")
 
 
+collect_ignore = ["thirdparty"]  # `make thirdparty` runs these, with the libraries that they need
+
 EMULATED = os.environ.get("CHARLM_CUDA_EMULATED")
 if EMULATED:
     torch.ops.load_library(EMULATED)
