@@ -53,8 +53,9 @@ test-clang: $(VENV)/dev
 	cd $(CLANG_TREE) && CXX="$(CLANGXX)" FORCE_CUDA=0 ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd $(CLANG_TREE) && PYTHONPATH="$$PWD" ../../$(BIN)/python -m pytest $(CLANG_TESTS:%=tests/test_%.py)
 
+# One thread: the tensors are tiny, and on a busy machine threads that wait for each other took ten times as long.
 thirdparty: $(VENV)-thirdparty/installed $(VENV)/built
-	$(VENV)-thirdparty/bin/python -m pytest tests/thirdparty -W ignore --record tests/thirdparty/RESULTS.md
+	OMP_NUM_THREADS=1 $(VENV)-thirdparty/bin/python -m pytest tests/thirdparty -W ignore --record tests/thirdparty/RESULTS.md
 
 cuda-check:
 	$(PYTHON) scripts/cuda_check.py
