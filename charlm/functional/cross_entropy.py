@@ -127,8 +127,9 @@ def cross_entropy(
         reduction: "mean", "sum" or "none".
         label_smoothing: e, in [0, 1].
         lse_square_scale: factor of the z-loss.
-        softcap: bound of the logits, > 0.
-        logit_scale: factor of the logits, an inverse temperature.
+        softcap: bound of the logits, > 0; inf bounds nothing.
+        logit_scale: factor of the logits, an inverse temperature. An option has no gradient: a learnable temperature is
+            written `cross_entropy(input * scale, target)`.
         token_weight: a weight for each target; the shape of `target`, or of `input` without the class dimension.
         all_ignored: a mean over no target at all is "nan", as torch's, or "zero".
         inplace: what may become of the logits' memory, to save a tensor of their size.
@@ -136,11 +137,14 @@ def cross_entropy(
             None: it is never touched. "backward": it is intact until backward, which writes the gradient over it.
             "forward": the call itself turns it into the gradient, in one pass ("mean" and "sum" only; float16 waits
             for backward, since the scale of the loss must be known first). A plain read afterwards sees the gradient.
-            A leaf that requires grad is refused before anything is written; another differentiable use of the logits
-            after the call, or of a tensor that they are a view of, a second backward and a double backward raise a
-            RuntimeError, and so does an operation upstream that needs the logits' old value (exp, tanh). Without grad
-            nothing is written. Under autocast the float32 copy of half logits is what is written over. torch.compile
-            breaks the graph here; with fullgraph=True, and in torch.export, it refuses.
+            A RuntimeError refuses, before anything is written: a leaf that requires grad; logits that may overlap
+            themselves in memory (`expand`, `unfold`, `as_strided`); a `target`, `weight` or `token_weight` that may
+            share their memory; and logits that retain their gradient, which would stay None, as it does if
+            `retain_grad` is called on them afterwards. Another differentiable use of the logits after the call, or of
+            a tensor that they are a view of, a second backward and a double backward raise a RuntimeError, and so does
+            an operation upstream that needs the logits' old value (exp, tanh). Without grad nothing is written. Under
+            autocast the float32 copy of half logits is what is written over. torch.compile breaks the graph here; with
+            fullgraph=True, and in torch.export, it refuses.
         return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: see `CrossEntropyOutput`. The
             entropy is `lse_n - sum_c softmax(z)_nc * z_nc`; a reduced token accuracy is the share of the targets not
             ignored whose arg max is right (for probabilities, their own arg max is the target).
@@ -155,7 +159,10 @@ def cross_entropy(
         IndexError: a class index outside [0, C) that is not `ignore_index`; the text names it, its position and C. On
             CUDA see `charlm.synchronize`.
         ValueError: batch sizes that differ; an unknown `reduction`, `all_ignored` or `inplace`; `softcap` <= 0;
-            `inplace="forward"` with reduction "none".
+            `inplace="forward"` with reduction "none"; a `logit_scale` or `lse_square_scale` that the dtype of the
+            arithmetic cannot hold.
+        TypeError: what is no tensor or no number; a tensor for an option that is not 0-d, or that could carry a
+            gradient (it requires grad, or torch.func transforms it).
         RuntimeError: other shapes or dtypes that do not fit (bool targets among them), and a `weight` beside class
             indices, or a `token_weight`, that requires grad.
         NotImplementedError: logits that are not of a floating dtype.
