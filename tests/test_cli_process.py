@@ -144,6 +144,11 @@ def test_the_shell_completes_commands_and_options():
     assert completed("charlm ") == ["train", "sample", "score", "eval", "compare", "entropy", "info"]
     assert completed("charlm sc") == ["score"]
     assert completed("charlm eval --pro") == ["--protocol"]
-    script = run("--show-completion", "bash").stdout
+    # The variable is typer's own: without it, it asks which shell is running, and under make that is sh.
+    environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [*CHARLM, "--show-completion", "bash"]
+    script = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, check=True, env=environment
+    ).stdout
     assert "_CHARLM_COMPLETE=complete_bash" in script
     assert script.rstrip().endswith("-F _charlm_completion charlm")
