@@ -25,7 +25,8 @@ inline bool is_provably_without_overlap(const at::Tensor& t) {
   return true;
 }
 
-// The bytes that a tensor touches: `rows` runs of `extent` bytes, one every `step`, as far as its largest stride tells.
+// The bytes that a tensor touches: runs of `extent` bytes, one every `step` bytes along the dimension of the largest
+// stride; `whole` bytes from the first to the last.
 struct Footprint {
   explicit Footprint(const at::Tensor& t) : begin(reinterpret_cast<intptr_t>(t.const_data_ptr())) {
     int64_t outer = -1, last = 0;

@@ -35,8 +35,7 @@ py::object embedding(py::handle weight, py::handle indices, py::handle padding_i
   PythonArguments arguments("embedding");
   const Tensor &index = arguments.tensor("input", indices), &table = arguments.tensor("weight", weight);
   if (!arguments.have_kernels()) return not_implemented();
-  const int64_t row =
-      padding_idx.is_none() || table.dim() == 0 ? -1 : arguments.padding_row(padding_idx, table.size(0));
+  const int64_t row = table.dim() == 0 ? -1 : arguments.padding_row(padding_idx, table.size(0));
   const bool by_freq = arguments.boolean("scale_grad_by_freq", scale_grad_by_freq);
   const bool is_sparse = arguments.boolean("sparse", sparse);
   static const auto op = c10::Dispatcher::singleton()
@@ -79,6 +78,9 @@ py::object cross_entropy(py::handle input, py::handle target, py::handle weight,
   if (!inplace.is_none() && !forward && !PythonArguments::is(inplace, "backward")) {
     PythonArguments::checks("choice")("inplace", inplace, py::make_tuple(py::none(), "backward", "forward"));
   }
+  TORCH_CHECK_VALUE(
+      !forward || !options.is(Reduction::kNone),
+      "inplace=\"forward\" needs reduction \"mean\" or \"sum\": with \"none\" the gradient is not yet known");
   // In no_grad and inference mode nothing is written.
   if (inplace.is_none() || !at::GradMode::is_enabled()) {
     static const ForwardOp op("charlm::cross_entropy");
@@ -118,8 +120,7 @@ py::object embedding_linear(py::handle input, py::handle embedding_weight, py::h
   const Tensor& linear = arguments.tensor("linear_weight", linear_weight);
   const OptionalTensor bias = arguments.optional_tensor("linear_bias", linear_bias);
   if (!arguments.have_kernels()) return not_implemented();
-  const int64_t row =
-      padding_idx.is_none() || table.dim() == 0 ? -1 : arguments.padding_row(padding_idx, table.size(0));
+  const int64_t row = table.dim() == 0 ? -1 : arguments.padding_row(padding_idx, table.size(0));
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding_linear", "").typed<EmbeddingLinearForward>();
   return without_gil([&] { return std::get<0>(op.call(index, table, linear, bias, row, activation, plan)); });

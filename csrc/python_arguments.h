@@ -2,6 +2,7 @@
 // left to charlm/_checks.py, which converts it or raises torch's error.
 #pragma once
 
+#include <pybind11/gil_safe_call_once.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/extension.h>
@@ -79,8 +80,10 @@ class PythonArguments {
   }
 
   static py::object checks(const char* name) {
-    static const py::handle module = py::module_::import("charlm._checks").release();  // never released: see pybind11
-    return module.attr(name);
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> module;
+    return module.call_once_and_store_result([] { return py::module_::import("charlm._checks"); })
+        .get_stored()
+        .attr(name);
   }
 
  private:

@@ -126,3 +126,16 @@ def test_another_batch_size_reuses_compiled_autograds_graph():
         with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="aot_eager")):
             F.embedding(tokens, weight).sum().backward()
         assert torch.equal(weight.grad, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "inplace" not in name and "sparse" not in name])
+def test_double_backward_is_refused_by_name_and_never_wrong(name):
+    torch._dynamo.reset()
+    leaves, function = sample(name)
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    output = function(*leaves)
+    with (
+        compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")),
+        pytest.raises(NotImplementedError, match=r"Backward has no double backward under compiled autograd"),
+    ):
+        torch.autograd.grad((output * output).sum(), leaves, create_graph=True)

@@ -84,3 +84,17 @@ def test_logits_that_retain_their_gradient_are_refused(mode: str) -> None:
     logits.retain_grad()
     with pytest.raises(RuntimeError, match="retain their gradient"):
         cross_entropy(logits, TARGET, inplace=mode)
+
+
+@in_both_modes
+def test_a_lazily_negated_view_is_refused(mode: str) -> None:
+    numbers = (torch.randn(5, 4, dtype=torch.complex64)).requires_grad_()
+    logits = (numbers * 1).conj().imag
+    assert logits.is_neg()
+    with pytest.raises(RuntimeError, match="lazily negated view"):
+        cross_entropy(logits, TARGET, inplace=mode)
+
+
+def test_reduction_none_is_refused_for_the_mode_forward_without_grad_too() -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match='inplace="forward" needs reduction'):
+        cross_entropy(torch.rand(5, 4), TARGET, inplace="forward", reduction="none")

@@ -113,7 +113,7 @@ def test_the_benchmark_of_a_source_folder_runs_on_the_installed_charlm(tmp_path)
         shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("*.so", "_build_config.json", "__pyc*"))
     env = {**os.environ, "PYTHONPATH": str(site)}
     run = functools.partial(subprocess.run, cwd=tree, env=env, capture_output=True, text=True, check=False)
-    printed = run([sys.executable, "scripts/bench.py", "table"])
+    printed = run([sys.executable, "scripts/benchmark.py", "table"])
     assert printed.returncode == 0, printed.stderr
     assert "| cross_entropy, 32 × 27 |" in printed.stdout
     assert "There are kernels in " in run([sys.executable, "-m", "bench", "table"]).stderr

@@ -102,6 +102,28 @@ def test_the_deprecated_arguments_and_warnings_are_torchs() -> None:
         functional.kl_div(Q.log(), P, reduction="average")
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize("legacy", [{"size_average": False}, {"size_average": True}, {"reduce": False}])
+def test_deprecated_arguments_beside_batchmean_divide_by_the_batch_too(legacy: dict[str, bool]) -> None:
+    ours, theirs = (op(Q.log(), P, reduction="batchmean", **legacy) for op in (functional.kl_div, F.kl_div))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("second", [torch.float64, torch.float32])
+def test_a_number_promotes_no_tensor_as_in_torch(first: torch.dtype, second: torch.dtype) -> None:
+    for pair in ((Q.log().to(first), torch.tensor(0.5, dtype=second)), (torch.tensor(-1.0, dtype=second), P.to(first))):
+        ours, theirs = (op(*pair, reduction="none") for op in (functional.kl_div, F.kl_div))
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+def test_the_default_reduction_compiles_as_one_graph() -> None:
+    torch.testing.assert_close(
+        torch.compile(nn.KLDivLoss(), backend="aot_eager", fullgraph=True)(Q.log(), P), F.kl_div(Q.log(), P)
+    )
+
+
 @pytest.mark.parametrize("keyword", ["p_kind", "q_kind"])
 def test_the_keywords_of_kl_divergence_are_refused_with_its_name(keyword: str) -> None:
     with pytest.raises(TypeError, match="kl_divergence"):

@@ -22,6 +22,7 @@ from charlm.testing import (
     sample_inputs_embedding,
     sample_inputs_embedding_linear,
     sample_inputs_entropy,
+    sample_inputs_kl_div,
     sample_inputs_kl_divergence,
     sample_inputs_linear_cross_entropy,
     sample_inputs_surprisal,
@@ -185,6 +186,16 @@ def test_functorch_and_create_graph_run_torchs_formula(name: str) -> None:
     assert "aten._log_softmax.default" in record.torchs
 
 
+INFORMATION_SAMPLES = (
+    "sum_probs",
+    "none_log_probs",
+    "four_dimensions",
+    "minus_infinity",
+    "probs_logits",
+    "logits_log_probs",
+)
+
+
 def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """Calls of all our ops as `functional` makes them; arguments are copied before they are changed."""
     found: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
@@ -230,10 +241,18 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             evaluate(functional.embedding_linear, layers[name])
         for op, samples in (
             (functional.entropy, sample_inputs_entropy(torch.float32)),
+            (functional.kl_div, sample_inputs_kl_div(torch.float32)),
             (functional.kl_divergence, sample_inputs_kl_divergence(torch.float32)),
         ):
             for sample in samples:
-                if sample.name in ("four_dimensions", "minus_infinity", "probs_logits", "logits_log_probs"):
+                if sample.name in (
+                    "sum_probs",
+                    "none_log_probs",
+                    "four_dimensions",
+                    "minus_infinity",
+                    "probs_logits",
+                    "logits_log_probs",
+                ):
                     evaluate(op, sample)
     return found
 
@@ -253,9 +272,9 @@ def test_opcheck_passes(name: str) -> None:
         public = True
         for parameter in copies[1:3]:
             parameter.requires_grad_()
-    if func in (ops.entropy.default, ops.kl_div.default):
+    if func in (ops.entropy.default, ops.kl_div.default, ops.pointwise_kl_div.default):
         public = True
-        for logits in copies[: 1 + (func is ops.kl_div.default)]:
+        for logits in copies[: 1 + (func is not ops.entropy.default)]:
             logits.requires_grad_()
     # The ops that only backward calls, or that write, have no derivative of their own to register.
     tests = ["test_schema", "test_faketensor"] + [
@@ -274,7 +293,9 @@ def test_opcheck_saw_every_registered_op() -> None:
     assert {str(func) for func, _, _ in RECORDED_CALLS.values()} == registered
 
 
-@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy", "embedding_linear", "entropy", "kl_div"])
+@pytest.mark.parametrize(
+    "op", ["cross_entropy", "linear_cross_entropy", "embedding_linear", "entropy", "kl_div", "pointwise_kl_div"]
+)
 @pytest.mark.parametrize("key", ["CPU", "Meta", "Autograd", "AutocastCPU", "AutocastCUDA", "FuncTorchBatched"])
 def test_ops_with_products_and_losses_are_registered_to_the_dispatch_key(key: str, op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"charlm::{op}", key)

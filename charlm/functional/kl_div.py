@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.nn import _reduction
@@ -85,18 +83,17 @@ def kl_div(
     if not (has_kernels and input.is_floating_point() and target.is_floating_point()):
         return reference.kl_div(input, target, size_average, reduce, reduction, log_target)
     if size_average is not None or reduce is not None:
+        if reduction == "batchmean":  # torch divides by the batch size as well
+            return reference.kl_div(input, target, size_average, reduce, reduction, log_target)
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    elif reduction == "mean":
-        warnings.warn(
-            "reduction: 'mean' divides the total loss by both the batch size and the support size. 'batchmean' "
-            "divides by the batch size only, which is the KL divergence.",
-            stacklevel=2,
-        )
+    elif reduction == "mean" and not torch.compiler.is_compiling():
+        nothing = input.new_zeros(0)
+        reference.kl_div(nothing, nothing)  # gives torch's warning of "mean", as this version of torch words it
     if reduction != "batchmean":
         _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
     batch_size = input.size(0) if input.dim() > 0 else 1
     if input.dtype != target.dtype:
-        dtype = torch.promote_types(input.dtype, target.dtype)
+        dtype = torch.result_type(input, target)
         input, target = input.to(dtype), target.to(dtype)
     if input.shape != target.shape:
         input, target = torch.broadcast_tensors(input, target)

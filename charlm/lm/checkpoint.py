@@ -90,7 +90,7 @@ def exists(directory: Path) -> bool:
 def in_the_way(directory: Path) -> list[str]:
     """The names of what keeps a run from beginning in `directory`: files that no run of ours wrote.
 
-    None where it is not there, is empty, or holds a checkpoint, even a damaged one.
+    Empty if the folder does not exist, is empty, or holds a checkpoint, even a damaged one.
     """
     if not directory.is_dir():
         return []

@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <utility>
 
@@ -203,19 +204,23 @@ struct CrossEntropyInplaceBackward final : CrossEntropyNode<CrossEntropyInplaceB
 
   bool is_traceable() const override { return false; }
 
-  // Once: backward is in the memory that it reads.
+  // Once: backward writes the memory that it reads.
   void use() const {
-    TORCH_CHECK(!used_, "cross_entropy(inplace=...) can go backward only once: its logits are gone. Use inplace=None.");
-    used_ = true;
+    TORCH_CHECK(!used_.exchange(true),
+                "cross_entropy(inplace=...) can go backward only once, and a backward has begun: use inplace=None.");
   }
 
-  mutable bool used_ = false;  // compiled autograd collects a node's state, which is const there, before it runs
+  // Compiled autograd collects a node's state, which is const there, before it runs the node.
+  mutable std::atomic<bool> used_ = false;
 };
 
 // Refuses, before anything is written, logits whose memory cannot become their gradient.
 void check_can_be_overwritten(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                               const OptionalTensor& token_weight) {
   torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  TORCH_CHECK(!input.is_neg(),
+              "cross_entropy(inplace=...): these logits are a lazily negated view, whose memory cannot become their "
+              "gradient. Use inplace=None, or resolve_neg() them first.");
   TORCH_CHECK(!input.retains_grad(),
               "cross_entropy(inplace=...): these logits retain their gradient (retain_grad()), which would stay None, "
               "since their memory becomes the gradient. Use inplace=None, or read the logits after backward.");

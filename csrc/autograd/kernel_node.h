@@ -130,7 +130,9 @@ class KernelNode : public torch::autograd::Node {
 
   static variable_list traced(const variable_list& grads, const std::vector<c10::IValue>& values) {
     using namespace torch::dynamo::autograd;
-    at::NoGradGuard no_grad;  // compiled autograd has no double backward
+    TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(), Derived::kName,
+                                " has no double backward under compiled autograd (create_graph=True): run this "
+                                "backward in eager mode.");
     PackedArgs packed(values);
     std::array<at::Tensor, kSaved> tensors;
     for (at::Tensor& tensor : tensors) tensor = packed.unpack<at::Tensor>();

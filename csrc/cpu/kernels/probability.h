@@ -16,7 +16,8 @@ CHARLM_INLINE Vec<C> log_of_probability(Vec<C> x) {
   return select<C>(x > 0, y, select<C>(x == 0, broadcast<C>(-INFINITY), broadcast<C>(NAN)));
 }
 
-// exp(x) of log-probabilities. x > 0 is none, but gives what torch's exp gives, infinity too.
+// exp(x) of log-probabilities. x > 0 is none; above 88 (709) the result is infinity, slightly before torch's exp
+// overflows.
 template <class C, int K>
 CHARLM_INLINE void exp_of_log_probabilities(Vec<C> (&x)[K]) {
   constexpr C kLargestExponent = sizeof(C) == sizeof(float) ? C(88) : C(709);

@@ -1,4 +1,4 @@
-"""Runs the benchmark of this source folder on the charlm that is installed: `python scripts/bench.py --quick`.
+"""Runs the benchmark of this source folder on the charlm that is installed: `python scripts/benchmark.py --quick`.
 
 `python -m bench` in the source folder imports the charlm that stands beside it, in which `pip install .` built nothing.
 Here the source folder is last on sys.path: what is installed comes first, with or without -e.
