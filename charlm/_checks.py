@@ -42,7 +42,10 @@ def number(function: str, name: str, value: Any) -> float:
         return value
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{function}(): argument {name!r} must be float, not {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{function}(): argument {name!r} is too large for a float") from None
 
 
 def integer(function: str, name: str, value: Any) -> int:

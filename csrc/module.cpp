@@ -162,18 +162,18 @@ at::Tensor pointwise_kl_div(const at::Tensor& input, const at::Tensor& target, b
 
 // Whether the kernels know all tensors. TypeError for what is no tensor; a name that ends in "?" may be None.
 bool have_kernels(py::handle function, py::handle names, py::handle tensors) {
-  bool all = true;
+  PythonArguments arguments("");  // its errors are not used
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors.ptr()); i++) {
     PyObject* const tensor = PyTuple_GET_ITEM(tensors.ptr(), i);
     PyObject* const name = PyTuple_GET_ITEM(names.ptr(), i);
     if (tensor == Py_None && PyUnicode_READ_CHAR(name, PyUnicode_GET_LENGTH(name) - 1) == '?') continue;
     if (THPVariable_Check(tensor)) {
-      all = PythonArguments::kernels_take(tensor, THPVariable_Unpack(tensor)) && all;
+      arguments.tensor("", tensor);
     } else {
       PythonArguments::checks("tensor")(function, py::handle(name), py::handle(tensor));
     }
   }
-  return all;
+  return arguments.have_kernels();
 }
 
 bool has_cuda_kernels() {

@@ -69,12 +69,6 @@ class PythonArguments {
     return value.is_none() ? -1 : checks("padding_row")(function_, value, num_embeddings).cast<int64_t>();
   }
 
-  static bool kernels_take(py::handle object, const at::Tensor& t) {
-    if (t.key_set().has(c10::DispatchKey::Python))
-      return checks("is_kernel_tensor")(object).cast<bool>() && on_device(t);
-    return t.layout() == at::kStrided && on_device(t);
-  }
-
   static bool is(py::handle value, const char* text) {
     return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), text) == 0;
   }
@@ -87,6 +81,12 @@ class PythonArguments {
   }
 
  private:
+  static bool kernels_take(py::handle object, const at::Tensor& t) {
+    if (t.key_set().has(c10::DispatchKey::Python))
+      return checks("is_kernel_tensor")(object).cast<bool>() && on_device(t);
+    return t.layout() == at::kStrided && !t.is_nested() && on_device(t);
+  }
+
   static bool on_device(const at::Tensor& t) {
 #ifdef CHARLM_HAVE_CUDA
     if (t.is_cuda()) return true;

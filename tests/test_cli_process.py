@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,3 +153,30 @@ def test_the_shell_completes_commands_and_options():
     ).stdout
     assert "_CHARLM_COMPLETE=complete_bash" in script
     assert script.rstrip().endswith("-F _charlm_completion charlm")
+
+
+def train_slowly(folder: Path) -> list[str]:
+    flags = ["--max-steps", "100000", "--eval-interval", "100000", "--log-interval", "20", "--threads", "1"]
+    return [*CHARLM, "train", "-o", str(folder), *flags]
+
+
+def test_a_run_whose_reader_goes_away_is_saved_and_says_so(tmp_path):
+    process = subprocess.Popen(
+        train_slowly(tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not process.stdout.readline().startswith("step "):
+        pass
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
+    assert re.fullmatch(r"charlm: the reader of the output has gone: saved step \d+ in .*run\n", error)
+    assert error.endswith(f"saved step {checkpoint.load(tmp_path / 'run').training.step} in {tmp_path / 'run'}\n")
+
+
+def test_a_terminal_that_is_closed_saves_the_run(tmp_path):
+    process = subprocess.Popen(train_slowly(tmp_path / "run"), stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("step "):
+        pass
+    process.send_signal(signal.SIGHUP)
+    assert "go on with" in process.stdout.read()
+    assert process.wait(PATIENCE) == 128 + signal.SIGHUP

@@ -98,3 +98,9 @@ def test_a_lazily_negated_view_is_refused(mode: str) -> None:
 def test_reduction_none_is_refused_for_the_mode_forward_without_grad_too() -> None:
     with torch.no_grad(), pytest.raises(ValueError, match='inplace="forward" needs reduction'):
         cross_entropy(torch.rand(5, 4), TARGET, inplace="forward", reduction="none")
+
+
+@in_both_modes
+def test_vmap_is_refused_with_the_way_out(mode: str) -> None:
+    with pytest.raises(RuntimeError, match=r"neither under torch\.func"):
+        torch.func.vmap(lambda x: cross_entropy(x, TARGET, inplace=mode))(torch.rand(2, 5, 4))

@@ -79,6 +79,15 @@ def test_patched_modules_keep_their_quantized_weights():
         assert torch.equal(model(torch.tensor([1, 4])), expected)
 
 
+def test_nested_indices_are_left_to_torch():
+    tokens = torch.nested.nested_tensor([torch.tensor([0, 1]), torch.tensor([2, 3, 4])])
+    table = torch.randn(5, 4)
+    for ours, theirs in zip(
+        F.embedding(tokens, table).unbind(), torch.nn.functional.embedding(tokens, table).unbind(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
 def test_fake_tensors_take_the_kernels():
     with torch._subclasses.FakeTensorMode():
         logits = torch.empty(3, 5, requires_grad=True)

@@ -73,7 +73,7 @@ def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
             if error.filename is None:
-                _discard_stdout()
+                discard_stdout()
                 if error.errno == errno.EPIPE:
                     raise
             _say(f"cannot write {error.filename or 'the output'}: {error.strerror}")
@@ -89,7 +89,7 @@ def _say(sentence: str) -> None:
     typer.echo(f"charlm: {visible(sentence)}", err=True)
 
 
-def _discard_stdout() -> None:
+def discard_stdout() -> None:
     """Lets what stdout still holds go nowhere: Python would try to write it again, and say so, as it ends."""
     with suppress(OSError, ValueError):  # where stdout is no file, it is not tried again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

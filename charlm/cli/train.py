@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from charlm.cli.common import STREAM, corpus_of, flag, new_console, print_samples, where_it_stays
+from charlm.cli.common import STREAM, corpus_of, discard_stdout, flag, new_console, print_samples, where_it_stays
 from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
 from charlm.lm.errors import UserError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from charlm.lm.checkpoint import Checkpoint
     from charlm.lm.data import Corpus
-    from charlm.lm.train import Trainer
+    from charlm.lm.train import Progress, Trainer
 
 DEFAULT_DIRECTORY = Path("out")
 PASSAGE = 80  # characters of each of the 20 samples that training on running text ends with
@@ -220,8 +221,18 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
         nullcontext() if trainer.optimizer is None else stop.listening(),
         ProgressReport(console, config.max_steps, trainer.step) as report,
     ):
-        finished = trainer.run(report, stop, report.advise)
+
+        def show(progress: Progress) -> None:
+            try:
+                report(progress)
+            except BrokenPipeError:  # `charlm train | head`: stop as for a signal, with everything saved
+                discard_stdout()
+                stop.signal = stop.signal or signal.SIGPIPE
+
+        finished = trainer.run(show, stop, report.advise)
         report.stopped_at(trainer.step)
+    if stop.signal == signal.SIGPIPE and not finished:
+        typer.echo(f"charlm: the reader of the output has gone: saved step {trainer.step} in {work_dir}", err=True)
     if not finished:
         again = " -i FILE" if config.input_file == STREAM else ""
         where = f"stopped at step {trainer.step} of {config.max_steps}, and saved in {work_dir}"

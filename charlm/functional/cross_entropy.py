@@ -109,7 +109,8 @@ def cross_entropy(
     for "none" and for float16, backward makes the gradient from the logits and two numbers per target, so that a
     GradScaler's factor comes before the rounding to float16. A loss that nobody will differentiate belongs under
     `torch.no_grad()`. Logits that are changed in place between the loss and its backward raise, where torch would not
-    notice. Same bits for any number of threads.
+    notice; changed through `.data`, of which autograd learns nothing, they give another gradient. Same bits for any
+    number of threads.
 
     Sources: label smoothing, Szegedy et al. 2016; the z-loss `lse_square_scale`, Chowdhery et al. 2022 (PaLM, sec. 5);
     `softcap`, Gemma Team 2024 (Gemma 2, sec. 2).
@@ -139,12 +140,13 @@ def cross_entropy(
             for backward, since the scale of the loss must be known first). A plain read afterwards sees the gradient.
             A RuntimeError refuses, before anything is written: a leaf that requires grad; logits that may overlap
             themselves in memory (`expand`, `unfold`, `as_strided`); a `target`, `weight` or `token_weight` that may
-            share their memory; and logits that retain their gradient, which would stay None, as it does if
-            `retain_grad` is called on them afterwards. Another differentiable use of the logits after the call, or of
-            a tensor that they are a view of, a second backward and a double backward raise a RuntimeError, and so does
-            an operation upstream that needs the logits' old value (exp, tanh). Without grad nothing is written. Under
-            autocast the float32 copy of half logits is what is written over. torch.compile breaks the graph here; with
-            fullgraph=True, and in torch.export, it refuses.
+            share their memory; and logits that retain their gradient, which would stay None. After the call the
+            history of the logits ends at the loss: hooks that are registered on them then, `retain_grad` and
+            `torch.autograd.grad` with respect to them have no effect. Another differentiable use of the logits after
+            the call, or of a tensor that they are a view of, a second backward and a double backward raise a
+            RuntimeError, and so does an operation upstream that needs the logits' old value (exp, tanh). Without grad
+            nothing is written. Under autocast the float32 copy of half logits is what is written over. torch.compile
+            breaks the graph here; with fullgraph=True, and in torch.export, it refuses.
         return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: see `CrossEntropyOutput`. The
             entropy is `lse_n - sum_c softmax(z)_nc * z_nc`; a reduced token accuracy is the share of the targets not
             ignored whose arg max is right (for probabilities, their own arg max is the target).

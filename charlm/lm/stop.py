@@ -22,7 +22,10 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """SIGINT and SIGTERM set `signal`; a second one interrupts at once. For the main thread only."""
+        """SIGINT, SIGTERM and SIGHUP set `signal`; a second one interrupts at once. For the main thread only.
+
+        SIGHUP stays ignored where it is (nohup).
+        """
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.signal is not None:
@@ -31,7 +34,10 @@ class StopRequest:
             if self.is_interruptible:
                 raise Interrupted
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield self
         finally:

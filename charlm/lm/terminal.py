@@ -5,6 +5,7 @@ Everything that a command prints for people goes through `new_console` or `visib
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -40,6 +41,9 @@ class SafeConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:  # rich drops BEL, BS, VT, FF and CR from a string
         shown = (visible(each, keep="\n\t") if isinstance(each, str) else each for each in objects)
         super().print(*shown, **options)
+
+    def on_broken_pipe(self) -> None:  # rich would end the process here, and a run with it that is not saved
+        raise BrokenPipeError(errno.EPIPE, "the reader of the output has gone")
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

@@ -239,6 +239,14 @@ void check_can_be_overwritten(const Tensor& input, const Tensor& target, const O
   check_apart(token_weight, "token_weight");
 }
 
+[[noreturn]] LossAndNormalizer refuse_transforms(const CrossEntropyOptions&, Tensor&, const Tensor&,
+                                                 const OptionalTensor&, const OptionalTensor&) {
+  TORCH_CHECK(false,
+              "cross_entropy(inplace=...) works neither under torch.func's transforms nor in forward-mode AD: use "
+              "inplace=None");
+  throw;  // not reached: tells the compiler that the check above does not return
+}
+
 constexpr char kInplaceForward[] = "charlm::cross_entropy_inplace_forward";
 constexpr char kInplaceBackward[] = "charlm::cross_entropy_inplace_backward";
 
@@ -252,9 +260,9 @@ LossAndNormalizer cross_entropy_inplace(const CrossEntropyOptions& options, Tens
   TORCH_CHECK(!dtype,
               "cross_entropy(inplace=...) needs logits, probabilities and weight of one dtype: convert them to ",
               *dtype, ", or use inplace=None");
-  TORCH_CHECK(!needs_formula(input) && !needs_formula(target) && !needs_formula(weight) && !needs_formula(token_weight),
-              "cross_entropy(inplace=...) works neither under torch.func's transforms nor in forward-mode AD: use "
-              "inplace=None");
+  if (needs_formula(input) || needs_formula(target) || needs_formula(weight) || needs_formula(token_weight)) {
+    refuse_transforms(options, input, target, weight, token_weight);
+  }
   if (!at::GradMode::is_enabled() || !requires_grad(input)) {  // nobody will go backward: nothing is written
     static const ForwardOp op("charlm::cross_entropy");
     return op(options, input, target, weight, token_weight);
@@ -372,7 +380,11 @@ TORCH_LIBRARY_IMPL(charlm, ADInplaceOrView, m) {
   m.impl("cross_entropy_backward_", Flat<&BumpBackward::call<kBackwardInplace>>::call);
 }
 
-TORCH_LIBRARY_IMPL(charlm, FuncTorchBatched, m) { m.impl("cross_entropy", Flat<&by_formula>::call); }
+TORCH_LIBRARY_IMPL(charlm, FuncTorchBatched, m) {
+  m.impl("cross_entropy", Flat<&by_formula>::call);
+  m.impl("cross_entropy_inplace_forward", Flat<&refuse_transforms>::call);
+  m.impl("cross_entropy_inplace_backward", Flat<&refuse_transforms>::call);
+}
 
 TORCH_LIBRARY_IMPL(charlm, AutocastCPU, m) { register_autocast<c10::DeviceType::CPU>(m); }
 
