@@ -145,8 +145,8 @@ def cross_entropy_formula(x: Tensor, y: Tensor, w: Tensor | None, t: Tensor | No
     return loss.sum() / share.sum()
 
 
-def entropy_formula(x: Tensor) -> Tensor:
-    log_p = x - x.logsumexp(-1, keepdim=True)
+def entropy_formula(logits: Tensor) -> Tensor:
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
     return -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
 
 
@@ -293,7 +293,7 @@ def entropy(draw: Draw) -> Case:
     n, n_classes = draw.sizes()
     shape = draw.one((n, n_classes), (n_classes,), (2, n, n_classes))
     x = draw.logits(shape, draw.one(*FLOATS))
-    return Case("entropy", F.entropy, entropy_formula, {"x": x}, ["x"], {}, largest(x))
+    return Case("entropy", F.entropy, entropy_formula, {"logits": x}, ["logits"], {}, largest(x))
 
 
 def as_kind(logits: Tensor, kind: str) -> Tensor:
@@ -345,10 +345,10 @@ def surprisal(draw: Draw) -> Case:
     shape = draw.one((n, n_classes), (n_classes,), (3, n, n_classes))
     x, y = draw.logits(shape, draw.one(*FLOATS)), draw.indices(n_classes, shape[:-1])
 
-    def formula(x: Tensor, y: Tensor) -> Tensor:
-        return x.logsumexp(-1) - x.gather(-1, y.long().unsqueeze(-1)).squeeze(-1)
+    def formula(logits: Tensor, target: Tensor) -> Tensor:
+        return logits.logsumexp(-1) - logits.gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
 
-    return Case("surprisal", F.surprisal, formula, {"x": x, "y": y}, ["x"], {}, largest(x) + 8)
+    return Case("surprisal", F.surprisal, formula, {"logits": x, "target": y}, ["logits"], {}, largest(x) + 8)
 
 
 OPS: dict[str, Callable[[Draw], Case]] = {
