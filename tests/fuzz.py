@@ -187,7 +187,9 @@ def cross_entropy(draw: Draw) -> Case:
     probabilities, inplace = draw.maybe(0.25), draw.maybe(0.3)
     options = draw_cross_entropy_options(draw, probabilities, inplace)
     places = shape[:1] + shape[2:] if len(shape) > 1 else ()
-    x = draw.logits(shape, dtype, special=not probabilities and options["label_smoothing"] == 0)
+    # A logit of -inf under a large cap is a number beside which no other counts.
+    special = not probabilities and options["label_smoothing"] == 0 and options["softcap"] in (None, 5.0)
+    x = draw.logits(shape, dtype, special)
     tensors = {"x": x}
     if probabilities:
         tensors["y"] = draw.layout(draw.normal(*shape).softmax(0 if len(shape) == 1 else 1).to(dtype))
