@@ -32,7 +32,7 @@ inline void check_same_device(const at::Tensor& a, const char* a_name, const at:
   throw;  // not reached: tells the compiler that the check above does not return
 }
 
-// ... of the index that stands there in `index`.
+// Overload that reads the value from `index`.
 [[noreturn]] inline void raise_out_of_range(const at::Tensor& index, int64_t flat_position, int64_t limit,
                                             const char* noun, const char* things) {
   const at::Tensor value = index.reshape({-1})[flat_position];

@@ -7,7 +7,7 @@
   "int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float softcap, " \
   "float logit_scale, bool zero_if_all_ignored)"
 #define TARGETS "Tensor target, Tensor? weight, Tensor? token_weight, "
-// ... and what stands before them in linear_cross_entropy's: LinearCrossEntropyArguments.
+// The arguments of linear_cross_entropy before these: LinearCrossEntropyArguments.
 #define LINEAR_ARGUMENTS                                                                                           \
   "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, " \
   "bool unrounded, int block_rows, int gemm, "
@@ -41,10 +41,10 @@ TORCH_LIBRARY(charlm, m) {
         " -> Tensor");
   m.def("cross_entropy_backward_(Tensor(a!) input, Tensor grad_loss, " TARGETS
         "Tensor normalizer, " CROSS_ENTROPY_OPTIONS " -> ()");
-  // Makes a gradient that the forward has made, for a gradient of the loss of 1, that for another.
+  // Rescales the gradient computed in forward (unit grad_loss) to the actual grad_loss.
   m.def("cross_entropy_rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor input, " TARGETS
         "Tensor normalizer, " CROSS_ENTROPY_OPTIONS " -> ()");
-  // ... where the logits are gone: grad *= factor, reading and writing nothing if it is 1.
+  // The same where the logits are gone: grad *= factor, which reads and writes nothing if factor is 1.
   m.def("cross_entropy_scale_grad_(Tensor(a!) grad, Tensor factor) -> ()");
   m.def("cross_entropy_target_backward(Tensor grad_loss, Tensor input, " TARGETS
         "Tensor normalizer, " CROSS_ENTROPY_OPTIONS " -> Tensor");

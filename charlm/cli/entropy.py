@@ -75,7 +75,7 @@ def _show(console: Console, name: str, found: Predictability, guessed: bool) -> 
 
 
 def _hint_at_standard_input() -> None:
-    """Says that "-" reads standard input where that is a pipe or a file, which somebody meant to be read."""
+    """Says that "-" reads standard input where that is a pipe or a file: the user may expect it to be read."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):  # closed, or no file

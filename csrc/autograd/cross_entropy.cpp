@@ -49,7 +49,7 @@ class CrossEntropyNode
 struct CrossEntropyBackward final : CrossEntropyNode<CrossEntropyBackward> {
   static constexpr const char* kName = "CrossEntropyBackward";
 
-  Tensor precomputed;  // the logits' gradient for a gradient of the loss of 1, where the forward computed it; used once
+  Tensor precomputed;  // the logits' gradient for unit grad_loss, if forward computed it; used once
 
   static variable_list of_call(const BackwardCall& call, const CrossEntropyOptions& options) {
     const Tensor &grad_loss = call.grads[0], x = call.saved(kInput), y = call.saved(kTarget);

@@ -38,7 +38,7 @@ struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward,
   static constexpr const char* kName = "LinearCrossEntropyBackward";
   enum { kInput, kLinearWeight, kTarget, kLinearBias, kWeight, kTokenWeight };
 
-  variable_list precomputed;  // for a gradient of the loss of 1, where the forward computed them; used once
+  variable_list precomputed;  // the gradients for unit grad_loss, if forward computed them; used once
 
   template <class... O>
   static variable_list gradients(const BackwardCall& call, bool unrounded, int64_t block_rows, int64_t gemm,

@@ -50,7 +50,7 @@ double walk_rows(const CrossEntropyRows<T>& rows, Compute<T>* scratch, int64_t b
   });
 }
 
-// ... in tiles where that is possible.
+// The same in tiles, where that is possible.
 template <class T, Pass kPass>
 double walk(const CrossEntropyRows<T>& rows, Compute<T>* scratch, int64_t begin, int64_t end) {
   double sum = 0;

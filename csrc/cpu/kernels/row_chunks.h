@@ -29,7 +29,7 @@ CHARLM_INLINE C max_of(const T* x, int64_t n) {
   return reduce_max<C>(max<C>(max<C>(largest[0], largest[1]), max<C>(largest[2], largest[3])));
 }
 
-// ... and where the first of them stands.
+// The largest value, and the first place where it is.
 template <class T>
 struct Largest {
   Compute<T> value = -INFINITY;

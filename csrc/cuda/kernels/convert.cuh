@@ -86,7 +86,7 @@ __device__ __forceinline__ void load_numbers(const T* p, T (&values)[kCount]) {
   }
 }
 
-// ... stored as T, each rounded once.
+// Stores kCount numbers as T, each rounded once.
 template <int kCount, class T>
 __device__ __forceinline__ void store_numbers(T* p, const Compute<T> (&values)[kCount]) {
   if constexpr (kCount == 1) {

@@ -68,13 +68,13 @@ int64_t cross_entropy_workspace(int64_t n_rows, int64_t n_classes);
 // The row maxima and sums, and the losses.
 template <class T>
 int cross_entropy_forward(const CrossEntropyRows<T>& rows, const CrossEntropyLaunch& at);
-// ... and `grad`, for a gradient of the reduced loss of 1.
+// The same and `grad`, the gradient of the logits for unit grad_loss.
 template <class T>
 int cross_entropy_forward_backward(const CrossEntropyRows<T>& rows, const CrossEntropyLaunch& at);
 // `grad`, for the logits.
 template <class T>
 int cross_entropy_backward(const CrossEntropyRows<T>& rows, const CrossEntropyLaunch& at);
-// ... for the probabilities.
+// `grad`, for the probabilities.
 template <class T>
 int cross_entropy_target_backward(const CrossEntropyRows<T>& rows, const CrossEntropyLaunch& at);
 template <class T>

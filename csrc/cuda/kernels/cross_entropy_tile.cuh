@@ -51,7 +51,7 @@ __device__ __forceinline__ void copy_tile(T* shared, T* at, int n) {
   for (int i = head + n_packs * kPackSize<T> + threadIdx.x; i < n; i += kTileThreads) copy(i);
 }
 
-// ... of `n_rows` rows of V, a row every `stride` elements in global memory.
+// Copies `n_rows` rows of V, a row every `stride` elements in global memory.
 template <bool kToShared, class T>
 __device__ __forceinline__ void copy_tile(T* shared, T* at, int64_t stride, int n_rows, int n_classes, bool alike) {
   if (stride == n_classes && alike) return copy_tile<kToShared>(shared, at, n_rows * n_classes);

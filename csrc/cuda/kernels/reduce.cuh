@@ -19,7 +19,7 @@ __device__ __forceinline__ C sum_over_lanes(C x, int lanes = kWarp) {
   return x;
 }
 
-// ... and the maximum. A NaN is dropped.
+// The maximum over each group of lanes. A NaN is dropped.
 template <class C>
 __device__ __forceinline__ C max_over_lanes(C x, int lanes = kWarp) {
   for (int step = lanes / 2; step > 0; step /= 2) x = fmax(x, __shfl_xor_sync(kAllLanes, x, step));
