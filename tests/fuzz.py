@@ -114,6 +114,8 @@ def cross_entropy_formula(x: Tensor, y: Tensor, w: Tensor | None, t: Tensor | No
         z = o["softcap"] * torch.tanh(z / o["softcap"])
     n_classes, smoothing = x.size(dim), o["label_smoothing"]
     z = z.movedim(dim, -1)  # (..., C)
+    if not y.is_floating_point():  # an ignored row counts for nothing, whatever its logits are: no gradient, no NaN
+        z = torch.where((y.long() != o["ignore_index"]).reshape(z.shape[:-1]).unsqueeze(-1), z, 0)
     lse = z.logsumexp(-1)
     minus_log_p = lse.unsqueeze(-1) - z
     class_weight = torch.ones(n_classes, dtype=z.dtype) if w is None else w
