@@ -170,7 +170,7 @@ def test_a_run_whose_reader_goes_away_is_saved_and_says_so(tmp_path):
     error = process.stderr.read()
     assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
     assert re.fullmatch(r"charlm: the reader of the output has gone: saved step \d+ in .*run\n", error)
-    assert error.endswith(f"saved step {checkpoint.load(tmp_path / 'run').training.step} in {tmp_path / 'run'}\n")
+    assert error.endswith(f"saved step {checkpoint.load(tmp_path / 'run').step} in {tmp_path / 'run'}\n")
 
 
 def test_a_terminal_that_is_closed_saves_the_run(tmp_path):
