@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from math import ceil
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 SHORTEST_SAMPLE = 2e-3  # seconds: shorter calls are repeated within a sample
@@ -59,10 +60,9 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, samples: list[float]) -> Timing:
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0], 1)
-        deciles = statistics.quantiles(samples, n=10, method="inclusive")
-        return cls(statistics.median(samples), deciles[0], deciles[-1], len(samples))
+        # Not statistics.quantiles: between two equal samples, it rounds to a value beside them.
+        p10, median, p90 = np.quantile(samples, (0.1, 0.5, 0.9)).tolist()
+        return cls(median, p10, p90, len(samples))
 
 
 def paired_ratio(numerator: list[float], denominator: list[float]) -> float:

@@ -277,6 +277,12 @@ def test_samples_are_interleaved_and_paired() -> None:
     assert clock.paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0]) == 2.0
 
 
+@pytest.mark.parametrize("sample", [8.444218515250481e-06, 1.0])
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_samples_that_are_equal_are_their_own_median_and_quantiles(sample: float, n: int) -> None:
+    assert clock.Timing.of([sample] * n) == (sample, sample, sample, n)
+
+
 @pytest.mark.parametrize(("seconds", "timed_before", "n_rounds"), [(1.9, 3, 7), (2.1, 1, 3)])
 def test_calls_of_seconds_are_taken_in_three_rounds(seconds: float, timed_before: int, n_rounds: int) -> None:
     machine, calls = FakeMachine(forever(1e-5)), []
