@@ -230,7 +230,8 @@ def test_temperature_zero_and_top_k_one_take_the_most_probable():
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(sample_token(logits, 0.0, None, None, generator), logits.argmax(-1))
     assert torch.equal(sample_token(logits, 1.0, 1, None, generator), logits.argmax(-1))
-    assert torch.equal(sample_token(logits, 1e-6, None, None, generator), logits.argmax(-1))
+    for temperature in (1e-6, 1e-320):
+        assert torch.equal(sample_token(logits, temperature, None, None, generator), logits.argmax(-1))
     assert torch.equal(sample_token(logits, 1.0, None, 1e-6, generator), logits.argmax(-1))
 
 
@@ -254,7 +255,9 @@ def test_draws_follow_the_distribution():
     torch.testing.assert_close(draws.bincount() / 20_000, p, atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"temperature": math.inf}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
 def test_options_without_a_distribution_are_refused(options):
     with pytest.raises(ValueError, match=f"^{next(iter(options))} is"):
         mlp().generate(torch.zeros(1, 0, dtype=torch.int64), 1, **options)

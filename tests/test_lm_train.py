@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -251,6 +252,9 @@ def test_metrics_of_an_earlier_run_stay_until_the_first_checkpoint_of_the_next(t
         {"token_noise": 1.0},
         {"learning_rate": 0.0},
         {"add_k": 0.0},
+        {"add_k": math.inf},
+        {"grad_clip": math.inf},
+        {"weight_decay": math.nan},
         {"optimizer": "lion"},
         {"schedule": "linear"},
         {"eval_interval": 0},
@@ -261,6 +265,11 @@ def test_metrics_of_an_earlier_run_stay_until_the_first_checkpoint_of_the_next(t
 def test_a_config_that_cannot_work_is_a_user_error(options):
     with pytest.raises(UserError, match=f"^{list(options)[-1]} is .*, but must be "):
         Config(**options)
+
+
+def test_a_count_model_without_a_finite_loss_is_told_what_to_change(tmp_path):
+    with pytest.raises(UserError, match=r"inf by step .*: try an --add-k nearer to 1"):
+        Trainer(Config(type="bigram", add_k=1e308), CORPUS, tmp_path).run()
 
 
 def test_an_unusable_device_is_a_user_error(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -69,12 +70,14 @@ INT64 = range(-(2**63), 2**63)
 SEEDS = range(-(2**63), 2**64)  # what torch.manual_seed takes
 
 
-def check_integers(values: Mapping[str, Any]) -> None:
-    """Raises UserError for an integer beyond 64 bits, which torch would end in an OverflowError of its own."""
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raises UserError for an integer beyond 64 bits, which torch refuses in its own words, and for inf and NaN."""
     for name, value in values.items():
         allowed = SEEDS if name == "seed" else INT64
         if isinstance(value, int) and value not in allowed:
             raise UserError(f"{name} is {value}, but must be an integer of 64 bits")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} is {value}, but must be a finite number")
 
 
 def check_options(type: str, given: Iterable[str]) -> None:
@@ -163,7 +166,7 @@ class Config:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        check_integers(vars(self))
+        check_numbers(vars(self))
         counts = ("block_size", "n_embd", "n_hidden", "n_layer", "n_head", "max_steps", "batch_size", "log_interval")
         for name in (*counts, "gradient_accumulation_steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")

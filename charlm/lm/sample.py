@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from charlm.lm.config import check_integers
+from charlm.lm.config import check_numbers
 from charlm.lm.data import SPLITS, Corpus
 from charlm.lm.errors import UserError
 from charlm.lm.memory import machine_bytes, readable
@@ -38,7 +38,7 @@ class SamplingOptions:
     seed: int = 1337
 
     def __post_init__(self) -> None:
-        check_integers(vars(self))
+        check_numbers(vars(self))
         for name in ("num_samples", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

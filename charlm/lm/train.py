@@ -355,7 +355,8 @@ class Trainer:
         self.is_evaluation_due = False
         seconds = time.perf_counter() - start
         if not math.isfinite(result.nats):
-            raise UserError(f"the loss on dev became {result.nats} by step {self.step}: try a lower --learning-rate")
+            cure = "an --add-k nearer to 1" if isinstance(self.model, CountModel) else "a lower --learning-rate"
+            raise UserError(f"the loss on dev became {result.nats} by step {self.step}: try {cure}")
         if self.best_nats is None or result.nats < self.best_nats:
             self.best_step, self.best_nats = self.step, result.nats
             self.best_weights = copy.deepcopy(self.model.state_dict())
@@ -397,7 +398,7 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # "meta" is a device that holds no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise UserError(f"device {name!r} cannot be used here: {reason}") from error
     return device
 

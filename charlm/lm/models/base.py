@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class LanguageModel(nn.Module):
             (B, t + n) int64, n ≤ max_new_tokens.
 
         Raises:
-            ValueError: a temperature below 0, top_k below 1, or top_p outside (0, 1].
+            ValueError: a temperature below 0 or not finite, top_k below 1, or top_p outside (0, 1].
         """
         check_sampling(temperature, top_k, top_p)
         training = self.training
@@ -106,8 +107,8 @@ def reduced(losses: Tensor, reduction: str) -> Tensor:
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises ValueError for an option that no distribution follows from."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}, but must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, but must be a finite number and at least 0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}, but must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
@@ -124,8 +125,10 @@ def sample_token(
     """One token (B,) int64 for each row of `logits` (B, V); the options are those of `generate`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # Double precision: a small temperature spreads the logits over a range where float32 would lose the tail.
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1).cpu()
+    # Double precision: a small temperature spreads the logits over a range where float32 would lose the tail. The
+    # largest is 0, so that the others alone become infinite where a temperature of almost 0 divides them.
+    logits = logits.double()
+    probabilities = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1).cpu()
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_p is not None:
         before = ranked.cumsum(dim=-1) - ranked  # probability of what ranks above: the first always stays
