@@ -120,7 +120,9 @@ struct PointwiseKlDivNode final : KernelNode<PointwiseKlDivNode, 2, bool, bool, 
   static variable_list gradients(const BackwardCall& call, bool log_target, bool reduce, c10::SymInt divisor) {
     const Tensor input = call.saved(0), target = call.saved(1);
     if (at::GradMode::is_enabled()) {
-      return call.differentiate(by_formula(input, target, log_target, reduce, divisor), {input, target});
+      return call.differentiate({input, target}, [&](const variable_list& in) {
+        return by_formula(in[0], in[1], log_target, reduce, divisor);
+      });
     }
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("charlm::pointwise_kl_div_backward", "").typed<Backward>();

@@ -56,7 +56,9 @@ struct CrossEntropyBackward final : CrossEntropyNode<CrossEntropyBackward> {
     const OptionalTensor w = call.optional(kWeight), t = call.optional(kTokenWeight);
     if (at::GradMode::is_enabled()) {
       raise_recorded_index_error(y);
-      return call.differentiate(cross_entropy_formula(options, x, y, w, t), {x, y, tensor_or_undefined(w)});
+      return call.differentiate({x, y, tensor_or_undefined(w)}, [&](const variable_list& in) {
+        return cross_entropy_formula(options, in[0], in[1], optional_if_defined(in[2]), t);
+      });
     }
     const Tensor state = call.saved(kNormalizer);
     variable_list result(3);  // input, target, weight

@@ -43,9 +43,9 @@ struct EmbeddingLinearNode final : KernelNode<EmbeddingLinearNode, 5, int64_t, i
     const Tensor linear = call.saved(kLinearWeight);
     if (at::GradMode::is_enabled()) {
       raise_recorded_index_error(input);
-      const OptionalTensor bias = call.optional(kLinearBias);
-      const Tensor output = embedding_linear_formula(input, embedding, linear, bias, padding_idx, activation);
-      return call.differentiate(output, {embedding, linear, tensor_or_undefined(bias)});
+      return call.differentiate({embedding, linear, call.saved(kLinearBias)}, [&](const variable_list& in) {
+        return embedding_linear_formula(input, in[0], in[1], optional_if_defined(in[2]), padding_idx, activation);
+      });
     }
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("charlm::embedding_linear_backward", "")

@@ -28,7 +28,9 @@ struct EntropyNode final : KernelNode<EntropyNode, 2> {
 
   static variable_list gradients(const BackwardCall& call) {
     const Tensor logits = call.saved(0);
-    if (at::GradMode::is_enabled()) return call.differentiate(entropy_formula(logits), {logits});
+    if (at::GradMode::is_enabled()) {
+      return call.differentiate({logits}, [](const variable_list& in) { return entropy_formula(in[0]); });
+    }
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("charlm::entropy_backward", "").typed<EntropyBackward>();
     return {op.call(call.grads[0], logits, call.saved(1))};

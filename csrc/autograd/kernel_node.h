@@ -26,14 +26,16 @@ class BackwardCall {
   // Whether the gradient of the i-th input is needed.
   bool needs(size_t i) const { return (needs_ >> i & 1) != 0; }
 
-  // Double backward: differentiates `output`, computed from `inputs` with torch's own ops, for the inputs whose
-  // gradient is needed.
-  variable_list differentiate(const at::Tensor& output, const variable_list& inputs) const {
-    variable_list needed, result(inputs.size());
+  // Double backward: differentiates `formula(inputs)`, in torch's own ops, for the inputs whose gradient is needed. The
+  // formula gets aliases of these, at which the differentiation ends: the paths from one input to another, and the
+  // inputs' hooks, belong to the engine that runs this node, which would follow and call them a second time.
+  template <class Formula>
+  variable_list differentiate(variable_list inputs, const Formula& formula) const {
+    variable_list aliases, result(inputs.size());
     for (size_t i = 0; i < inputs.size(); i++) {
-      if (needs(i)) needed.push_back(inputs[i]);
+      if (needs(i)) aliases.push_back(inputs[i] = inputs[i].view_as(inputs[i]));
     }
-    const auto computed = torch::autograd::grad({output}, needed, {grads[0]}, /*retain_graph=*/true,
+    const auto computed = torch::autograd::grad({formula(inputs)}, aliases, {grads[0]}, /*retain_graph=*/true,
                                                 /*create_graph=*/true, /*allow_unused=*/true);
     size_t next = 0;
     for (size_t i = 0; i < inputs.size(); i++) {

@@ -34,8 +34,8 @@ Tensor kl_div_formula(const Tensor& given_p, const Tensor& given_q, int64_t p_nu
   const Tensor constant = p_kind == Distribution::kLogits ? infinite.any(-1, /*keepdim=*/true) : infinite;
   p = at::where(constant, p.detach(), p);
   log_p = at::where(constant, log_p.detach(), log_p);
-  // Where a p_c > 0 has become 0, infinity times it must not be NaN.
-  const Tensor nothing = absent.logical_or(infinite.logical_and(p == 0));
+  // A NaN of q stays one. Where a p_c > 0 has become 0, infinity times it must not be NaN.
+  const Tensor nothing = absent.logical_and(log_q.isnan().logical_not()).logical_or(infinite.logical_and(p == 0));
   const Tensor sum = (p * (log_p.masked_fill(nothing, 0) - log_q.masked_fill(nothing, 0))).sum(-1);
   const Tensor divergence = sum + at::zeros_like(sum).masked_fill(infinite.any(-1), INFINITY);
   return at::where(divergence < 0, divergence - divergence.detach(), divergence).to(given_p.scalar_type());
@@ -46,7 +46,10 @@ struct KlDivNode final : KernelNode<KlDivNode, 3, int64_t, int64_t> {
 
   static variable_list gradients(const BackwardCall& call, int64_t p_kind, int64_t q_kind) {
     const Tensor p = call.saved(0), q = call.saved(1);
-    if (at::GradMode::is_enabled()) return call.differentiate(kl_div_formula(p, q, p_kind, q_kind), {p, q});
+    if (at::GradMode::is_enabled()) {
+      return call.differentiate({p, q},
+                                [&](const variable_list& in) { return kl_div_formula(in[0], in[1], p_kind, q_kind); });
+    }
     static const auto op =
         c10::Dispatcher::singleton().findSchemaOrThrow("charlm::kl_div_backward", "").typed<KlDivBackward>();
     auto [p_grad, q_grad] = op.call(call.grads[0], p, q, call.saved(2), p_kind, q_kind, {call.needs(0), call.needs(1)});

@@ -43,19 +43,23 @@ struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward,
   template <class... O>
   static variable_list gradients(const BackwardCall& call, bool unrounded, int64_t block_rows, int64_t gemm,
                                  O... options) {
-    const LinearCrossEntropyArguments a{call.saved(kInput),
-                                        call.saved(kLinearWeight),
-                                        call.saved(kTarget),
-                                        call.optional(kLinearBias),
-                                        call.optional(kWeight),
-                                        call.optional(kTokenWeight),
-                                        unrounded,
-                                        block_rows,
-                                        gemm,
-                                        {options...}};
+    LinearCrossEntropyArguments a{call.saved(kInput),
+                                  call.saved(kLinearWeight),
+                                  call.saved(kTarget),
+                                  call.optional(kLinearBias),
+                                  call.optional(kWeight),
+                                  call.optional(kTokenWeight),
+                                  unrounded,
+                                  block_rows,
+                                  gemm,
+                                  {options...}};
     if (at::GradMode::is_enabled()) {
       raise_recorded_index_error(a.target);
-      return call.differentiate(by_formula(a), {a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)});
+      return call.differentiate({a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)},
+                                [&](const variable_list& in) {
+                                  a.input = in[0], a.linear_weight = in[1], a.linear_bias = optional_if_defined(in[2]);
+                                  return by_formula(a);
+                                });
     }
     at::AutoDispatchBelowADInplaceOrView guard;
     const OutputMask mask = {call.needs(0), call.needs(1), a.linear_bias && call.needs(2)};
