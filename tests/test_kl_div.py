@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import charlm
 from charlm import functional, nn, reference
@@ -98,8 +100,31 @@ def test_the_deprecated_arguments_and_warnings_are_torchs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         functional.kl_div(Q.log(), P, reduction="batchmean")
+        functional.kl_div(Q.log(), P, reduction="sum")
     with pytest.raises(ValueError, match="average is not a valid value for reduction"):
         functional.kl_div(Q.log(), P, reduction="average")
+
+
+@pytest.mark.parametrize("op", [F.kl_div, functional.kl_div, reference.kl_div])
+def test_the_warning_of_mean_names_the_line_that_calls(op: Any) -> None:
+    for input in (Q.log(), Q.log().to_sparse() if op is functional.kl_div else Q.log()):  # left to the reference
+        with pytest.warns(UserWarning, match="^reduction: 'mean' divides") as caught, contextlib.suppress(RuntimeError):
+            op(input, P)
+        assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+@pytest.mark.parametrize("how", ["jit.trace", "make_fx"])
+def test_a_trace_holds_for_other_sizes(how: str, reduction: str) -> None:
+    def call(input: Tensor, target: Tensor) -> Tensor:
+        return functional.kl_div(input, target, reduction=reduction)
+
+    def pair(n: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(n, 4).log_softmax(1), torch.randn(n, 4).softmax(1)
+
+    traced = torch.jit.trace(call, pair(5)) if how == "jit.trace" else make_fx(call, tracing_mode="symbolic")(*pair(5))
+    other = pair(9)
+    torch.testing.assert_close(traced(*other), F.kl_div(*other, reduction=reduction))
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce")

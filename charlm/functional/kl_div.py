@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import _checks, reference
+from charlm import _checks
+from charlm.reference.kl_div import warn_of_mean, without_warning_of_mean
 
 from .kernels import _C, have_kernels
 
@@ -80,18 +81,19 @@ def kl_div(
         )
     has_kernels = have_kernels("kl_div", ("input", "target"), (input, target))
     _checks.boolean("kl_div", "log_target", log_target)
-    if not (has_kernels and input.is_floating_point() and target.is_floating_point()):
-        return reference.kl_div(input, target, size_average, reduce, reduction, log_target)
-    if size_average is not None or reduce is not None:
-        if reduction == "batchmean":  # torch divides by the batch size as well
-            return reference.kl_div(input, target, size_average, reduce, reduction, log_target)
+    warn_of_mean(size_average, reduce, reduction)
+    is_legacy = size_average is not None or reduce is not None
+    if not (has_kernels and input.is_floating_point() and target.is_floating_point()) or (
+        is_legacy and reduction == "batchmean"  # torch divides by the batch size as well
+    ):
+        return without_warning_of_mean(input, target, size_average, reduce, reduction, log_target)
+    if is_legacy:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    elif reduction == "mean" and not torch.compiler.is_compiling():
-        nothing = input.new_zeros(0)
-        reference.kl_div(nothing, nothing)  # gives torch's warning of "mean", as this version of torch words it
     if reduction != "batchmean":
         _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
     batch_size = input.size(0) if input.dim() > 0 else 1
+    if isinstance(batch_size, Tensor):  # by torch.jit.trace, whose graph holds no number that depends on a size
+        return without_warning_of_mean(input, target, size_average, reduce, reduction, log_target)
     if input.dtype != target.dtype:
         dtype = torch.result_type(input, target)
         input, target = input.to(dtype), target.to(dtype)
@@ -99,6 +101,6 @@ def kl_div(
         input, target = torch.broadcast_tensors(input, target)
     divisor = {"none": 1, "sum": 1, "batchmean": batch_size}.get(reduction, input.numel())
     arguments = (input, target, log_target, reduction != "none", divisor)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(divisor, torch.SymInt):
         return torch.ops.charlm.pointwise_kl_div.default(*arguments)
     return _C.pointwise_kl_div(*arguments)

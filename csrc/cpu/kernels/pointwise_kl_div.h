@@ -13,7 +13,8 @@ CHARLM_INLINE void read_targets(bool log_target, Vec<C> (&log_t)[K], Vec<C> (&t)
   if (log_target) {
     for (int k = 0; k < K; k++) t[k] = log_t[k];
     exp_of_log_probabilities<C, K>(t);
-    // exp gives 0 for subnormal results. Times an infinite difference of logarithms it would be NaN, not infinity.
+    // exp is inexact where its result is subnormal, and then 0 for some that are not. Times an infinite difference of
+    // logarithms that would be NaN, not infinity.
     constexpr bool kFloat = sizeof(C) == sizeof(float);
     constexpr C kSmallestLog = kFloat ? C(-103.27) : C(-744.44), kSmallest = kFloat ? C(0x1p-149f) : C(0x1p-1074);
     for (int k = 0; k < K; k++) {
