@@ -102,8 +102,8 @@ def padding_row(function: str, padding_idx: Any, num_embeddings: int) -> int:
 
 
 def is_kernel_tensor(value: Tensor | None) -> bool:
-    """Whether the kernels know the layout and the type of a tensor: see `has_dispatch`."""
-    return value is None or (value.layout is torch.strided and not has_dispatch(value))
+    """Whether the kernels know the layout, the dtype's kind and the class of a tensor: see `has_dispatch`."""
+    return value is None or (value.layout is torch.strided and not value.is_quantized and not has_dispatch(value))
 
 
 def has_dispatch(value: Tensor) -> bool:

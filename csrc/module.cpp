@@ -1,5 +1,6 @@
 // The Python module charlm._C: each op as a function, which costs some microseconds less than a call through torch.ops,
-// and what Python asks of the build. A function returns NotImplemented for tensors that the kernels do not know.
+// and what Python asks of the build. A function that reads its arguments by python_arguments.h returns NotImplemented
+// for tensors that the kernels do not know; of the others' tensors, Python asks have_kernels before.
 #include <torch/extension.h>
 
 #include <map>

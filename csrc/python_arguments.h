@@ -28,8 +28,8 @@ class PythonArguments {
     return value.is_none() ? std::nullopt : std::optional<at::Tensor>(tensor(name, value));
   }
 
-  // False once a tensor was read that the kernels do not know: another device, a sparse layout, or a subclass that
-  // implements torch's own ops only.
+  // False once a tensor was read that the kernels do not know: another device, a sparse layout, torch's quantized
+  // dtypes, or a subclass that implements torch's own ops only.
   bool have_kernels() const { return have_kernels_; }
 
   double number(const char* name, py::handle value) const {
@@ -84,7 +84,7 @@ class PythonArguments {
   static bool kernels_take(py::handle object, const at::Tensor& t) {
     if (t.key_set().has(c10::DispatchKey::Python))
       return checks("is_kernel_tensor")(object).cast<bool>() && on_device(t);
-    return t.layout() == at::kStrided && !t.is_nested() && on_device(t);
+    return t.layout() == at::kStrided && !t.is_nested() && !t.is_quantized() && on_device(t);
   }
 
   static bool on_device(const at::Tensor& t) {

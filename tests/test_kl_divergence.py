@@ -238,12 +238,30 @@ def test_autocast_computes_in_float32_like_torchs_kl_div(dtype: torch.dtype) -> 
     assert {p.grad.dtype, q.grad.dtype} == {dtype}
 
 
+@pytest.mark.parametrize("q", [[0.5, torch.nan], [0.5, -0.5]])
+@pytest.mark.parametrize("kind", ["log_probs", "probs"])
+def test_what_q_cannot_hold_gives_nan_even_where_p_is_0(q: list[float], kind: str) -> None:
+    pair = torch.tensor([[1.0, 0.0]]), torch.tensor([q])
+    if kind == "log_probs":
+        pair = pair[0].log(), pair[1].log()
+
+    def call(p: Tensor, q: Tensor) -> Tensor:
+        return functional.kl_divergence(p, q, p_kind=kind, q_kind=kind)
+
+    results = torch.vmap(call)(*pair), torch.compile(call, backend="aot_eager")(*pair)
+    assert all(result.isnan().all() for result in results)
+    if kind == "log_probs" or q[1] != -0.5:
+        assert call(*pair).isnan().all()
+        assert reference.kl_divergence(*pair, p_kind=kind, q_kind=kind).isnan().all()
+
+
+@pytest.mark.parametrize("module", [functional, reference])
 @pytest.mark.parametrize("name", ["p", "q"])
-def test_a_negative_probability_is_refused_with_its_place(name: str, isa: str) -> None:
-    pair = {"p": torch.full((3, 4), 0.25), "q": torch.full((3, 4), 0.25)}
+def test_a_negative_probability_is_refused_with_its_place(name: str, module: Any, isa: str) -> None:
+    pair = {"p": torch.tensor([0.25, 0.75, 0.0, 0.0]).repeat(3, 1), "q": torch.full((3, 4), 0.25)}
     pair[name][1, 2] = -0.5
     with pytest.raises(ValueError, match=f"{name} must hold probabilities, but is -0.5 at position \\(1, 2\\)"):
-        functional.kl_divergence(**pair, p_kind="probs", q_kind="probs")
+        module.kl_divergence(**pair, p_kind="probs", q_kind="probs")
     pair[name][1, 2] = torch.nan  # a NaN is no negative number
-    result = functional.kl_divergence(**pair, p_kind="probs", q_kind="probs")
+    result = module.kl_divergence(**pair, p_kind="probs", q_kind="probs")
     assert result.isnan().tolist() == [False, True, False]

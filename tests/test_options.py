@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -160,6 +161,25 @@ def test_switches_take_bool_only_like_torch(option, value):
 def test_what_is_no_tensor_is_refused_by_name(call, name):
     with pytest.raises(TypeError, match=f"argument '{name}' must be Tensor, not "):
         call()
+
+
+@pytest.mark.parametrize("op", [F.cross_entropy, reference.cross_entropy])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"label_smoothing": math.nan}, "label_smoothing must be between 0.0 and 1.0. Got: nan"),
+        ({"token_weight": torch.ones(len(TARGET), dtype=torch.int32)}, "token_weight must be of a floating dtype"),
+    ],
+)
+def test_what_torch_does_not_check_is_refused_by_both(op, options, text):
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        op(X, TARGET, **options)
+
+
+@pytest.mark.parametrize("op", [F.embedding_linear, reference.embedding_linear])
+def test_an_activation_that_has_no_hash_is_refused_like_any_other(op):
+    with pytest.raises(ValueError, match="activation must be one of"):
+        op(torch.zeros(2, 1, dtype=torch.int64), torch.ones(3, 4), torch.ones(5, 4), activation=[])
 
 
 def test_the_reference_backend_accepts_and_refuses_the_same():

@@ -79,6 +79,36 @@ def test_patched_modules_keep_their_quantized_weights():
         assert torch.equal(model(torch.tensor([1, 4])), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_quantized_tables_are_left_to_torch():
+    tokens = torch.tensor([1, 4])
+    table = torch.quantize_per_tensor(torch.randn(5, 4), 0.01, 0, torch.quint8)
+    assert torch.equal(
+        F.embedding(tokens, table).dequantize(), torch.nn.functional.embedding(tokens, table).dequantize()
+    )
+
+
+class Plain(torch.Tensor):
+    """A subclass that changes nothing: torch calls each function on plain tensors and converts what it returns."""
+
+
+def test_results_of_several_fields_are_rebuilt_for_a_subclass():
+    logits, target = torch.randn(3, 5), torch.tensor([0, 4, 2])
+    options = {"return_lse": True, "return_predicted_tokens": True}
+    found = F.cross_entropy(logits.as_subclass(Plain), target, **options)
+    expected = F.cross_entropy(logits, target, **options)
+    assert type(found) is type(expected)
+    assert [type(field) for field in found] == [Plain, Plain, type(None), Plain, type(None)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if b is not None)
+    weight = torch.randn(5, 5)
+    found = F.linear_cross_entropy(logits.as_subclass(Plain), weight, target, return_lse=True)
+    assert torch.equal(found.lse, F.linear_cross_entropy(logits, weight, target, return_lse=True).lse)
+    found = F.embedding_linear(target[:, None], weight.as_subclass(Plain), weight, return_plan=True)
+    expected = F.embedding_linear(target[:, None], weight, weight, return_plan=True)
+    assert torch.equal(found.output, expected.output)
+    assert found[1:] == expected[1:]
+
+
 def test_nested_indices_are_left_to_torch():
     tokens = torch.nested.nested_tensor([torch.tensor([0, 1]), torch.tensor([2, 3, 4])])
     table = torch.randn(5, 4)
@@ -140,6 +170,10 @@ def losses(mesh):
                 loss = run()
         compare(loss, expected)
         compare(sharded.grad, one.grad)
+    for dtype in (torch.bfloat16, torch.float16):  # 70000 rows, whose sum float16 cannot hold
+        rows, target = logits.to(dtype).repeat(11667, 1), TARGET.repeat(11667)
+        loss = F.cross_entropy(distribute_tensor(rows, mesh, [Shard(0)]), distribute_tensor(target, mesh, [Shard(0)]))
+        compare(loss, F.cross_entropy(rows, target))
     probabilities = torch.randn(6, 5).softmax(1)
     loss = F.cross_entropy(*(distribute_tensor(x, mesh, [Shard(0)]) for x in (logits, probabilities)))
     compare(loss, F.cross_entropy(logits, probabilities))

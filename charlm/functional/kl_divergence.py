@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import reference
-from charlm.reference.kl_divergence import KINDS, broadcast, check_kinds
+from charlm.reference.kl_divergence import KINDS, broadcast, check_kinds, refuse_negative
 
 from .kernels import _C, have_kernels
 
@@ -65,32 +65,15 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind
     has_kernels = have_kernels("kl_divergence", ("p", "q"), (p, q))
     check_kinds(p_kind, q_kind)
     if not has_kernels:
-        result = reference.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
-    elif p.shape == q.shape and p.dtype == q.dtype:
+        return reference.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
+    if p.shape == q.shape and p.dtype == q.dtype:
         result = _kl_div(p, q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind])
     else:
         wide_p, wide_q, dtype = broadcast(p, q)
         result = _kl_div(wide_p, wide_q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind]).to(dtype)
     if p_kind == "probs" or q_kind == "probs":
-        _refuse_negative(result, ("p", p, p_kind), ("q", q, q_kind))
+        refuse_negative(result, ("p", p, p_kind), ("q", q, q_kind))
     return result
-
-
-def _refuse_negative(result: Tensor, *sides: tuple[str, Tensor, Kind]) -> None:
-    """ValueError for a negative probability, which makes the result NaN: only then are the probabilities looked at.
-
-    On the CPU alone, where reading the result waits for nothing, and not while a call is traced or transformed.
-    """
-    if torch.compiler.is_compiling() or type(result) is not Tensor or not result.is_cpu:
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(result) or not result.isnan().any():
-        return
-    for name, values, kind in sides:
-        negative = (values < 0).nonzero() if kind == "probs" else ()
-        if len(negative) > 0:
-            position = tuple(negative[0].tolist())
-            value = values[position].item()
-            raise ValueError(f"{name} must hold probabilities, but is {value} at position {position}")
 
 
 def _kl_div(p: Tensor, q: Tensor, p_kind: int, q_kind: int) -> Tensor:

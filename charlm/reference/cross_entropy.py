@@ -12,8 +12,10 @@ from torch.nn import _reduction
 from torch.nn.functional import cross_entropy as _torch_cross_entropy
 
 from .indices import raise_if_out_of_range, widened
+from .outputs import made_from_generator
 
 
+@made_from_generator
 class CrossEntropyOutput(NamedTuple):
     """What `cross_entropy` returns when any `return_*` is set; a field that was not asked for is None.
 
@@ -120,26 +122,30 @@ def cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
     _check_options(reduction, softcap, all_ignored, inplace)
+    if math.isnan(label_smoothing):  # torch takes it for 0
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
 
     index = widened(target, "targets", ignore_index)
     wants_output = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
     plain_loss = (
-        lse_square_scale == 0 and softcap is None and logit_scale == 1 and token_weight is None and all_ignored == "nan"
+        lse_square_scale == 0
+        and softcap is None
+        and logit_scale == 1
+        and token_weight is None
+        and all_ignored == "nan"
+        # torch's mean over a batch that is sharded is a mean of the shards' means, which differ in their targets.
+        and not (reduction == "mean" and (_is_dtensor(input) or _is_dtensor(target)))
     )
     try:
         if plain_loss:
-            # torch's mean over a batch that is sharded is a mean of the shards' means, which differ in their targets.
-            is_sharded_mean = reduction == "mean" and (_is_dtensor(input) or _is_dtensor(target))
             loss = _torch_cross_entropy(
                 input,
                 index,
                 weight,
                 ignore_index=ignore_index,
-                reduction="sum" if is_sharded_mean else reduction,
+                reduction=reduction,
                 label_smoothing=label_smoothing,
             )
-            if is_sharded_mean:
-                loss = loss / _shares(input, index, weight, ignore_index).sum()
             if not wants_output:
                 return loss
             z = _computed(input)
@@ -216,6 +222,8 @@ def _weighted_loss(
         square = lse_square_scale * z.logsumexp(_class_dim(z)).square().reshape(loss.shape)
         loss = loss + (torch.where(valid, square * share, 0) if is_index else square)
     if token_weight is not None:
+        if not token_weight.is_floating_point():
+            raise RuntimeError(f"token_weight must be of a floating dtype, got {token_weight.dtype}")
         if token_weight.numel() != loss.numel() or token_weight.shape not in (loss.shape, target.shape):
             raise RuntimeError(
                 f"token_weight must hold one weight for each target, shape {tuple(loss.shape)}, "

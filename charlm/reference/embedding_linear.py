@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from .embedding import embedding
+from .outputs import made_from_generator
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda sums: sums,
@@ -20,6 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 PLANS = ("auto", "folded", "gathered")
 
 
+@made_from_generator
 class EmbeddingLinearOutput(NamedTuple):
     """What `embedding_linear` returns with `return_plan`.
 
@@ -61,7 +63,7 @@ def embedding_linear(
 
 
 def check_options(activation: str, plan: str) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")

@@ -20,6 +20,13 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: str = "logits", q_kind: str =
         tensor(0.)
     """
     check_kinds(p_kind, q_kind)
+    result = _divergence(p, q, p_kind, q_kind)
+    if p_kind == "probs" or q_kind == "probs":
+        refuse_negative(result, ("p", p, p_kind), ("q", q, q_kind))
+    return result
+
+
+def _divergence(p: Tensor, q: Tensor, p_kind: str, q_kind: str) -> Tensor:
     p, q, dtype = broadcast(p, q)
     x = computed(p)
     log_p, log_q = _log(x, p_kind), _log(computed(q), q_kind)
@@ -29,7 +36,8 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: str = "logits", q_kind: str =
     # What has no finite derivative has none: such a class, and of logits, which all have a share in it, the whole row.
     constant = infinite.any(-1, keepdim=True) if p_kind == "logits" else infinite
     p, log_p = torch.where(constant, p.detach(), p), torch.where(constant, log_p.detach(), log_p)
-    nothing = absent | (infinite & (p == 0))  # exp may have made 0 of a p_c > 0: infinity times it is NaN
+    # A class that P lacks adds nothing, but for a NaN of q. exp may have made 0 of a p_c > 0: infinity times it is NaN.
+    nothing = (absent & ~log_q.isnan()) | (infinite & (p == 0))
     total = (p * (log_p.masked_fill(nothing, 0) - log_q.masked_fill(nothing, 0))).sum(-1)
     total = total + torch.zeros_like(total).masked_fill(infinite.any(-1), torch.inf)
     # Rounding alone makes it negative; its derivative is not to be lost.
@@ -44,6 +52,23 @@ def _log(x: Tensor, kind: str) -> Tensor:
         return x
     is_zero = x == 0
     return x.masked_fill(is_zero, 1).log().masked_fill(is_zero, -torch.inf)
+
+
+def refuse_negative(result: Tensor, *sides: tuple[str, Tensor, str]) -> None:
+    """ValueError for a negative probability, which makes the result NaN: only then are the probabilities looked at.
+
+    On the CPU alone, where reading the result waits for nothing, and not while a call is traced or transformed.
+    """
+    if torch.compiler.is_compiling() or type(result) is not Tensor or not result.is_cpu:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(result) or not result.isnan().any():
+        return
+    for name, values, kind in sides:
+        negative = (values < 0).nonzero() if kind == "probs" else ()
+        if len(negative) > 0:
+            position = tuple(negative[0].tolist())
+            value = values[position].item()
+            raise ValueError(f"{name} must hold probabilities, but is {value} at position {position}")
 
 
 def check_kinds(p_kind: str, q_kind: str) -> None:
