@@ -101,6 +101,8 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(tmp_path, e
     ("data", "words"),
     [
         (b"\x7fELF\x02\x01\x01\x00\x00\xff\xfe1234", "byte 0xff at offset 9 (invalid start byte); it looks like a bin"),
+        (b"anna\njos\xe9\n", "it may be ISO-8859-1 or Windows-1252: `iconv"),
+        (b"em\xffma", "it may be ISO-8859-1 or Windows-1252: `iconv"),
         ("emma\nzoë".encode()[:-1], "(unexpected end of data); it seems to be cut off inside a character"),
     ],
 )

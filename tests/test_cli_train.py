@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -14,10 +15,11 @@ from itertools import product
 
 import pytest
 import torch
-from lm_support import fails, succeeds
+from lm_support import fails, run, succeeds
 from rich.console import Console
 
 import charlm
+import charlm.lm.sample  # now, with the machine's own memory: it is imported late, and some tests change that
 from charlm.cli import common
 from charlm.lm import checkpoint, display, memory, threads, train
 from charlm.lm.config import NETWORKS, TYPE_DEFAULTS, Config, check_options
@@ -130,6 +132,8 @@ def test_parameters_are_counted_without_the_model(n_embd, n_hidden, block_size, 
         {"type": "gpt", "n_embd": 2**62, "n_head": 1},
         {"n_hidden": 2**62},
         {"batch_size": 10**15},
+        {"gradient_accumulation_steps": 10**9},
+        {"gradient_accumulation_steps": 2**63 - 1},
     ],
     ids=str,
 )
@@ -140,6 +144,18 @@ def test_a_run_beyond_the_memory_is_refused_before_any_is_taken(tmp_path, data, 
     assert " parameters, and training it takes about " in message
     assert " GB of memory, but cpu has 8.0 GB: make --block-size" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_output_cannot_be_written_is_saved_and_says_so(tmp_path, data, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ProgressReport, "__call__", full)
+    result = run("train", "-i", data, "-o", tmp_path / "run", "--max-steps", 40, "--eval-interval", 10)
+    assert result.exit_code == 128 + signal.SIGPIPE
+    step = checkpoint.load(tmp_path / "run").step
+    assert 0 < step < 40
+    assert f"charlm: cannot write the output: No space left on device: saved step {step} in" in result.stderr
 
 
 def test_force_trains_beyond_the_memory(tmp_path, data, monkeypatch):

@@ -188,3 +188,8 @@ def test_the_repr_says_what_the_model_is(items):
         f"<charlm mlp: {size:,} parameters, {tokens} tokens, line format, 'names.txt', 2.1235 nats on dev>"
     )
     assert repr(items).endswith("line format, the names that ship with charlm>")
+
+
+def test_one_text_where_several_are_asked_for_is_refused(items):
+    with pytest.raises(TypeError, match="surprisals\\(\\) takes a sequence of texts, not str"):
+        items.surprisals("emma")

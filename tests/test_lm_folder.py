@@ -135,6 +135,9 @@ def test_an_empty_folder_and_one_of_a_run_that_never_saved_are_written_into(tmp_
 
 
 def test_a_run_is_overwritten_beside_what_its_owner_keeps_there(run, data):
-    (run / "notes.txt").write_text("kept")
+    names = ("notes.txt", "model-before-tuning.safetensors", "training-notes.safetensors")
+    for name in names:
+        (run / name).write_text("kept")
     succeeds("train", "-i", data, "-o", run, "--overwrite", *TINY)
-    assert (run / "notes.txt").read_text() == "kept"
+    assert [(run / name).read_text() for name in names] == ["kept"] * 3
+    assert len(list(run.glob("model-*.safetensors"))) == 2

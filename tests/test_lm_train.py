@@ -245,6 +245,20 @@ def test_metrics_of_an_earlier_run_stay_until_the_first_checkpoint_of_the_next(t
 
 
 @pytest.mark.parametrize(
+    "damage", [b"\xff\xfe garbage\n", b'{"step": "x"}\n', b'{"step"', b"[]\n", b'{"step": null}\n']
+)
+def test_resuming_drops_damaged_lines_of_the_metrics(tmp_path, damage):
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(10, "train", 1.5, 100)
+        log.checkpointed()
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write(damage)
+    with MetricsLog(tmp_path, 10) as log:
+        log.write(20, "train", 1.25, 100)
+    assert [line["step"] for line in metrics(tmp_path)] == [10, 20]
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"max_steps": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from contextlib import nullcontext
@@ -216,6 +217,7 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
     trainer = Trainer(config, corpus, work_dir, resumed)
     _print_model(console, config, corpus, trainer)
     stop = StopRequest()
+    lost: list[str] = []  # why the output cannot be written
     # Counting has nothing to save before its end: a signal ends it as it ends any process.
     with (
         nullcontext() if trainer.optimizer is None else stop.listening(),
@@ -225,14 +227,19 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
         def show(progress: Progress) -> None:
             try:
                 report(progress)
-            except BrokenPipeError:  # `charlm train | head`: stop as for a signal, with everything saved
+            except OSError as error:  # `charlm train | head`, a full disk: stop as for a signal, with everything saved
                 discard_stdout()
                 stop.signal = stop.signal or signal.SIGPIPE
+                lost.append(
+                    "the reader of the output has gone"
+                    if error.errno == errno.EPIPE
+                    else f"cannot write the output: {error.strerror}"
+                )
 
         finished = trainer.run(show, stop, report.advise)
         report.stopped_at(trainer.step)
     if stop.signal == signal.SIGPIPE and not finished:
-        typer.echo(f"charlm: the reader of the output has gone: saved step {trainer.step} in {work_dir}", err=True)
+        typer.echo(f"charlm: {lost[0]}: saved step {trainer.step} in {work_dir}", err=True)
     if not finished:
         again = " -i FILE" if config.input_file == STREAM else ""
         where = f"stopped at step {trainer.step} of {config.max_steps}, and saved in {work_dir}"

@@ -109,6 +109,8 @@ class CharacterModel:
         self, texts: Sequence[str], *, unit: str = "nats", unknown: str = "error", protocol: str | None = None
     ) -> list[Tensor]:
         """`surprisal` of each of `texts`, none of which sees another."""
+        if isinstance(texts, str):
+            raise TypeError("surprisals() takes a sequence of texts, not str: surprisal() takes one text")
         each = "item" if self.format == "line" else "text"
         names = ["the text"] if len(texts) == 1 else [f"{each} {number}" for number in range(1, len(texts) + 1)]
         return self._surprisals(texts, names, unit, unknown, protocol)

@@ -39,6 +39,7 @@ FORMAT = "charlm checkpoint"
 VERSION = 1
 PARTS = ("model", "training")
 # What a run that ends before its first checkpoint can leave in its folder.
+PART = re.compile(r"(model|training)-[0-9a-f]{16}\.safetensors|\.(model|training)-[0-9a-f]{16}\.safetensors\.\d+\.tmp")
 OURS = re.compile(r"\.lock|metrics\.jsonl|(model|training)-[0-9a-f]{16}\.safetensors|\..+\.\d+\.tmp")
 
 
@@ -249,7 +250,6 @@ def _read_tensors(directory: Path, part: str, entry: dict[str, Any]) -> dict[str
 
 
 def _remove_unnamed(directory: Path, names: set[str]) -> None:
-    for part in PARTS:
-        for path in [*directory.glob(f"{part}-*.safetensors"), *directory.glob(f".{part}-*.tmp")]:
-            if path.name not in names:
-                path.unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if PART.fullmatch(path.name) and path.name not in names:
+            path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import shlex
 
 MARKS = {  # byte order marks; those of UTF-32 begin as those of UTF-16 do
@@ -36,12 +37,20 @@ def advice(raw: bytes, at: int, name: str) -> str:
     encoding = wide_encoding(raw)
     if encoding is None and 0 in raw[:HEAD]:
         return "; it looks like a binary file, no text"
-    if encoding is None and at >= len(raw) - 3 and raw[at] >= 0xC0:
+    if encoding is None and _is_cut_off(raw[at:]):
         return "; it seems to be cut off inside a character"
     looks = f"it looks like {encoding}"
     if encoding is None:
         encoding, looks = "WINDOWS-1252", "it may be ISO-8859-1 or Windows-1252"
     return f"; {looks}: {conversion(encoding, name)}"
+
+
+def _is_cut_off(end: bytes) -> bool:
+    """Whether `end` is the beginning of a character of UTF-8, and no more."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(end) == ""
+    except UnicodeDecodeError:
+        return False
 
 
 def conversion(encoding: str, name: str) -> str:

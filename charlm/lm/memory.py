@@ -36,7 +36,7 @@ def estimate_bytes(config: Config, corpus: Corpus) -> int:
     """The memory that training takes at its peak, beside that of Python, torch and the text itself.
 
     The sum of: weights, gradients, the optimizer's moments, the best weights so far, and a checkpoint as it is written;
-    what the backward of one batch keeps, or the evaluation of a chunk; the examples.
+    what the backward of one batch keeps, or the evaluation of a chunk; the batches of a step; the examples.
     """
     if config.type not in NETWORKS:
         return 0
@@ -46,7 +46,9 @@ def estimate_bytes(config: Config, corpus: Corpus) -> int:
     written = 2 * (1 + moments)  # weights and moments, as tensors and as the bytes of a file
     rows = config.batch_size if config.type == "gpt" else max(config.batch_size, CHUNK // 4)  # evaluation keeps less
     kept = _activations(config, corpus) * rows
-    return FLOAT * ((held + written) * parameters + kept) + _examples(config, corpus)
+    token = 1 if len(corpus.vocabulary) <= 256 else 4
+    drawn = config.batch_size * config.gradient_accumulation_steps * (config.block_size * token + 16)  # of one step
+    return FLOAT * ((held + written) * parameters + kept) + drawn + _examples(config, corpus)
 
 
 def _activations(config: Config, corpus: Corpus) -> int:
@@ -94,8 +96,8 @@ def check_fits(config: Config, corpus: Corpus, device: torch.device) -> None:
         parameters = count_parameters(config, len(corpus.vocabulary))
         raise UserError(
             f"this {config.type} has {parameters:,} parameters, and training it takes about {readable(needed)} of "
-            f"memory, but {device} has {readable(found)}: make --block-size, --batch-size or the model smaller, or try "
-            "it with --force"
+            f"memory, but {device} has {readable(found)}: make --block-size, --batch-size, "
+            "--gradient-accumulation-steps or the model smaller, or try it with --force"
         )
 
 
