@@ -245,14 +245,7 @@ def _recorded_calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
             (functional.kl_divergence, sample_inputs_kl_divergence(torch.float32)),
         ):
             for sample in samples:
-                if sample.name in (
-                    "sum_probs",
-                    "none_log_probs",
-                    "four_dimensions",
-                    "minus_infinity",
-                    "probs_logits",
-                    "logits_log_probs",
-                ):
+                if sample.name in INFORMATION_SAMPLES:
                     evaluate(op, sample)
     return found
 

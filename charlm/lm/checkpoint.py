@@ -38,9 +38,10 @@ MANIFEST = "checkpoint.json"
 FORMAT = "charlm checkpoint"
 VERSION = 1
 PARTS = ("model", "training")
-# What a run that ends before its first checkpoint can leave in its folder.
+# The two tensor files of a checkpoint, and what they are called while they are written.
 PART = re.compile(r"(model|training)-[0-9a-f]{16}\.safetensors|\.(model|training)-[0-9a-f]{16}\.safetensors\.\d+\.tmp")
-OURS = re.compile(r"\.lock|metrics\.jsonl|(model|training)-[0-9a-f]{16}\.safetensors|\..+\.\d+\.tmp")
+# What a run that ends before its first checkpoint can leave in its folder.
+OURS = re.compile(rf"\.lock|metrics\.jsonl|{PART.pattern}|\..+\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
