@@ -1,9 +1,9 @@
 """Builds charlm._C with torch's BuildExtension and ninja; everything static stands in pyproject.toml.
 
-Every .cpp under csrc/ is one object, except csrc/cpu/kernels/isa.cpp: it is compiled once for each
+Every .cpp under csrc/ is one object, except csrc/cpu/kernels.cpp: it is compiled once for each
 instruction set, so that one portable binary holds a fast loop for every machine (DESIGN: no -march=native).
-With a torch and a toolkit for CUDA, csrc/cuda/ is built too: its .cpp by the C++ compiler, and every .cu of
-its kernels by nvcc, for GPUs that need not be here. Beside the module goes charlm/_build_config.json, which says
+With a torch and a toolkit for CUDA, csrc/cuda/ is built too: its .cpp by the C++ compiler, and every .cu
+by nvcc, for GPUs that need not be here. Beside the module goes charlm/_build_config.json, which says
 what it was built with: `import charlm` compares it with the torch that is running before it loads anything.
 
 Environment: CXX (compiler), MAX_JOBS (compilers at once; at most 4 unless set), FORCE_CUDA (1: fail where CUDA
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 CSRC = ROOT / "csrc"
-ISA_SOURCE = "csrc/cpu/kernels/isa.cpp"
+ISA_SOURCE = "csrc/cpu/kernels.cpp"
 MIN_TORCH = "2.11"
 RUNTIME_REQUIREMENTS = ["numpy", "safetensors", "typer", "rich"]
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
@@ -129,7 +129,7 @@ def find_compiler(command: str) -> str:
 
 
 class Flags(NamedTuple):
-    """What the compiler is given for csrc/cpu/kernels, for all other sources, and for linking."""
+    """What the compiler is given for csrc/cpu/kernels.cpp, for all other sources, and for linking."""
 
     kernels: list[str]
     sources: list[str]

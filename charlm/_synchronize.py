@@ -26,4 +26,4 @@ def synchronize(device: torch.device | str | int | None = None) -> None:
     if on.type == "cuda" and not (_ext._C is not None and _ext._C.has_cuda_kernels()):
         torch.cuda.synchronize(on)
     elif _ext._C is not None:
-        torch.ops.charlm.synchronize(torch.empty(0, device=on))
+        torch.ops.charlm._synchronize(torch.empty(0, device=on))

@@ -1,23 +1,23 @@
 // The Python module charlm._C: each op as a function, which costs some microseconds less than a call through torch.ops,
-// and what Python asks of the build. A function that reads its arguments by python_arguments.h returns NotImplemented
-// for tensors that the kernels do not know; of the others' tensors, Python asks have_kernels before.
+// and information about the build. A function that reads its arguments by python_arguments.h returns NotImplemented for
+// tensors that no kernel supports; before the other functions, Python calls have_kernels.
 #include <torch/extension.h>
 
 #include <map>
 #include <string>
 #include <utility>
 
-#include "cpu/embedding_linear_plan.h"
+#include "core/device.h"
+#include "core/registration.h"
 #include "cpu/isa.h"
-#include "cross_entropy.h"
-#include "cuda/embedding_linear_plan.h"
-#include "entropy.h"
-#include "kl_div.h"
-#include "linear_cross_entropy.h"
-#include "ngrams_binding.h"
+#include "ops/embedding_linear_impl.h"
+#include "ops/linear_cross_entropy_op.h"
 #include "python_arguments.h"
 
 namespace charlm {
+
+void bind_ngrams(pybind11::module_& m);  // ngrams/ngrams_binding.cpp
+
 namespace {
 
 template <class F>
@@ -39,10 +39,8 @@ py::object embedding(py::handle weight, py::handle indices, py::handle padding_i
   const int64_t row = table.dim() == 0 ? -1 : arguments.padding_row(padding_idx, table.size(0));
   const bool by_freq = arguments.boolean("scale_grad_by_freq", scale_grad_by_freq);
   const bool is_sparse = arguments.boolean("sparse", sparse);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("charlm::embedding", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, int64_t, bool, bool)>();
-  return without_gil([&] { return op.call(table, index, row, by_freq, is_sparse); });
+  static const Op<Tensor(const Tensor&, const Tensor&, int64_t, bool, bool)> op("charlm::embedding");
+  return without_gil([&] { return op(table, index, row, by_freq, is_sparse); });
 }
 
 // The scalar options of cross_entropy and linear_cross_entropy.
@@ -122,9 +120,10 @@ py::object embedding_linear(py::handle input, py::handle embedding_weight, py::h
   const OptionalTensor bias = arguments.optional_tensor("linear_bias", linear_bias);
   if (!arguments.have_kernels()) return not_implemented();
   const int64_t row = table.dim() == 0 ? -1 : arguments.padding_row(padding_idx, table.size(0));
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("charlm::embedding_linear", "").typed<EmbeddingLinearForward>();
-  return without_gil([&] { return std::get<0>(op.call(index, table, linear, bias, row, activation, plan)); });
+  static const Op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                             int64_t, int64_t, int64_t)>
+      op("charlm::embedding_linear");
+  return without_gil([&] { return std::get<0>(op(index, table, linear, bias, row, activation, plan)); });
 }
 
 // The forward's plan and the backward's, as kAuto chooses them on the tensors' device.
@@ -132,33 +131,31 @@ std::pair<int64_t, int64_t> embedding_linear_plans(const Tensor& input, const Te
                                                    const Tensor& linear_weight) {
   const EmbeddingLinearSizes sizes = embedding_linear_sizes(input, embedding_weight, linear_weight);
   const bool is_cuda = embedding_weight.is_cuda();
-  return {static_cast<int64_t>(is_cuda ? cuda::choose_plan(sizes) : choose_forward_plan(sizes)),
-          static_cast<int64_t>(is_cuda ? cuda::choose_plan(sizes) : choose_backward_plan(sizes))};
+  return {static_cast<int64_t>(is_cuda ? choose_plan_on_gpu(sizes) : choose_forward_plan_on_cpu(sizes)),
+          static_cast<int64_t>(is_cuda ? choose_plan_on_gpu(sizes) : choose_backward_plan_on_cpu(sizes))};
 }
 
 py::object entropy(py::handle logits) {
   PythonArguments arguments("entropy");
   const Tensor& x = arguments.tensor("logits", logits);
   if (!arguments.have_kernels()) return not_implemented();
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::entropy", "").typed<EntropyForward>();
-  return without_gil([&] { return std::get<0>(op.call(x)); });
+  static const Op<std::tuple<Tensor, Tensor>(const Tensor&)> op("charlm::entropy");
+  return without_gil([&] { return std::get<0>(op(x)); });
 }
 
 py::object kl_div(py::handle p, py::handle q, int64_t p_kind, int64_t q_kind) {
   PythonArguments arguments("kl_divergence");
   const Tensor &x = arguments.tensor("p", p), &y = arguments.tensor("q", q);
   if (!arguments.have_kernels()) return not_implemented();
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("charlm::kl_div", "").typed<KlDivForward>();
-  return without_gil([&] { return std::get<0>(op.call(x, y, p_kind, q_kind)); });
+  static const Op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, int64_t, int64_t)> op("charlm::kl_div");
+  return without_gil([&] { return std::get<0>(op(x, y, p_kind, q_kind)); });
 }
 
 // Wrapped by torch, so that the warning of a positive input is Python's.
 at::Tensor pointwise_kl_div(const at::Tensor& input, const at::Tensor& target, bool log_target, bool reduce,
                             int64_t divisor) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("charlm::pointwise_kl_div", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, bool, bool, c10::SymInt)>();
-  return op.call(input, target, log_target, reduce, divisor);
+  static const Op<Tensor(const Tensor&, const Tensor&, bool, bool, c10::SymInt)> op("charlm::pointwise_kl_div");
+  return op(input, target, log_target, reduce, divisor);
 }
 
 // Whether the kernels know all tensors. TypeError for what is no tensor; a name that ends in "?" may be None.
@@ -177,13 +174,10 @@ bool have_kernels(py::handle function, py::handle names, py::handle tensors) {
   return arguments.have_kernels();
 }
 
-bool has_cuda_kernels() {
-#ifdef CHARLM_HAVE_CUDA
-  return true;
-#else
-  return false;
-#endif
-}
+bool has_cuda_kernels() { return gpu() != nullptr; }
+
+// Runs the GPU kernels of another library on CPU tensors: `address` is that of its charlm::Gpu, 0 for none.
+void run_cpu_ops_on_gpu(uintptr_t address) { run_cpu_ops_on(reinterpret_cast<const Gpu*>(address)); }
 
 std::map<std::string, std::string> build_config() {
   return {{"compiler", __VERSION__}, {"cxx_standard", std::to_string(__cplusplus)}, {"torch", TORCH_VERSION}};
@@ -208,6 +202,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("supported_isas", &supported_isas);
   m.def("cpu_isa", &cpu_isa);
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"));
+  m.def("run_cpu_ops_on_gpu", &run_cpu_ops_on_gpu, py::arg("address"));
   m.def("build_config", &build_config);
   bind_ngrams(m);
 }

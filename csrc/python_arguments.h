@@ -9,6 +9,8 @@
 
 #include <optional>
 
+#include "core/device.h"
+
 namespace charlm {
 
 namespace py = pybind11;
@@ -87,12 +89,7 @@ class PythonArguments {
     return t.layout() == at::kStrided && !t.is_nested() && !t.is_quantized() && on_device(t);
   }
 
-  static bool on_device(const at::Tensor& t) {
-#ifdef CHARLM_HAVE_CUDA
-    if (t.is_cuda()) return true;
-#endif
-    return t.is_cpu() || t.is_meta();
-  }
+  static bool on_device(const at::Tensor& t) { return t.is_cpu() || t.is_meta() || (t.is_cuda() && gpu()); }
 
   const char* const function_;
   bool have_kernels_ = true;

@@ -7,13 +7,16 @@ With CHARLM_CUDA_EMULATED=LIBRARY the CPU's kernels are replaced by the CUDA ker
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 from charlm import _C
+from tests.cuda_emulator.ops import run_cpu_ops_on_emulator
 
 hypothesis.settings.register_profile(
     "charlm",
@@ -26,11 +29,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("charlm")
 
 
+# Compiled graphs that torch caches name our private ops: a cache for each build, so that none is of another version.
+BUILD = zlib.crc32(Path(_C.__file__).read_bytes())
+CACHE = Path(__file__).resolve().parents[1] / "build" / "torchinductor" / f"{BUILD:08x}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+
 collect_ignore = ["thirdparty"]  # `make thirdparty` runs these, with the libraries that they need
 
 EMULATED = os.environ.get("CHARLM_CUDA_EMULATED")
 if EMULATED:
-    torch.ops.load_library(EMULATED)
+    run_cpu_ops_on_emulator(EMULATED)
 
 
 @pytest.fixture(autouse=True)

@@ -114,8 +114,8 @@ def test_what_is_no_shared_object_is_said_to_be_none(tmp_path):
 # --- setup.py, on two small sources -------------------------------------------------------------------------
 
 SMALL_SOURCES = {
-    "csrc/cpu/kernels/isa.cpp": "#define NAME_(isa) isa##_kernels\n#define NAME(isa) NAME_(isa)\nint NAME(CHARLM_ISA);",
-    "csrc/ops.cpp": """#include <ATen/Parallel.h>
+    "csrc/cpu/kernels.cpp": "#define NAME_(isa) isa##_kernels\n#define NAME(isa) NAME_(isa)\nint NAME(CHARLM_ISA);",
+    "csrc/sum.cpp": """#include <ATen/Parallel.h>
 extern "C" __attribute__((visibility("default"))) int64_t add_up(int64_t n) {
   if (n < 0) throw n;
   std::atomic<int64_t> sum{0};

@@ -262,10 +262,3 @@ def test_compiling_the_full_graph_in_place_is_refused(mode: str, leaf: torch.Ten
     compiled = torch.compile(lambda x: cross_entropy(x * 2, target, inplace=mode), backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         compiled(leaf)
-
-
-def test_a_scale_of_several_numbers_is_refused() -> None:
-    grad = torch.ones(2, 3)
-    with pytest.raises(RuntimeError):
-        torch.ops.charlm.cross_entropy_scale_grad_(grad, torch.full((2,), 3.0))
-    assert torch.equal(grad, torch.ones(2, 3))

@@ -170,11 +170,11 @@ def test_a_build_for_the_cpu_compiles_nothing_for_cuda():
 
 
 @needs_cuda_build
-def test_a_build_for_cuda_compiles_the_adapters_and_the_kernels(toolkit, monkeypatch):
+def test_a_build_for_cuda_compiles_the_runtime_and_the_kernels(toolkit, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", "")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     built = build.extension({"baseline": []}, build.Cuda(toolkit, "12.6", ["9.0"], None))
-    assert {"csrc/cuda/embedding.cpp", "csrc/cuda/kernels/embedding.cu", "csrc/cpu/embedding.cpp"} <= set(built.sources)
+    assert {"csrc/cuda/runtime.cpp", "csrc/cuda/embedding.cu", "csrc/ops/embedding.cpp"} <= set(built.sources)
     assert "CHARLM_HAVE_CUDA" in dict(built.define_macros)
 
 
@@ -183,11 +183,11 @@ def test_no_flag_of_nvcc_makes_torch_drop_its_architectures():
 
 
 def test_what_takes_longest_is_compiled_first():
-    sources = ["csrc/autograd/a.cpp", "csrc/cuda/kernels/b.cu", "csrc/module.cpp", "csrc/z.cpp"]
+    sources = ["csrc/core/a.cpp", "csrc/cuda/b.cu", "csrc/module.cpp", "csrc/z.cpp"]
     assert build.longest_first(sources) == [
-        "csrc/cuda/kernels/b.cu",
+        "csrc/cuda/b.cu",
         "csrc/module.cpp",
-        "csrc/autograd/a.cpp",
+        "csrc/core/a.cpp",
         "csrc/z.cpp",
     ]
 

@@ -20,7 +20,7 @@ import pytest
 
 from tests.cuda_emulator.build import ROOT, SANITIZER_EXIT_STATUS
 from tests.cuda_emulator.mutants import MUTANTS, Mutant
-from tests.cuda_emulator.ops import build_ops, pytest_command, pytest_environment
+from tests.cuda_emulator.ops import build_ops, copy_csrc, pytest_command, pytest_environment
 
 OPS_TESTS = (
     *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cross_entropy*.py")),
@@ -103,13 +103,15 @@ def run(
 
 @functools.cache
 def _library(flavour: str, float_only: bool) -> Path:
-    return build_ops(flavour, float_only=float_only)
+    if not float_only:
+        return build_ops(flavour)
+    with tempfile.TemporaryDirectory() as folder:
+        return build_ops(flavour, copy_csrc(Path(folder), float_only=True))
 
 
 def run_mutant(mutant: Mutant) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
-        csrc = mutant.write(Path(folder))
-        library = build_ops(mutant.flavour, csrc=csrc, float_only=True, kernels=(mutant.op,))
+        library = build_ops(mutant.flavour, mutant.write(Path(folder)))
         return run(library, mutant.flavour, mutant.schedule, 0, ("-x", *mutant.arguments))
 
 

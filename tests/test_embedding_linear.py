@@ -191,7 +191,7 @@ def test_opcheck(activation: str) -> None:
         torch.library.opcheck(torch.ops.charlm.embedding_linear.default, (index, C, W, b, 2, number, plan))
         kept = torch.randn(5, 6)
         torch.library.opcheck(
-            torch.ops.charlm.embedding_linear_backward.default,
+            torch.ops.charlm._embedding_linear_backward.default,
             (kept, index, C.detach(), W.detach(), kept, 2, number, plan, [True, False, True]),
         )
 
@@ -255,7 +255,7 @@ def test_the_backward_names_a_token_out_of_range_with_its_position(plan: str) ->
     index[3, 1] = 7
     grad = torch.ones(5, 6, dtype=torch.float64)
     with pytest.raises(IndexError, match=r"index 7 at position \(3, 1\) is out of range for 7 embeddings"):
-        torch.ops.charlm.embedding_linear_backward(grad, index, C, W, grad, -1, 0, 1 + PLANS.index(plan), [True] * 3)
+        torch.ops.charlm._embedding_linear_backward(grad, index, C, W, grad, -1, 0, 1 + PLANS.index(plan), [True] * 3)
 
 
 def test_bad_options_and_dtypes_are_refused() -> None:

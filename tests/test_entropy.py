@@ -98,9 +98,9 @@ def test_backward_refuses_a_state_or_gradient_of_another_call() -> None:
     logits, other = torch.randn(3, 5), torch.randn(4, 5)
     result, state = torch.ops.charlm.entropy(logits)
     with pytest.raises(RuntimeError, match="grad_output must have the shape and device of the entropies"):
-        torch.ops.charlm.entropy_backward(torch.ones(4), logits, state)
+        torch.ops.charlm._entropy_backward(torch.ones(4), logits, state)
     with pytest.raises(RuntimeError, match="state must be the one that entropy returned"):
-        torch.ops.charlm.entropy_backward(result, logits, torch.ops.charlm.entropy(other)[1])
+        torch.ops.charlm._entropy_backward(result, logits, torch.ops.charlm.entropy(other)[1])
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -32,7 +32,7 @@ IN_BLOCKS = [
     for parameter in SAMPLES
     if parameter.values[0].arguments["linear_weight"].dim() == 2 and "return_lse" not in parameter.values[0].arguments
 ]
-OWN, WIDENED = 1, 2  # csrc/linear_cross_entropy.h, Gemm
+OWN, WIDENED = 1, 2  # Gemm in csrc/ops/linear_cross_entropy_op.h
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -194,14 +194,14 @@ def test_forward_and_backward_of_a_mean_are_three_products() -> None:
     x, weight, target = arguments(40, 41, 42)  # shorter ones are not torch's
     names = ops_of(lambda: functional.linear_cross_entropy(x, weight, target).backward())
     assert names.count("aten::mm") + names.count("aten::addmm") == 3
-    assert "charlm::linear_cross_entropy_gradients" in names
+    assert "charlm::_linear_cross_entropy_gradients" in names
 
 
 def test_hooks_on_saved_tensors_get_all_that_is_kept() -> None:
     x, weight, target = arguments()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
         names = ops_of(lambda: functional.linear_cross_entropy(x, weight, target))
-    assert "charlm::linear_cross_entropy_gradients" not in names
+    assert "charlm::_linear_cross_entropy_gradients" not in names
 
 
 def test_an_argument_that_is_changed_before_backward_raises() -> None:

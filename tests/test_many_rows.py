@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from charlm import functional
 
-CUDA_BLOCKS = 8192  # kMaxBlocks of csrc/cuda/kernels/grid.h
+CUDA_BLOCKS = 8192  # kMaxBlocks of csrc/cuda/cuda.cuh
 ROWS_OF_A_TILE = 256  # at most 8 classes
 
 

@@ -98,7 +98,7 @@ def _with_max_norm(
         embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
         if weight.is_cuda:
             # A bad index would end the CUDA context in torch's function, which waits for the device too.
-            torch.ops.charlm.synchronize.default(weight)
+            torch.ops.charlm._synchronize.default(weight)
         if weight.numel():  # of a table of no numbers torch's kernel reads one: pytorch#195185
             torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
     return embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)

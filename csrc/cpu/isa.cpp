@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "cpu/isa.h"
 
 #include <c10/util/Exception.h>
 #include <c10/util/StringUtil.h>

@@ -1,10 +1,10 @@
-// Which compiled instruction set is in use: the best that this machine can run, until another is asked for.
+// The instruction set in use: the fastest that this machine can run, unless another is set.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "kernels/kernels.h"
+#include "core/kernels.h"
 
 namespace charlm {
 
@@ -13,6 +13,15 @@ std::vector<std::string> supported_isas();  // those of them that this machine c
 std::string cpu_isa();                      // the one in use
 void set_cpu_isa(const std::string& name);  // ValueError for a name that is not supported
 
+extern const Kernels baseline_kernels;
+#ifdef CHARLM_HAVE_AVX2
+extern const Kernels avx2_kernels;
+#endif
+#ifdef CHARLM_HAVE_AVX512
+extern const Kernels avx512_kernels;
+#endif
+
+// The table of the instruction set in use.
 const Kernels& cpu_kernels();
 
 }  // namespace charlm

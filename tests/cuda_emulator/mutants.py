@@ -1,16 +1,15 @@
 """Defects put into our own kernels, one at a time: each must be caught by the tests that pass on the kernels today.
 
-A mutant replaces `old`, which stands once in a file of csrc/cuda/kernels, by `new`. It is compiled for float alone, in
+A mutant replaces `old`, which stands once in a file of csrc/cuda, by `new`. It is compiled for float alone, in
 one flavour, and run with the samples of its op (or other `tests`) under one schedule.
 """
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .ops import CSRC
+from .ops import copy_csrc
 
 SAMPLES = {
     "cross_entropy": ("tests/test_cross_entropy.py", "-k", "as_close_to_float64 and float32"),
@@ -39,8 +38,8 @@ class Mutant:
 
     def write(self, folder: Path) -> Path:
         """A copy of csrc with the defect."""
-        copy = shutil.copytree(CSRC, folder / "csrc")
-        path = copy / "cuda" / "kernels" / self.file
+        copy = copy_csrc(folder, float_only=True)
+        path = copy / "cuda" / self.file
         text = path.read_text(encoding="utf-8")
         assert text.count(self.old) == 1, f"{self.file} holds {self.old!r} {text.count(self.old)} times, not once"
         path.write_text(text.replace(self.old, self.new), encoding="utf-8")
@@ -111,7 +110,7 @@ MUTANTS = (
     Mutant(
         "kept_pack_past_the_end",
         "cross_entropy",
-        "cross_entropy_launch.cuh",
+        "cross_entropy.cu",
         "n_kept * kPackBytes, rows_",
         "(n_kept - 1) * kPackBytes, rows_",
         flavour="address",
@@ -180,15 +179,15 @@ MUTANTS = (
     Mutant(
         "weight_row_offset_of_32_bits",
         "embedding",
-        "embedding_forward.cuh",
-        "static_cast<const char*>(table.weight) + index[k] * table.row_stride",
-        "static_cast<const char*>(table.weight) + static_cast<int>(index[k] * table.row_stride)",
+        "embedding.cu",
+        "table.weight + index[k] * table.row_stride",
+        "table.weight + static_cast<int>(index[k] * table.row_stride)",
         tests=(*OFFSETS, "-k", "weight"),
     ),
     Mutant(
         "a_place_past_the_last_adds_a_row_of_its_own",
         "embedding_linear",
-        "embedding_linear.cuh",
+        "embedding_linear.cu",
         "at + k < end && bad.check(",
         "bad.check(",
         flavour="address",
@@ -196,7 +195,7 @@ MUTANTS = (
     Mutant(
         "columns_past_the_last_are_not_left_out",
         "embedding_linear",
-        "embedding_linear.cuh",
+        "embedding_linear.cu",
         "  if (column >= rows.hidden) return;\n",
         "",
         flavour="address",
@@ -204,7 +203,7 @@ MUTANTS = (
     Mutant(
         "the_activations_argument_is_stored_after_it",
         "embedding_linear",
-        "embedding_linear.cuh",
+        "embedding_linear.cu",
         "    if (rows.before) store_numbers(rows.before + n * rows.hidden + column, sum);\n"
         "    activate(rows.activation, sum);\n",
         "    activate(rows.activation, sum);\n"
@@ -213,16 +212,16 @@ MUTANTS = (
     Mutant(
         "half_of_the_lanes_left_out",
         "entropy",
-        "row_threads.cuh",
+        "reduce.cuh",
         "for (int by = kWarp / 2; by > 0; by /= 2) value = Value::join",
         "for (int by = kWarp / 4; by > 0; by /= 2) value = Value::join",
     ),
     Mutant(
         "infinity_times_zero",
         "entropy",
-        "entropy.cuh",
+        "entropy.cu",
         "of_row.distance -= e * finite(t);",
         "of_row.distance -= e * t;",
     ),
-    Mutant("part_of_a_divergence_dropped", "kl_div", "kl_div.cuh", "a.cross + b.cross", "a.cross"),
+    Mutant("part_of_a_divergence_dropped", "kl_div", "kl_divergence.cu", "a.cross + b.cross", "a.cross"),
 )

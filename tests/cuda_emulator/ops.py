@@ -1,42 +1,64 @@
-"""The CUDA ops as a library for the CPU: adapters and kernels of csrc/cuda, the kernels run by the emulator.
+"""The kernels of csrc/cuda as a library for the CPU, in which the emulator runs them.
 
-Loaded after `import charlm`, it replaces the CPU's kernels by emulated ones, so that the tests of the ops are tests of
-csrc/cuda: tests/conftest.py does so for the process that `pytest_command` starts.
+Its table of kernels replaces the CPU's, so that the tests of the ops are tests of csrc/cuda: tests/conftest.py does so in
+the process that `pytest_command` starts.
 """
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+import charlm
+
 from .build import EMULATOR, build, command, environment
 
 CSRC = EMULATOR.parents[1] / "csrc"
 
 
-def build_ops(flavour: str, *, csrc: Path = CSRC, float_only: bool = False, kernels: tuple[str, ...] = ()) -> Path:
-    """The library. `kernels`: those of these names are compiled from `csrc`, the others from where they stand."""
+# In csrc/cuda/cuda.cuh: the element types that kernels are compiled for, and float alone.
+EVERY_TYPE = "f<float>(), f<double>(), f<BFloat16>(), f<Float16>()"
+FLOAT = "f<float>()"
+
+
+def copy_csrc(folder: Path, *, float_only: bool) -> Path:
+    """A copy of csrc; its kernels compile in half the time for float alone."""
+    csrc = shutil.copytree(CSRC, folder / "csrc")
+    if float_only:
+        header = csrc / "cuda" / "cuda.cuh"
+        text = header.read_text(encoding="utf-8")
+        assert text.count(EVERY_TYPE) == 1
+        header.write_text(text.replace(EVERY_TYPE, FLOAT), encoding="utf-8")
+    return csrc
+
+
+def build_ops(flavour: str, csrc: Path = CSRC) -> Path:
+    """The library. Objects are kept under the hash of what they are made of, so that copies of csrc share them."""
     flags = [
         "-Wno-unknown-pragmas",
-        "-DCHARLM_CUDA_EMULATOR",
-        *(["-DCHARLM_CUDA_FLOAT_ONLY"] if float_only else []),
         *(f"-isystem{path}" for path in include_paths()),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
     ]
-    sources = [
-        (csrc if path.stem in kernels else CSRC) / path.relative_to(CSRC)
-        for path in sorted((CSRC / "cuda" / "kernels").glob("*.cu"))
-    ]
     return build(
-        sources,
+        sorted((csrc / "cuda").glob("*.cu")),
         flavour,
         flags=flags,
-        uninstrumented=[*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "cross_entropy_checks.cpp"],
+        include_dirs=[csrc],
+        uninstrumented=[EMULATOR / "runtime.cpp"],
         link_flags=[*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"],
     )
+
+
+def run_cpu_ops_on_emulator(library: str) -> None:
+    """Makes the ops of this process run the library's kernels on CPU tensors."""
+    emulated_gpu = ctypes.CDLL(library).charlm_emulated_gpu
+    emulated_gpu.restype = ctypes.c_void_p
+    charlm._C.run_cpu_ops_on_gpu(emulated_gpu())
 
 
 def pytest_command(flavour: str, *arguments: str) -> list[str]:

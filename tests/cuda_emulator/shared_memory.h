@@ -53,7 +53,7 @@ CHARLM_EMULATOR_CODE inline void* shared_array(const void* name, size_t bytes, s
     fail("more than 48 KiB of static shared memory, or more than 64 arrays");
   }
   if (shared.static_bytes + shared.dynamic_bytes > kMaxShared) fail("more than 227 KiB of shared memory");
-  if (shared.dynamic_bytes <= cuda::kMostUnaskedShared &&
+  if (shared.dynamic_bytes <= cuda::kMostUnrequestedShared &&
       shared.static_bytes + shared.dynamic_bytes > kMaxStaticShared) {
     fail("more than 48 KiB of static and dynamic shared memory, and none was asked for");
   }

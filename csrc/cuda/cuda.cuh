@@ -1,0 +1,97 @@
+// What a kernel file needs of CUDA. The same source has two compilers: nvcc, and any C++20 compiler with
+// tests/cuda_emulator on its include path, which runs the kernels on the CPU and watches them.
+//
+//   CHARLM_SHARED(T, name, n)         T name[n] in shared memory, uninitialised
+//   CHARLM_DYNAMIC_SHARED(T, name)    T* name: the bytes of shared memory that the launch requested, 16-byte aligned
+//   launch(kernel, grid, block, shared_bytes, stream, arguments...)    returns CUDA's error code
+#pragma once
+
+#include "core/kernels.h"
+
+namespace charlm::cuda {
+
+// Bytes of dynamic shared memory that a launch need not request: 48 KiB are granted to a kernel's static and dynamic
+// shared memory together, and static memory stays below the rest.
+constexpr int64_t kMostUnrequestedShared = 32 << 10;
+
+// The most blocks of a launch; a loop over more work uses these blocks again. Enough to fill any GPU several times.
+constexpr int kMaxBlocks = 8192;
+
+// The second argument of __launch_bounds__: that many blocks must fit into a multiprocessor. Left to itself, ptxas
+// spills registers, or loads less at a time, to fit in more.
+constexpr int kMinBlocks = 2;
+
+constexpr int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+// The smallest power of two that is not smaller than n.
+constexpr int power_of_two(int64_t n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// The table of GPU kernels, which CHARLM_REGISTER_KERNELS fills when the library is loaded.
+Kernels& kernels();
+
+}  // namespace charlm::cuda
+
+#define CHARLM_FOR_EACH_TYPE(f) f<float>(), f<double>(), f<BFloat16>(), f<Float16>()
+
+// Sets a member of TypedKernels<T> for every element type T:
+//   CHARLM_REGISTER_KERNELS(entropy, {&entropy_forward<T>, &entropy_backward<T>});
+#define CHARLM_REGISTER_KERNELS(member, ...)                \
+  template <class T>                                        \
+  static void register_##member() {                         \
+    ::charlm::cuda::kernels().of<T>().member = __VA_ARGS__; \
+  }                                                         \
+  [[maybe_unused]] static const bool member##_is_registered = (CHARLM_FOR_EACH_TYPE(register_##member), true)
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+// As bytes: shared memory has no constructors.
+#define CHARLM_SHARED(T, name, n)                                               \
+  __shared__ __align__(alignof(T)) unsigned char name##_bytes[sizeof(T) * (n)]; \
+  T* const name = reinterpret_cast<T*>(name##_bytes)
+#define CHARLM_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char charlm_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(charlm_dynamic_shared)
+
+namespace charlm::cuda {
+
+// Lets a kernel have all the shared memory of a block. What is set is the function's, not a launch's: always the same
+// number, so that no thread takes away what another is about to launch with.
+inline cudaError_t allow_all_shared(const void* kernel) {
+  int device = 0, most = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              most - static_cast<int>(attributes.sharedSizeBytes));
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  if (shared_bytes > kMostUnrequestedShared) {
+    const cudaError_t error = allow_all_shared(reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  return cudaGetLastError();
+}
+
+}  // namespace charlm::cuda
+
+#else
+
+#include "cuda_emulator.h"
+
+#endif

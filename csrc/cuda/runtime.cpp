@@ -1,0 +1,55 @@
+// What the ops need of CUDA's runtime (charlm::Gpu in core/device.h).
+#include <ATen/core/CachingHostAllocator.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <new>
+
+#include "core/device.h"
+
+namespace charlm::cuda {
+
+Kernels& kernels() {
+  static Kernels table{};
+  return table;
+}
+
+namespace {
+
+Stream current_stream(const at::Device& device) { return c10::cuda::getCurrentCUDAStream(device.index()).stream(); }
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void wait_for_stream(Stream stream) { c10::cuda::stream_synchronize(stream); }
+
+void wait_for_device(const at::Device&) { c10::cuda::device_synchronize(); }  // the current one
+
+// Pinned memory of torch's allocator, which kernels write and the host reads without waiting.
+IndexError* allocate_index_error() {
+  // Another stream may be captured at this moment, and a strict capture forbids allocation.
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+  at::DataPtr memory = at::getHostAllocator(at::kCUDA)->allocate(sizeof(IndexError));
+  memory.release_context();
+  return new (memory.get()) IndexError;
+}
+
+int64_t max_shared_bytes(const at::Device& device) {
+  int bytes = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index()));
+  return bytes;
+}
+
+void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
+
+const Gpu runtime = {&kernels(),       &current_stream,       &is_capturing,     &wait_for_stream,
+                     &wait_for_device, &allocate_index_error, &max_shared_bytes, &check};
+
+[[maybe_unused]] const bool is_registered = register_gpu(&runtime);
+
+}  // namespace
+}  // namespace charlm::cuda

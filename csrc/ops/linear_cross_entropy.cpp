@@ -1,0 +1,373 @@
+// linear_cross_entropy: schemas, checks, shapes, and the implementation for every device. The logits [N, V] exist a
+// block of rows at a time. A block is computed, turned into its losses and, in its own memory, into its gradient, and
+// used by the products of the gradients before the next one is computed:
+//
+//   Z = X W^T + b   [n, V]     loss_n, G = d loss / d Z     dX = G W   [n, D]     dW += G^T X   [V, D]     db += G^T 1
+//
+// On the CPU, rows whose target is ignored are left out. On CUDA that would require waiting for the device.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/checks.h"
+#include "cpu/gemm/gemm.h"
+#include "ops/linear_products.h"
+
+namespace charlm {
+
+// ---------------------------------------------------------------------------------------------------------- checks
+
+namespace {
+
+void check_matches(const Tensor& input, const Tensor& t, const char* name) {
+  check_same_device(input, "input", t, name);
+  TORCH_CHECK(input.scalar_type() == t.scalar_type(), "expected input and ", name, " to have the same dtype, but got ",
+              input.scalar_type(), " and ", t.scalar_type());
+}
+
+}  // namespace
+
+Tensor like_logits(const LinearCrossEntropyArguments& a) {
+  c10::SymDimVector shape(a.input.sym_sizes().begin(), a.input.sym_sizes().end() - 1);
+  shape.push_back(a.linear_weight.sym_size(0));
+  return at::empty({1}, a.input.options().dtype(loss_dtype(a))).expand_symint(shape);
+}
+
+void check_linear_cross_entropy(const LinearCrossEntropyArguments& a) {
+  TORCH_CHECK(a.input.dim() == 1 || a.input.dim() == 2, "expected input with dimensionality 1 or 2, got ",
+              a.input.dim());
+  TORCH_CHECK(a.linear_weight.dim() == 2, "expected linear_weight with dimensionality 2, got ", a.linear_weight.dim());
+  TORCH_CHECK(a.input.sym_size(-1) == a.linear_weight.sym_size(1),
+              "expected equal input and linear_weight last dimensions (in_features), got ", a.input.sym_size(-1),
+              " and ", a.linear_weight.sym_size(1), ", respectively");
+  check_matches(a.input, a.linear_weight, "linear_weight");
+  if (a.linear_bias) {
+    check_matches(a.input, *a.linear_bias, "linear_bias");
+    TORCH_CHECK(a.linear_bias->dim() == 1 && a.linear_bias->sym_size(0) == a.linear_weight.sym_size(0),
+                "expected linear_bias shape ", a.linear_weight.sym_size(0), ", got ", a.linear_bias->sym_sizes());
+  }
+  TORCH_CHECK(a.block_rows >= 0, "block_rows must not be negative, got ", a.block_rows);
+  TORCH_CHECK(a.gemm >= 0 && a.gemm <= 2, "gemm must be 0, 1 or 2, got ", a.gemm);
+  check_cross_entropy(a.options, like_logits(a), a.target, a.weight, a.token_weight);
+}
+
+// --------------------------------------------------------------------------------------------------- implementation
+
+namespace {
+
+constexpr int64_t kLogitsBytes = 64 << 20;  // of the logits that exist at once
+constexpr int64_t kFastRows = 512;          // more make a product of a CPU no faster
+constexpr int64_t kFastLogits = 1 << 20;    // ... unless they are short
+constexpr int64_t kFewLogits = 1 << 19;
+constexpr int64_t kMultiple = 16;  // the rows of a kernel's tile
+
+// The call's tensors as rows.
+class Rows {
+ public:
+  explicit Rows(const LinearCrossEntropyArguments& arguments) : a(arguments) {
+    const bool one = a.input.dim() == 1;
+    x = one ? a.input.unsqueeze(0) : a.input;
+    probabilities = has_probabilities(like_logits(a), a.target);
+    target = probabilities ? a.target.reshape({x.size(0), n_classes()}) : a.target.reshape({x.size(0)}).contiguous();
+    if (a.token_weight) token_weight = a.token_weight->reshape({x.size(0)});
+    if (!probabilities) look_at_targets();
+  }
+
+  const LinearCrossEntropyArguments a;
+  bool probabilities;
+  Tensor x;                     // [N, D]
+  Tensor target;                // [N], or [N, V] probabilities
+  OptionalTensor token_weight;  // [N]
+  Tensor counted;               // [N] bool: targets that are not ignored; undefined: all
+
+  int64_t size() const { return x.size(0); }
+  int64_t n_classes() const { return a.linear_weight.size(0); }
+
+  // On the CPU: the rows whose targets are not ignored, of which `positions` are the places among all; undefined: all.
+  Rows only_counted(Tensor& positions) const {
+    if (!counted.defined() || x.is_cuda()) return *this;
+    positions = counted.nonzero().squeeze(1);
+    if (positions.size(0) == size()) {
+      positions.reset();
+      return *this;
+    }
+    Rows some = *this;
+    some.target = target.index_select(0, positions);
+    if (token_weight) some.token_weight = token_weight->index_select(0, positions);
+    some.counted.reset();
+    return some;
+  }
+
+  // What a mean divides by: the sum of the weights of the targets that are not ignored; double, ().
+  Tensor total() const {
+    const auto as_double = x.options().dtype(at::kDouble);
+    Tensor share = token_weight ? token_weight->to(at::kDouble) : at::ones({target.size(0)}, as_double);
+    if (a.weight && !probabilities && n_classes() > 0) {
+      const Tensor known = target.to(at::kLong).clamp(0, n_classes() - 1);
+      share = share * a.weight->to(at::kDouble).index_select(0, known);
+    }
+    if (counted.defined()) share = at::where(counted, share, at::zeros({}, as_double));
+    Tensor sum = share.sum();
+    if (!a.options.zero_if_all_ignored) return n_classes() > 0 ? sum : sum * NAN;
+    if (!counted.defined()) return target.size(0) > 0 ? sum : at::ones({}, as_double);
+    return at::where(counted.any(), sum, at::ones({}, as_double));
+  }
+
+ private:
+  // IndexError for the first target that is no class, before anything is computed: on CUDA the kernels record it.
+  void look_at_targets() {
+    const Tensor index = target.to(at::kLong);
+    // A uint64 target of 2^63 or more is negative here, but is never ignore_index.
+    const bool may_ignore = target.scalar_type() != at::kUInt64 || a.options.ignore_index >= 0;
+    counted = may_ignore ? index.ne(a.options.ignore_index) : at::ones(index.sizes(), index.options().dtype(at::kBool));
+    if (x.is_cuda()) return;
+    const Tensor bad = index.lt(0).logical_or_(index.ge(n_classes())).logical_and_(counted);
+    if (bad.any().item<bool>()) {
+      raise_out_of_range(a.target, bad.nonzero()[0][0].item<int64_t>(), n_classes(), "target", "classes");
+    }
+    target = index;
+  }
+};
+
+// Of n rows, how many make a block: blocks of equal size, whose logits are within the budget.
+int64_t block_rows(const Rows& rows, int64_t n) {
+  if (n == 0) return 1;
+  const LinearCrossEntropyArguments& a = rows.a;
+  if (a.block_rows > 0) return std::min(a.block_rows, n);
+  const bool widened = is_widened(a), half = rows.x.scalar_type() != compute_dtype(rows.x);
+  // A gradient of W of one block needs no sum in float: up to here that would be the larger of the two.
+  if (half && !widened && n <= 2 * rows.x.size(1)) return n;
+  int64_t row_bytes = rows.n_classes() * (widened ? 4 : rows.x.element_size());
+  if (widened && rows.probabilities) row_bytes *= 2;  // these are converted beside the logits
+  int64_t most = std::max<int64_t>(1, kLogitsBytes / std::max<int64_t>(1, row_bytes));
+  if (!rows.x.is_cuda()) {
+    most = std::min(most, std::max(kFastRows, kFastLogits / std::max<int64_t>(1, rows.n_classes())));
+  }
+  if (most > kMultiple) most -= most % kMultiple;
+  const int64_t n_blocks = (n + most - 1) / most, size = (n + n_blocks - 1) / n_blocks;
+  return std::min(most, (size + kMultiple - 1) / kMultiple * kMultiple);
+}
+
+// The blocks of a call, with their logits.
+class LogitBlocks {
+ public:
+  // `positions`: see Rows::only_counted().
+  LogitBlocks(const Rows& rows, Tensor positions)
+      : rows_(rows),
+        positions_(std::move(positions)),
+        n_(positions_.defined() ? positions_.size(0) : rows.size()),
+        size_(block_rows(rows, n_)),
+        products_(new_products(rows.a, /*one_block=*/n_ <= size_)) {}
+
+  LinearProducts& products() { return *products_; }
+
+  // f(first, x [n, D], logits [n, V]): the memory of the logits is one for all blocks.
+  template <class F>
+  void for_each(F f) {
+    Tensor memory;
+    for (int64_t first = 0; first < n_; first += size_) {
+      const int64_t n = std::min(size_, n_ - first);
+      const Tensor x = (positions_.defined() ? at::index_select(rows_.x, 0, positions_.narrow(0, first, n))
+                                             : rows_.x.narrow(0, first, n))
+                           .to(products_->dtype());
+      if (!memory.defined()) memory = new_memory({n, rows_.n_classes()}, x.options());
+      Tensor logits = memory.narrow(0, 0, n);
+      products_->logits(x, logits);
+      f(first, x, logits);
+    }
+  }
+
+  // Writes what belongs to the rows of the block at `first`: all[...] = block [n, ...].
+  void put(Tensor& all, int64_t first, const Tensor& block) const {
+    if (positions_.defined()) {
+      all.index_copy_(0, positions_.narrow(0, first, block.size(0)), block);
+    } else {
+      all.narrow(0, first, block.size(0)).copy_(block);
+    }
+  }
+
+  // dX[...] = g W
+  void put_input_gradient(Tensor& all, int64_t first, const Tensor& g) {
+    const int64_t n = g.size(0);
+    if (!positions_.defined()) return products_->input_gradient(g, all.narrow(0, first, n));
+    const Tensor block = new_memory({n, all.size(1)}, all.options());
+    products_->input_gradient(g, block);
+    put(all, first, block);
+  }
+
+ private:
+  const Rows& rows_;
+  Tensor positions_;
+  int64_t n_, size_;
+  std::unique_ptr<LinearProducts> products_;
+};
+
+Tensor reduced(const LinearCrossEntropyArguments& a, const Tensor& losses, const Tensor& total) {
+  if (a.options.is(Reduction::kNone)) return losses.to(loss_dtype(a)).view(a.input.sizes().slice(0, a.input.dim() - 1));
+  const Tensor sum = losses.sum(at::kDouble);
+  return (total.defined() ? sum / total : sum).to(loss_dtype(a));
+}
+
+// The gradient of each row's loss, one for all or [N]; undefined where no gradient is wanted.
+Tensor grad_of_rows(const Rows& rows, const OptionalTensor& grad_loss, const Tensor& total, const Tensor& positions) {
+  const at::ScalarType dtype = compute_dtype(rows.x);
+  if (rows.a.options.is(Reduction::kNone)) {
+    TORCH_CHECK_VALUE(grad_loss, "with reduction \"none\" the gradients need that of each loss");
+    const Tensor all = grad_loss->reshape({rows.size()}).to(dtype).contiguous();
+    return positions.defined() ? all.index_select(0, positions) : all;
+  }
+  Tensor one = grad_loss ? grad_loss->to(at::kDouble).reshape({}) : at::ones({}, rows.x.options().dtype(at::kDouble));
+  return (total.defined() ? one / total : one).to(dtype);
+}
+
+// Few logits, on the CPU and in their own dtype, of rows that all count: what the blocks need besides their products
+// would take longer than these. The loss is that of cross_entropy, which looks at the targets itself.
+bool are_few(const LinearCrossEntropyArguments& a) {
+  return a.input.is_cpu() && a.input.dim() == 2 && a.block_rows == 0 &&
+         a.input.scalar_type() == compute_dtype(a.input) && !a.options.is(Reduction::kNone) &&
+         a.input.size(0) * a.linear_weight.size(0) <= kFewLogits &&
+         (has_probabilities(like_logits(a), a.target) ||
+          !a.target.to(at::kLong).eq(a.options.ignore_index).any().item<bool>());
+}
+
+Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& start = {}) {
+  const Tensor result = new_memory({a.size(0), b.size(1)}, a.options());
+  multiply(result, a, b, start);
+  return result;
+}
+
+LossAndGradients run_at_once(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
+                             OutputMask mask) {
+  Tensor logits = product(a.input, a.linear_weight.t(), a.linear_bias);  // [N, V]
+  const bool in_one_pass = with_gradients && !grad_loss;
+  const auto [loss, state] =
+      in_one_pass ? cross_entropy_forward_backward_(a.options, logits, a.target, a.weight, a.token_weight)
+                  : cross_entropy_forward(a.options, logits, a.target, a.weight, a.token_weight);
+  if (!with_gradients) return {loss, Tensor(), Tensor(), Tensor()};
+  if (!in_one_pass) cross_entropy_backward_(a.options, logits, *grad_loss, a.target, a.weight, a.token_weight, state);
+  const Tensor none = at::empty({0}, a.input.options());
+  return {loss, mask[0] ? product(logits, a.linear_weight) : none, mask[1] ? product(logits.t(), a.input) : none,
+          mask[2] ? at::sum(logits, 0) : none};
+}
+
+LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
+                     OutputMask mask) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // a backward may be under it
+  check_linear_cross_entropy(a);
+  if (auto result = linear_cross_entropy_over_few_classes(a, with_gradients, grad_loss, mask)) return *result;
+  if (are_few(a)) return run_at_once(a, with_gradients, grad_loss, mask);
+  const Rows all(a);
+  Tensor positions;
+  const Rows rows = all.only_counted(positions);
+  const Tensor total = a.options.is(Reduction::kMean) ? rows.total() : Tensor();
+  const auto compute = a.input.options().dtype(compute_dtype(a.input));
+  Tensor losses = at::zeros({all.size()}, compute), grad_input;
+  OptionalTensor g;
+  if (with_gradients) g = grad_of_rows(all, grad_loss, total, positions);
+  if (mask[0]) grad_input = new_memory(all.x.sizes(), a.input.options());
+  if (mask[0] && positions.defined()) grad_input.zero_();
+
+  LogitBlocks blocks(all, positions);
+  blocks.for_each([&](int64_t first, const Tensor& x, Tensor& logits) {
+    blocks.put(losses, first,
+               cross_entropy_block_(a.options, logits, rows.target, a.weight, rows.token_weight, g, first));
+    if (mask[0]) blocks.put_input_gradient(grad_input, first, logits);
+    if (mask[1]) blocks.products().add_weight_gradient(logits, x);
+    if (mask[2]) blocks.products().add_bias_gradient(logits);
+  });
+  const Tensor none = with_gradients ? at::empty({0}, a.input.options()) : Tensor();
+  return {reduced(a, losses, total), mask[0] ? grad_input.view(a.input.sizes()) : none,
+          mask[1] ? blocks.products().weight_gradient() : none, mask[2] ? blocks.products().bias_gradient() : none};
+}
+
+Tensor forward(const LinearCrossEntropyArguments& a) { return std::get<0>(run(a, /*with_gradients=*/false, {}, {})); }
+
+LossAndGradients gradients(const LinearCrossEntropyArguments& a, const OptionalTensor& grad_loss, OutputMask mask) {
+  return run(a, /*with_gradients=*/true, grad_loss, mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> metrics(const LinearCrossEntropyArguments& a) {
+  check_linear_cross_entropy(a);
+  const Rows rows(a);
+  const auto shape = a.input.sizes().slice(0, a.input.dim() - 1);
+  const auto compute = a.input.options().dtype(compute_dtype(a.input));
+  Tensor lse = at::empty({rows.size()}, compute), entropy = at::empty({rows.size()}, compute);
+  Tensor predicted = at::empty({rows.size()}, a.input.options().dtype(at::kLong));
+  Tensor right = at::empty({rows.size()}, a.input.options().dtype(at::kFloat));
+  LogitBlocks blocks(rows, {});
+  blocks.for_each([&](int64_t first, const Tensor&, const Tensor& logits) {
+    const CrossEntropyMetrics of_block =
+        cross_entropy_metrics_of_rows(a.options, logits, rows.target.narrow(0, first, logits.size(0)));
+    blocks.put(lse, first, of_block.lse);
+    blocks.put(entropy, first, of_block.entropy);
+    blocks.put(predicted, first, of_block.predicted_tokens);
+    blocks.put(right, first, of_block.is_correct);
+  });
+  Tensor accuracy = right.view(shape);
+  if (!a.options.is(Reduction::kNone)) {
+    const Tensor n = rows.counted.defined() ? rows.counted.sum() : at::ones({rows.size()}, right.options()).sum();
+    accuracy = right.sum().div(a.options.zero_if_all_ignored ? n.clamp_min(1) : n);
+  }
+  return {lse.view(shape), entropy.view(shape), predicted.view(shape), accuracy};
+}
+
+// ----------------------------------------------------------------------------------------------------------- shapes
+
+Tensor meta_forward(const LinearCrossEntropyArguments& a) {
+  check_linear_cross_entropy(a);
+  const auto shape = a.options.is(Reduction::kNone) ? loss_shape(like_logits(a)) : c10::SymDimVector{};
+  return at::empty_symint(shape, a.input.options().dtype(loss_dtype(a)));
+}
+
+LossAndGradients meta_gradients(const LinearCrossEntropyArguments& a, const OptionalTensor&, OutputMask mask) {
+  const auto empty_like = [&](bool wanted, const OptionalTensor& t) {
+    return wanted && t ? at::empty_symint(t->sym_sizes(), t->options()) : at::empty({0}, a.input.options());
+  };
+  return {meta_forward(a), empty_like(mask[0], a.input), empty_like(mask[1], a.linear_weight),
+          empty_like(mask[2], a.linear_bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> meta_metrics(const LinearCrossEntropyArguments& a) {
+  check_linear_cross_entropy(a);
+  const auto shape = loss_shape(like_logits(a));
+  const auto compute = a.input.options().dtype(compute_dtype(a.input));
+  const auto accuracy_shape = a.options.is(Reduction::kNone) ? shape : c10::SymDimVector{};
+  return {at::empty_symint(shape, compute), at::empty_symint(shape, compute),
+          at::empty_symint(shape, a.input.options().dtype(at::kLong)),
+          at::empty_symint(accuracy_shape, a.input.options().dtype(at::kFloat))};
+}
+
+}  // namespace
+
+#define ARGUMENTS                                                                                                  \
+  "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, " \
+  "bool unrounded, int block_rows, int gemm, int reduction, int ignore_index, float label_smoothing, "             \
+  "float lse_square_scale, float softcap, float logit_scale, bool zero_if_all_ignored)"
+
+TORCH_LIBRARY_FRAGMENT(charlm, m) {
+  m.def("linear_cross_entropy(" ARGUMENTS " -> Tensor");
+  m.def("linear_cross_entropy_metrics(" ARGUMENTS
+        " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
+  // The loss, and the gradients of input, linear_weight and linear_bias that are in output_mask. grad_loss: None for 1.
+  m.def("_linear_cross_entropy_gradients(Tensor? grad_loss, bool[3] output_mask, " ARGUMENTS
+        " -> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  implement(m, "linear_cross_entropy", FlatLinear<&forward>::call);
+  implement(m, "linear_cross_entropy_metrics", FlatLinear<&metrics>::call);
+  implement(m, "_linear_cross_entropy_gradients", FlatLinear<&gradients>::call);
+}
+
+TORCH_LIBRARY_IMPL(charlm, Meta, m) {
+  m.impl("linear_cross_entropy", FlatLinear<&meta_forward>::call);
+  m.impl("linear_cross_entropy_metrics", FlatLinear<&meta_metrics>::call);
+  m.impl("_linear_cross_entropy_gradients", FlatLinear<&meta_gradients>::call);
+}
+
+}  // namespace charlm
