@@ -1,4 +1,4 @@
-"""A program exported by charlm 0.1 loads and gives the same result: torch.export records schemas, which must not change.
+"""A program exported by charlm 0.1 loads and gives the same result: the schemas that it records must not change.
 
 data/exported_0_1.pt2 was saved by torch 2.13 from a module that calls every public op; the values below are what it
 returned then.

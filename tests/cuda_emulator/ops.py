@@ -1,7 +1,7 @@
 """The kernels of csrc/cuda as a library for the CPU, in which the emulator runs them.
 
-Its table of kernels replaces the CPU's, so that the tests of the ops are tests of csrc/cuda: tests/conftest.py does so in
-the process that `pytest_command` starts.
+Its table of kernels replaces the CPU's, so that the tests of the ops are tests of csrc/cuda: tests/conftest.py does so
+in the process that `pytest_command` starts.
 """
 
 from __future__ import annotations
