@@ -1,6 +1,6 @@
 """What `make gpu` leaves behind: a JSON, written whole or not at all, and the same as a table of plain text.
 
-    python -m bench.gpu_report      writes csrc/cuda/MEASURED.md from bench/record_gpu.json
+    python -m bench.gpu_report      writes docs/gpu/MEASURED.md from bench/results/h100.json
 
 Nothing here needs torch or charlm, so a run whose build failed has its table too.
 """
@@ -15,12 +15,12 @@ from typing import Any
 
 from bench.units import duration, ratio
 
-RECORD = Path(__file__).with_name("record_gpu.json")
-DOCUMENT = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "MEASURED.md"
+RECORD = Path(__file__).with_name("results") / "h100.json"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "gpu" / "MEASURED.md"
 HEADER = """<!-- Written by python -m bench.gpu_report; do not edit. -->
 # Measured on a GPU
 
-What bench/record_gpu.json holds. GB/s are the fewest bytes that a call has to move, over its time; "of a copy" compares
+From bench/results/h100.json. GB/s are the fewest bytes that a call has to move, over its time; "of a copy" compares
 them with a device-to-device copy of as many bytes that was sampled in turn; × says how many times faster ours is.
 
 A ≤ stands where most samples of ours may hold time that the GPU waited for Python: an upper bound. There the ratios are

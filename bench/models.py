@@ -1,8 +1,8 @@
 """What the README says of the models, from recorded runs of the command line.
 
-    python -m bench.models NAMES     trains each configuration below and writes bench/models.json (an hour)
-    python -m bench.models NAMES --missing      only those that bench/models.json does not hold
-    python -m bench.models           prints the README's table from bench/models.json
+    python -m bench.models NAMES     trains each configuration below and writes bench/results/models.json (an hour)
+    python -m bench.models NAMES --missing      only those that bench/results/models.json does not hold
+    python -m bench.models           prints the README's table from bench/results/models.json
 
 NAMES is makemore's names.txt (32,033 names, sha256 0a30b555…8cc4d), with which others have published results. The
 running text is all of Python's standard library, which every machine has: its .py files, by path.
@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-RECORD = Path(__file__).with_suffix(".json")
+RECORD = Path(__file__).with_name("results") / "models.json"
 SHIPPED, MAKEMORE, LIBRARY = "the names that ship", "makemore's names.txt", "Python's standard library"
 LECTURE = (
     "--block-size 3 --n-embd 10 --n-hidden 200 --max-steps 200000 --batch-size 32 "

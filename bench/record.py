@@ -21,7 +21,7 @@ from bench.units import duration, ratio
 
 SCHEMA = 1
 RECORDS = tuple(
-    Path(__file__).with_name(name) for name in ("record.json", "record_layers.json", "record_information.json")
+    Path(__file__).with_name("results") / name for name in ("cpu_ops.json", "cpu_layers.json", "cpu_information.json")
 )
 RECORD, LAYERS_RECORD, INFORMATION_RECORD = RECORDS
 PRODUCTS = {"embedding_linear", "linear_cross_entropy", "train_step"}  # whose floor is matrix products, not a copy

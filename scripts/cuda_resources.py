@@ -1,4 +1,4 @@
-"""Compiles every CUDA kernel for every architecture, and writes what each takes: csrc/cuda/RESOURCES.md. Needs no GPU.
+"""Compiles every CUDA kernel for every architecture, and writes what each takes: docs/gpu/RESOURCES.md. Needs no GPU.
 
     python scripts/cuda_resources.py            write the file
     python scripts/cuda_resources.py --check    compare with it; fails where it is stale, or a rule is broken
@@ -38,7 +38,7 @@ from cuda_toolkit import ARCHITECTURES, find_toolkit, nvcc_release
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "cuda" / "kernels"
-TABLES = ROOT / "csrc" / "cuda" / "RESOURCES.md"
+TABLES = ROOT / "docs" / "gpu" / "RESOURCES.md"
 SKIPPED = 77  # as in automake
 REGISTER_STEP = 8  # the hardware gives a thread registers by eights
 NVCC_FLAGS = ("-O3", "-std=c++20", "-Werror", "all-warnings", "-Xptxas", "-v")

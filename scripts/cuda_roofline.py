@@ -1,4 +1,4 @@
-"""Writes csrc/cuda/ROOFLINE.md: the bytes that each CUDA kernel moves beside the fewest possible, and a predicted time.
+"""Writes docs/gpu/ROOFLINE.md: the bytes that each CUDA kernel moves beside the fewest possible, and a predicted time.
 
     python scripts/cuda_roofline.py
 
@@ -14,8 +14,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-KERNELS = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "kernels"
-OUTPUT = KERNELS.parent / "ROOFLINE.md"
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "csrc" / "cuda" / "kernels"
+OUTPUT = ROOT / "docs" / "gpu" / "ROOFLINE.md"
 H100_BYTES_PER_SECOND = 3.35e12  # nominal
 H100_SHARED_BYTES = 227 << 10  # of a block
 SOFTMAX_SHARED_BYTES = 512  # of which a row's parts take so much

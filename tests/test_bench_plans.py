@@ -11,7 +11,7 @@ from bench import plans, record
 from charlm import functional
 
 quiet = bench_support.quiet  # a fixture
-RECORD = Path(__file__).parent.parent / "bench" / "plans.json"
+RECORD = Path(__file__).parent.parent / "bench" / "results" / "plans.json"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Reading what the compiler says of the CUDA kernels, and the table of it: csrc/cuda/RESOURCES.md.
+"""Reading what the compiler says of the CUDA kernels, and the table of it: docs/gpu/RESOURCES.md.
 
 The exhaustive test compiles every kernel for every architecture and compares, where there is an nvcc.
 """

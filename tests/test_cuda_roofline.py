@@ -1,4 +1,4 @@
-"""csrc/cuda/ROOFLINE.md is what scripts/cuda_roofline.py makes of the kernels' constants today; MEASURED.md what was
+"""docs/gpu/ROOFLINE.md is what scripts/cuda_roofline.py makes of the kernels' constants today; MEASURED.md what was
 recorded."""
 
 from __future__ import annotations
