@@ -21,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 CXX_FILES := $(shell find csrc $(CXX_NAMES))
-LINTED_CXX_FILES := $(CXX_FILES) $(shell find bench tests $(CXX_NAMES))
+LINTED_CXX_FILES := $(CXX_FILES) $(shell find tests $(CXX_NAMES))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # What the tests of the ops need, and those tests: `make test-clang` copies the first and runs the second.

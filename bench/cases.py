@@ -1,15 +1,13 @@
-"""What the benchmark times: one list of cases per op, each with the goals that it has to reach.
+"""What the benchmark times: a list of cases for each device, each case with the goals that it has to reach.
 
-A goal bounds a figure, which is always a ratio of times taken in one run: ours / floor for the floors ("copy", "scale",
-"read", "fresh_copy", "read_write", "gemms": at most so much) and peer / ours for the others ("eager", "eager_index",
-"best_peer": at least so much). Besides:
+A goal bounds a figure. A figure is a ratio of times that were taken in one run:
 
-    noop          (ours - no-op) / (eager - no-op), the no-op being an autograd call that does nothing
-    float32       ours in float32 / ours in this half type
-    int64         ours with int64 indices / ours with these
-    threads       ours on 1 thread / ours on 2, where the in-place scaling itself gains as much
-    bytes_per_row peak memory beyond inputs and outputs, divided by N: bounded where it is O(N) and not O(N V)
-    extra_mb      peak memory beyond inputs and outputs, in 10^6 bytes
+    a lower bound ("copy", "scale", "read", "fresh_copy", "read_write", "gemms"): charlm / the bound
+    a peer ("eager", "eager_index", "compile", "jax", "liger", "cce", "quack", "best_peer"): the peer / charlm
+    copy_bandwidth  bytes per second of charlm / those of a copy
+
+Two figures are memory beyond inputs and outputs, at the worst moment of a call: "bytes_per_row" is bytes / N (a small
+bound shows that memory is O(N), not O(N V)), and "extra_mb" is in units of 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -18,16 +16,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-FLOORS = ("scale", "copy", "read", "fresh_copy", "read_write", "gemms")
+LOWER_BOUNDS = ("scale", "copy", "read", "fresh_copy", "read_write", "gemms")
+PEERS = ("eager", "eager_index", "compile", "jax", "liger", "cce", "quack")
 
 
 class BadRequest(ValueError):
-    """What was asked for does not exist or does not fit; the text is one line for the user."""
+    """The request names something that does not exist or does not fit. The text is one line for the user."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """figure at_most value (bound "<="), or at_least (">=")."""
+    """figure <= value, or figure >= value."""
 
     figure: str
     bound: str
@@ -38,9 +37,6 @@ class Goal:
         if figure is None:
             return None
         return figure <= self.value if self.bound == "<=" else figure >= self.value
-
-    def __str__(self) -> str:
-        return f"{self.figure} {'≤' if self.bound == '<=' else '≥'} {self.value:g}"
 
 
 def at_most(figure: str, value: float) -> Goal:
@@ -53,10 +49,7 @@ def at_least(figure: str, value: float) -> Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table.
-
-    shape: (N, V) of logits; (N, V, D) of an embedding: N indices into a (V, D) table; for the others see SHAPES.
-    """
+    """One line of the table. SHAPES says what the numbers of `shape` are."""
 
     op: str
     variant: str
@@ -69,123 +62,8 @@ class Case:
         return f"{self.op}/{self.variant}/{'x'.join(map(str, self.shape))}/{self.dtype}"
 
 
-# Goals of memory and threads, which many cases share.
-ROW_MEMORY = at_most("bytes_per_row", 64)
-TWO_THREADS = at_least("threads", 1.7)
-
-LARGE_V = ((16384, 1024), (2048, 8192), (2048, 32000), (512, 50257), (1024, 128256))
-HALVES = ("bfloat16", "float16")
-OPTIONS_AND_SPEEDUP = {
-    "label_smoothing": 5,
-    "weight": 5,
-    "ignore_index": 5,
-    "probabilities": 4,
-    "reduction_none": 4,
-}
-
-
-def _cross_entropy(variant: str, shape: tuple[int, int], *goals: Goal, dtype: str = "float32") -> Case:
-    # Below 512 rows a page for each thread is more than 64 bytes a row: no sign of O(N V).
-    memory = (ROW_MEMORY,) if shape[0] >= 512 else ()
-    return Case("cross_entropy", variant, shape, dtype, (*goals, *memory))
-
-
-def _tiny_vocabulary() -> Iterable[Case]:
-    yield _cross_entropy("default", (32, 27), at_most("noop", 0.5))
-    for classes, at_262144 in ((27, 6), (65, 3.5)):
-        yield _cross_entropy("default", (1024, classes), at_least("eager", 3))
-        yield _cross_entropy("default", (4096, classes), at_least("eager", 6))
-        yield _cross_entropy("default", (65536, classes), at_least("eager", 8), at_least("best_peer", 5))
-        yield _cross_entropy("default", (262144, classes), at_least("best_peer", at_262144))
-
-
-def _default() -> Iterable[Case]:
-    for shape in ((65536, 256), *LARGE_V):
-        threads = (TWO_THREADS,) if shape in ((65536, 256), (2048, 32000)) else ()
-        yield _cross_entropy("default", shape, at_least("eager", 5), at_least("best_peer", 2.5), *threads)
-
-
-def _inplace() -> Iterable[Case]:
-    for shape in ((65536, 27), (65536, 65), (262144, 27), (262144, 65)):
-        yield _cross_entropy("inplace_forward", shape, at_most("copy", 1.15), at_least("eager", 10))
-    yield _cross_entropy("inplace_forward", (65536, 256), at_most("copy", 1.0), TWO_THREADS)
-    for shape in LARGE_V:
-        extra = (at_most("scale", 1.35), TWO_THREADS) if shape == (2048, 32000) else ()
-        yield _cross_entropy("inplace_forward", shape, at_most("copy", 0.9), *extra)
-    for shape in LARGE_V:
-        yield _cross_entropy("inplace_backward", shape, at_most("copy", 1.3))
-
-
-def _others() -> Iterable[Case]:
-    for shape in LARGE_V:
-        yield _cross_entropy("forward_only", shape, at_most("read", 1.6))
-    for shape in ((65536, 256), (2048, 32000)):
-        for dtype in HALVES:
-            yield _cross_entropy("default", shape, at_least("eager", 4), at_least("float32", 1), dtype=dtype)
-        for variant, speedup in OPTIONS_AND_SPEEDUP.items():
-            yield _cross_entropy(variant, shape, at_least("eager", speedup))
-
-
-def _embedding() -> Iterable[Case]:
-    # 84 MB of output, then the four tables of the backward: a name's letters, bytes, words of 768 numbers.
-    shapes = ((2097152, 27, 10), (98304, 27, 10), (65536, 256, 64), (262144, 65, 384), (8192, 50257, 768))
-    for shape in (*shapes, (16384, 50257, 1024)):
-        yield Case("embedding", "int64", shape, goals=(at_most("fresh_copy", 1.2),))
-    for shape in shapes[:2]:
-        yield Case("embedding", "uint8", shape, goals=(at_most("fresh_copy", 1.2), at_least("int64", 1)))
-
-
-def _embedding_backward() -> Iterable[Case]:
-    for shape, eager in (((98304, 27, 10), 20), ((262144, 65, 384), 2.5), ((65536, 256, 64), 7)):
-        goals = (at_least("eager", eager), at_least("eager_index", 15))
-        yield Case("embedding_backward", "default", shape, goals=goals)
-    yield Case("embedding_backward", "default", (8192, 50257, 768), goals=(at_least("eager", 2),))
-
-
-def _embedding_linear() -> Iterable[Case]:
-    for shape, by_index, eager in (
-        ((4096, 8, 24, 200, 27), 12, 8),
-        ((32, 3, 10, 200, 27), 1.8, 1.8),
-        ((4096, 8, 32, 256, 256), 5, 4),
-    ):
-        goals = (at_least("eager_index", by_index), at_least("eager", eager))
-        yield Case("embedding_linear", "default", shape, goals=goals)
-
-
-def _linear_cross_entropy() -> Iterable[Case]:
-    op = "linear_cross_entropy"
-    # The logits of the last two are 0.8 to 1 GB of float32.
-    for shape, in_float, in_half in (
-        ((1024, 512, 32000), (1.1, 1.35), (1.15, 1.9)),
-        ((512, 768, 50257), (1.1, 1.35), (1.15, 1.9)),
-        ((8192, 512, 32000), (1.2, 1.45), (1.25, 2.0)),
-        ((4096, 768, 50257), (1.2, 1.45), (1.25, 2.0)),
-    ):
-        memory = at_most("extra_mb", 100)
-        yield Case(op, "default", shape, goals=(*_of_products(*in_float), memory))
-        a_float_gradient = 4e-6 * shape[1] * shape[2]  # of the weight
-        memory = at_most("extra_mb", round(100 + a_float_gradient))
-        yield Case(op, "default", shape, "bfloat16", (*_of_products(*in_half), memory))
-
-
-def _of_products(gemms: float, eager: float) -> tuple[Goal, Goal]:
-    return at_most("gemms", gemms), at_least("eager", eager)
-
-
-def _train_step() -> Iterable[Case]:
-    first = (at_least("eager", 6), at_least("best_peer", 4))
-    yield Case("train_step", "default", (4096, 8, 24, 200, 27), goals=first)
-    yield Case("train_step", "default", (32, 3, 10, 200, 27), goals=(at_least("eager", 2),))
-
-
-def _information(op: str) -> Iterable[Case]:
-    """entropy, kl_divergence, surprisal: torch makes several passes or, for few classes, several calls."""
-    for shape, speedup in (((65536, 256), 4), ((2048, 32000), 4), ((4096, 27), 2), ((32, 27), 1)):
-        memory = (ROW_MEMORY,) if shape[0] >= 512 else ()
-        yield Case(op, "default", shape, goals=(at_least("eager", speedup), *memory))
-    yield Case(op, "default", (2048, 32000), "bfloat16", (at_least("eager", 4), ROW_MEMORY))
-
-
+# N: rows, or indices into a table. V: classes, or rows of a table. D: columns of a table or of a layer's input.
+# T: tokens of a context. H: outputs of a layer.
 SHAPES = {
     "cross_entropy": "NxV",
     "embedding": "NxVxD",
@@ -197,68 +75,195 @@ SHAPES = {
     "kl_divergence": "NxV",
     "surprisal": "NxV",
 }
-CASES: dict[str, list[Case]] = {
-    "cross_entropy": [*_tiny_vocabulary(), *_default(), *_inplace(), *_others()],
-    "embedding": [*_embedding()],
-    "embedding_backward": [*_embedding_backward()],
-    "embedding_linear": [*_embedding_linear()],
-    "linear_cross_entropy": [*_linear_cross_entropy()],
-    "train_step": [*_train_step()],
-    **{op: [*_information(op)] for op in ("entropy", "kl_divergence", "surprisal")},
+INFORMATION = ("entropy", "kl_divergence", "surprisal")
+ROW_MEMORY = at_most("bytes_per_row", 64)
+
+
+# --- on a CPU -----------------------------------------------------------------------------------------------
+
+LARGE_V = ((16384, 1024), (2048, 8192), (2048, 32000), (512, 50257), (1024, 128256))
+OPTIONS_AND_SPEEDUP = {"label_smoothing": 5, "weight": 5, "ignore_index": 5, "probabilities": 4, "reduction_none": 4}
+
+
+def _cross_entropy(variant: str, shape: tuple[int, int], *goals: Goal, dtype: str = "float32") -> Case:
+    # Below 512 rows, one page for each thread is more than 64 bytes a row.
+    memory = (ROW_MEMORY,) if shape[0] >= 512 else ()
+    return Case("cross_entropy", variant, shape, dtype, (*goals, *memory))
+
+
+def _cross_entropy_cases() -> Iterable[Case]:
+    yield _cross_entropy("default", (32, 27), at_least("eager", 1))
+    for classes, at_262144 in ((27, 6), (65, 3.5)):
+        yield _cross_entropy("default", (1024, classes), at_least("eager", 3))
+        yield _cross_entropy("default", (4096, classes), at_least("eager", 6))
+        yield _cross_entropy("default", (65536, classes), at_least("eager", 8), at_least("best_peer", 5))
+        yield _cross_entropy("default", (262144, classes), at_least("best_peer", at_262144))
+    for shape in ((65536, 256), *LARGE_V):
+        yield _cross_entropy("default", shape, at_least("eager", 5), at_least("best_peer", 2.5))
+    for shape in ((65536, 27), (65536, 65), (262144, 27), (262144, 65)):
+        yield _cross_entropy("inplace_forward", shape, at_most("copy", 1.15), at_least("eager", 10))
+    yield _cross_entropy("inplace_forward", (65536, 256), at_most("copy", 1.0))
+    for shape in LARGE_V:
+        extra = (at_most("scale", 1.35),) if shape == (2048, 32000) else ()
+        yield _cross_entropy("inplace_forward", shape, at_most("copy", 0.9), *extra)
+        yield _cross_entropy("inplace_backward", shape, at_most("copy", 1.3))
+        yield _cross_entropy("forward_only", shape, at_most("read", 1.6))
+    for shape in ((65536, 256), (2048, 32000)):
+        for dtype in ("bfloat16", "float16"):
+            yield _cross_entropy("default", shape, at_least("eager", 4), dtype=dtype)
+        for variant, speedup in OPTIONS_AND_SPEEDUP.items():
+            yield _cross_entropy(variant, shape, at_least("eager", speedup))
+
+
+def _embedding_cases() -> Iterable[Case]:
+    # 84 MB of output, then the tables of letters, of bytes and of words.
+    shapes = ((2097152, 27, 10), (98304, 27, 10), (65536, 256, 64), (262144, 65, 384), (8192, 50257, 768))
+    for shape in (*shapes, (16384, 50257, 1024)):
+        yield Case("embedding", "int64", shape, goals=(at_most("fresh_copy", 1.2),))
+    for shape in shapes[:2]:
+        yield Case("embedding", "uint8", shape, goals=(at_most("fresh_copy", 1.2),))
+    for shape, eager in (((98304, 27, 10), 20), ((262144, 65, 384), 2.5), ((65536, 256, 64), 7)):
+        goals = (at_least("eager", eager), at_least("eager_index", 15))
+        yield Case("embedding_backward", "default", shape, goals=goals)
+    yield Case("embedding_backward", "default", (8192, 50257, 768), goals=(at_least("eager", 2),))
+
+
+def _layer_cases() -> Iterable[Case]:
+    for shape, by_index, eager in (
+        ((4096, 8, 24, 200, 27), 12, 8),
+        ((32, 3, 10, 200, 27), 1.8, 1.8),
+        ((4096, 8, 32, 256, 256), 5, 4),
+    ):
+        goals = (at_least("eager_index", by_index), at_least("eager", eager))
+        yield Case("embedding_linear", "default", shape, goals=goals)
+    for shape, in_float, in_half in (
+        ((1024, 512, 32000), (1.1, 1.35), (1.15, 1.9)),
+        ((512, 768, 50257), (1.1, 1.35), (1.15, 1.9)),
+        ((8192, 512, 32000), (1.2, 1.45), (1.25, 2.0)),
+        ((4096, 768, 50257), (1.2, 1.45), (1.25, 2.0)),
+    ):
+        half_memory = round(100 + 4e-6 * shape[1] * shape[2])  # a float gradient of the weight is kept besides
+        for dtype, (gemms, eager), memory in (("float32", in_float, 100), ("bfloat16", in_half, half_memory)):
+            goals = (at_most("gemms", gemms), at_least("eager", eager), at_most("extra_mb", memory))
+            yield Case("linear_cross_entropy", "default", shape, dtype, goals)
+    goals = (at_least("eager", 6), at_least("best_peer", 4))
+    yield Case("train_step", "default", (4096, 8, 24, 200, 27), goals=goals)
+    yield Case("train_step", "default", (32, 3, 10, 200, 27), goals=(at_least("eager", 2),))
+
+
+def _information_cases() -> Iterable[Case]:
+    for op in INFORMATION:
+        for shape, speedup in (((65536, 256), 4), ((2048, 32000), 4), ((4096, 27), 2), ((32, 27), 1)):
+            memory = (ROW_MEMORY,) if shape[0] >= 512 else ()
+            yield Case(op, "default", shape, goals=(at_least("eager", speedup), *memory))
+        yield Case(op, "default", (2048, 32000), "bfloat16", (at_least("eager", 4), ROW_MEMORY))
+
+
+# Is any shape slower than torch? Odd and round ones, up to a gigabyte of logits.
+GRID_N = (1, 3, 32, 129, 1000, 4099, 16384, 65537, 262147, 1_000_000)
+GRID_V = (1, 2, 5, 27, 65, 256, 1023, 4099, 32000, 50257, 262144)
+GRID_EMBEDDINGS = ((1, 27, 10), (96, 27, 10), (33, 1000, 17), (4096, 65, 24), (32768, 256, 129), (8192, 50257, 768))
+
+
+def grid() -> Iterable[Case]:
+    """Each size in one dtype; the dtypes go round."""
+    goals = (at_least("eager", 0.95),)
+    for i, shape in enumerate((n, v) for n in GRID_N for v in GRID_V if n * v <= 1 << 28):
+        yield Case("cross_entropy", "default", shape, DTYPES[i % len(DTYPES)], goals)
+    for shape in GRID_EMBEDDINGS:
+        yield Case("embedding", "int64", shape, goals=goals)
+        yield Case("embedding_backward", "default", shape, goals=goals)
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+
+GPU_SMALL_V, GPU_SMALL_N = (27, 65, 256), (65536, 262144)
+# V to N. A row of 128256 classes does not fit into shared memory, so the kernel reads it twice.
+GPU_LARGE_V = {1024: 65536, 8192: 16384, 32000: 8192, 50257: 8192, 65536: 4096, 128256: 4096}
+GPU_TABLES = ((27, 10), (27, 768), (65, 384), (256, 64), (256, 768), (50257, 64), (50257, 768))
+GPU_INDICES = 262144
+
+
+def _gpu_cases() -> Iterable[Case]:
+    for dtype in ("bfloat16", "float32"):
+        for v in GPU_SMALL_V:
+            for n in GPU_SMALL_N:
+                yield Case("cross_entropy", "default", (n, v), dtype, (at_least("eager", 2),))
+        for v, n in GPU_LARGE_V.items():
+            goals = (at_least("copy_bandwidth", 0.9),) if dtype == "bfloat16" and 8192 <= v <= 65536 else ()
+            yield Case("cross_entropy", "default", (n, v), dtype, goals)
+        for v, d in GPU_TABLES if dtype == "float32" else GPU_TABLES[3:5]:
+            goals = (at_least("eager", 3),) if v <= 256 else ()
+            yield Case("embedding_backward", "default", (GPU_INDICES, v, d), dtype, goals)
+            yield Case("embedding", "int64", (GPU_INDICES, v, d), dtype)
+    for op in INFORMATION:
+        for shape in ((65536, 256), (2048, 32000)):
+            yield Case(op, "default", shape, "float32", (at_least("eager", 4),))
+            yield Case(op, "default", shape, "bfloat16")
+    for shape in ((4096, 8, 24, 200, 27), (65536, 8, 24, 200, 27), (65536, 8, 32, 256, 256)):
+        yield Case("embedding_linear", "default", shape)
+    for shape in ((4096, 512, 32000), (65536, 200, 27)):  # cuBLAS bounds these: they have no goal
+        for dtype in ("float32", "bfloat16"):
+            yield Case("linear_cross_entropy", "default", shape, dtype)
+    for variant in ("forward_only", "inplace_forward"):
+        for n, v in ((65536, 27), (65536, 256), (16384, 8192), (8192, 32000), (8192, 50257)):
+            yield Case("cross_entropy", variant, (n, v), "bfloat16")
+
+
+def worth_compiling(case: Case) -> bool:
+    """On a GPU torch.compile takes about ten seconds, so it takes part in one case of a kind."""
+    if case.op == "cross_entropy":
+        large_n = case.shape[0] == GPU_SMALL_N[1]
+        return case.variant == "default" and not large_n and (case.dtype == "bfloat16" or case.shape[1] in (256, 32000))
+    if case.op == "embedding_backward":
+        return case.dtype == "float32" and case.shape[1:] in (GPU_TABLES[0], GPU_TABLES[4])
+    return case.dtype == "float32" and case.shape in ((65536, 256), (2048, 32000), (65536, 8, 24, 200, 27))
+
+
+# --- choosing -----------------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[Case, ...]] = {
+    "cpu": (*_cross_entropy_cases(), *_embedding_cases(), *_layer_cases(), *_information_cases()),
+    # Cases with a goal come first: where time runs out, the others are left.
+    "cuda": tuple(sorted(_gpu_cases(), key=lambda case: not case.goals)),
 }
-OPS = tuple(CASES)
-VARIANTS = {op: tuple(dict.fromkeys(case.variant for case in cases)) for op, cases in CASES.items()}
-
-# What --quick runs of the above: seconds, and no torch.compile.
-QUICK = {
-    "cross_entropy": [
-        ("default", (32, 27)),
-        ("default", (4096, 27)),
-        ("default", (4096, 65)),
-        ("default", (65536, 27)),
-        ("inplace_forward", (65536, 27)),
-    ],
-    "embedding": [("int64", (98304, 27, 10)), ("uint8", (98304, 27, 10))],
-    "embedding_backward": [("default", (98304, 27, 10)), ("default", (65536, 256, 64))],
-    "embedding_linear": [("default", (4096, 8, 24, 200, 27)), ("default", (32, 3, 10, 200, 27))],
-    "linear_cross_entropy": [],
-    "train_step": [("default", (4096, 8, 24, 200, 27)), ("default", (32, 3, 10, 200, 27))],
-    **{op: [("default", (4096, 27)), ("default", (32, 27))] for op in ("entropy", "kl_divergence", "surprisal")},
-}
+OPS = tuple(SHAPES)
+VARIANTS = {op: tuple(dict.fromkeys(case.variant for case in CASES["cpu"] if case.op == op)) for op in OPS}
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """'4096x27' → (4096, 27), '98304x27x10' → (98304, 27, 10)."""
+def dry_run(device: str) -> list[Case]:
+    """A few rows of one case of each kind, without goals: shows that everything runs, and its times mean nothing."""
+    kinds = {(case.op, case.variant, case.dtype): case for case in CASES[device]}
+    return [
+        replace(case, shape=(33, *(min(size, 300) for size in case.shape[1:])), goals=()) for case in kinds.values()
+    ]
+
+
+def of_shape(text: str, ops: Iterable[str], variants: list[str], dtypes: list[str], device: str) -> list[Case]:
+    """Cases of one shape, for each of the ops that takes such a shape; listed ones with their goals."""
     parts = text.lower().split("x")
-    if not 2 <= len(parts) <= 5 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise BadRequest(f"impossible shape {text!r}: NxV for cross_entropy, NxVxD for an embedding, each at least 1")
-    return tuple(map(int, parts))
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise BadRequest(f"impossible shape {text!r}: it is numbers from 1 on with an x between them, such as 4096x27")
+    shape = tuple(map(int, parts))
+    fitting = [op for op in ops if len(shape) == len(SHAPES[op].split("x"))]
+    if not fitting:
+        raise BadRequest(f"impossible shape {text!r}: " + ", ".join(f"{op} takes {SHAPES[op]}" for op in ops))
+    listed = {case.name: case for case in CASES[device]}
+    chosen = []
+    for op in fitting:
+        for variant in [name for name in variants if name in VARIANTS[op]] or VARIANTS[op][:1]:
+            if variant == "uint8" and shape[1] > 256:
+                raise BadRequest(f"impossible shape {text!r}: uint8 indices reach 256 rows, not {shape[1]}")
+            for dtype in dtypes or DTYPES[:1]:
+                case = Case(op, variant, shape, dtype)
+                chosen.append(listed.get(case.name, case))
+    return chosen
 
 
-def case_for_shape(op: str, shape: tuple[int, ...], variant: str, dtype: str) -> Case:
-    """The listed case of this shape, with its goals, or a new one without."""
-    wanted = SHAPES[op]
-    if len(shape) != len(wanted.split("x")):
-        raise BadRequest(f"impossible shape {'x'.join(map(str, shape))!r} for {op}: it takes {wanted}")
-    if variant == "uint8" and shape[1] > 256:
-        raise BadRequest(f"impossible shape: uint8 indices reach 256 rows, not {shape[1]}")
-    asked = Case(op, variant, shape, dtype)
-    return next((case for case in CASES[op] if case.name == asked.name), asked)
-
-
-def select(op: str, quick: bool, variants: list[str], dtypes: list[str]) -> list[Case]:
-    """The cases of one op. A dtype other than float32 takes the float32 list too, without its goals."""
-    cases = CASES[op]
-    if quick:
-        cases = [case for case in cases if (case.variant, case.shape) in QUICK[op] and case.dtype == "float32"]
-    if variants:
-        cases = [case for case in cases if case.variant in variants]
-    if not dtypes:
-        return cases
-    chosen = {case.name: case for case in cases if case.dtype in dtypes}
-    for dtype in dtypes:
-        for case in cases:
-            if case.dtype == "float32":
-                other = replace(case, dtype=dtype, goals=())
-                chosen.setdefault(other.name, other)
-    return list(chosen.values())
+def select(ops: Iterable[str], variants: list[str], dtypes: list[str], device: str) -> list[Case]:
+    """The listed cases of these ops; of these variants and dtypes, where any are given."""
+    return [
+        case
+        for case in CASES[device]
+        if case.op in ops and (case.variant in variants or not variants) and (case.dtype in dtypes or not dtypes)
+    ]

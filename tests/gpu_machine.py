@@ -1,4 +1,4 @@
-"""A machine with a GPU as bench.gpu_environment describes it: what the tests of `make gpu` have instead of one."""
+"""A machine with a GPU as bench/gpu.py describes it: what the tests of `make gpu` have instead of one."""
 
 from __future__ import annotations
 

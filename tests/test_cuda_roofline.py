@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import gpu_report
+from bench import report
 from scripts import cuda_roofline
 
 
@@ -16,9 +16,7 @@ def test_the_committed_table_is_todays() -> None:
 
 
 def test_what_was_measured_is_what_the_record_says() -> None:
-    assert gpu_report.DOCUMENT.read_text(encoding="utf-8") == gpu_report.document() + "\n", (
-        "run python -m bench.gpu_report"
-    )
+    assert report.MEASURED.read_text(encoding="utf-8") == report.document(), "run python -m bench.report gpu"
 
 
 def test_no_call_moves_fewer_bytes_than_the_fewest() -> None:

@@ -143,6 +143,6 @@ def test_every_public_op_stands_in_the_readme() -> None:
 
 
 def test_the_readmes_table_of_models_is_the_recorded_one() -> None:
-    command = [sys.executable, "-m", "bench.models"]
+    command = [sys.executable, "-m", "bench.studies.models"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() in README

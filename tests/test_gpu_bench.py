@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+import bench_support
 import pytest
 from gpu_machine import ENVIRONMENT
 
-from bench import gpu_bench, gpu_cases, gpu_report
+from bench import cases, measure, record, report
 from bench.cases import Case
+from bench.ops import make_workload
 
 
-def test_cases_for_which_no_time_is_left_are_named_and_wrong_ones_are_not_timed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = Case("cross_entropy", "default", (5, 27))
+def test_a_case_for_which_no_time_is_left_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
-    assert gpu_bench.run([case], "cpu", -1.0, path)["not_run"] == {case.name: "no time was left"}
-    monkeypatch.setattr(gpu_bench, "why_wrong", lambda *_: "loss: RMS error")
-    (measured,) = gpu_bench.run([case], "cpu", 60.0, path)["cases"]
-    assert (measured["error"], measured["times"]) == ("loss: RMS error", {})
-    assert json.loads(path.read_text(encoding="utf-8"))["cases"][0]["name"] == case.name
+    result = bench_support.run("embedding", "--dry-run", "--seconds", "-1", "--json", path)
+    assert result.exit_code == 0
+    content = record.read(path)
+    assert content["cases"] == []
+    assert content["not_run"] == {
+        case.name: "no time was left" for case in cases.dry_run("cpu") if case.op == "embedding"
+    }
 
 
 def test_the_goals_of_the_gpu_stand_beside_their_cases() -> None:
-    goals = {case.name: list(map(str, case.goals)) for case in gpu_cases.CASES}
-    assert len(goals) == len(gpu_cases.CASES)
+    goals = {case.name: [(g.figure, g.bound, g.value) for g in case.goals] for case in cases.CASES["cuda"]}
     for v in (8192, 32000, 50257, 65536):
-        assert goals[f"cross_entropy/default/{gpu_cases.LARGE_V[v]}x{v}/bfloat16"] == ["copy_bandwidth ≥ 0.9"]
+        name = f"cross_entropy/default/{cases.GPU_LARGE_V[v]}x{v}/bfloat16"
+        assert goals[name] == [("copy_bandwidth", ">=", 0.9)]
     for v in (27, 65, 256):
         for n in (65536, 262144):
             for dtype in ("bfloat16", "float32"):
-                assert goals[f"cross_entropy/default/{n}x{v}/{dtype}"] == ["eager ≥ 2"]
-    assert goals["embedding_backward/default/262144x27x10/float32"] == ["eager ≥ 3"]
-    assert goals["embedding_backward/default/262144x256x768/bfloat16"] == ["eager ≥ 3"]
+                assert goals[f"cross_entropy/default/{n}x{v}/{dtype}"] == [("eager", ">=", 2)]
+    assert goals["embedding_backward/default/262144x27x10/float32"] == [("eager", ">=", 3)]
+    assert goals["embedding_backward/default/262144x256x768/bfloat16"] == [("eager", ">=", 3)]
     assert goals["embedding_backward/default/262144x50257x768/float32"] == []
+    with_goals = [bool(case.goals) for case in cases.CASES["cuda"]]
+    assert with_goals == sorted(with_goals, reverse=True)  # where time runs out, the others are left
 
 
-def test_bytes_per_second_are_compared_with_those_of_the_copy() -> None:
+def test_on_a_gpu_the_libraries_for_it_take_part_and_jax_does_not() -> None:
+    loss = make_workload(Case("cross_entropy", "default", (65536, 27), "bfloat16"))
+    loss.device = "cuda"
+    assert loss.providers() == ["ours", "eager", "compile", "liger", "quack", "copy"]
+    linear = make_workload(Case("linear_cross_entropy", "default", (33, 20, 27)))
+    linear.device = "cuda"
+    assert linear.providers() == ["ours", "eager", "liger", "cce", "gemms"]
+
+
+def test_figures_are_medians_of_ratios_within_a_round() -> None:
     samples = {"ours": [2.0, 2.0], "copy": [1.0, 1.0], "eager": [6.0, 6.0], "liger": [4.0, 4.0]}
-    # Half as many bytes in twice the time: a quarter of the bandwidth.
-    assert gpu_bench._figures(samples, moved=100, copied=200) == {
-        "eager": 3.0,
-        "liger": 2.0,
-        "copy_bandwidth": 0.25,
-        "best_peer": 2.0,
-    }
+    assert measure.ratios(samples) == {"copy": 2.0, "eager": 3.0, "liger": 2.0, "best_peer": 2.0}
+
+
+def test_bytes_per_second_are_compared_with_those_of_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class GpuOfOneSecond:
+        discarded = 0
+
+        def __init__(self) -> None:
+            self.late = {"ours": 2, "copy": 0}
+
+        def rounds(self, calls: dict[str, Any], budget: object) -> dict[str, list[float]]:
+            return {name: [0.5 if name == "copy" else 1.0] for name in calls}
+
+    monkeypatch.setattr(measure, "make_workload", lambda case, device: make_workload(case))
+    monkeypatch.setattr(measure, "peak_bytes", lambda call, device: 0)
+    case = Case("cross_entropy", "default", (33, 27))
+    entry = measure.measure(case, GpuOfOneSecond(), bench_support.TINY_BUDGET, "cuda", without=("compile", "jax"))
+    # Logits read and a gradient written, and the targets read, in twice the time of the copy.
+    moved, copied = 2 * 4 * 33 * 27 + 8 * 33, 2 * 4 * 33 * 27
+    assert entry["figures"]["copy_bandwidth"] == pytest.approx(moved / copied / 2)
+    assert entry["late"] == {"ours": 2}
 
 
 def test_the_table_says_times_ratios_goals_and_what_is_missing() -> None:
@@ -62,7 +87,8 @@ def test_the_table_says_times_ratios_goals_and_what_is_missing() -> None:
             "dtype": dtype,
             "bytes": 1_048_576_000,
             "times": {
-                name: {"median": seconds, "samples": 50} for name, seconds in (("ours", 3.8e-4), ("eager", 1.9e-3))
+                name: {"median": seconds, "p10": seconds, "p90": seconds, "samples": 50}
+                for name, seconds in (("ours", 3.8e-4), ("eager", 1.9e-3))
             },
             "figures": {"eager": 5.0, "copy_bandwidth": 0.93},
             "goals": [goal],
@@ -73,7 +99,7 @@ def test_the_table_says_times_ratios_goals_and_what_is_missing() -> None:
         }
 
     missed = [{"figure": "eager", "bound": ">=", "value": 3, "measured": 2.1, "reached": False}]
-    record = {
+    content = {
         "device": "cuda",
         "status": "failed",
         "date": "2026-11-23T08:00:00+00:00",
@@ -98,7 +124,7 @@ def test_the_table_says_times_ratios_goals_and_what_is_missing() -> None:
             "not_run": {"embedding/int64/262144x27x10/float32": "no time was left"},
         },
     }
-    lines = [" ".join(line.split()) for line in gpu_report.render(record).splitlines()]
+    lines = [" ".join(line.split()) for line in report.render_gpu(content).splitlines()]
     assert lines[0].startswith("charlm on NVIDIA H100 80GB HBM3: failed, 2026-11-23T08:00:00+00:00, commit unknown")
     assert (
         "1 × NVIDIA H100 80GB HBM3, compute capability 9.0, 80 GiB, 132 multiprocessors, L2 50 MiB, driver 580.159.04"
@@ -106,11 +132,20 @@ def test_the_table_says_times_ratios_goals_and_what_is_missing() -> None:
     )
     assert "torch 2.11.0+cu130 (CUDA 13.0, nvcc 13.0), python 3.12.3, numpy 2.5.2" in lines
     assert "tests failed 61 2 failed, 300 passed in 58.1s" in lines
-    assert "case ours GB/s of a copy × torch goals" in lines
-    assert "cross_entropy default 8192×32000 bfloat16 380 µs 2759 93 % 5.00 copy_bandwidth >= 0.9: reached" in lines
-    assert "embedding_backward default 262144×27×10 float32 380 µs 2759 93 % 5.00 eager >= 3: MISSED" in lines
-    assert "embedding_backward default 262144×27×768 float32 ≤ 380 µs 2759 93 % 5.00? eager >= 3: unproven" in lines
-    assert "cross_entropy default 65536×27 float32 WRONG – – – loss: NaN" in lines
+    assert "case charlm GB/s lower bounds × torch memory, torch's goals" in lines
+    assert (
+        "cross_entropy default 8192×32000 bfloat16 380 µs ±0% 2759 93 % of a copy 5.00 – copy_bandwidth >= 0.9: reached"
+        in lines
+    )
+    assert (
+        "embedding_backward default 262144×27×10 float32 380 µs ±0% 2759 93 % of a copy 5.00 – eager >= 3: MISSED"
+        in lines
+    )
+    assert (
+        "embedding_backward default 262144×27×768 float32 ≤ 380 µs ±0% 2759 93 % of a copy 5.00? – eager >= 3: unproven"
+        in lines
+    )
+    assert "cross_entropy default 65536×27 float32 WRONG – – – – loss: NaN" in lines
     assert "device-to-device copy of a gigabyte: 2900 GB/s, read and written" in lines
     assert "goals: 1 reached, 1 missed, 1 unproven" in lines
     assert "– Liger: liger_kernel is not installed (3 cases)" in lines

@@ -16,8 +16,8 @@ import pytest
 import torch
 from gpu_machine import ENVIRONMENT
 
-from bench import gpu, gpu_cases, gpu_report
-from bench.gpu_process import Child, Outcome
+from bench import cases, gpu, report
+from bench.gpu import Child, Outcome
 
 PASSED = {"status": "passed", "note": "all of it"}
 
@@ -78,12 +78,8 @@ def test_a_dry_run_goes_through_every_step_and_writes_json_and_table(tmp_path: P
     run_the_program = f'while [ "$1" != {sys.executable} ]; do shift; done; exec "$@"'
     sanitizer.write_text(f'#!/bin/sh\nif [ "$2" = memcheck ]; then {run_the_program}; fi\necho 0 errors\n')
     sanitizer.chmod(0o755)
-    liger = tmp_path / "liger_kernel"
-    liger.mkdir()
-    (liger / "transformers.py").write_text("from torch.nn import CrossEntropyLoss as LigerCrossEntropyLoss\n")
-
     path = tmp_path / "new" / "gpu.json"
-    env = {"PATH": f"{sanitizer.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    env = {"PATH": f"{sanitizer.parent}{os.pathsep}{os.environ['PATH']}"}
     result = command("--device", "cpu", "--no-build", "--json", path, **env)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -94,17 +90,16 @@ def test_a_dry_run_goes_through_every_step_and_writes_json_and_table(tmp_path: P
     assert {step["status"] for step in steps.values()} == {"passed"}
     assert " passed" in steps["tests"]["note"]
     assert list(steps["sanitizer"]["tools"]) == list(gpu.TOOLS)
-    assert {case["name"] for case in record["bench"]["cases"]} == {case.name for case in gpu_cases.dry_run()}
+    assert {case["name"] for case in record["bench"]["cases"]} == {case.name for case in cases.dry_run("cpu")}
     assert record["bench"]["not_run"] == {}
     absent = [case["absent"] for case in record["bench"]["cases"] if case["absent"]]
     # On a CPU without instructions for bfloat16 torch's own products of it would take minutes, and are left out.
     slow = set() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {SLOW_PRODUCTS}
     assert [reasons for reasons in absent if not set(reasons.values()) <= slow] == []
-    assert any("liger" in case["times"] for case in record["bench"]["cases"])
     assert sorted(file.name for file in path.parent.iterdir()) == ["gpu.json", "gpu.txt"]
     table = path.with_suffix(".txt").read_text(encoding="utf-8")
     assert table.strip() in result.stdout
-    assert table == gpu_report.render(record) + "\n"
+    assert table == report.render_gpu(record) + "\n"
 
 
 @pytest.mark.parametrize("failing", ["build", "tests"])
@@ -112,13 +107,13 @@ def test_a_failing_step_leaves_json_and_table_and_only_a_failed_build_ends_the_r
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(run: gpu.Run, end: float) -> gpu.Finding:
-        return gpu._finding(python("print('first'); print('it broke'); raise SystemExit(3)"))
+        return python("print('first'); print('it broke'); raise SystemExit(3)").finding()
 
     steps = {
         name: (fail if name == failing else lambda run, end: PASSED, share) for name, (_, share) in gpu.STEPS.items()
     }
     monkeypatch.setattr(gpu, "STEPS", steps)
-    monkeypatch.setattr(gpu, "_environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(gpu, "environment_of_a_process", lambda: ENVIRONMENT)
     path = tmp_path / "gpu.json"
     assert gpu.main(["--json", str(path)]) == 1
 
@@ -151,7 +146,7 @@ def test_a_step_whose_time_runs_out_is_ended_with_all_that_it_started(tmp_path: 
     outcome = python(code, end=2.0)
     assert (outcome.code, outcome.output) == (None, "began\n")
     assert outcome.seconds < 10
-    assert gpu._finding(outcome)["note"] == f"ended after {outcome.seconds:.0f} s: no time was left"
+    assert outcome.finding()["note"] == f"ended after {outcome.seconds:.0f} s: no time was left"
     time.sleep(0.2)
     state = Path("/proc", pid_file.read_text(), "stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
@@ -208,12 +203,12 @@ def test_without_pytest_the_sample_inputs_are_compared(run: gpu.Run, monkeypatch
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     finding = gpu.tests(run, run.end)
     assert finding["note"] == "pytest is not installed, so the sample inputs only: 308 samples, 0 wrong"
-    assert started == [("-m", "bench.gpu_samples", "--device", "cuda", "--compare")]
+    assert started == [(str(gpu.ROOT / "scripts" / "cuda_samples.py"), "--device", "cuda", "--compare")]
 
 
 def test_of_a_failed_build_the_compilers_errors_are_kept_with_the_last_lines() -> None:
     said = ["[3/9] nvcc …", "loss.cu(7): error: expected a ;", *(f"line {i}" for i in range(200)), "CalledProcessError"]
-    kept = gpu._finding(Outcome(1, "\n".join(said), 1.0))["output"]
+    kept = Outcome(1, "\n".join(said), 1.0).finding()["output"]
     assert kept[0] == "loss.cu(7): error: expected a ;"
     assert (kept[1:], len(kept)) == (said[-gpu.TAIL :], gpu.TAIL + 1)
 
@@ -231,4 +226,4 @@ def test_of_a_failed_build_the_compilers_errors_are_kept_with_the_last_lines() -
     ],
 )
 def test_what_compute_sanitizer_finds_counts_in_our_kernels(code: int | None, output: str, status: str) -> None:
-    assert gpu._of_tool(Outcome(code, output, 1.0))["status"] == status
+    assert gpu.of_tool(Outcome(code, output, 1.0))["status"] == status

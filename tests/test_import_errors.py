@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -103,17 +102,3 @@ def test_import_in_the_source_folder_says_where_the_installed_kernels_are(tmp_pa
     )
     assert result.returncode == 1
     assert f"There are kernels in {installed}, but Python imports {tmp_path / 'checkout' / 'charlm'}" in result.stderr
-
-
-def test_the_benchmark_of_a_source_folder_runs_on_the_installed_charlm(tmp_path):
-    tree, site = tmp_path / "checkout", tmp_path / "site"
-    site.mkdir()
-    (site / "charlm").symlink_to(Path(_ext.__file__).parent)
-    for part in ("bench", "scripts", "charlm"):
-        shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("*.so", "_build_config.json", "__pyc*"))
-    env = {**os.environ, "PYTHONPATH": str(site)}
-    run = functools.partial(subprocess.run, cwd=tree, env=env, capture_output=True, text=True, check=False)
-    printed = run([sys.executable, "scripts/benchmark.py", "table"])
-    assert printed.returncode == 0, printed.stderr
-    assert "| cross_entropy, 32 × 27 |" in printed.stdout
-    assert "There are kernels in " in run([sys.executable, "-m", "bench", "table"]).stderr

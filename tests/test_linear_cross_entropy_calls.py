@@ -116,7 +116,7 @@ def test_other_arguments_that_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_call_needs_less_than_100_mb_beyond_its_gradients(dtype: torch.dtype, reduction: str) -> None:
-    from bench.memory import peak_bytes
+    from bench.measure import peak_bytes
 
     x, weight, target = arguments(16384, 8, 8192, dtype)  # logits of 512 MB in float
     gradients = (x.numel() + weight.numel()) * x.element_size()

@@ -1,8 +1,8 @@
 """What the README says of the models, from recorded runs of the command line.
 
-    python -m bench.models NAMES     trains each configuration below and writes bench/results/models.json (an hour)
-    python -m bench.models NAMES --missing      only those that bench/results/models.json does not hold
-    python -m bench.models           prints the README's table from bench/results/models.json
+    python -m bench.studies.models NAMES    trains the configurations that bench/results/models.json lacks (an hour
+                                            for all of them, without that file), and adds them to it
+    python -m bench.studies.models          prints the README's table from that file
 
 NAMES is makemore's names.txt (32,033 names, sha256 0a30b555…8cc4d), with which others have published results. The
 running text is all of Python's standard library, which every machine has: its .py files, by path.
@@ -22,7 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-RECORD = Path(__file__).with_name("results") / "models.json"
+from bench.record import RESULTS, processor
+
+RECORD = RESULTS / "models.json"
 SHIPPED, MAKEMORE, LIBRARY = "the names that ship", "makemore's names.txt", "Python's standard library"
 LECTURE = (
     "--block-size 3 --n-embd 10 --n-hidden 200 --max-steps 200000 --batch-size 32 "
@@ -49,7 +51,6 @@ RUNS = [
     (MAKEMORE, "--type gpt --n-embd 96 --token-noise 0.05 --max-steps 8000 -l 2e-3"),
 ]
 
-COMMAND = "from charlm.cli import main; main()"  # charlm, also where it is not on PATH
 # `charlm train` of a process that has imported all it needs: prints on stderr how long it takes from there on.
 TIMED = """
 import sys, time
@@ -61,20 +62,16 @@ print(time.perf_counter() - start, file=sys.stderr)
 """
 
 
-def record(names: Path, only_missing: bool) -> None:
-    """Runs configurations once and writes what each reached as soon as it has, in the order of RUNS."""
+def record(names: Path) -> None:
+    """Runs configurations once, and writes what each reached as soon as it has, in the order of RUNS."""
     import torch
-
-    from bench.record import processor
 
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     machine = {"architecture": platform.machine(), "threads": torch.get_num_threads(), **versions}
-    done: dict[tuple[str, str], dict[str, Any]] = {}
-    if only_missing:
-        recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-        if recorded["machine"] != machine:
-            raise SystemExit(f"{RECORD} is of another kind of machine: {recorded['machine']}, not {machine}")
-        done = {(run["data"], run["flags"]): run for run in recorded["runs"]}
+    recorded = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {"machine": machine, "runs": []}
+    if recorded["machine"] != machine:
+        raise SystemExit(f"{RECORD} is of another kind of machine: {recorded['machine']}, not {machine}")
+    done = {(run["data"], run["flags"]): run for run in recorded["runs"]}
     with tempfile.TemporaryDirectory() as folder:
         sources = {SHIPPED: None, MAKEMORE: names, LIBRARY: _library(Path(folder))}
         for data, flags in RUNS:
@@ -107,7 +104,9 @@ def _run(data: str, flags: str, file: Path | None) -> dict[str, Any]:
         start = time.perf_counter()
         done = subprocess.run(command, check=True, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         seconds = time.perf_counter() - start
-        row = _compared(folder)
+        command = [sys.executable, "-m", "charlm", "compare", folder, "--split", "dev", "--json"]
+        compared = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        row = json.loads(compared)["models"][0]
     return {
         "data": data,
         "flags": flags,
@@ -118,11 +117,6 @@ def _run(data: str, flags: str, file: Path | None) -> dict[str, Any]:
         "protocol": PROTOCOLS[row["protocol"]],
         "standard_error": row["standard_error"],
     }
-
-
-def _compared(folder: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", COMMAND, "compare", folder, "--split", "dev", "--json"]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["models"][0]
 
 
 def table() -> str:
@@ -167,5 +161,5 @@ def _seconds(run: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        record(Path(sys.argv[1]), only_missing="--missing" in sys.argv[2:])
+        record(Path(sys.argv[1]))
     print(table())

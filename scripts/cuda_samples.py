@@ -1,9 +1,10 @@
 """Every op on its sample inputs, on a device and without pytest: forward, backward, and a bad index.
 
-    python -m bench.gpu_samples [--device cuda] [--small] [--compare]
+    compute-sanitizer --tool memcheck python scripts/cuda_samples.py --small
+    python scripts/cuda_samples.py --compare
 
-`make gpu` runs a few of them (--small) under compute-sanitizer, and all of them, compared with the reference by the
-rule of charlm/testing (--compare), where pytest is missing.
+`make gpu` runs a few samples (--small) under each tool of compute-sanitizer, and all of them, compared with the
+reference by the rule of charlm/testing (--compare), where pytest is missing.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def samples(device: str, small: bool) -> Iterator[tuple[Op, Op, SampleInput]]:
 
 
 def past_64k_classes(dtype: torch.dtype, device: str) -> SampleInput:
-    """Rows longer than any that the tests on the CPU have a use for."""
+    """Rows longer than any in the tests on the CPU."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn((3, 70_001), generator=generator, device=device).to(dtype)
     target = torch.randint(70_001, (3,), generator=generator, device=device)

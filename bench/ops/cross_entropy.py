@@ -1,0 +1,168 @@
+"""cross_entropy: the loss and the gradient of its logits. Shape: (N, V).
+
+Variants: "default"; one option each ("label_smoothing", "weight", "ignore_index", "probabilities", "reduction_none");
+"forward_only"; "inplace_forward" and "inplace_backward", in which charlm writes the gradient over the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.providers import CHECKED_ELEMENTS, Call, Workload, assert_close, imported, spread_rows, to_jax
+from charlm import functional
+
+INPLACE = {"inplace_forward": "forward", "inplace_backward": "backward"}
+
+
+class CrossEntropy(Workload):
+    """logits: (N, V). target: (N) int64, or (N, V) probabilities."""
+
+    labels = ("loss", "gradient")
+
+    def make(self, n: int, v: int) -> None:
+        variant = self.case.variant
+        self.options: dict[str, Any] = {}
+        logits, target = self.normal(n, v, scale=2), self.integers(v, n)
+        if variant == "label_smoothing":
+            self.options = {"label_smoothing": 0.1}
+        elif variant == "weight":
+            self.options = {"weight": (self.uniform(v) + 0.5).to(self.dtype)}
+        elif variant == "ignore_index":
+            target = target.masked_fill(self.uniform(n) < 0.3, -100)
+        elif variant == "probabilities":
+            target = torch.randn((n, v), generator=self.generator).softmax(1).to(self.dtype)
+        elif variant == "reduction_none":
+            self.options, self.cotangent = {"reduction": "none"}, self.uniform(n).to(self.dtype)
+        self.leaves, self.arguments, self.copied = (logits,), (target,), (logits,)
+        forward_only = variant == "forward_only"
+        self.parts = "output" if forward_only else "both"
+        self.bounds = ("read",) if forward_only else ("scale", "copy")
+        # Liger overwrites the logits; quack is given no option here.
+        self.gpu_peers = ("liger", "quack") if variant in ("default", *INPLACE) else ()
+
+    def minimal_bytes(self) -> int:
+        not_written = self.leaves[0].nbytes if self.case.variant == "forward_only" else 0
+        return super().minimal_bytes() - not_written
+
+    def forward(self, provider: str) -> Callable[..., Tensor]:
+        if provider == "liger":
+            return imported("liger_kernel.transformers", "LigerCrossEntropyLoss")()
+        if provider == "quack":
+            return partial(imported("quack.cross_entropy", "cross_entropy"), reduction="mean")
+        if provider == "ours" and self.case.variant in INPLACE:
+            return partial(functional.cross_entropy, inplace=INPLACE[self.case.variant])
+        return partial(functional.cross_entropy if provider == "ours" else F.cross_entropy, **self.options)
+
+    def build(self, name: str) -> Call:
+        # From the second call on, the logits of these hold a gradient. That takes the same time.
+        if name == "liger" or (name == "ours" and self.case.variant in INPLACE):
+            return self._over_logits(self.forward(name))
+        return super().build(name)
+
+    def call(self, forward: Callable[..., Tensor]) -> Call:
+        if self.case.variant == "forward_only":
+            logits, target = *self.leaves, *self.arguments
+            return lambda: (forward(logits, target),)
+        return super().call(forward)
+
+    def _over_logits(self, forward: Callable[..., Tensor]) -> Call:
+        """A loss that writes over logits which another layer made and nothing else needs."""
+        logits, target = *self.leaves, *self.arguments
+        memory = logits.clone().untyped_storage()
+        leaf = logits.new_zeros(()).expand(logits.shape).requires_grad_()  # their shape, and memory for one element
+
+        def call() -> tuple[Tensor, Tensor]:
+            loss = forward(_Produced.apply(leaf, memory), target)
+            return loss, torch.autograd.grad(loss, leaf)[0]
+
+        return call
+
+    def bound(self, name: str) -> Callable[[], Any]:
+        if name == "read":
+            return self.leaves[0].sum
+        other = self.leaves[0].clone()
+        return lambda: other.mul_(1.0)
+
+    def check(self, result: Sequence[Tensor]) -> None:
+        """The loss as a whole; of large logits, rows of the gradient."""
+        loss, *gradient = result
+        logits, target = *self.leaves, *self.arguments
+        n, v = logits.shape
+        rows, shares = spread_rows(n, v, self.device), self._shares()
+        with torch.no_grad():
+            if self.cotangent is None:
+                blocks = torch.arange(n, device=self.device).split(max(1, CHECKED_ELEMENTS // v))
+                exact = torch.cat([self._losses(logits[block].double(), block) for block in blocks])
+                assert_close(loss, self.forward("eager")(logits, target), exact.sum() / shares.sum(), "loss")
+            else:
+                losses = [self._losses(logits[rows].to(dtype), rows) for dtype in (self.dtype, torch.float64)]
+                assert_close(loss[rows], *losses, "loss")
+        if not gradient:
+            return
+        assert gradient[0].shape == logits.shape, f"gradient: shape {tuple(gradient[0].shape)}"
+        expected = []
+        for dtype in (self.dtype, torch.float64):
+            leaf = logits[rows].to(dtype).requires_grad_()
+            # A mean is a sum of the losses that each have the cotangent 1 / (sum of all shares).
+            cotangent = torch.ones_like(rows, dtype=torch.float64) / shares.sum()
+            cotangent = cotangent if self.cotangent is None else self.cotangent[rows]
+            expected.append(torch.autograd.grad(self._losses(leaf, rows), leaf, cotangent.to(dtype))[0])
+        assert_close(gradient[0][rows], *expected, "gradient")
+
+    def _losses(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """The loss of each of these rows, in the dtype of their logits."""
+        target = self.arguments[0][rows]
+        options = {**self.options, "reduction": "none"}
+        if "weight" in options:
+            options["weight"] = options["weight"].to(logits.dtype)
+        target = target.to(logits.dtype) if target.is_floating_point() else target
+        return F.cross_entropy(logits, target, **options)
+
+    def _shares(self) -> Tensor:
+        """(N): the weight of each row in a mean."""
+        (target,) = self.arguments
+        if target.is_floating_point():
+            return target.new_ones(len(target), dtype=torch.float64)
+        valid, weight = target != -100, self.options.get("weight")
+        return valid.double() if weight is None else weight.double()[torch.where(valid, target, 0)] * valid
+
+    def jax_forward(self, jax: Any) -> Callable[..., Any]:
+        jnp, variant = jax.numpy, self.case.variant
+        weight = to_jax(jax, self.options["weight"]) if "weight" in self.options else None
+        smoothing = self.options.get("label_smoothing", 0.0)
+
+        def forward(logits: Any, target: Any) -> Any:
+            if variant == "probabilities":
+                return -(target * jax.nn.log_softmax(logits)).sum(-1).mean()
+            valid = target != -100
+            index = jnp.where(valid, target, 0)
+            lse = jax.nn.logsumexp(logits, axis=-1)
+            loss = lse - jnp.take_along_axis(logits, index[:, None], axis=-1)[:, 0]
+            if smoothing:
+                loss = (1 - smoothing) * loss + smoothing * (lse - logits.mean(-1))
+            if variant == "reduction_none":
+                return loss
+            if variant not in ("weight", "ignore_index"):
+                return loss.mean()
+            share = jnp.where(valid, jnp.ones_like(lse) if weight is None else weight[index], 0)
+            return (loss * share).sum() / share.sum()
+
+        return forward
+
+
+class _Produced(torch.autograd.Function):
+    """Stands for the layer that made the logits: a new tensor over existing memory, without a copy either way."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, memory: torch.UntypedStorage) -> Tensor:
+        return leaf.new_empty(0).set_(memory, 0, leaf.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
