@@ -44,8 +44,8 @@ LEAST_IDLE, MOST_IDLE = 2e-4, 2e-2  # seconds
 
 WRONG, BUSY, INTERRUPTED = 1, 2, 130  # exit codes
 ADVICE = (
-    "An empty parallel region takes less than 0.1 ms on a quiet machine, and 1 ms is the limit. Stop other programs "
-    "(`top` shows them), or use fewer threads than cores, and run the command again."
+    "Times taken now would mean nothing. Stop other programs (`top` shows them), or use fewer threads than cores, and "
+    "run the command again."
 )
 
 
@@ -66,7 +66,7 @@ def exit_codes() -> Iterator[None]:
         print(f"bench: {wrong}", file=sys.stderr)
         raise SystemExit(WRONG) from wrong
     except Busy as busy:
-        print(f"bench: the machine is busy, and times would mean nothing: {busy}. {ADVICE}", file=sys.stderr)
+        print(f"bench: the machine is busy: {busy}. {ADVICE}", file=sys.stderr)
         raise SystemExit(BUSY) from busy
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
@@ -122,7 +122,8 @@ class Timer:
         self.region()
         quiet = statistics.median(self._timed(self.region) for _ in range(CALIBRATION))
         if quiet > DISTURBED:
-            raise Busy(f"an empty parallel region takes {1e3 * quiet:.1f} ms")
+            normal = "less than 0.1 ms is normal, and 1 ms is the limit"
+            raise Busy(f"an empty parallel region takes {1e3 * quiet:.1f} ms; {normal}")
         self.limit = max(DISTURBED, 10 * quiet)
 
     def rounds(self, calls: Calls, budget: Budget) -> dict[str, list[float]]:
@@ -158,7 +159,7 @@ class Timer:
                     return seconds
             self.discarded += 1
             if self.discarded > PATIENCE + self.kept:
-                raise Busy(f"{self.discarded} samples were disturbed, {self.kept} were not")
+                raise Busy(f"{self.discarded} samples were disturbed, {self.kept} were not; a few are normal")
 
     def _quiet(self) -> bool:
         start = self.now()

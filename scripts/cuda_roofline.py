@@ -2,10 +2,9 @@
 
     python scripts/cuda_roofline.py
 
-Bytes are those between a GPU's memory and its multiprocessors, counted from what the kernels do (their headers say it);
-the sizes at which a launch takes another path are read from the sources. The predicted time is bytes over the nominal
-bandwidth of an H100, a lower bound; MEASURED.md beside it has what was measured. A test compares the file with what
-this prints.
+Bytes are those between a GPU's memory and its multiprocessors, counted from what the kernels do. The sizes at which a
+launch takes another path are read from the sources. The predicted time is bytes over the nominal bandwidth of an H100,
+a lower bound; MEASURED.md beside it holds what was measured. A test compares the file with the output of this script.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ DTYPES = {"float32": 4, "bfloat16": 2}
 HEADER = """<!-- Written by scripts/cuda_roofline.py; do not edit. -->
 # Bytes and predicted times
 
-Bytes of one call between a GPU's memory and its multiprocessors, against the fewest possible: for cross_entropy one
-reading of the logits and targets and one writing of the gradient, for embedding one reading of the indices and of the
-gradient or the rows, and one writing of the result. **Predicted** is these bytes over the 3.35 TB/s of an H100
-(nominal); what was measured on one is in [MEASURED.md](MEASURED.md). It leaves out launches, a few microseconds each,
-and a second reading that hits the second-level cache counts like any other. A row of more than {fits:,} classes of
-bfloat16 does not fit in an H100's shared memory: with its gradient it is read a second time from there on. A backward
-after "forward and gradient", for a gradient of the loss of 1, reads that one number.
+Bytes that one call moves between a GPU's memory and its multiprocessors, against the fewest possible: for
+cross_entropy, the logits and targets are read once and the gradient is written once; for embedding, the indices and the
+rows or the gradient are read once and the result is written once. **Predicted** is these bytes over the nominal 3.35
+TB/s of an H100; [MEASURED.md](MEASURED.md) holds what was measured on one. The prediction leaves out launches, a few
+microseconds each. A second read that hits the second-level cache counts like any other. A row of more than {fits:,}
+classes of bfloat16 does not fit in an H100's shared memory: with its gradient, the part beyond that is read a second
+time. A backward after "forward and gradient" with unit grad_output reads that one number.
 
 """
 

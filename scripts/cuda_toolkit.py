@@ -1,4 +1,4 @@
-"""Finds a CUDA toolkit and says what its nvcc can do, without torch: for setup.py and the scripts beside this file."""
+"""Finds a CUDA toolkit and the architectures that its nvcc knows, without torch: for setup.py, bench and scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a shared object of Linux asks the dynamic linker for, read from the file: no binutils need to be there."""
+"""Reads the libraries and symbols that a Linux shared object needs, without binutils: for setup.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DynamicSection(NamedTuple):
 
 
 def read_dynamic_section(path: Path) -> DynamicSection:
-    """What the 64-bit ELF file `path` needs, leaves undefined and defines; a ValueError where it is no such file."""
+    """The dynamic section of a 64-bit ELF file; ValueError for any other file."""
     data = path.read_bytes()
     if data[:5] != b"\x7fELF\x02":
         raise ValueError(f"{path} is not a 64-bit ELF file")
