@@ -23,7 +23,7 @@ import torch
 from bench import record, report
 from bench.cases import DTYPES, OPS, SHAPES, VARIANTS, BadRequest, Case, dry_run, grid, of_shape, select
 from bench.measure import measure
-from bench.ops import of_shapes
+from bench.ops import without_memory
 from bench.timer import DRY_RUN, ON_GPU, QUICK, Budget, GpuTimer, Timer, exit_codes
 
 QUICK_ELEMENTS = 1 << 21
@@ -58,77 +58,75 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    problems: list[str] = []
-    cases = _choose(given, problems)
-    if given.json is not None and not given.json.parent.is_dir():
-        problems, cases = [_say(f"there is no folder {given.json.parent}")], []
-    if cases:
-        with exit_codes():
-            _run(cases, given, problems)
-    return 1 if problems else 0
+    try:
+        cases = _choose(given)
+    except BadRequest as problem:
+        _say(problem)
+        return 1
+    with exit_codes():
+        return 0 if _run(cases, given) else 1
 
 
-def _say(problem: str) -> str:
-    print(f"bench: {' '.join(problem.split())}", file=sys.stderr, flush=True)
-    return problem
+def _say(problem: object) -> None:
+    print(f"bench: {' '.join(str(problem).split())}", file=sys.stderr, flush=True)
 
 
-def _choose(given: Any, problems: list[str]) -> list[Case]:
+def _choose(given: Any) -> list[Case]:
     unknown = [op for op in given.ops if op not in OPS]
     if unknown:
-        problems.append(_say(f"unknown op {unknown[0]!r}: it is one of {', '.join(OPS)}"))
-        return []
+        raise BadRequest(f"unknown op {unknown[0]!r}: it is one of {', '.join(OPS)}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        raise BadRequest("--device cuda: torch sees no GPU")
+    if given.json is not None and not given.json.parent.is_dir():
+        raise BadRequest(f"there is no folder {given.json.parent}")
     ops = [op for op in OPS if op in given.ops or not given.ops]
     if given.dry_run or given.grid:
-        return [case for case in (grid() if given.grid else dry_run(given.device)) if case.op in ops]
-    if not given.shape:
+        cases = [case for case in (grid() if given.grid else dry_run(given.device)) if case.op in ops]
+    elif given.shape:
+        of_shapes = [of_shape(text, ops, given.variant, given.dtype, given.device) for text in given.shape]
+        cases = [case for chosen in of_shapes for case in chosen]
+    else:
         cases = select(ops, given.variant, given.dtype, given.device)
-        return [case for case in cases if not given.quick or of_shapes(case).elements() <= QUICK_ELEMENTS]
-    try:
-        shaped = [of_shape(text, ops, given.variant, given.dtype, given.device) for text in given.shape]
-    except BadRequest as problem:
-        problems.append(_say(str(problem)))
-        return []
-    return [case for cases in shaped for case in cases]
+        cases = [case for case in cases if not given.quick or without_memory(case).elements() <= QUICK_ELEMENTS]
+    if not cases:
+        raise BadRequest("no listed case fits this request; name a size with --shape")
+    return cases
 
 
-def _run(cases: list[Case], given: Any, problems: list[str]) -> None:
+def _run(cases: list[Case], given: Any) -> bool:
     """Measures case by case, and writes the record after each, so that what was measured survives an interruption."""
     end = time.monotonic() + given.seconds
-    timer: Timer | GpuTimer
-    if given.device == "cuda":
-        timer, budget = GpuTimer(), DRY_RUN if given.dry_run else ON_GPU
-    else:
-        timer = Timer(lambda: None) if given.dry_run else Timer()
-        budget = DRY_RUN if given.dry_run else QUICK if given.quick else Budget()
+    on_gpu = given.device == "cuda"
+    timer = GpuTimer() if on_gpu else Timer(lambda: None) if given.dry_run else Timer()
+    budget = DRY_RUN if given.dry_run else ON_GPU if on_gpu else QUICK if given.quick else Budget()
     without = COMPILED if given.dry_run or given.grid else ("compile",) if given.quick else ()
-    content: dict[str, Any] = {"schema": record.SCHEMA, "header": record.header(given.device), "cases": []}
+    not_run: dict[str, str] = {}
+    content = {"schema": record.SCHEMA, "header": record.header(given.device), "cases": [], "not_run": not_run}
     if isinstance(timer, GpuTimer):
         content["copy_bandwidth"] = timer.copy_bandwidth()
-    not_run: dict[str, str] = {}
     for case in cases:
         if time.monotonic() > end:
             not_run[case.name] = "no time was left"
             continue
         try:
-            result = measure(case, timer, budget, given.device, without)
+            entry = measure(case, timer, budget, given.device, without)
         except (BadRequest, MemoryError, RuntimeError) as problem:
             if isinstance(problem, RuntimeError) and "allocate" not in str(problem):  # no lack of memory
                 raise
             not_run[case.name] = str(problem) if isinstance(problem, BadRequest) else "too little memory"
-            said = _say(f"{case.name}: {not_run[case.name]}")
-            problems += [said] if given.shape else []
+            _say(f"{case.name}: {not_run[case.name]}")
             continue
-        content["cases"].append(result)
-        if result["error"] is not None:
-            problems.append(_say(f"{case.name}: WRONG: {result['error']}"))
+        content["cases"].append(entry)
+        if entry["error"] is not None:
+            _say(f"{case.name}: WRONG: {entry['error']}")
+        print(f"{case.name}: {'timed' if entry['error'] is None else 'WRONG'}", flush=True)
         if given.json is not None:
-            record.write(given.json, {**content, "not_run": not_run})
-        print(f"{case.name}: {'timed' if result['error'] is None else 'WRONG'}", flush=True)
-    content["not_run"] = not_run
+            record.write(given.json, content)
     if given.json is not None:
         record.write(given.json, content)
     print(f"\n{report.render_run(content)}")
+    # A listed case that does not fit is no failure; one that the user named is.
+    return all(entry["error"] is None for entry in content["cases"]) and not (given.shape and not_run)
 
 
 if __name__ == "__main__":

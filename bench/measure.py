@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import LOWER_BOUNDS, PEERS, Case
-from bench.ops import make_workload, of_shapes
+from bench.ops import make_workload, without_memory
 from bench.ops.cross_entropy import INPLACE
 from bench.providers import Call, Workload
 from bench.timer import Budget, GpuTimer, Timer, Timing, paired_ratio
@@ -40,7 +40,7 @@ def measure(
     """
     gc.collect()  # the case before may have left cycles that hold its tensors
     workload = make_workload(case, device)
-    entry: dict[str, Any] = {"name": case.name, **asdict(case), "bytes": of_shapes(case).minimal_bytes()}
+    entry: dict[str, Any] = {"name": case.name, **asdict(case), "bytes": without_memory(case).minimal_bytes()}
     entry |= {"goals": [], "times": {}, "figures": {}, "memory": {}, "absent": {}, "discarded": 0, "late": {}}
     entry["error"] = why_wrong(workload)
     if entry["error"] is not None:

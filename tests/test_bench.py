@@ -44,12 +44,15 @@ def measured(case: Case, without: tuple[str, ...] = ("compile", "jax")) -> dict[
         (["cross_entropy", "--shape", "4x5x6"], "impossible shape '4x5x6': cross_entropy takes NxV"),
         (["embedding", "--variant", "uint8", "--shape", "4x257x2"], "uint8 indices reach 256 rows, not 257"),
         (["cross_entropy", "--shape", "1000000000x1000000"], "too little memory: it needs about 40000000.0 GB"),
+        (["linear_cross_entropy", "--quick"], "no listed case fits this request"),
+        (["--device", "cuda"], "torch sees no GPU"),
         (["--json", "/no/such/folder/a.json"], "there is no folder /no/such/folder"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_one_line_on_stderr_and_exit_code_1(
-    quiet: None, arguments: list[str], said: str
+    quiet: None, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = bench_support.run(*arguments)
     assert result.exit_code == 1
     assert result.stderr.startswith("bench: ")
@@ -141,11 +144,11 @@ def test_every_variant_is_checked_and_timed(op: str) -> None:
 
 def test_a_case_takes_as_many_bytes_as_its_tensors_and_makes_no_memory_to_say_so() -> None:
     v = 1 << 40
-    workload = ops.of_shapes(Case("cross_entropy", "default", (10, v), "bfloat16"))
+    workload = ops.without_memory(Case("cross_entropy", "default", (10, v), "bfloat16"))
     assert (workload.elements(), workload.minimal_bytes()) == (10 * v, 2 * 2 * 10 * v + 8 * 10)
-    forward = ops.of_shapes(Case("cross_entropy", "forward_only", (10, v)))
+    forward = ops.without_memory(Case("cross_entropy", "forward_only", (10, v)))
     assert forward.minimal_bytes() == 4 * 10 * v + 8 * 10
-    embedding = ops.of_shapes(Case("embedding", "uint8", (10, 256, 1000)))
+    embedding = ops.without_memory(Case("embedding", "uint8", (10, 256, 1000)))
     assert embedding.minimal_bytes() == 10 + 4 * (10 * 1000 + 256 * 1000)
 
 

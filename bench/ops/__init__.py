@@ -34,13 +34,13 @@ def make_workload(case: Case, device: str = "cpu", tensors_at_once: int = TENSOR
     """BadRequest where memory is short."""
     available = available_memory(device)
     # torch.randn makes float32: half types need as much while they are made.
-    needed = tensors_at_once * max(4, getattr(torch, case.dtype).itemsize) * of_shapes(case).elements()
+    needed = tensors_at_once * max(4, getattr(torch, case.dtype).itemsize) * without_memory(case).elements()
     if available is not None and needed > available:
         raise BadRequest(f"too little memory: it needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
     return WORKLOADS[case.op](case, device)
 
 
-def of_shapes(case: Case) -> Workload:
+def without_memory(case: Case) -> Workload:
     """The workload of a case without its memory."""
     return WORKLOADS[case.op](case, "meta")
 
