@@ -46,6 +46,19 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread_for_small_models(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The language model's tests and their subprocesses use one thread: their models are too small to share work."""
+    if not request.path.name.startswith(("test_lm_", "test_cli")):
+        yield
+        return
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(found)
+
+
 @pytest.fixture(params=["emulated"] if EMULATED else _C.supported_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this machine can run, one after the other; restored afterwards."""

@@ -42,7 +42,7 @@ def test_train_ends_with_the_table_and_20_samples(tmp_path, names):
     output = succeeds("train", "-i", names, "-o", tmp_path / "run", *SMALL)
     lines = output.splitlines()
     assert "500 items (line format, guessed); train 400, dev 50, test 50" in lines[0]
-    assert "0 of 50 dev items (0.0%) stand in train as well" in output
+    assert "0 of 50 dev items (0.0%) also occur in train" in output
     rows = [line for line in lines if line.startswith("│")]
     assert [row.split("│")[1].split()[0] for row in rows] == ["uniform", "unigram", "bigram", "this"]
     for row in rows:
@@ -66,7 +66,7 @@ def test_train_on_running_text(tmp_path):
     path.write_text(VERSE * 10)
     output = succeeds("train", "-i", path, "-o", tmp_path / "run", *SMALL)
     assert "810 characters (text format, guessed); train 648, dev 81, test 81" in output
-    assert "stand in train" not in output
+    assert "occur in train" not in output
 
 
 @pytest.mark.parametrize("type", ["uniform", "unigram", "bigram"])
@@ -85,7 +85,9 @@ def test_every_field_of_the_config_is_a_flag_with_its_default():
 
 def test_a_trained_folder_is_not_overwritten_by_accident(trained, names):
     before = checkpoint.load(trained)
-    assert "add --resume to go on, or --overwrite to replace it" in fails("train", "-i", names, "-o", trained, *SMALL)
+    assert "add --resume to continue it, or --overwrite to replace it" in fails(
+        "train", "-i", names, "-o", trained, *SMALL
+    )
     assert checkpoint.load(trained).digest == before.digest
 
 
@@ -173,14 +175,14 @@ def test_eval_says_when_the_data_is_gone_or_another(tmp_path, names):
     path.write_bytes(names.read_bytes())
     succeeds("train", "-i", path, "-o", tmp_path / "run", *SMALL)
     path.write_text(path.read_text() + "zed\n")
-    assert "is not what the model was trained on" in fails("eval", tmp_path / "run")
+    assert "is not the data that the model was trained on" in fails("eval", tmp_path / "run")
     path.unlink()
     assert "No such file" in fails("eval", tmp_path / "run")
     assert json.loads(succeeds("eval", tmp_path / "run", "--json", "-i", names))["split"] == "dev"
 
 
 def test_eval_of_an_unknown_split_or_folder_is_one_sentence(trained, tmp_path):
-    assert "it is one of train, dev, test" in fails("eval", trained, "--split", "valid")
+    assert "it must be one of train, dev, test" in fails("eval", trained, "--split", "valid")
     assert "there is no checkpoint" in fails("eval", tmp_path / "nowhere")
 
 
@@ -220,7 +222,7 @@ def test_samples_are_drawn_without_the_data_too(tmp_path, names):
     result = run("sample", tmp_path / "run", "-n", 3)
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) == 3
-    assert "not marked new or known" in result.stderr
+    assert "not marked as new or known" in result.stderr
 
 
 # ---- info

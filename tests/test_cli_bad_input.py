@@ -142,7 +142,7 @@ def test_every_command_refuses_a_checkpoint_cut_short(run_of, command):
     path.write_bytes(path.read_bytes()[:-1])
     assert "is truncated or altered" in fails(command[0], run, *command[1:])
     (run / MANIFEST).write_text((run / MANIFEST).read_text()[:100])
-    assert "is damaged or no charlm checkpoint" in fails(command[0], run, *command[1:])
+    assert "is damaged or not a charlm checkpoint" in fails(command[0], run, *command[1:])
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_manifest_may_name_only_files_of_its_own(run_of, name):
     change_manifest(run, lambda manifest: manifest["files"]["model"].update(name=name))
     message = fails("sample", run)
     assert f"{MANIFEST} is damaged" in message
-    assert "is no name of a file" in message or "name is" in message
+    assert "is not the name of a" in message or "name is" in message
 
 
 def test_a_pickle_in_the_place_of_safetensors_is_refused_and_not_run(run_of, tmp_path):
@@ -180,7 +180,7 @@ def test_a_pickle_in_the_place_of_safetensors_is_refused_and_not_run(run_of, tmp
     path.write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     change_manifest(run, lambda m: m["files"]["model"].update(bytes=len(data), sha256=digest))
-    assert f"{path} is no safetensors file" in fails("sample", run)
+    assert f"{path} is not a safetensors file" in fails("sample", run)
     assert not (tmp_path / "ran").exists()
 
 
@@ -197,7 +197,7 @@ def test_a_pickle_in_the_place_of_safetensors_is_refused_and_not_run(run_of, tmp
         (lambda m: m["config"].update(block_size="8"), "is damaged"),
         (lambda m: m["config"].update(colour="red"), "colour"),
         (lambda m: m["vocabulary"].update(chars=5), "chars is 5"),
-        (lambda m: m["vocabulary"].update(chars="zab"), "not in their order"),
+        (lambda m: m["vocabulary"].update(chars="zab"), "not sorted and unique"),
         (lambda m: m["vocabulary"].update(chars="ab"), "its vocabulary has 3 tokens"),
         (lambda m: m["model"].update(n_hidden=9), "do not fit its model"),
         (lambda m: m["model"].update(type="gpt9"), "do not fit its model"),
@@ -214,7 +214,7 @@ def test_a_manifest_of_wrong_values_is_one_sentence(run_of, change, words):
 def test_json_that_is_no_manifest_is_one_sentence(run_of, text):
     run = run_of()
     (run / MANIFEST).write_text(text)
-    assert "is damaged or no charlm checkpoint" in fails("sample", run)
+    assert "is damaged or not a charlm checkpoint" in fails("sample", run)
 
 
 # ---- where it writes

@@ -10,8 +10,8 @@ import torch
 from lm_support import fails, succeeds, untrained_checkpoint
 
 from charlm.lm import checkpoint
-from charlm.lm.compare import BLOCK, _units, measure, standard_error
 from charlm.lm.data import build_corpus, read_corpus, read_text
+from charlm.lm.evaluate import BLOCK, _units, measure, standard_error
 
 NAMES = "\n".join(read_text(None).split("\n")[:400]) + "\n"
 
@@ -64,7 +64,7 @@ def test_json_has_the_fixed_form(runs):
 
 def test_the_table_has_a_row_for_each_model_and_says_what_it_shows(runs):
     output = succeeds("compare", runs / "wide", "--baselines", env={"COLUMNS": "200"})
-    assert "± is one standard error, over items; seconds are of this evaluation" in output
+    assert "± is one standard error over items; seconds are the time of this evaluation" in output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == ["uniform", "unigram", "bigram", f"{runs / 'wide'} (mlp)"]
     assert rows[0][2] == "0.0000"  # every item costs uniform the same for each of its characters
@@ -74,7 +74,7 @@ def test_models_of_another_split_are_refused_by_name(runs):
     assert f"{runs / 'other'} was trained on other data, or another split of it, than {runs / 'wide'}" in fails(
         "compare", runs / "wide", runs / "other"
     )
-    assert "it is one of train, dev, test" in fails("compare", runs / "wide", "--split", "valid")
+    assert "it must be one of train, dev, test" in fails("compare", runs / "wide", "--split", "valid")
 
 
 def test_the_standard_error_is_the_ordinary_one_where_every_unit_is_one_token():

@@ -64,9 +64,9 @@ def test_the_report_says_size_alphabet_repeats_and_one_row_for_each_order(tmp_pa
     path = tmp_path / "names.txt"
     path.write_text("emma\nolivia\nava\nisabella\nmia\n" * 8)
     output = succeeds("entropy", path, "--order", 3)
-    assert "232 bytes, 232 characters, 10 different ones (line format, guessed)" in output
+    assert "232 bytes, 232 characters, 10 of them distinct (line format, guessed)" in output
     assert "40 items, of which 35 repeat an earlier one" in output
-    assert "4 of 4 dev items (100.0%) stand in train as well" in output
+    assert "4 of 4 dev items (100.0%) also occur in train" in output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     assert all(0 <= float(row[1]) <= math.log2(10) for row in rows)

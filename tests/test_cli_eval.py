@@ -63,7 +63,7 @@ def test_another_text_is_evaluated_in_either_protocol_with_its_unknown_character
     path.write_text(FOREIGN)
     message = fails("eval", run, "-i", path)
     assert "character '!' at position 29 of the text (the first is 0) is not in the model's vocabulary;" in message
-    assert "--unknown escape counts unknown characters at their cost" in message
+    assert "--unknown escape scores unknown characters instead" in message
     flags = ("--unknown", "escape", "--protocol", protocol)
     found = evaluated(run, "-i", path, *flags)
     assert found["unknown_characters"] == 1
@@ -97,7 +97,9 @@ def test_the_data_of_the_training_is_known_wherever_it_is(run_of, tmp_path):
     assert found["split"] == "dev"
     assert "uniform" in succeeds("eval", run, "-i", moved)
     assert "No such file" in fails("eval", run)
-    assert "unknown split 'all': it is one of train, dev, test" in fails("eval", run, "-i", moved, "--split", "all")
+    assert "unknown split 'all': it must be one of train, dev, test" in fails(
+        "eval", run, "-i", moved, "--split", "all"
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from lm_support import succeeds
 
 SCREEN = {"COLUMNS": "80", "LINES": "24", "TERMINAL_WIDTH": "80"}
 UNITS = {
-    "train": ("nats a character", "bits"),
+    "train": ("nats per character", "bits"),
     "sample": ("character",),
     "score": ("in bits", "-log2 p"),
     "eval": ("in nats and bits",),
     "compare": ("in nats and bits", "seconds"),
-    "entropy": ("in bits a character", "in characters"),
+    "entropy": ("in bits per character", "in characters"),
 }
 
 

@@ -60,7 +60,7 @@ def test_data_may_come_through_a_pipe(trained, names, source):
 
 def test_entropy_without_a_file_says_that_standard_input_is_not_read():
     result = shell("echo unread | charlm entropy --order 0 --json")
-    assert result.stderr == "charlm: the names that ship are measured: `charlm entropy -` reads standard input\n"
+    assert result.stderr == "charlm: measuring the shipped names; `charlm entropy -` reads standard input\n"
     assert json.loads(result.stdout)["items"] > 30_000
     assert shell("charlm entropy --order 0 --json < /dev/null").stderr == ""
 

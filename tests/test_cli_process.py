@@ -59,7 +59,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_changes_nothing(tmp_path, n
     assert stderr == ""
     step = checkpoint.load(parts).step
     assert 0 < step < 800
-    assert f"stopped at step {step} of 800, and saved in" in stdout
+    assert f"stopped at step {step} of 800 and saved in" in stdout
     assert stdout.endswith(f"charlm train -o {parts} --resume\n")
 
     assert run("train", "-o", parts, "--resume", *ALONE).returncode == 0
@@ -169,7 +169,7 @@ def test_a_run_whose_reader_goes_away_is_saved_and_says_so(tmp_path):
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait(PATIENCE) == 128 + signal.SIGPIPE
-    assert re.fullmatch(r"charlm: the reader of the output has gone: saved step \d+ in .*run\n", error)
+    assert re.fullmatch(r"charlm: the output pipe was closed; stopped and saved step \d+ in .*run\n", error)
     assert error.endswith(f"saved step {checkpoint.load(tmp_path / 'run').step} in {tmp_path / 'run'}\n")
 
 
@@ -178,5 +178,5 @@ def test_a_terminal_that_is_closed_saves_the_run(tmp_path):
     while not process.stdout.readline().startswith("step "):
         pass
     process.send_signal(signal.SIGHUP)
-    assert "go on with" in process.stdout.read()
+    assert "resume with" in process.stdout.read()
     assert process.wait(PATIENCE) == 128 + signal.SIGHUP

@@ -15,8 +15,8 @@ from rich.console import Console
 import charlm
 from charlm.lm import checkpoint
 from charlm.lm.data import build_corpus
+from charlm.lm.display import glyph, heat, print_surprisals
 from charlm.lm.evaluate import evaluate, predictions
-from charlm.lm.heatmap import glyph, heat, print_surprisals
 
 ITEMS = build_corpus("emma\nolivia\nava\nisabella\n" * 5, format="line")
 TEXT = build_corpus("to be, or not to be:\nthat is the question\n" * 10, format="text")
@@ -187,7 +187,7 @@ def test_an_unknown_capital_is_told_the_case_of_the_vocabulary(items, text):
         in message
     )
     assert "are all lower case: did you mean 'emma'?" in message
-    assert "--unknown escape counts unknown characters at their cost" in message
+    assert "--unknown escape scores unknown characters instead" in message
     assert "did you mean" not in fails("score", items, "Ëmma")
     assert (
         "'#' at position 1 of the text (the first is 0) is not in the model's vocabulary (nor are '!', '?')"

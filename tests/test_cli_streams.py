@@ -127,7 +127,7 @@ def test_a_run_on_a_pipe_is_resumed_and_measured_with_its_data_given_again(pipe,
     assert saved.config.input_file == STREAM
     assert saved.digest == read_corpus(data).digest
     for command in (("train", "-o", run, "--resume"), ("eval", run), ("compare", run)):
-        assert "read its data from standard input or a pipe: give it again with -i" in fails(*command)
+        assert "read its data from standard input or a pipe: give the data again with -i" in fails(*command)
     assert len(succeeds("sample", run, "-n", 3).splitlines()) == 3  # which needs no data
     assert "resumed at step 2" in succeeds("train", "-o", run, "--resume", "-i", data, "--max-steps", 3)
     assert checkpoint.load(run).config.input_file == str(data)

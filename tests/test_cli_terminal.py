@@ -10,10 +10,9 @@ from lm_support import fails, succeeds, untrained_checkpoint
 from rich.console import Console
 
 from charlm.lm import checkpoint
-from charlm.lm.compare import Comparison
 from charlm.lm.data import read_corpus
 from charlm.lm.display import print_comparison, print_entropies, print_items, print_losses, print_passages
-from charlm.lm.evaluate import Evaluation
+from charlm.lm.evaluate import Comparison, Evaluation
 from charlm.lm.terminal import SafeConsole, visible
 
 TITLE = "\x1b]0;owned\x07"  # sets the title of the terminal's window

@@ -20,12 +20,12 @@ from rich.console import Console
 
 import charlm
 import charlm.lm.sample  # now, with the machine's own memory: it is imported late, and some tests change that
+from charlm._errors import UserError
 from charlm.cli import common
 from charlm.lm import checkpoint, display, memory, threads, train
 from charlm.lm.config import NETWORKS, TYPE_DEFAULTS, Config, check_options
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.display import ProgressReport
-from charlm.lm.errors import UserError
 from charlm.lm.metrics import METRICS
 from charlm.lm.models import MODELS, build_model
 from charlm.lm.train import Progress, StopRequest, Trainer
@@ -48,7 +48,7 @@ def data(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--n-layer", 12, "--order", 3), "mlp does not have these options; in brackets the types that do: "),
+        (("--n-layer", 12, "--order", 3), "mlp does not have these options (the types that have them in brackets): "),
         (("--n-layer", 12, "--order", 3), "--n-layer (gpt), --order (ngram)"),
         (("--n-layer", 4), "--n-layer (gpt)"),  # its default: given, and of no effect
         (("--type", "gpt", "--n-hidden", 9, "--batch-norm"), "--n-hidden (mlp and wavenet), --batch-norm (mlp)"),
@@ -155,7 +155,9 @@ def test_a_run_whose_output_cannot_be_written_is_saved_and_says_so(tmp_path, dat
     assert result.exit_code == 128 + signal.SIGPIPE
     step = checkpoint.load(tmp_path / "run").step
     assert 0 < step < 40
-    assert f"charlm: cannot write the output: No space left on device: saved step {step} in" in result.stderr
+    assert (
+        f"charlm: cannot write the output: No space left on device; stopped and saved step {step} in" in result.stderr
+    )
 
 
 def test_force_trains_beyond_the_memory(tmp_path, data, monkeypatch):
@@ -209,7 +211,7 @@ def test_the_memory_is_that_of_the_control_group_where_it_is_less(tmp_path, monk
 
 def test_advice_is_given_where_one_thread_is_faster(monkeypatch):
     for one, many, expected in (
-        (0.010, 0.050, "2 threads are slower than one here: 50 ms a step, with one 10 ms; --threads 1 goes faster"),
+        (0.010, 0.050, "a step takes 50 ms with 2 threads, but 10 ms with one: --threads 1 is faster here"),
         (0.010, 0.0105, None),
         (0.010, 0.006, None),
     ):
@@ -232,7 +234,7 @@ def test_steps_are_timed_with_one_thread_and_with_all_and_the_number_is_restored
 
 @pytest.mark.parametrize("type", ["mlp", "wavenet", "gpt"])
 def test_timing_steps_changes_nothing_of_the_run(tmp_path, monkeypatch, type):
-    monkeypatch.setattr(threads, "STEPS_WORTH_IT", 1)
+    monkeypatch.setattr(threads, "MIN_STEPS", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     config = Config.of_type(
@@ -247,9 +249,7 @@ def test_timing_steps_changes_nothing_of_the_run(tmp_path, monkeypatch, type):
             states.append(checkpoint.load(tmp_path / type).training)
     finally:
         torch.set_num_threads(before)
-    assert advised == [
-        "2 threads are slower than one here: 2e+03 ms a step, with one 1e+03 ms; --threads 1 goes faster"
-    ]
+    assert advised == ["a step takes 2e+03 ms with 2 threads, but 1e+03 ms with one: --threads 1 is faster here"]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 

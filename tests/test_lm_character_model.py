@@ -12,10 +12,10 @@ from lm_support import untrained_checkpoint
 
 import charlm
 from charlm import _load
+from charlm._errors import UserError
 from charlm.lm import checkpoint
 from charlm.lm.character_model import CharacterModel
 from charlm.lm.data import build_corpus, read_text
-from charlm.lm.errors import UserError
 from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.vocabulary import ESCAPE_PROBABILITY
 
@@ -156,7 +156,7 @@ def test_a_text_in_pieces_is_scored_as_the_whole(type, protocol, size, monkeypat
     if (type, protocol) != ("gpt", "sliding"):  # there eval sees block_size paddings before the text, and this one
         expected = evaluate(model.model, predictions(model.model, TEXT, "train", protocol), "train")
         assert nats.mean().item() == pytest.approx(expected.nats, rel=1e-6)
-    monkeypatch.setattr("charlm.lm.character_model.PREDICTED_AT_ONCE", 100)
+    monkeypatch.setattr("charlm.lm.character_model.MAX_CONTEXT_TOKENS", 100)
     torch.testing.assert_close(model.surprisal(whole, protocol=protocol), nats, rtol=1e-5, atol=1e-6)
     pieces = (whole[at : at + size] for at in range(0, len(whole), size))
     total, count = model.total_surprisal(pieces, protocol=protocol)
@@ -169,13 +169,13 @@ def test_items_in_pieces_are_scored_as_the_items(type, monkeypatch):
     model = CharacterModel(untrained_checkpoint(ITEMS, type, block_size=4, n_embd=4, n_head=2))
     items = [*ITEMS.parts["train"][:40], "a" * 50, "e"]
     nats = torch.cat(model.surprisals(items))
-    monkeypatch.setattr("charlm.lm.character_model.PREDICTED_AT_ONCE", 100)
+    monkeypatch.setattr("charlm.lm.character_model.MAX_CONTEXT_TOKENS", 100)
     torch.testing.assert_close(torch.cat(model.surprisals(items)), nats, rtol=1e-5, atol=1e-6)
     whole = "\n\n".join(items)
     total, count = model.total_surprisal(whole[at : at + 3] for at in range(0, len(whole), 3))
     assert count == len(nats)
     assert total == pytest.approx(nats.sum().item(), rel=1e-6)
-    monkeypatch.setattr("charlm.lm.character_model.ITEM_CHARACTERS", 20)
+    monkeypatch.setattr("charlm.lm.character_model.MAX_ITEM_CHARACTERS", 20)
     with pytest.raises(UserError, match="a line has more than 20 characters"):
         model.total_surprisal(["ava\n" * 10, "a" * 15, "a" * 15])
 
@@ -187,7 +187,7 @@ def test_the_repr_says_what_the_model_is(items):
     assert repr(CharacterModel(trained)) == (
         f"<charlm mlp: {size:,} parameters, {tokens} tokens, line format, 'names.txt', 2.1235 nats on dev>"
     )
-    assert repr(items).endswith("line format, the names that ship with charlm>")
+    assert repr(items).endswith("line format, the names shipped with charlm>")
 
 
 def test_one_text_where_several_are_asked_for_is_refused(items):

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from charlm._errors import UserError
 from charlm.lm import checkpoint
 from charlm.lm.checkpoint import MANIFEST, Checkpoint
 from charlm.lm.config import Config
-from charlm.lm.errors import UserError
 from charlm.lm.models import build_model
 from charlm.lm.vocabulary import Vocabulary
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from charlm._errors import UserError
 from charlm.lm.data import (
     SPLITS,
     Corpus,
@@ -22,7 +23,6 @@ from charlm.lm.data import (
     read_text,
     split_bounds,
 )
-from charlm.lm.errors import UserError
 from charlm.lm.examples import line_examples
 
 MAKEMORE = Path(__file__).resolve().parents[2] / "shared" / "data" / "names_makemore.txt"
@@ -126,7 +126,7 @@ def test_format_can_be_chosen_against_the_guess():
 
 
 def test_unknown_format_is_a_user_error():
-    with pytest.raises(UserError, match="unknown format 'csv': it is one of line, text"):
+    with pytest.raises(UserError, match="unknown format 'csv': it must be one of line, text"):
         build_corpus("ada\nbea\ncleo\n", format="csv")
 
 

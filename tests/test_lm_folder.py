@@ -9,10 +9,10 @@ import sys
 import pytest
 from lm_support import fails, succeeds, untrained_checkpoint
 
+from charlm._errors import UserError
 from charlm.lm import checkpoint
 from charlm.lm.checkpoint import MANIFEST
 from charlm.lm.data import build_corpus
-from charlm.lm.errors import UserError
 from charlm.lm.files import LOCK, locked
 
 NAMES = "emma\nolivia\nava\nisabella\n" * 10
@@ -111,7 +111,7 @@ def test_a_folder_of_other_files_is_not_written_into(tmp_path, data, flags):
     for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
         (tmp_path / "kept" / name).write_text("kept")
     message = fails("train", "-i", data, "-o", tmp_path / "kept", *TINY, *flags)
-    assert "holds files that no run of charlm wrote (a.txt, b.txt, c.txt and 1 more)" in message
+    assert "contains files that charlm did not write (a.txt, b.txt, c.txt and 1 more)" in message
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["a.txt", "b.txt", "c.txt", "d.txt"]
 
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_json_of_another_program_is_not_overwritten(tmp_path, data,
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / MANIFEST).write_text(text)
     message = fails("train", "-i", data, "-o", tmp_path / "run", "--overwrite", *TINY)
-    assert f"no run of charlm wrote ({MANIFEST})" in message
+    assert f"charlm did not write ({MANIFEST})" in message
     assert (tmp_path / "run" / MANIFEST).read_text() == text
 
 

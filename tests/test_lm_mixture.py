@@ -8,11 +8,11 @@ import pytest
 import torch
 from lm_support import StopAt
 
+from charlm._errors import UserError
 from charlm.lm import checkpoint
 from charlm.lm.character_model import CharacterModel
 from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_corpus
-from charlm.lm.errors import UserError
 from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.examples import IGNORED, in_windows
 from charlm.lm.models import Mixture, build_model

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from charlm._errors import UserError
 from charlm.lm import checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import build_corpus
-from charlm.lm.errors import UserError
 from charlm.lm.evaluate import evaluate
 from charlm.lm.examples import Examples
 from charlm.lm.models import Bigram, NGram, Unigram

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from charlm._errors import UserError
 from charlm.lm.data import build_corpus
-from charlm.lm.errors import UserError
 from charlm.lm.models import MLP, Bigram
-from charlm.lm.sample import SamplingOptions, sample, standing
+from charlm.lm.sample import SamplingOptions, containing_splits, sample
 
 ITEMS = build_corpus("abc\nab\ncab\nb.c\n" * 10)
 TEXT = build_corpus("to be, or not to be: that is the question,\n" * 20, format="text")
@@ -51,8 +51,8 @@ def test_an_unknown_character_of_the_prompt_is_a_user_error():
 def test_standing_names_every_split_that_holds_the_item():
     corpus = build_corpus("".join(f"{a}{b}\n" for a in "abcdefgh" for b in "ijklmnop"))
     train, dev, test = (corpus.parts[split][0] for split in ("train", "dev", "test"))
-    assert standing([train, dev, test, "zz"], corpus) == ["train", "dev", "test", "new"]
-    assert set(standing(["ab", "abc"], ITEMS)) <= {"train", "train, dev", "train, test", "train, dev, test"}
+    assert containing_splits([train, dev, test, "zz"], corpus) == ["train", "dev", "test", "new"]
+    assert set(containing_splits(["ab", "abc"], ITEMS)) <= {"train", "train, dev", "train, test", "train, dev, test"}
 
 
 @pytest.mark.parametrize(

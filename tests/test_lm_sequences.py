@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from charlm._errors import UserError
 from charlm.lm.data import SPLITS, build_corpus
-from charlm.lm.errors import UserError
 from charlm.lm.evaluate import evaluate, predictions, surprisals
 from charlm.lm.examples import IGNORED, line_examples, line_sequences
 from charlm.lm.models import build_model

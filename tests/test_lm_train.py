@@ -14,10 +14,10 @@ import pytest
 import torch
 from lm_support import StopAt
 
+from charlm._errors import UserError
 from charlm.lm import checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_text
-from charlm.lm.errors import UserError
 from charlm.lm.evaluate import baselines, evaluate
 from charlm.lm.metrics import METRICS, MetricsLog
 from charlm.lm.train import StopRequest, Trainer, build_optimizer, learning_rate_at
@@ -282,7 +282,7 @@ def test_a_config_that_cannot_work_is_a_user_error(options):
 
 
 def test_a_count_model_without_a_finite_loss_is_told_what_to_change(tmp_path):
-    with pytest.raises(UserError, match=r"inf by step .*: try an --add-k nearer to 1"):
+    with pytest.raises(UserError, match=r"inf by step .*: try an --add-k closer to 1"):
         Trainer(Config(type="bigram", add_k=1e308), CORPUS, tmp_path).run()
 
 

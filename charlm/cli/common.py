@@ -1,4 +1,4 @@
-"""What the commands share: their common flags, how an error ends them, the corpus of a checkpoint, the console."""
+"""Shared parts of the commands: common options, error handling, the corpus of a checkpoint, the console."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from charlm._errors import UserError
 from charlm.lm.config import Config
-from charlm.lm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from charlm.lm.data import Corpus
 
 EXIT_USER_ERROR = 2
-STREAM = "-"  # the path that means standard input; in a checkpoint, data that came from there or through a pipe
-# What the commands print beyond ASCII, for an output that cannot show it; other characters are shown as escapes.
-PLAIN = {"·": "-", "…": "...", "±": "+-", "×": "x", "–": "-"}
+STREAM = "-"  # the path of standard input; in a checkpoint, data from standard input or a pipe
+# Replacements of our own non-ASCII characters on an output that cannot encode them; others become escapes.
+ASCII_REPLACEMENTS = {"·": "-", "…": "...", "±": "+-", "×": "x", "–": "-"}
 
 
 def prepare_streams() -> None:
-    """Makes every command's output one that no character ends, that appears line by line, and that is there.
+    """Makes the standard streams encode every character and flush every line, and replaces closed ones.
 
-    A stream that was closed as the process began is None in Python: it becomes an empty one.
+    Python sets a stream to None if it was closed when the process started; here it becomes the null device.
     """
-    codecs.register_error("charlm", _plainly)
+    codecs.register_error("charlm", _replace_unencodable)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for as long as the process lasts)
@@ -44,23 +44,23 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="charlm", line_buffering=True)
 
 
-def _plainly(error: UnicodeError) -> tuple[str, int]:
-    """Encodes what the output's encoding has no place for, as codecs.register_error asks."""
+def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
+    """The replacement of characters that the output cannot encode: an error handler for codecs.register_error."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
+    return "".join(ASCII_REPLACEMENTS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
 
 
 def flag(name: str) -> str:
-    """The option of a parameter: "n_layer" → "--n-layer"."""
+    """The command-line option of a parameter: "n_layer" → "--n-layer"."""
     return f"--{name.replace('_', '-')}"
 
 
 def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns a UserError, or output that cannot be written, into one sentence on stderr and exit code 2.
+    """Turns a UserError or a failed write into one sentence on stderr and exit code 2.
 
-    A reader that has gone (`charlm score … | head -1`) is no error to speak of: typer ends with exit code 1.
+    A closed pipe, as in `charlm score … | head -1`, is silent: typer ends with exit code 1.
     """
 
     @wraps(command)
@@ -69,70 +69,72 @@ def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
             sys.stdout.flush()
         except UserError as error:
-            _say(str(error))
+            _print_error(str(error))
             raise typer.Exit(EXIT_USER_ERROR) from error
         except OSError as error:
             if error.filename is None:
                 discard_stdout()
                 if error.errno == errno.EPIPE:
                     raise
-            _say(f"cannot write {error.filename or 'the output'}: {error.strerror}")
+            _print_error(f"cannot write {error.filename or 'the output'}: {error.strerror}")
             raise typer.Exit(EXIT_USER_ERROR) from error
 
     return guarded
 
 
-def _say(sentence: str) -> None:
-    """Prints a sentence on stderr, in which a file name or a text cannot act on the terminal."""
+def _print_error(sentence: str) -> None:
+    """Prints a sentence on stderr, with control characters of file names and texts escaped."""
     from charlm.lm.terminal import visible
 
     typer.echo(f"charlm: {visible(sentence)}", err=True)
 
 
 def discard_stdout() -> None:
-    """Lets what stdout still holds go nowhere: Python would try to write it again, and say so, as it ends."""
-    with suppress(OSError, ValueError):  # where stdout is no file, it is not tried again
+    """Redirects stdout to the null device; otherwise Python flushes it again at exit and reports the same error."""
+    with suppress(OSError, ValueError):  # a stdout that is not a file is not flushed again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 InputFile = Annotated[
-    Path | None, typer.Option("-i", "--input-file", help="UTF-8 text; - is standard input.", show_default=False)
+    Path | None,
+    typer.Option("-i", "--input-file", help="UTF-8 text file; - reads standard input.", show_default=False),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Device = Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda or cuda:1.")]
 Unknown = Annotated[
-    str, typer.Option(help="A character outside the vocabulary: error, or escape at its cost of about 32 bits.")
+    str,
+    typer.Option(help="Treatment of characters outside the vocabulary: error, or escape, which costs about 32 bits."),
 ]
-Directory = Annotated[Path, typer.Argument(help="The folder that `charlm train -o` wrote.")]
+Directory = Annotated[Path, typer.Argument(help="Folder of a trained model, written by `charlm train -o`.")]
 
 
 @contextmanager
 def unknown_characters_named() -> Iterator[None]:
-    """Adds to the error about an unknown character how to count it."""
+    """Adds the option that allows unknown characters to the error about one."""
     from charlm.lm.vocabulary import UnknownCharacterError
 
     try:
         yield
     except UnknownCharacterError as error:
-        raise UserError(f"{error}; --unknown escape counts unknown characters at their cost") from error
+        raise UserError(f"{error}; --unknown escape scores unknown characters instead") from error
 
 
 def check_split(split: str) -> None:
-    """Raises UserError unless `split` is one."""
+    """Raises UserError unless `split` is the name of a split."""
     from charlm.lm.data import SPLITS
 
     if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: it is one of {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}: it must be one of {', '.join(SPLITS)}")
 
 
 def new_console() -> Console:
-    """Standard output, on which nothing that is printed acts."""
+    """The console on standard output; rich is imported only here."""
     from charlm.lm import terminal
 
     return terminal.new_console()
 
 
-def where_it_stays(path: Path) -> str:
-    """What a checkpoint keeps of the `path` of its data: STREAM for a pipe or a terminal, which is read only once."""
+def path_to_save(path: Path) -> str:
+    """The path of the data as a checkpoint stores it: STREAM for a pipe or a terminal, which can be read only once."""
     resolved = path.resolve()
     if path == Path(STREAM) or (os.path.exists(path) and not (resolved.is_file() or resolved.is_dir())):
         return STREAM
@@ -140,30 +142,32 @@ def where_it_stays(path: Path) -> str:
 
 
 def corpus_of(config: Config, given: Path | None = None) -> Corpus:
-    """The corpus that `config` asks for, read from the file `given` in the place of its own."""
+    """Reads the corpus of `config`, from the file `given` instead of its own if there is one."""
     from charlm.lm.data import read_corpus
 
     if given is None and config.input_file == STREAM:
-        raise UserError("the run read its data from standard input or a pipe: give it again with -i")
+        raise UserError("the run read its data from standard input or a pipe: give the data again with -i")
     path = given or (None if config.input_file is None else Path(config.input_file))
     return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
 
 
 def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
-    """The corpus that `saved` was trained on, from where it was or from `input_file`."""
+    """Reads the corpus that `saved` was trained on, from its recorded path or from `input_file`."""
     corpus = corpus_of(saved.config, input_file)
     if corpus.digest != saved.digest:
         name = input_file or saved.config.input_file or "names.txt"
-        raise UserError(f"{name} is not what the model was trained on: its split differs")
+        raise UserError(
+            f"{name} is not the data that the model was trained on (its split differs): give that data with -i"
+        )
     return corpus
 
 
 def print_samples(console: Console, samples: list[str], format: str, corpus: Corpus | None) -> None:
-    """Items, marked new or with their splits where `corpus` is known; or passages."""
+    """Prints samples; items are marked "new" or with their splits if `corpus` is given."""
     from charlm.lm.display import print_items, print_passages
-    from charlm.lm.sample import standing
+    from charlm.lm.sample import containing_splits
 
     if format == "line":
-        print_items(console, samples, None if corpus is None else standing(samples, corpus))
+        print_items(console, samples, None if corpus is None else containing_splits(samples, corpus))
     else:
         print_passages(console, samples)

@@ -1,4 +1,4 @@
-"""`charlm entropy`: what a model of a file has to beat."""
+"""`charlm entropy`: reference values for the loss of a model of a file."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 def entropy(
     file: Annotated[
-        Path | None, typer.Argument(help="UTF-8 text, - for standard input; absent: the 32,000 names that ship.")
+        Path | None,
+        typer.Argument(help="UTF-8 text file; - reads standard input. Default: the 32,000 shipped names."),
     ] = None,
-    order: Annotated[int, typer.Option(help="The longest context, in characters; from 0 to 20.")] = 5,
+    order: Annotated[int, typer.Option(help="Longest context in characters, from 0 to 20.")] = 5,
     format: Annotated[
-        str | None, typer.Option(help="line (one item a line) or text; guessed if absent.", show_default=False)
+        str | None,
+        typer.Option(help="Data format: line (one item per line) or text. Default: guessed.", show_default=False),
     ] = None,
-    split_seed: Annotated[
-        int, typer.Option(help="Of the shuffle of the items before the split 80/10/10.")
-    ] = Config.split_seed,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else; bits.")] = False,
+    split_seed: Annotated[int, typer.Option(help="Random seed of the 80/10/10 split.")] = Config.split_seed,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only a JSON object, in bits per character.")] = False,
 ) -> None:
-    """How predictable a file is, in bits a character.
+    """Measure how predictable a file is, in bits per character.
 
-    In-sample entropies are of the file's own counts.
+    In-sample entropies are computed from the counts of the whole file.
 
-    Held-out ones are of Kneser-Ney n-grams, fitted on train, measured on dev.
+    Held-out losses are those of Kneser-Ney n-grams, fitted on train and measured on dev.
     """
     from charlm.lm.data import data_name, read_text
     from charlm.lm.predictability import measure
@@ -58,15 +58,15 @@ def _show(console: Console, name: str, found: Predictability, guessed: bool) -> 
 
     kind = f"{found.format} format{', guessed' if guessed else ''}"
     lines = [
-        f"{name}: {found.bytes:,} bytes, {found.characters:,} characters, {found.alphabet:,} different ones ({kind})"
+        f"{name}: {found.bytes:,} bytes, {found.characters:,} characters, {found.alphabet:,} of them distinct ({kind})"
     ]
     if found.items is not None:
         share = found.dev_items_in_train / found.dev_items
         lines += [
             f"{found.items:,} items, of which {found.duplicate_items:,} repeat an earlier one",
-            f"{found.dev_items_in_train:,} of {found.dev_items:,} dev items ({share:.1%}) stand in train as well",
+            f"{found.dev_items_in_train:,} of {found.dev_items:,} dev items ({share:.1%}) also occur in train",
         ]
-    lines += ["bits per character, by how many characters of context are known:"]
+    lines += ["bits per character, by the length of the context in characters:"]
     for line in lines:
         print_line(console, line)
     print_entropies(console, found.in_sample, found.held_out)
@@ -75,10 +75,10 @@ def _show(console: Console, name: str, found: Predictability, guessed: bool) -> 
 
 
 def _hint_at_standard_input() -> None:
-    """Says that "-" reads standard input where that is a pipe or a file: the user may expect it to be read."""
+    """Prints how to read standard input if it is a pipe or a file, because the user may expect it to be read."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (AttributeError, OSError, ValueError):  # closed, or no file
+    except (AttributeError, OSError, ValueError):  # closed, or not a file
         return
     if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
-        typer.echo("charlm: the names that ship are measured: `charlm entropy -` reads standard input", err=True)
+        typer.echo("charlm: measuring the shipped names; `charlm entropy -` reads standard input", err=True)

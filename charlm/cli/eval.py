@@ -1,4 +1,4 @@
-"""`charlm eval`: the exact loss of a trained model on a split, or on another text."""
+"""`charlm eval`: the exact loss of a trained model on a split or on another text."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from charlm._errors import UserError
 from charlm.cli.common import (
     Device,
     Directory,
@@ -19,7 +20,6 @@ from charlm.cli.common import (
     trained_corpus,
     unknown_characters_named,
 )
-from charlm.lm.errors import UserError
 
 if TYPE_CHECKING:
     from charlm.lm.checkpoint import Checkpoint
@@ -30,34 +30,36 @@ def evaluate(
     directory: Directory,
     split: Annotated[
         str | None,
-        typer.Option(help="train, dev or test; absent: dev, and all of another file.", show_default=False),
+        typer.Option(
+            help="Split to evaluate on: train, dev or test. Default: dev, or all of another file.", show_default=False
+        ),
     ] = None,
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Of running text: sliding (each character from the full context before it) or fixed (windows of "
-            "it side by side, as nanoGPT); absent: fixed for a gpt, sliding for the others.",
+            help="Context of a prediction in running text: sliding (the full context before it) or fixed "
+            "(consecutive windows, as in nanoGPT). Default: fixed for a gpt, otherwise sliding.",
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only a JSON object.")] = False,
     input_file: Annotated[
         Path | None,
         typer.Option(
             "-i",
             "--input-file",
-            help="UTF-8 text, - for standard input: the data of the training where it is now, or another text.",
+            help="UTF-8 text file: the training data at a new path, or another text; - reads standard input.",
             show_default=False,
         ),
     ] = None,
     unknown: Unknown = "error",
     device: Device = "cpu",
 ) -> None:
-    """The exact loss on a split, or on another text, in nats and bits.
+    """Evaluate a model on a split or another text, in nats and bits.
 
-    The mean over all tokens; --json has both units, and the perplexity.
+    The loss is the exact mean over all tokens; --json prints both units and the perplexity.
 
-    Every token weighs the same. An item's end is a token too: it stands for the newline of the file.
+    Every token weighs the same. The end of an item is a token too and stands for the newline of the file.
     """
     from charlm.lm import checkpoint
     from charlm.lm.data import WHOLE, data_name, read_text
@@ -94,11 +96,11 @@ def evaluate(
 
 
 def _corpus_of(saved: Checkpoint, text: str, split: str | None, name: str) -> tuple[Corpus, bool]:
-    """The corpus of `text`, and whether `saved` was trained on it; another text is not split unless for a `split`."""
+    """The corpus of `text`, and whether `saved` was trained on it. Another text is split only if `split` is given."""
     from charlm.lm.data import WHOLE, build_corpus, whole_corpus
 
     settings = {"seed": saved.config.split_seed, "dedup": saved.config.dedup, "name": name}
-    with suppress(UserError):  # too short a text, say, is none that a model was trained on
+    with suppress(UserError):  # a text that is too short, for example, cannot be the training data
         corpus = build_corpus(text, format=saved.config.format, **settings)
         if corpus.digest == saved.digest:
             return corpus, True

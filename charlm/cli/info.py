@@ -1,4 +1,4 @@
-"""`charlm info`: what was built, what is running."""
+"""`charlm info`: versions, instruction sets, CUDA and threads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import typer
 
 
 def info() -> None:
-    """What charlm was built with, and runs with."""
+    """Show what charlm was built with and runs with."""
     import charlm
 
     for name, value in charlm.build_info().items():

@@ -1,4 +1,4 @@
-"""`charlm score`: how surprising each character of a text is to a trained model."""
+"""`charlm score`: the surprisal of each character of a text under a trained model."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from charlm._errors import UserError
 from charlm.cli.common import Device, Directory, InputFile, Unknown, new_console, unknown_characters_named
-from charlm.lm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from charlm.lm.character_model import CharacterModel
 
-MAX_BYTES = 1_000_000  # of a text whose every character is printed; of a longer one only the sum is
+MAX_BYTES = 1_000_000  # of a longer text only the total is printed, not every character
 SVG_COLUMNS = 80
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One item, or the text, and the bits of each of its characters (and of its end, in line format)."""
+    """An item or a text, and the bits of each of its characters and, in line format, of its end."""
 
     text: str
     bits: list[float]
@@ -38,29 +38,30 @@ class Scored:
 def score(
     directory: Directory,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="What to score, each by itself; without it and -i: standard input.")
+        list[str] | None,
+        typer.Argument(help="Texts to score, each on its own. Default: the input file, or standard input."),
     ] = None,
     input_file: InputFile = None,
     unknown: Unknown = "error",
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="Of running text: sliding (each character from the full context before it; absent: this) or fixed "
-            "(windows of it side by side, as nanoGPT).",
+            help="Context of a prediction in running text: sliding (the full context before it) or fixed "
+            "(consecutive windows, as in nanoGPT). Default: sliding.",
             show_default=False,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else; bits.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Write the coloured picture here as well.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only a JSON object, in bits.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Also write the coloured text to this SVG file.")] = None,
     device: Device = "cpu",
 ) -> None:
-    """How surprising each character is, in bits.
+    """Score the surprisal of each character, in bits.
 
-    The surprisal of a character is -log2 p: green is expected, red a surprise.
+    The surprisal of a character is -log2 p, from green (expected) to red (surprising).
 
-    A model of items scores each line, its end included; another the whole text.
+    A model of items scores each line including its end; another model scores the whole text.
 
-    Of more than 1 MB only the sum is printed.
+    For a text of more than 1 MB only the total is printed.
     """
     import charlm
 
@@ -82,7 +83,7 @@ def score(
         raise UserError("there is nothing to score: the text is empty")
     if svg is not None:
         if scored is None:
-            raise UserError(f"--svg draws every character, but the text has more than {MAX_BYTES:,} bytes")
+            raise UserError(f"--svg draws every character, and takes a text of at most {MAX_BYTES:,} bytes")
         _write_svg(svg, model, scored, protocol)
     if as_json:
         typer.echo(json.dumps(_to_json(model.format, protocol, total, count, scored), allow_nan=False))
@@ -99,7 +100,7 @@ def _score(model: CharacterModel, texts: list[str], options: dict[str, Any]) -> 
 
 
 def _score_file(model: CharacterModel, path: Path, options: dict[str, Any]) -> list[Scored] | tuple[float, int]:
-    """What the file holds, scored; of more than MAX_BYTES the sum of its bits and its number of predictions."""
+    """Scores a file; for more than MAX_BYTES, returns only the total in bits and the number of predictions."""
     from charlm.lm.data import data_name, decode_blocks, decode_text, opened
 
     with opened(path) as file:
@@ -111,7 +112,9 @@ def _score_file(model: CharacterModel, path: Path, options: dict[str, Any]) -> l
 
 
 def _texts(text: str, format: str) -> list[str]:
-    texts = [item for line in text.split("\n") if (item := line.strip())] if format == "line" else [text]
+    from charlm.lm.data import split_items
+
+    texts = split_items(text) if format == "line" else [text]
     if not any(texts):
         raise UserError("there is nothing to score: the text is empty")
     return texts
@@ -122,22 +125,22 @@ def _sum(scored: list[Scored]) -> tuple[float, int]:
 
 
 def _show(console: Console, model: CharacterModel, scored: list[Scored], protocol: str) -> None:
-    from charlm.lm.heatmap import END, legend, print_surprisals
+    from charlm.lm.display import ITEM_END, legend, print_surprisals
 
-    worst = max(1.0, math.log2(len(model.vocabulary)))
-    end = [END] if model.format == "line" else []
+    max_bits = max(1.0, math.log2(len(model.vocabulary)))
+    end = [ITEM_END] if model.format == "line" else []
     for each in scored:
-        print_surprisals(console, [*each.text, *end], each.bits, worst)
+        print_surprisals(console, [*each.text, *end], each.bits, max_bits)
         if len(scored) > 1:
             console.print(f"{each.total:.2f} bits\n")
-    console.print(legend(worst, len(model.vocabulary)), soft_wrap=True)
+    console.print(legend(max_bits, len(model.vocabulary)), soft_wrap=True)
     _show_sum(console, *_sum(scored), protocol)
 
 
 def _show_sum(console: Console, total: float, count: int, protocol: str) -> None:
     from charlm.lm.examples import PROTOCOLS
 
-    how = ", an item's end being one" if protocol == "items" else f" ({PROTOCOLS[protocol]})"
+    how = ", including the end of each item" if protocol == "items" else f" ({PROTOCOLS[protocol]})"
     console.print(
         f"total {total:.2f} bits for {count:,} characters{how}: {total / count:.4f} bits per character", soft_wrap=True
     )
@@ -164,9 +167,9 @@ def _write_svg(path: Path, model: CharacterModel, scored: list[Scored], protocol
 
 
 def _to_json(format: str, protocol: str, total: float, count: int, scored: list[Scored] | None) -> dict[str, Any]:
-    """The fixed form of `charlm score --json`: bits throughout; a number that JSON cannot hold is null.
+    """The object of `charlm score --json`, in bits; a number that JSON cannot represent is null.
 
-    items: null where only the sum was taken, of more than MAX_BYTES.
+    "items" is null for a text of more than MAX_BYTES, of which only the total is known.
     """
     items = scored and [
         {"text": each.text, "bits": [_finite(bits) for bits in each.bits], "total_bits": _finite(each.total)}

@@ -1,4 +1,4 @@
-"""`charlm train`: a run from its flags, or from its checkpoint on."""
+"""`charlm train`: starts a training run from its options, or resumes one from its checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from charlm.cli.common import STREAM, corpus_of, discard_stdout, flag, new_console, print_samples, where_it_stays
+from charlm._errors import UserError
+from charlm.cli.common import STREAM, corpus_of, discard_stdout, flag, new_console, path_to_save, print_samples
 from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
-from charlm.lm.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from charlm.lm.train import Progress, Trainer
 
 DEFAULT_DIRECTORY = Path("out")
-PASSAGE = 80  # characters of each of the 20 samples that training on running text ends with
+PASSAGE = 80  # length in characters of the samples that are printed after training on running text
 DEFAULT = Config()
-# What may change when a run is resumed: where it runs, how long, how often it reports; not what it computes.
+# Options that may change on --resume, because they do not affect what the run computes in each step.
 FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "patience", "log_interval"}
 DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 
 
 def option(group: str, text: str, *names: str, by_type: str | None = None) -> Any:
-    """A flag of `train`, in its panel of the help; by_type: the field of Config whose default depends on the model."""
+    """An option of `train` in a panel of its help; `by_type` names the field of Config whose default --type changes."""
     if by_type is None:
         return typer.Option(*names, help=text, rich_help_panel=group)
     others = [f"{type} {given[by_type]}" for type, given in TYPE_DEFAULTS.items() if by_type in given]
@@ -44,83 +44,100 @@ def train(
     context: typer.Context,
     input_file: Annotated[
         Path | None,
-        option(DATA, "UTF-8 text, or - for standard input; absent: the names that ship.", "-i", "--input-file"),
+        option(DATA, "UTF-8 text file; - reads standard input. Default: the shipped names.", "-i", "--input-file"),
     ] = None,
-    format: Annotated[str | None, option(DATA, "line (one item a line) or text; guessed if absent.")] = None,
-    split_seed: Annotated[
-        int, option(DATA, "Of the shuffle of the items before the split 80/10/10.")
-    ] = DEFAULT.split_seed,
+    format: Annotated[
+        str | None, option(DATA, "Data format: line (one item per line) or text. Default: guessed.")
+    ] = None,
+    split_seed: Annotated[int, option(DATA, "Random seed of the 80/10/10 split.")] = DEFAULT.split_seed,
     dedup: Annotated[bool, option(DATA, "Keep only the first of equal items.")] = DEFAULT.dedup,
-    work_dir: Annotated[Path, option(OUTPUT, "Checkpoint and metrics.", "-o", "--work-dir")] = DEFAULT_DIRECTORY,
-    resume: Annotated[bool, option(OUTPUT, "Go on from the checkpoint in the work dir.", "--resume")] = False,
+    work_dir: Annotated[
+        Path, option(OUTPUT, "Folder for the checkpoint and the metrics.", "-o", "--work-dir")
+    ] = DEFAULT_DIRECTORY,
+    resume: Annotated[bool, option(OUTPUT, "Resume from the checkpoint in the work dir.", "--resume")] = False,
     overwrite: Annotated[bool, option(OUTPUT, "Replace the run in the work dir.", "--overwrite")] = False,
-    force: Annotated[bool, option(OUTPUT, "Train what may not fit into memory.", "--force")] = False,
+    force: Annotated[bool, option(OUTPUT, "Train even if the memory may not suffice.", "--force")] = False,
     type: Annotated[
-        str, option(MODEL, "mlp, wavenet or gpt, or, by counting, ngram, bigram, unigram or uniform.")
+        str,
+        option(MODEL, "Model type: a network (mlp, wavenet, gpt) or a count model (ngram, bigram, unigram, uniform)."),
     ] = DEFAULT.type,
     block_size: Annotated[
-        int, option(MODEL, "Characters of context; of a wavenet a power of two.", by_type="block_size")
+        int, option(MODEL, "Context in characters; a power of two for the wavenet.", by_type="block_size")
     ] = DEFAULT.block_size,
     n_embd: Annotated[int, option(MODEL, "Width of an embedding.", by_type="n_embd")] = DEFAULT.n_embd,
     n_hidden: Annotated[int, option(MODEL, "Width of the tanh layers.", by_type="n_hidden")] = DEFAULT.n_hidden,
-    n_layer: Annotated[int, option(MODEL, "Blocks of the gpt.")] = DEFAULT.n_layer,
-    n_head: Annotated[int, option(MODEL, "Attention heads of each.")] = DEFAULT.n_head,
-    batch_norm: Annotated[bool, option(MODEL, "Batch norm before the mlp's tanh.")] = DEFAULT.batch_norm,
-    dropout: Annotated[float, option(MODEL, "Share of hidden units dropped.", by_type="dropout")] = DEFAULT.dropout,
+    n_layer: Annotated[int, option(MODEL, "Number of gpt blocks.")] = DEFAULT.n_layer,
+    n_head: Annotated[int, option(MODEL, "Attention heads per gpt block.")] = DEFAULT.n_head,
+    batch_norm: Annotated[bool, option(MODEL, "Batch norm before the tanh of the mlp.")] = DEFAULT.batch_norm,
+    dropout: Annotated[
+        float, option(MODEL, "Dropout probability of hidden units.", by_type="dropout")
+    ] = DEFAULT.dropout,
     token_noise: Annotated[
-        float, option(TRAINING, "Share of the tokens seen that are drawn anew.")
+        float, option(TRAINING, "Probability of replacing an input token by a random one.")
     ] = DEFAULT.token_noise,
     mix_ngram: Annotated[
-        int, option(MODEL, "Order of an n-gram averaged with the network; 0: none.")
+        int, option(MODEL, "Order of an n-gram to average with the network; 0 for none.")
     ] = DEFAULT.mix_ngram,
-    order: Annotated[int, option(MODEL, "Longest n-gram of ngram; its context is one less.")] = DEFAULT.order,
-    smoothing: Annotated[str, option(MODEL, "Of ngram: kneser-ney or add-k.")] = DEFAULT.smoothing,
-    add_k: Annotated[float, option(MODEL, "Smoothing of the count models.")] = DEFAULT.add_k,
-    max_steps: Annotated[int, option(TRAINING, "Optimizer steps.", by_type="max_steps")] = DEFAULT.max_steps,
+    order: Annotated[int, option(MODEL, "Order of the ngram model; its context is order - 1.")] = DEFAULT.order,
+    smoothing: Annotated[str, option(MODEL, "Smoothing of ngram: kneser-ney or add-k.")] = DEFAULT.smoothing,
+    add_k: Annotated[float, option(MODEL, "Constant added to the counts of count models.")] = DEFAULT.add_k,
+    max_steps: Annotated[int, option(TRAINING, "Number of optimizer steps.", by_type="max_steps")] = DEFAULT.max_steps,
     batch_size: Annotated[
         int,
-        option(TRAINING, "Examples a batch; of the gpt items or windows.", "-b", "--batch-size", by_type="batch_size"),
+        option(
+            TRAINING,
+            "Batch size in examples; for the gpt in items or windows.",
+            "-b",
+            "--batch-size",
+            by_type="batch_size",
+        ),
     ] = DEFAULT.batch_size,
     gradient_accumulation_steps: Annotated[
-        int, option(TRAINING, "Batches a step, each token weighing the same.")
+        int, option(TRAINING, "Batches per optimizer step.")
     ] = DEFAULT.gradient_accumulation_steps,
-    optimizer: Annotated[str, option(TRAINING, f"{' or '.join(OPTIMIZERS)}.")] = DEFAULT.optimizer,
+    optimizer: Annotated[str, option(TRAINING, f"Optimizer: {' or '.join(OPTIMIZERS)}.")] = DEFAULT.optimizer,
     learning_rate: Annotated[
-        float, option(TRAINING, "The largest of the schedule.", "-l", "--learning-rate", by_type="learning_rate")
+        float, option(TRAINING, "Peak learning rate.", "-l", "--learning-rate", by_type="learning_rate")
     ] = DEFAULT.learning_rate,
     weight_decay: Annotated[
-        float, option(TRAINING, "Of the linear layers.", "-w", "--weight-decay", by_type="weight_decay")
+        float,
+        option(TRAINING, "Weight decay of the linear layers.", "-w", "--weight-decay", by_type="weight_decay"),
     ] = DEFAULT.weight_decay,
     grad_clip: Annotated[
-        float, option(TRAINING, "Largest norm of a step's gradient; 0: any.", by_type="grad_clip")
+        float, option(TRAINING, "Largest norm of the gradient; 0 disables clipping.", by_type="grad_clip")
     ] = DEFAULT.grad_clip,
     schedule: Annotated[
-        str, option(TRAINING, f"{', '.join(SCHEDULES)}; step: a tenth from the half on.")
+        str,
+        option(
+            TRAINING,
+            f"Learning-rate schedule: {', '.join(SCHEDULES)}. step divides by 10 after half of the steps.",
+        ),
     ] = DEFAULT.schedule,
-    warmup_steps: Annotated[int, option(TRAINING, "Of linear warm-up.")] = DEFAULT.warmup_steps,
+    warmup_steps: Annotated[int, option(TRAINING, "Number of linear warm-up steps.")] = DEFAULT.warmup_steps,
     eval_interval: Annotated[
-        int | None, option(TRAINING, "Steps between evaluations, each saved; absent: max-steps / 10.")
+        int | None, option(TRAINING, "Steps between evaluations, which also save. Default: max-steps / 10.")
     ] = DEFAULT.eval_interval,
     patience: Annotated[
-        int | None, option(TRAINING, "Stop after so many evaluations without a better loss on dev; absent: never.")
+        int | None,
+        option(TRAINING, "Evaluations without a better loss on dev before training stops. Default: no limit."),
     ] = DEFAULT.patience,
-    log_interval: Annotated[int, option(TRAINING, "Steps between lines of the training loss.")] = DEFAULT.log_interval,
-    seed: Annotated[int, option(TRAINING, "Of initialisation, batches, dropout and noise.")] = DEFAULT.seed,
-    device: Annotated[str, option(TRAINING, "cpu, cuda, cuda:1, …")] = DEFAULT.device,
-    dtype: Annotated[
-        str, option(TRAINING, f"{' or '.join(DTYPES)}: the second trains under autocast.")
-    ] = DEFAULT.dtype,
+    log_interval: Annotated[
+        int, option(TRAINING, "Steps between reports of the training loss.")
+    ] = DEFAULT.log_interval,
+    seed: Annotated[int, option(TRAINING, "Random seed of initialization, batches, dropout and noise.")] = DEFAULT.seed,
+    device: Annotated[str, option(TRAINING, "Device to train on, such as cpu, cuda or cuda:1.")] = DEFAULT.device,
+    dtype: Annotated[str, option(TRAINING, f"Precision: {' or '.join(DTYPES)} (through autocast).")] = DEFAULT.dtype,
     compile: Annotated[bool, option(TRAINING, "Train through torch.compile.", "--compile")] = DEFAULT.compile,
     threads: Annotated[
         int | None,
-        option(TRAINING, "Of the CPU; fewer are faster where others use it too; absent: one a core."),
+        option(TRAINING, "Number of CPU threads; on a shared machine fewer may be faster. Default: one per core."),
     ] = None,
 ) -> None:
     """Train a model; show its loss and samples.
 
-    Without arguments: an mlp on the names that ship, on the CPU, into ./out.
+    Without options, train an mlp on the shipped names, on the CPU, into ./out.
 
-    Losses are in nats a character, and at the end in bits too, beside the baselines'.
+    Losses are in nats per character; the table at the end adds bits and the baselines.
     """
     from charlm.lm import checkpoint
     from charlm.lm.files import locked
@@ -131,7 +148,7 @@ def train(
         if context.get_parameter_source(name).name == "COMMANDLINE"
     }
     if input_file is not None:
-        given["input_file"] = where_it_stays(input_file)
+        given["input_file"] = path_to_save(input_file)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     _check_one_process()
@@ -141,8 +158,8 @@ def train(
         check_options(config.type, given)
         _check_folder(work_dir, overwrite)
     elif not checkpoint.exists(work_dir):
-        raise UserError(f"there is no checkpoint in {work_dir} to go on from")
-    with locked(work_dir):  # and what was looked at is looked at again
+        raise UserError(f"there is no checkpoint in {work_dir} to resume from")
+    with locked(work_dir):  # the folder may have changed before it was locked, so it is checked again
         saved = None
         if resume:
             saved = checkpoint.load(work_dir)
@@ -154,11 +171,11 @@ def train(
 
 
 def _check_one_process() -> None:
-    """Raises UserError under torchrun, whose processes would all train the same run into the same folder."""
+    """Raises UserError under torchrun, because all of its processes would train the same run in the same folder."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes.isdecimal() and int(processes) > 1:
         raise UserError(
-            f"WORLD_SIZE is {processes}, as torchrun sets it, but charlm trains in one process: start it without "
+            f"WORLD_SIZE is {processes}, as torchrun sets it, but charlm trains in a single process: start it without "
             "torchrun, or unset WORLD_SIZE"
         )
 
@@ -175,34 +192,35 @@ def _set_threads(count: int | None) -> None:
 
 
 def _check_folder(work_dir: Path, overwrite: bool) -> None:
-    """Raises UserError unless a run may begin in `work_dir`."""
+    """Raises UserError unless a run may start in `work_dir`."""
     from charlm.lm import checkpoint
 
-    names = checkpoint.in_the_way(work_dir)
+    names = checkpoint.foreign_files(work_dir)
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(
-            f"{work_dir} holds files that no run of charlm wrote ({', '.join(names[:3])}{more}): give a new folder or "
-            "an empty one with -o"
+            f"{work_dir} contains files that charlm did not write ({', '.join(names[:3])}{more}): choose a new or "
+            "empty folder with -o"
         )
     if checkpoint.exists(work_dir) and not overwrite:
         raise UserError(
-            f"{work_dir} holds a trained model already: add --resume to go on, or --overwrite to replace it"
+            f"{work_dir} already contains a trained model: add --resume to continue it, or --overwrite to replace it"
         )
 
 
 def _resumed_config(saved: Config, given: dict[str, Any]) -> Config:
-    """The saved config with the flags given now, of which only those in FREE_ON_RESUME may differ."""
+    """The saved config, updated with the given options, of which only those in FREE_ON_RESUME may differ."""
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != getattr(saved, name):
             raise UserError(
-                f"{flag(name)} {value} differs from the checkpoint's {getattr(saved, name)}, and cannot on --resume"
+                f"{flag(name)} {value} differs from the checkpoint's {getattr(saved, name)}, which --resume cannot "
+                "change: leave the option out"
             )
     return replace(saved, **{name: value for name, value in given.items() if name in FREE_ON_RESUME})
 
 
 def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Checkpoint | None, force: bool) -> None:
-    """Trains to the end or to a signal, and shows what came out."""
+    """Trains until the end or a signal, and prints the result."""
     from charlm.lm.display import ProgressReport
     from charlm.lm.memory import check_fits
     from charlm.lm.train import StopRequest, Trainer, usable_device
@@ -217,8 +235,8 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
     trainer = Trainer(config, corpus, work_dir, resumed)
     _print_model(console, config, corpus, trainer)
     stop = StopRequest()
-    lost: list[str] = []  # why the output cannot be written
-    # Counting has nothing to save before its end: a signal ends it as it ends any process.
+    lost: list[str] = []  # the reason why the output cannot be written
+    # A count model has nothing to save before its end, so that a signal ends the process as usual.
     with (
         nullcontext() if trainer.optimizer is None else stop.listening(),
         ProgressReport(console, config.max_steps, trainer.step) as report,
@@ -227,11 +245,11 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
         def show(progress: Progress) -> None:
             try:
                 report(progress)
-            except OSError as error:  # `charlm train | head`, a full disk: stop as for a signal, with everything saved
+            except OSError as error:  # `charlm train | head` or a full disk: save and stop, as for a signal
                 discard_stdout()
                 stop.signal = stop.signal or signal.SIGPIPE
                 lost.append(
-                    "the reader of the output has gone"
+                    "the output pipe was closed"
                     if error.errno == errno.EPIPE
                     else f"cannot write the output: {error.strerror}"
                 )
@@ -239,11 +257,11 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
         finished = trainer.run(show, stop, report.advise)
         report.stopped_at(trainer.step)
     if stop.signal == signal.SIGPIPE and not finished:
-        typer.echo(f"charlm: {lost[0]}: saved step {trainer.step} in {work_dir}", err=True)
+        typer.echo(f"charlm: {lost[0]}; stopped and saved step {trainer.step} in {work_dir}", err=True)
     if not finished:
         again = " -i FILE" if config.input_file == STREAM else ""
-        where = f"stopped at step {trainer.step} of {config.max_steps}, and saved in {work_dir}"
-        console.print(f"{where}; go on with:\ncharlm train -o {work_dir} --resume{again}", soft_wrap=True)
+        where = f"stopped at step {trainer.step} of {config.max_steps} and saved in {work_dir}"
+        console.print(f"{where}; resume with:\ncharlm train -o {work_dir} --resume{again}", soft_wrap=True)
         raise typer.Exit(128 + (stop.signal or 0))
     _print_result(console, config, corpus, trainer)
 
@@ -252,7 +270,7 @@ def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) 
     sizes = {name: sum(map(len, part)) if corpus.format == "text" else len(part) for name, part in corpus.parts.items()}
     unit = "characters" if corpus.format == "text" else "items"
     counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    source = config.input_file or "the names that ship with charlm"
+    source = config.input_file or "the names shipped with charlm"
     console.print(
         f"{'standard input or a pipe' if source == STREAM else source}: {sum(sizes.values()):,} {unit} "
         f"({corpus.format} format{guessed}); {counts}; {len(corpus.vocabulary)} tokens",
@@ -262,19 +280,17 @@ def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) 
         console.print(f"{corpus.duplicates_removed:,} duplicates removed")
     overlap = corpus.overlap()
     if overlap is not None:
-        console.print(
-            f"{overlap:,} of {sizes['dev']:,} dev items ({overlap / sizes['dev']:.1%}) stand in train as well"
-        )
+        console.print(f"{overlap:,} of {sizes['dev']:,} dev items ({overlap / sizes['dev']:.1%}) also occur in train")
 
 
 def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
-    from charlm.lm.memory import estimate_bytes, readable
+    from charlm.lm.memory import estimate_bytes, format_bytes
 
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f", resumed at step {trainer.step}" if trainer.step else ""
-    work = "counts"
+    work = "a count model"
     if parameters:
-        memory = readable(estimate_bytes(config, corpus))
+        memory = format_bytes(estimate_bytes(config, corpus))
         work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}, about {memory} of memory"
     console.print(f"{config.label}: {work}{start}", soft_wrap=True)
 

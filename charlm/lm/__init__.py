@@ -1,5 +1,5 @@
 """The character language model: data, models, training, evaluation, sampling, checkpoints.
 
-Built from `charlm.nn`; nothing imports it but `charlm.cli` and, when it is called, `charlm.load`. Losses are in
-nats a character unless a name says otherwise.
+Only `charlm.cli` and `charlm.load` import this package, so that `import charlm` does not load it. Losses are in nats
+per character unless a name says otherwise.
 """

@@ -1,15 +1,16 @@
-"""A training run on disk: safetensors and JSON, no pickle, never half a checkpoint.
+"""Checkpoints of a training run: safetensors and JSON without pickle, replaced atomically.
 
     DIR/checkpoint.json                  the manifest: version, step, config, model, vocabulary, split hash,
                                          and name, size and sha256 of the two files below
     DIR/model-<sha256>.safetensors       the weights to use: the best on dev so far
-    DIR/training-<sha256>.safetensors    what resuming needs: current weights, optimizer and random state
+    DIR/training-<sha256>.safetensors    the state for resuming: current weights, optimizer and random state
     DIR/metrics.jsonl                    see `metrics`
 
-The tensor files are named after their content, so a new one never overwrites the old one's. Both are on disk
-before the manifest is renamed over the old one, which is the one atomic step: at every moment the manifest in
-place names two complete files. Files that it does not name are removed after that: so one process at a time
-writes to a folder, which `files.locked` sees to, and a reader whose file was replaced reads the manifest again.
+The name of a tensor file is derived from its content, so a new file never overwrites an old one. Both files are on disk
+before the new manifest is renamed over the old one. That rename is the only atomic step that is needed: at any time the
+manifest names two complete files. Afterwards the files of the old manifest are removed. Therefore only one process at a
+time may write to a folder, which `files.locked` ensures, and a reader whose file has disappeared reads the manifest
+again.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from charlm._errors import UserError
 from charlm._version import __version__
 from charlm.lm.config import Config
-from charlm.lm.errors import UserError
 from charlm.lm.files import write_atomically
 from charlm.lm.models import LanguageModel, build_model
 from charlm.lm.vocabulary import Vocabulary
@@ -38,23 +39,26 @@ MANIFEST = "checkpoint.json"
 FORMAT = "charlm checkpoint"
 VERSION = 1
 PARTS = ("model", "training")
-# The two tensor files of a checkpoint, and what they are called while they are written.
+# The names of the two tensor files of a checkpoint, and of the temporary files while they are written.
 PART = re.compile(r"(model|training)-[0-9a-f]{16}\.safetensors|\.(model|training)-[0-9a-f]{16}\.safetensors\.\d+\.tmp")
-# What a run that ends before its first checkpoint can leave in its folder.
-OURS = re.compile(rf"\.lock|metrics\.jsonl|{PART.pattern}|\..+\.\d+\.tmp")
+# The names of all files that a run may leave in its folder if it ends before its first checkpoint.
+OWN_FILES = re.compile(rf"\.lock|metrics\.jsonl|{PART.pattern}|\..+\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The state of a training run after `step` steps.
 
-    config:     what the run was started with.
-    model:      the arguments of `build_model`.
-    vocabulary: the tokens.
-    digest:     `Corpus.digest` of the data and its split.
-    best_step, best_nats: where and what the best evaluation on dev was; None before the first one.
-    weights:    the model's state dict at best_step (at `step` before the first evaluation).
-    training:   the trainer's tensors, by name.
+    Attributes:
+        step: The number of optimizer steps.
+        config: The configuration of the run.
+        model: The arguments of `build_model`.
+        vocabulary: The characters and their tokens.
+        digest: `Corpus.digest` of the data and its split.
+        best_step: The step of the best evaluation on dev; None before the first one.
+        best_nats: The loss of the best evaluation on dev in nats per character; None before the first one.
+        weights: The model's state dict at best_step, or at `step` before the first evaluation.
+        training: The trainer's tensors by name.
     """
 
     step: int
@@ -68,15 +72,15 @@ class Checkpoint:
     training: dict[str, Tensor]
 
     def build_model(self, device: torch.device | str = "cpu") -> LanguageModel:
-        """The model with its weights, in evaluation mode.
+        """Builds the model with its weights, in evaluation mode on `device`.
 
         Raises:
-            UserError: the weights are of another model.
+            UserError: The weights do not fit the model.
         """
         try:
             model = build_model(**self.model)
             model.load_state_dict(self.weights)
-        except UserError:  # which is a ValueError
+        except UserError:  # a ValueError too
             raise
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
@@ -85,19 +89,19 @@ class Checkpoint:
 
 
 def exists(directory: Path) -> bool:
-    """Whether `directory` holds a checkpoint, readable or not."""
+    """Whether `directory` contains a checkpoint, valid or not."""
     return (directory / MANIFEST).exists()
 
 
-def in_the_way(directory: Path) -> list[str]:
-    """The names of what keeps a run from beginning in `directory`: files that no run of ours wrote.
+def foreign_files(directory: Path) -> list[str]:
+    """The names of files in `directory` that no run of charlm wrote, which must not be written over.
 
-    Empty if the folder does not exist, is empty, or holds a checkpoint, even a damaged one.
+    The list is empty if the folder does not exist, is empty, or contains a checkpoint, even a damaged one.
     """
     if not directory.is_dir():
         return []
     if not exists(directory):
-        return sorted(path.name for path in directory.iterdir() if not OURS.fullmatch(path.name))
+        return sorted(path.name for path in directory.iterdir() if not OWN_FILES.fullmatch(path.name))
     try:
         manifest = json.loads(_read(directory / MANIFEST))
     except (ValueError, RecursionError):
@@ -106,7 +110,7 @@ def in_the_way(directory: Path) -> list[str]:
 
 
 def save(directory: Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` to `directory`, made if need be; the one in place stays until this one is whole."""
+    """Writes `checkpoint` to `directory`, creating it if needed; the old one stays until the new one is complete."""
     directory.mkdir(parents=True, exist_ok=True)
     files = {
         "model": _write_tensors(directory, "model", checkpoint.weights),
@@ -131,13 +135,14 @@ def save(directory: Path, checkpoint: Checkpoint) -> None:
 
 
 def load(directory: Path) -> Checkpoint:
-    """The checkpoint in `directory`.
+    """Loads the checkpoint in `directory`.
 
-    Nothing that the manifest says is trusted: it may name only files of its own kind in its own folder, and tensor
-    files are safetensors, which hold no code.
+    The manifest is not trusted: it may only name tensor files in its own folder, and safetensors files cannot contain
+    code.
 
     Raises:
-        UserError: there is none, a newer charlm wrote it, or a file of it is missing, truncated or altered.
+        UserError: There is no checkpoint, a newer charlm wrote it, or one of its files is missing, truncated or
+            altered.
     """
     path = directory / MANIFEST
     while True:
@@ -145,7 +150,7 @@ def load(directory: Path) -> Checkpoint:
         try:
             return _load(path, data)
         except UserError:
-            # A run that goes on may have replaced the files between our reading of their names and of them.
+            # A running training may have replaced the files after the manifest was read: then read the new manifest.
             if _read(path) == data:
                 raise
 
@@ -174,7 +179,7 @@ def _load(path: Path, data: bytes) -> Checkpoint:
             weights=tensors["model"],
             training=tensors["training"],
         )
-    except UserError:  # which is a ValueError
+    except UserError:  # a ValueError too
         raise
     except KeyError as error:
         raise UserError(f"{path} is damaged: it has no {error}") from error
@@ -197,12 +202,12 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         manifest = None
     if not isinstance(manifest, dict) or "version" not in manifest:
-        raise UserError(f"{path} is damaged or no charlm checkpoint: it is not the JSON that charlm writes")
+        raise UserError(f"{path} is damaged or not a charlm checkpoint: its JSON is not a manifest")
     return manifest
 
 
 def _typed(manifest: dict[str, Any], key: str, *types: type | None) -> Any:
-    """manifest[key], or TypeError if it is of none of `types`: JSON's true is no int here."""
+    """manifest[key]; TypeError unless it has exactly one of `types`, so that JSON's true is not an int."""
     value = manifest[key]
     if not any(value is None if wanted is None else type(value) is wanted for wanted in types):
         raise TypeError(f"{key} is {value!r}")
@@ -213,7 +218,7 @@ def _vocabulary(manifest: dict[str, Any]) -> Vocabulary:
     entry = _typed(manifest, "vocabulary", dict)
     chars, separator = _typed(entry, "chars", str), _typed(entry, "separator", bool)
     if list(chars) != sorted(set(chars)):
-        raise ValueError("the characters of its vocabulary are not in their order")
+        raise ValueError("the characters of its vocabulary are not sorted and unique")
     vocabulary = Vocabulary(chars, separator)
     expected = _typed(manifest, "model", dict)["vocab_size"]
     if expected != len(vocabulary):
@@ -222,7 +227,7 @@ def _vocabulary(manifest: dict[str, Any]) -> Vocabulary:
 
 
 def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Writes one tensor file, and returns its entry of the manifest."""
+    """Writes one tensor file and returns its entry in the manifest."""
     data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     digest = hashlib.sha256(data).hexdigest()
     name = f"{part}-{digest[:16]}.safetensors"
@@ -233,11 +238,11 @@ def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor]) -> di
 def _read_tensors(directory: Path, part: str, entry: dict[str, Any]) -> dict[str, Tensor]:
     name = _typed(entry, "name", str)
     if not re.fullmatch(rf"{part}-[0-9a-f]{{16}}\.safetensors", name):
-        raise ValueError(f"{name!r} is no name of a file of its {part}")
+        raise ValueError(f"{name!r} is not the name of a {part} file")
     path = directory / name
     try:
         found = path.stat().st_size
-        if found != entry["bytes"]:  # before it is read: what is there may be of any size
+        if found != entry["bytes"]:  # checked before reading, because the file may have any size
             raise UserError(f"{path} is truncated or altered: it has {found} bytes instead of {entry['bytes']}")
         data = path.read_bytes()
     except OSError as error:
@@ -247,7 +252,7 @@ def _read_tensors(directory: Path, part: str, entry: dict[str, Any]) -> dict[str
     try:
         return tensors_from_bytes(data)
     except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file: {error}") from error
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _remove_unnamed(directory: Path, names: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""Everything that determines a training run, in one place: the defaults of the command line are these."""
+"""The configuration of a training run, with the defaults of the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from charlm.lm.errors import UserError
+from charlm._errors import UserError
 from charlm.lm.models import MODELS, CountModel
 from charlm.lm.models.ngram import SMOOTHINGS
 from charlm.ngrams import MAX_LENGTH
@@ -16,8 +16,8 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 DTYPES = ("float32", "bfloat16")
 
-# What a model is trained with unless told otherwise; of what is not named here, `Config`'s own defaults are the MLP's.
-# Chosen on makemore's names, for two cores.
+# Defaults by model type, chosen on makemore's names for two cores. The defaults of `Config` itself are those of the MLP
+# and apply to every type unless they are listed here.
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "wavenet": {
         "n_embd": 24,
@@ -37,7 +37,7 @@ TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "grad_clip": 1.0,
     },
 }
-# What each model's constructor takes beside what all take.
+# The constructor arguments of each model beyond those that all models take.
 MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "mlp": ("n_embd", "n_hidden", "batch_norm", "dropout"),
     "wavenet": ("n_embd", "n_hidden", "dropout"),
@@ -46,7 +46,7 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 COUNT_OPTIONS = ("add_k",)
 NETWORKS = ("mlp", "wavenet", "gpt")
-# What only networks are trained with. (add_k is every type's: the baselines of its tables are smoothed with it.)
+# Options that only networks have. (Every type has add_k, because it also smooths the baselines in the tables.)
 NETWORK_OPTIONS = (
     "block_size",
     "token_noise",
@@ -67,11 +67,11 @@ NETWORK_OPTIONS = (
 )
 
 INT64 = range(-(2**63), 2**63)
-SEEDS = range(-(2**63), 2**64)  # what torch.manual_seed takes
+SEEDS = range(-(2**63), 2**64)  # the range of torch.manual_seed
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
-    """Raises UserError for an integer beyond 64 bits, which torch refuses in its own words, and for inf and NaN."""
+    """Raises UserError for an integer beyond 64 bits, for infinity and for NaN."""
     for name, value in values.items():
         allowed = SEEDS if name == "seed" else INT64
         if isinstance(value, int) and value not in allowed:
@@ -81,15 +81,15 @@ def check_numbers(values: Mapping[str, Any]) -> None:
 
 
 def check_options(type: str, given: Iterable[str]) -> None:
-    """Raises UserError for an option that a model of `type` does not have, naming the types that have it."""
+    """Raises UserError for options that the model `type` does not have, and names the types that have them."""
     foreign = {name: types for name in given if type not in (types := types_with(name))}
     if foreign and type in MODELS:
         options = ", ".join(f"--{name.replace('_', '-')} ({' and '.join(types)})" for name, types in foreign.items())
-        raise UserError(f"{type} does not have these options; in brackets the types that do: {options}")
+        raise UserError(f"{type} does not have these options (the types that have them in brackets): {options}")
 
 
 def types_with(option: str) -> tuple[str, ...]:
-    """The types whose runs depend on `option`, a field of Config."""
+    """The model types whose runs depend on `option`, a field of Config."""
     if option in NETWORK_OPTIONS:
         return NETWORKS
     own = tuple(type for type, options in MODEL_OPTIONS.items() if option in options)
@@ -98,37 +98,44 @@ def types_with(option: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Config:
-    """One training run. The names are makemore's and nanoGPT's where they have one.
+    """One training run. Names follow makemore and nanoGPT where these have the option.
 
-    input_file:    the corpus; None is the names that ship with charlm.
-    format:        "line" or "text"; None guesses.
-    split_seed:    of the shuffle that splits items 80/10/10; 42 is makemore's.
-    dedup:         keep only the first of equal items.
-    type:          a key of `charlm.lm.models.MODELS`.
-    n_layer, n_head: blocks of the GPT, and attention heads of each.
-    dropout:       share of hidden units dropped in training.
-    token_noise:   share of the tokens before a target, padding included, that a network in training sees drawn anew, as
-                   often as they occur (unigram noising, Xie et al. 2017, "Data Noising as Smoothing in Neural Network
-                   Language Models").
-    mix_ngram:     order of a Kneser–Ney n-gram whose probabilities are averaged with the network's; 0 for none.
-    order:         length of an n-gram model's longest n-gram; its block_size is order - 1, whatever is given.
-    smoothing:     of the n-gram model: "kneser-ney" or "add-k".
-    add_k:         added to every count of a count model.
-    max_steps:     optimizer steps; the schedule ends there.
-    batch_size:    rows put through the model at once: examples, or for the GPT items or windows.
-    gradient_accumulation_steps: batches whose gradients make one step, each token weighing the same: a step sees
-                   batch_size times as many rows.
-    optimizer:     "adamw", or "sgd" without momentum as in the lecture.
-    grad_clip:     the norm that a step's gradient is scaled down to if it is larger; 0 never.
-    weight_decay:  of the linear layers' weights; biases, norms and embeddings are spared.
-    schedule:      "cosine" to 0; "step", a tenth of the learning rate from the half on; or "constant".
-    warmup_steps:  over which the learning rate first rises linearly.
-    eval_interval: steps between two evaluations on dev, each of which saves; None is a tenth of max_steps.
-    patience:      evaluations without a better loss on dev after which training ends; None never.
-    log_interval:  steps between two lines of the training loss.
-    seed:          of initialisation, batches, dropout and noise.
-    dtype:         "bfloat16" trains under autocast; weights and evaluation are float32 either way.
-    compile:       train through torch.compile.
+    Attributes:
+        input_file: Path of the corpus; None is the names shipped with charlm.
+        format: "line" or "text"; None guesses.
+        split_seed: Random seed of the 80/10/10 split of items; 42 is makemore's.
+        dedup: Keep only the first of equal items.
+        type: A key of `charlm.lm.models.MODELS`.
+        block_size: Length of the context in characters.
+        n_embd: Width of an embedding.
+        n_hidden: Width of the tanh layers of the MLP and the WaveNet.
+        batch_norm: Batch normalization before the tanh of the MLP.
+        n_layer: Number of GPT blocks.
+        n_head: Attention heads per GPT block.
+        dropout: Dropout probability of hidden units.
+        token_noise: Probability that training replaces an input token, padding included, by one drawn from the token
+            frequencies (unigram noising, Xie et al. 2017, "Data Noising as Smoothing in Neural Network Language
+            Models"). Targets are not changed.
+        mix_ngram: Order of a Kneser–Ney n-gram whose probabilities are averaged with those of the network; 0 for none.
+        order: Length of the longest n-gram of the n-gram model, whose block_size is always order - 1.
+        smoothing: Smoothing of the n-gram model, "kneser-ney" or "add-k".
+        add_k: Constant added to every count of a count model.
+        max_steps: Number of optimizer steps, at which the schedule ends.
+        batch_size: Rows per forward pass: examples, or items or windows for the GPT.
+        gradient_accumulation_steps: Batches per optimizer step; each token of them has the same weight.
+        optimizer: "adamw", or "sgd" without momentum as in makemore's lecture.
+        learning_rate: Peak learning rate of the schedule.
+        weight_decay: Weight decay of linear layers; biases, norms and embeddings do not decay.
+        grad_clip: Largest norm of a step's gradient; 0 disables clipping.
+        schedule: "cosine" decays to 0, "step" divides the rate by 10 after half of the steps, "constant" keeps it.
+        warmup_steps: Number of steps of linear warm-up.
+        eval_interval: Steps between two evaluations on dev, each of which saves; None is a tenth of max_steps.
+        patience: Number of evaluations without a better loss on dev after which training stops; None disables this.
+        log_interval: Steps between two reports of the training loss.
+        seed: Random seed of initialization, batches, dropout and noise.
+        device: Device to train on, such as "cpu" or "cuda:1".
+        dtype: "bfloat16" trains under autocast; weights and evaluation stay float32.
+        compile: Train through torch.compile.
     """
 
     input_file: str | None = None
@@ -207,7 +214,7 @@ class Config:
 
     @property
     def steps_between_evaluations(self) -> int:
-        """`eval_interval`, or what stands for None."""
+        """`eval_interval`, or its default."""
         return self.eval_interval or max(1, self.max_steps // 10)
 
     def model_config(self, vocab_size: int, pad_token: int) -> dict[str, Any]:
@@ -225,12 +232,12 @@ class Config:
 
     @property
     def label(self) -> str:
-        """What a table calls the model: "mlp", or "mlp + 6-gram"."""
+        """The name of the model in tables: "mlp", or "mlp + 6-gram"."""
         return f"{self.type} + {self.mix_ngram}-gram" if self.mix_ngram else self.type
 
     @classmethod
     def of_type(cls, type: str, **given: Any) -> Config:
-        """The defaults of the model `type`, and what is given in their place."""
+        """The defaults of the model `type`, overridden by `given`."""
         return cls(type=type, **{**TYPE_DEFAULTS.get(type, {}), **given})
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,7 +245,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """The inverse of `to_dict`; a missing key takes its default, an unknown one is a TypeError."""
+        """The inverse of `to_dict`: a missing key takes its default, an unknown one raises TypeError."""
         return cls(**values)
 
     @classmethod

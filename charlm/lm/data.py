@@ -1,15 +1,14 @@
-"""A text file becomes items, a vocabulary and a split; what is predicted of it stands in `examples`.
+"""Reads a text file, builds its vocabulary and splits it; `examples` makes predictions of a split.
 
-Two formats:
+There are two formats:
 
-    line   one item a line (names, words, places). Items are stripped, empty ones dropped, and each is
-           modelled on its own: the separator, token 0, stands before it and must be predicted after it. The
-           separator is no character of the data. It is printed ".", and a full stop in the data is a token
-           of its own.
-    text   running text. Every character is a token, the newline too, and there is no separator. The split is
-           contiguous: the first 80 % of the characters train, the next 10 % are dev, the last 10 % test.
-           Every character of a split is predicted, with the characters before it as context even where they
-           lie in the split before; in front of the first character of all stand imagined newlines.
+    line   One item per line, such as a name, word or place. Items are stripped and empty lines are dropped. Each item
+           is modelled on its own: the separator, token 0, precedes it and must be predicted after it. The separator is
+           not a character of the data. It is printed as ".", and a full stop in the data has a token of its own.
+    text   Running text. Every character is a token, including the newline, and there is no separator. The split is
+           contiguous: the first 80 % of the characters are train, the next 10 % dev, the last 10 % test. Every
+           character of a split is predicted from the characters before it, including those of the preceding split. The
+           context of the first characters is filled with newlines.
 
 Files are UTF-8, with or without a byte order mark; "\\r\\n" and "\\r" are read as "\\n".
 """
@@ -21,6 +20,7 @@ import hashlib
 import io
 import itertools
 import random
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,8 +31,7 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from charlm.lm.encodings import advice, conversion, wide_encoding
-from charlm.lm.errors import UserError
+from charlm._errors import UserError
 from charlm.lm.examples import (
     Examples,
     Sequences,
@@ -46,26 +45,35 @@ from charlm.lm.examples import (
 from charlm.lm.vocabulary import Vocabulary
 
 SPLITS = ("train", "dev", "test")
-WHOLE = "all"  # the one split of a text that is not split
+WHOLE = "all"  # the only split of a text that is not divided
 FORMATS = ("line", "text")
 STDIN = Path("-")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-# What still counts as one item a line: short lines of few words, hardly an empty one.
+# `guess_format` takes a file for items if nearly all lines are short and of few words, and hardly any are empty.
 ITEM_CHARACTERS = 64
 ITEM_WORDS = 4.0
 EMPTY_LINES = 0.02
+
+WIDE_ENCODING_MARKS = {  # byte order marks; UTF-32 comes first because its marks begin with those of UTF-16
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+INSPECTED_BYTES = 4096  # of the beginning of a file, to recognize its encoding
+MIN_NUL_SHARE = 0.7  # share of NULs at every second byte that identifies UTF-16 without a byte order mark
 
 
 # ---- reading
 
 
 def read_text(path: Path | None) -> str:
-    """The text of a UTF-8 file, newlines as "\\n"; None reads the names that ship with charlm, "-" standard input.
+    """Reads a UTF-8 file, with newlines as "\\n"; None reads the names shipped with charlm, "-" standard input.
 
     Raises:
-        UserError: the file cannot be read, or is not UTF-8 (the text names the byte offset, what the file looks like
-                   and the command that converts it).
+        UserError: The file cannot be read, or is not UTF-8. The message names the byte offset, the encoding that the
+            file seems to have, and the command that converts it.
     """
     if path is None:
         return decode_text(resources.files("charlm.data").joinpath("names.txt").read_bytes(), data_name(path))
@@ -75,10 +83,10 @@ def read_text(path: Path | None) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes at `path`, of standard input for "-"; an OSError inside is a UserError that names the data."""
+    """Opens `path` for reading bytes, "-" being standard input; an OSError inside becomes a UserError."""
     try:
         if path == STDIN:
-            if sys.stdin is None:  # closed as the process began
+            if sys.stdin is None:  # closed when the process started
                 raise UserError("standard input is closed: give a file")
             yield sys.stdin.buffer
         else:
@@ -89,70 +97,114 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def data_name(path: Path | None) -> str:
-    """What a person calls the data at `path`."""
+    """What messages call the data at `path`."""
     if path is None:
         return "names.txt"
     return "standard input" if path == STDIN else str(path)
 
 
 def decode_text(raw: bytes, name: str) -> str:
-    """The text of UTF-8 bytes, without a byte order mark, newlines as "\\n"; UserError as `read_text`."""
+    """Decodes UTF-8, drops a byte order mark and converts newlines to "\\n"; raises UserError as `read_text` does."""
     offset = len(BYTE_ORDER_MARK) if raw.startswith(BYTE_ORDER_MARK) else 0
     try:
         text = raw[offset:].decode("utf-8")
     except UnicodeDecodeError as error:
-        at = offset + error.start
-        raise UserError(
-            f"{name} is not UTF-8: byte 0x{raw[at]:02x} at offset {at} ({error.reason}){advice(raw, at, name)}"
-        ) from error
+        raise _not_utf8(name, raw, offset + error.start, offset + error.start, error.reason) from error
     encoding = wide_encoding(raw)
     if encoding is not None:
         raise UserError(
-            f"{name} looks like {encoding}, not UTF-8: every second byte is NUL; {conversion(encoding, name)}"
+            f"{name} looks like {encoding}, not UTF-8: every second byte is NUL; {_conversion(encoding, name)}"
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decode_blocks(blocks: Iterable[bytes], name: str) -> Iterator[str]:
-    """`decode_text` of bytes that come in blocks, cut anywhere: what is held does not grow with them."""
+    """`decode_text` for a stream of blocks, split at any byte, in constant memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    read = 0  # bytes in front of the block and of what the decoder kept of the one before
+    read = 0  # bytes before this block
     for block in itertools.chain(blocks, [b""]):
         if read == 0 and wide_encoding(block) is not None:
-            decode_text(block, name)  # raises: what says so is its head
-        kept = decoder.getstate()[0]
+            decode_text(block, name)  # raises the error that names the encoding
+        kept = decoder.getstate()[0]  # the bytes of an incomplete character at the end of the last block
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raw, at = error.object, error.start
-            raise UserError(
-                f"{name} is not UTF-8: byte 0x{raw[at]:02x} at offset {read - len(kept) + at} ({error.reason})"
-                f"{advice(raw, at, name)}"
-            ) from error
+            offset = read - len(kept) + error.start
+            raise _not_utf8(name, error.object, error.start, offset, error.reason) from error
         if read == 0:
             text = text.removeprefix(BYTE_ORDER_MARK.decode())
         read += len(block)
         yield newlines.decode(text, final=not block)
 
 
+def wide_encoding(raw: bytes) -> str | None:
+    """Recognizes an encoding of two or four bytes per character in `raw`; None if there is none.
+
+    UTF-16 of ASCII letters without a byte order mark is valid UTF-8, with a NUL at every second byte.
+    """
+    for mark, name in WIDE_ENCODING_MARKS.items():
+        if raw.startswith(mark):
+            return name
+    head = raw[: min(len(raw), INSPECTED_BYTES) // 2 * 2]
+    if len(head) < 4:
+        return None
+    even, odd = (head[start::2].count(0) / (len(head) // 2) for start in (0, 1))
+    if odd >= MIN_NUL_SHARE and even < 1 - MIN_NUL_SHARE:
+        return "UTF-16LE"
+    return "UTF-16BE" if even >= MIN_NUL_SHARE and odd < 1 - MIN_NUL_SHARE else None
+
+
+def _not_utf8(name: str, raw: bytes, at: int, offset: int, reason: str) -> UserError:
+    """The error for data whose byte raw[at], at `offset` in the file, is not UTF-8, with a remedy if one is known."""
+    encoding = wide_encoding(raw)
+    if encoding is None and 0 in raw[:INSPECTED_BYTES]:
+        advice = "it looks like a binary file"
+    elif encoding is None and _is_truncated_character(raw[at:]):
+        advice = "it seems to be cut off inside a character"
+    elif encoding is None:
+        advice = f"it may be ISO-8859-1 or Windows-1252: {_conversion('WINDOWS-1252', name)}"
+    else:
+        advice = f"it looks like {encoding}: {_conversion(encoding, name)}"
+    return UserError(f"{name} is not UTF-8: byte 0x{raw[at]:02x} at offset {offset} ({reason}); {advice}")
+
+
+def _is_truncated_character(end: bytes) -> bool:
+    """Whether `end` is an incomplete UTF-8 character and nothing else."""
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(end) == ""
+    except UnicodeDecodeError:
+        return False
+
+
+def _conversion(encoding: str, name: str) -> str:
+    """The command that converts the file called `name` to UTF-8."""
+    source = "" if name == "standard input" else f" {shlex.quote(name)}"
+    return f"`iconv -f {encoding} -t UTF-8{source} > utf8.txt` converts it"
+
+
 def guess_format(text: str) -> str:
-    """ "line" if nearly every line is short, of few words, and hardly one is empty; else "text"."""
+    """ "line" if nearly all lines are short and of few words, and hardly any are empty; otherwise "text"."""
     lines = text.strip("\n").split("\n")
     items = [stripped for line in lines if (stripped := line.strip())]
     if not items or len(items) < (1 - EMPTY_LINES) * len(lines):
         return "text"
     short = sum(len(item) <= ITEM_CHARACTERS for item in items) / len(items)
-    enough = int(ITEM_WORDS * len(items))  # words: one item that has more decides, and may have 10⁸
+    enough = int(ITEM_WORDS * len(items))  # a single item of more words decides, and it may have 10⁸
     words = sum(len(item.split(maxsplit=enough)) for item in items) / len(items)
     return "line" if short >= 0.95 and words <= ITEM_WORDS else "text"
+
+
+def split_items(text: str) -> list[str]:
+    """The items of a text in line format: its lines, stripped, without empty ones."""
+    return [item for line in text.split("\n") if (item := line.strip())]
 
 
 # ---- corpus
 
 
 def split_bounds(count: int) -> tuple[int, int]:
-    """Where train and dev end: int(.8 n) and int(.9 n), moved only to leave every split at least one item."""
+    """The ends of train and dev: int(.8 n) and int(.9 n), adjusted so that every split has at least one item."""
     train_end = min(int(0.8 * count), count - 2)
     dev_end = min(max(int(0.9 * count), train_end + 1), count - 1)
     return train_end, dev_end
@@ -160,11 +212,15 @@ def split_bounds(count: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus, split. `parts[split]` is a list of items (line) or one run of text (text).
+    """A corpus and its splits.
 
-    The splits are SPLITS in their order, or WHOLE alone.
-
-    digest is a sha256 over format and splits: two corpora with one digest ask for the same predictions.
+    Attributes:
+        format: "line" or "text".
+        vocabulary: The characters and their tokens.
+        parts: The splits by name, SPLITS in their order or WHOLE alone. A split is a list of items in line format, and
+            a list of one string in running text.
+        digest: A sha256 of format and splits; corpora of the same digest have the same examples.
+        duplicates_removed: The number of items that deduplication dropped.
     """
 
     format: str
@@ -174,27 +230,27 @@ class Corpus:
     duplicates_removed: int = 0
 
     def examples(self, split: str, block_size: int) -> Examples:
-        """Every prediction of `split`, from the last `block_size` tokens each, on the CPU."""
+        """Every prediction of `split`, each from up to `block_size` tokens before it, on the CPU."""
         if self.format == "line":
             return line_examples(self.parts[split], self.vocabulary, block_size)
         return text_examples(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
 
     def sequences(self, split: str, block_size: int) -> Sequences:
-        """The predictions of `split` at every position, to train on: each item, or each run of `block_size`."""
+        """Training sequences with a prediction at every position: the items, or every run of `block_size` tokens."""
         if self.format == "line":
             return line_sequences(self.parts[split], self.vocabulary, block_size)
         return text_sequences(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
 
     def windows(self, split: str, block_size: int) -> Sequences:
-        """The predictions of running text at every position of windows side by side, on the CPU."""
+        """Consecutive windows of running text with a prediction at every position, on the CPU."""
         return text_windows(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
 
     def examples_in_windows(self, split: str, block_size: int) -> Examples:
-        """The predictions of `windows`, one a row: contexts that do not reach beyond their window."""
+        """The predictions of `windows`, one per row; no context reaches beyond its window."""
         return in_windows(self.examples(split, block_size), self.vocabulary.pad_token)
 
     def _stream(self, split: str, block_size: int) -> tuple[Tensor, int]:
-        """The tokens of `split` with up to `block_size` before it, and where it begins in them."""
+        """The tokens of `split` with up to `block_size` tokens before it, and the index where the split starts."""
         names = list(self.parts)  # in the order of the text
         index = names.index(split)
         start = sum(len(self.parts[name][0]) for name in names[:index])
@@ -203,7 +259,7 @@ class Corpus:
         return self.vocabulary.encode(text[before:]), start - before
 
     def overlap(self) -> int | None:
-        """How many items of dev stand in train as well; None for running text."""
+        """The number of dev items that also occur in train; None for running text."""
         if self.format != "line":
             return None
         train = set(self.parts["train"])
@@ -213,23 +269,28 @@ class Corpus:
 def build_corpus(
     text: str, *, format: str | None = None, seed: int = 42, dedup: bool = False, name: str = "the input"
 ) -> Corpus:
-    """Reads `text` in `format` (guessed if None) and splits it 80/10/10.
+    """Splits `text` 80/10/10.
 
-    Items are shuffled once by `random.Random(seed)`: seed 42 gives makemore's split on makemore's file. With
-    `dedup` only the first of equal items is kept, before the shuffle. Running text is split as it stands.
+    Args:
+        text: The data, with newlines as "\\n".
+        format: "line" or "text"; None guesses.
+        seed: Items are shuffled once by `random.Random(seed)`; 42 gives makemore's split of makemore's file. Running
+            text is not shuffled.
+        dedup: Keep only the first of equal items, before the shuffle.
+        name: What error messages call the data.
 
     Raises:
-        UserError: an empty file, fewer than three items or characters, `dedup` on running text, an unknown
-                   format.
+        UserError: The text is empty, has fewer than three items or characters, is running text and `dedup` is set, or
+            the format is unknown.
     """
     if not text or text.isspace():
         raise UserError(f"{name} is empty")
     format = format or guess_format(text)
     if format not in FORMATS:
-        raise UserError(f"unknown format {format!r}: it is one of {', '.join(FORMATS)}")
+        raise UserError(f"unknown format {format!r}: it must be one of {', '.join(FORMATS)}")
     if format == "text":
         return _text_corpus(text, dedup, name)
-    items = [item for line in text.split("\n") if (item := line.strip())]
+    items = split_items(text)
     found = len(items)
     if dedup:
         items = list(dict.fromkeys(items))
@@ -243,24 +304,21 @@ def build_corpus(
 
 
 def whole_corpus(text: str, vocabulary: Vocabulary, name: str = "the input") -> Corpus:
-    """All of `text` as one split, WHOLE, for a model of `vocabulary`, in its format.
+    """All of `text` as a single split, WHOLE, in the format of `vocabulary`.
 
     Raises:
-        UserError: an empty text.
+        UserError: The text is empty.
     """
-    if vocabulary.separator:
-        parts = {WHOLE: [item for line in text.split("\n") if (item := line.strip())]}
-    else:
-        parts = {WHOLE: [text] if text else []}
-    if not parts[WHOLE]:
-        raise UserError(f"{name} is empty")
     format = "line" if vocabulary.separator else "text"
+    parts = {WHOLE: split_items(text) if format == "line" else [text]}
+    if not any(parts[WHOLE]):
+        raise UserError(f"{name} is empty")
     return Corpus(format, vocabulary, parts, _digest(format, parts))
 
 
 def _text_corpus(text: str, dedup: bool, name: str) -> Corpus:
     if dedup:
-        raise UserError(f"{name} is running text, which has no items to deduplicate (--format line makes it items)")
+        raise UserError(f"{name} is running text, which has no items to deduplicate; --format line reads it as items")
     if len(text) < len(SPLITS):
         raise UserError(f"{name} has {_plural(len(text), 'character')}, but train, dev and test need one each")
     train_end, dev_end = split_bounds(len(text))
@@ -282,5 +340,5 @@ def _plural(count: int, noun: str) -> str:
 
 
 def read_corpus(path: Path | None, *, format: str | None = None, seed: int = 42, dedup: bool = False) -> Corpus:
-    """`build_corpus` of the file at `path`; None reads the names that ship with charlm."""
+    """`build_corpus` for the file at `path`; None reads the names shipped with charlm."""
     return build_corpus(read_text(path), format=format, seed=seed, dedup=dedup, name=data_name(path))

@@ -1,43 +1,56 @@
-"""What the commands print: the live progress, the table of losses, the samples. On rich."""
+"""The output of the commands, printed with rich: progress, tables of losses, samples, and the heatmap of surprisals.
+
+The colours of the heatmap do not depend on the text, so that two texts can be compared: green is 0 bits, and red is
+log2 V bits or more, the cost of a uniform guess among V tokens.
+"""
 
 from __future__ import annotations
 
+import colorsys
 import math
 import time
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from types import TracebackType
 
 from rich.cells import cell_len
+from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.constrain import Constrain
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.style import Style
 from rich.table import Column
 from rich.text import Text
 
-from charlm.lm.compare import Comparison
-from charlm.lm.evaluate import Evaluation
+from charlm.lm.evaluate import Comparison, Evaluation
 from charlm.lm.examples import PROTOCOLS
 from charlm.lm.terminal import print_line, print_table, visible
 from charlm.lm.train import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
-SAMPLE_COLUMN = 32  # a longer sample pushes its mark to the right, and no other's
+SAMPLE_COLUMN = 32  # maximum width of the column of samples; a longer sample shifts only its own mark
+CELL_WIDTH = 6  # columns of a heatmap cell, enough for "U+000A" and "1088.5"
+ITEM_END = "end"  # the heatmap cell for the end of an item
+LEGEND_STEPS = 5
+GLYPHS = {" ": "␣", "\n": "↵", "\t": "⇥"}
 
 
 class Bar(RichProgress):
-    """A bar that leaves room behind it: the terminal writes ^C there, and a line that it made longer than the terminal
-    is wide would be two, of which only one is ever taken back."""
+    """A progress bar that leaves the end of the line free, where the terminal echoes ^C.
+
+    Otherwise the echo would wrap the line, and rich would erase only the second half of it.
+    """
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        yield from map(Shorter, super().get_renderables())
+        yield from map(Narrower, super().get_renderables())
 
 
 @dataclass
-class Shorter:
-    """What it holds, in a line that is shorter than the terminal by two ^C."""
+class Narrower:
+    """Renders its content in a line that is narrower than the terminal by the width of two ^C."""
 
     renderable: RenderableType
 
@@ -46,10 +59,10 @@ class Shorter:
 
 
 class ProgressReport:
-    """Shows a training run: a live bar on a terminal, elsewhere a line for each evaluation on dev, and in between one
-    of the training loss where SECONDS_BETWEEN_LINES have passed.
+    """Shows the progress of a training run: a context manager that is called with each `Progress`.
 
-    A context manager; call it with each `Progress`.
+    On a terminal it is a live bar. Elsewhere it prints a line for each evaluation on dev, and for the training loss
+    whenever SECONDS_BETWEEN_LINES have passed since the last line.
     """
 
     def __init__(self, console: Console, max_steps: int, step: int) -> None:
@@ -57,9 +70,9 @@ class ProgressReport:
         self.max_steps = max_steps
         self.train: Progress | None = None
         self.dev: Progress | None = None
-        # Refreshed by hand: rich's own thread would compete with the training loop for the interpreter.
+        # Refreshed manually: rich's refresh thread would compete with the training loop for the GIL.
         self.bar = Bar(
-            # What a narrow terminal cuts off is the end of this text, never the steps.
+            # A narrow terminal truncates the end of this text, never the steps.
             TextColumn(
                 "training {task.completed:.0f}/{task.total:.0f} {task.fields[losses]}",
                 table_column=Column(no_wrap=True, overflow="ellipsis"),
@@ -86,13 +99,13 @@ class ProgressReport:
         self.bar.refresh()
 
     def _print_line(self, progress: Progress) -> None:
-        """Says what was measured since the line before: of an older loss it would be an untrue line."""
+        """Prints the losses that were measured since the last line, and forgets them."""
         self.console.print(f"step {progress.step}/{self.max_steps} · {self.losses(progress.step)}", soft_wrap=True)
         self.printed_at = time.monotonic()
         self.train = self.dev = None
 
     def stopped_at(self, step: int) -> None:
-        """Leaves the bar where the run stopped, which may be between two lines of its log."""
+        """Sets the bar to the last step of the run, which may lie between two reports."""
         self.bar.update(self.task, completed=step)
 
     def advise(self, text: str) -> None:
@@ -100,12 +113,12 @@ class ProgressReport:
         self.console.print(text, soft_wrap=True)
 
     def losses(self, step: int | None = None) -> str:
-        """The latest train and dev loss, each with its step where that is not `step`, and the speed of training."""
+        """The latest train and dev losses, with their step if it differs from `step`, and the speed of training."""
         parts = []
         for progress in (self.train, self.dev):
             if progress is not None:
-                of_another = step is not None and progress.step != step
-                at = f" (at step {progress.step})" if of_another else ""
+                differs = step is not None and progress.step != step
+                at = f" (at step {progress.step})" if differs else ""
                 parts.append(f"{progress.split} {progress.nats:.4f}{at}")
         text = " · ".join(parts) + " nats"
         return text if self.train is None else f"{text} · {self.train.tokens_per_second:,.0f} tokens/s"
@@ -121,7 +134,7 @@ class ProgressReport:
 
 
 def print_losses(console: Console, title: str, rows: dict[str, Evaluation]) -> None:
-    """A title, and under it a table of models and their losses on one split."""
+    """Prints a title and a table of the losses of models on one split."""
     print_line(console, title)
     table = {
         "model": [visible(name) for name in rows],
@@ -133,12 +146,12 @@ def print_losses(console: Console, title: str, rows: dict[str, Evaluation]) -> N
 
 
 def print_comparison(console: Console, rows: list[Comparison], units: str) -> None:
-    """One table of models on one split; `units` is what the standard error was taken over."""
+    """Prints a table that compares models on one split; `units` names the units of the standard error."""
     evaluation = rows[0].evaluation
     print_line(
         console,
-        f"loss on {evaluation.split}, {evaluation.tokens:,} tokens; ± is one standard error, over {units}; "
-        "seconds are of this evaluation",
+        f"loss on {evaluation.split}, {evaluation.tokens:,} tokens; ± is one standard error over {units}; "
+        "seconds are the time of this evaluation",
     )
     table = {"model": [visible(row.name if row.name == row.type else f"{row.name} ({row.type})") for row in rows]}
     if evaluation.protocol != "items":
@@ -155,28 +168,83 @@ def print_comparison(console: Console, rows: list[Comparison], units: str) -> No
 
 
 def print_entropies(console: Console, in_sample: list[float], held_out: list[float]) -> None:
-    """A row for each length of context, from 0 on: bits a character, "-" where there is no such length."""
+    """Prints a row per context length, from 0 on, in bits per character; "-" where there is no value."""
     pairs = list(zip_longest(in_sample, held_out))
     shown = [["-" if bits is None else f"{bits:.4f}" for bits in column] for column in zip(*pairs, strict=True)]
     lengths = [str(length) for length in range(len(pairs))]
     print_table(console, {"context": lengths, "in-sample, whole file": shown[0], "held-out on dev": shown[1]})
 
 
-def print_items(console: Console, samples: list[str], standing: list[str] | None) -> None:
-    """Sampled items, one a line, each with where it stands in the data if that is known."""
+def print_items(console: Console, samples: list[str], splits: list[str] | None) -> None:
+    """Prints sampled items, one per line; each is marked with its entry in `splits` if the data is known."""
     shown = [visible(text) for text in samples]
-    if standing is None:
+    if splits is None:
         for text in shown:
             console.print(Text(text), soft_wrap=True)
         return
     width = min(max(map(cell_len, shown)), SAMPLE_COLUMN)
-    for text, place in zip(shown, standing, strict=True):
+    for text, mark in zip(shown, splits, strict=True):
         gap = " " * (max(0, width - cell_len(text)) + 2)
-        console.print(Text.assemble(text, gap, (place, "green" if place == "new" else "dim")), soft_wrap=True)
+        console.print(Text.assemble(text, gap, (mark, "green" if mark == "new" else "dim")), soft_wrap=True)
 
 
 def print_passages(console: Console, samples: list[str]) -> None:
-    """Samples of running text, a rule between them."""
+    """Prints samples of running text, with a rule above each."""
     for text in samples:
         console.rule(characters="-")
         console.print(Text(visible(text, keep="\n\t")), soft_wrap=True)
+
+
+# ---- heatmap
+
+
+def print_surprisals(console: Console, characters: list[str], bits: list[float], max_bits: float) -> None:
+    """Prints `characters` with their `bits` below them, in rows as wide as the console; a newline ends a row.
+
+    A cell is green for 0 bits, and red for `max_bits` or more.
+    """
+    columns = max(1, console.width // CELL_WIDTH)
+    for start, stop in _rows(characters, columns):
+        styles = [heat(value / max_bits) for value in bits[start:stop]]
+        above = [_cell(glyph(character)) for character in characters[start:stop]]
+        below = [_cell(f"{value:.1f}") for value in bits[start:stop]]
+        for line in (above, below):
+            console.print(Text.assemble(*zip(line, styles, strict=True)), no_wrap=True, soft_wrap=True)
+
+
+def legend(max_bits: float, vocab_size: int) -> Text:
+    """The legend of the colours."""
+    values = [max_bits * step / (LEGEND_STEPS - 1) for step in range(LEGEND_STEPS)]
+    cells = [(_cell(f"{value:.1f}"), heat(value / max_bits)) for value in values]
+    return Text.assemble("bits: ", *cells, f" or more; {max_bits:.1f} is a guess among {vocab_size} tokens")
+
+
+def heat(share: float) -> Style:
+    """Black on a colour between green (share 0), yellow and red (share 1 or more)."""
+    hue = (1 - min(max(share, 0.0), 1.0)) / 3
+    rgb = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.55, 0.95))
+    return Style(color="black", bgcolor=Color.from_rgb(*rgb))
+
+
+def glyph(character: str) -> str:
+    """A visible form of `character` that does not affect the terminal."""
+    if character in GLYPHS:
+        return GLYPHS[character]
+    if len(character) == 1 and not character.isprintable():
+        return f"U+{ord(character):04X}"
+    return f"◌{character}" if unicodedata.combining(character[0]) else character
+
+
+def _cell(text: str) -> str:
+    """Centres `text` in a cell; wide characters count as two columns."""
+    free = max(0, CELL_WIDTH - cell_len(text))
+    return " " * (free - free // 2) + text + " " * (free // 2)
+
+
+def _rows(characters: list[str], columns: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each row: at most `columns` characters, with a newline only at the end."""
+    start = 0
+    for index, character in enumerate(characters, 1):
+        if character == "\n" or index - start == columns or index == len(characters):
+            yield start, index
+            start = index

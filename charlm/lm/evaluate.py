@@ -1,31 +1,44 @@
-"""The exact loss of a model on a whole split, and the table that puts it beside the baselines."""
+"""The exact loss of a model on a whole split, its standard error, and the count baselines beside it.
+
+The mean loss μ = Σ s_u / Σ n_u is a ratio of sums over independent units u, where s_u is the sum in nats over the n_u
+tokens of a unit. Its standard error over m units, by linearization (Cochran 1977, Sampling Techniques, 2.11 and 6.4):
+
+    SE(μ) = sqrt( m / (m - 1) · Σ (s_u - μ n_u)² ) / Σ n_u
+
+In line format the units are the items. In running text they are blocks of BLOCK characters, because the surprisals of
+neighbouring characters are correlated; single tokens as units would give too small an error.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from charlm.lm.data import Corpus
-from charlm.lm.errors import UserError
-from charlm.lm.examples import Examples, Sequences, is_asked
+from charlm.lm.examples import Examples, Sequences, is_target, resolve_protocol
 from charlm.lm.models import COUNT_MODELS, LanguageModel
-from charlm.lm.vocabulary import UNKNOWN
+from charlm.lm.vocabulary import UNKNOWN, check_choice
 
 CHUNK = 8192  # predictions at a time: the logits of a chunk stay in cache for most vocabularies
+BLOCK = 256  # characters of running text that count as one observation
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's loss on a split.
+    """The loss of a model on a split.
 
-    protocol: a key of PROTOCOLS, what a prediction could see of the tokens before it.
-    nats:   mean surprisal of a token, -log p, every token weighing the same.
-    tokens: how many were predicted. In line format an item of n characters makes n + 1: the end is predicted
-            too, and stands for the newline of the file; so nats per token is nats per character of the file.
+    Attributes:
+        split: The split's name.
+        protocol: A key of PROTOCOLS: the context that predictions may use.
+        nats: The mean surprisal per token, -log p, every token weighing the same.
+        tokens: The number of predictions. In line format an item of n characters has n + 1: its end is predicted too
+            and stands for the newline of the file, so nats per token are nats per character of the file.
     """
 
     split: str
@@ -42,57 +55,52 @@ class Evaluation:
         return math.exp(self.nats) if self.nats < 700 else math.inf
 
     def to_json(self) -> dict[str, str | int | float | None]:
-        """The fixed form of `charlm eval --json`; a number that JSON cannot hold is null."""
+        """The object of `charlm eval --json`; a number that JSON cannot represent is null."""
         numbers = {"nats": self.nats, "bits_per_char": self.bits_per_char, "perplexity": self.perplexity}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         return {"split": self.split, "protocol": self.protocol, **finite, "tokens": self.tokens}
 
 
 def predictions(model: LanguageModel, corpus: Corpus, split: str, protocol: str | None = None) -> Examples | Sequences:
-    """What `split` asks of `model`, every token once, in the order of the file.
+    """Every prediction of `split`, once, in the order of the file and in the form that `model` takes.
 
     Args:
-        protocol: for running text "sliding", from the last block_size tokens each, or "fixed", within windows of
-            block_size side by side, as nanoGPT has it; None is the one that costs the model one pass over the text.
-            Items have one protocol only.
+        model: The model to evaluate.
+        corpus: The data.
+        split: The split's name.
+        protocol: For running text only. "sliding" predicts each token from the block_size tokens before it; "fixed"
+            predicts within consecutive windows of block_size, as nanoGPT does. None chooses the one that takes `model`
+            a single pass over the text.
 
     Raises:
-        UserError: an unknown protocol, or one for items.
+        UserError: The protocol does not exist, or the corpus has items.
     """
-    if corpus.format == "line":
-        if protocol not in (None, "items"):
-            raise UserError(f"protocol {protocol!r} is for running text: items are predicted each on its own")
-        if model.predicts_every_position:
-            return corpus.sequences(split, model.block_size)
-        return corpus.examples(split, model.block_size)
-    protocol = protocol or ("fixed" if model.predicts_every_position else "sliding")
+    protocol = resolve_protocol(protocol, corpus.format, "fixed" if model.predicts_every_position else "sliding")
     if protocol == "sliding":
         return corpus.examples(split, model.block_size)
-    if protocol != "fixed":
-        raise UserError(f"unknown protocol {protocol!r} of running text: it is fixed or sliding")
-    if model.predicts_every_position:
-        return corpus.windows(split, model.block_size)
-    return corpus.examples_in_windows(split, model.block_size)
+    if protocol == "items":
+        return (corpus.sequences if model.predicts_every_position else corpus.examples)(split, model.block_size)
+    return (corpus.windows if model.predicts_every_position else corpus.examples_in_windows)(split, model.block_size)
 
 
 @torch.no_grad()
-def surprisals(model: LanguageModel, asked: Examples | Sequences) -> Tensor:
-    """-log p of each predicted token, (tokens,) nats in the order of `asked`; the model in evaluation mode."""
+def surprisals(model: LanguageModel, examples: Examples | Sequences) -> Tensor:
+    """-log p of each predicted token: (tokens,) nats in the order of `examples`, with the model in evaluation mode."""
     training = model.training
     model.eval()
     rows = max(1, CHUNK // model.block_size) if model.predicts_every_position else CHUNK
     parts = []
-    for idx, targets in asked.chunks(rows):
+    for idx, targets in examples.chunks(rows):
         losses = model.loss(idx, targets, reduction="none")
-        parts.append(losses[is_asked(targets)] if isinstance(asked, Sequences) else losses)
+        parts.append(losses[is_target(targets)] if isinstance(examples, Sequences) else losses)
     model.train(training)
     return torch.cat(parts)
 
 
-def evaluate(model: LanguageModel, asked: Examples | Sequences, split: str) -> Evaluation:
-    """The mean loss over all that is `asked`, exact: summed in double, the model in evaluation mode."""
-    nats = surprisals(model, asked).sum(dtype=torch.float64).item() / asked.tokens
-    return Evaluation(split, asked.protocol, nats, asked.tokens)
+def evaluate(model: LanguageModel, examples: Examples | Sequences, split: str) -> Evaluation:
+    """The exact mean loss over all `examples`, summed in double precision, with the model in evaluation mode."""
+    nats = surprisals(model, examples).sum(dtype=torch.float64).item() / examples.tokens
+    return Evaluation(split, examples.protocol, nats, examples.tokens)
 
 
 def evaluate_on(
@@ -103,31 +111,40 @@ def evaluate_on(
     unknown: str = "error",
     device: torch.device | str = "cpu",
 ) -> tuple[Evaluation, int]:
-    """The mean loss on a split, and how many of its characters are unknown, which are an "error" or an "escape".
+    """Evaluates `model` on a split that may contain characters outside its vocabulary.
 
-    Escapes cost what the head of `charlm.lm.character_model` derives.
+    Args:
+        model: The model, on `device`.
+        corpus: The data, with the vocabulary of `model`.
+        split: The split's name.
+        protocol: As in `predictions`.
+        unknown: "error" refuses unknown characters; "escape" counts them at the cost that
+            `charlm.lm.character_model` derives.
+        device: The device of the model.
+
+    Returns:
+        The evaluation, and the number of unknown characters.
 
     Raises:
-        UserError: an unknown character; a `protocol` or `unknown` that does not exist.
+        UserError: A character is unknown, or `protocol` or `unknown` is not one of its values.
     """
-    if unknown not in UNKNOWN:
-        raise UserError(f"unknown is {unknown!r}, but must be {' or '.join(UNKNOWN)}")
+    check_choice("unknown", unknown, UNKNOWN)
     escapes = unknown == "escape"
     vocabulary = replace(corpus.vocabulary, escapes=escapes)
-    asked = predictions(model, replace(corpus, vocabulary=vocabulary), split, protocol).to(device)
+    examples = predictions(model, replace(corpus, vocabulary=vocabulary), split, protocol).to(device)
     if not escapes:
-        return evaluate(model, asked, split), 0
+        return evaluate(model, examples, split), 0
     end = "\n" if corpus.format == "line" else ""
     escaped = ~vocabulary.known("".join(f"{part}{end}" for part in corpus.parts[split]))
-    if end:  # is predicted too, and always known
+    if end:  # the end of an item is predicted too, and is always known
         lengths = torch.tensor([len(item) + 1 for item in corpus.parts[split]])
         escaped[lengths.cumsum(0) - 1] = False
-    nats = vocabulary.with_escapes(surprisals(model, asked).double().cpu(), escaped)
-    return Evaluation(split, asked.protocol, nats.mean().item(), len(nats)), int(escaped.sum().item())
+    nats = vocabulary.with_escapes(surprisals(model, examples).double().cpu(), escaped)
+    return Evaluation(split, examples.protocol, nats.mean().item(), len(nats)), int(escaped.sum().item())
 
 
 def fitted_baselines(corpus: Corpus, add_k: float = 1.0) -> Iterator[tuple[str, LanguageModel]]:
-    """The count models whose tables fit, by name, fitted on train, from uniform to bigram; one at a time."""
+    """The count models from uniform to bigram whose tables fit into memory, fitted on train: (name, model) pairs."""
     train, vocabulary = corpus.examples("train", block_size=1), corpus.vocabulary
     for name, kind in COUNT_MODELS.items():
         if kind.fits(len(vocabulary)):
@@ -137,6 +154,84 @@ def fitted_baselines(corpus: Corpus, add_k: float = 1.0) -> Iterator[tuple[str, 
 
 
 def baselines(corpus: Corpus, split: str = "dev", add_k: float = 1.0) -> dict[str, Evaluation]:
-    """`fitted_baselines`, evaluated on `split`."""
+    """The evaluation of each of `fitted_baselines` on `split`, by name."""
     held_out = corpus.examples(split, block_size=1)
     return {name: evaluate(model, held_out, split) for name, model in fitted_baselines(corpus, add_k)}
+
+
+# ---- comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the table of `charlm compare`.
+
+    Attributes:
+        name: The folder of a trained model, or the name of a baseline.
+        type: `Config.label`, such as "mlp + 6-gram"; for a baseline its key of `charlm.lm.models.MODELS`.
+        evaluation: The mean loss on the split.
+        standard_error: The standard error of the mean in nats; NaN where the split has fewer than two units.
+        parameters: The number of trained parameters; 0 for a count model.
+        seconds: The duration of this evaluation, with the data in memory; it does not include training.
+    """
+
+    name: str
+    type: str
+    evaluation: Evaluation
+    standard_error: float
+    parameters: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `charlm compare --json`; a number that JSON cannot represent is null."""
+        loss = {key: value for key, value in self.evaluation.to_json().items() if key not in ("split", "tokens")}
+        error = self.standard_error if math.isfinite(self.standard_error) else None
+        return {
+            "name": self.name,
+            "type": self.type,
+            **loss,
+            "standard_error": error,
+            "parameters": self.parameters,
+            "evaluation_seconds": self.seconds,
+        }
+
+
+def measure(
+    name: str, type: str, model: LanguageModel, corpus: Corpus, split: str, device: torch.device | str = "cpu"
+) -> Comparison:
+    """Evaluates `model`, which is in evaluation mode on `device`, on all of `split`, with standard error and time."""
+    examples = predictions(model, corpus, split).to(device)
+    start = time.perf_counter()
+    nats = surprisals(model, examples).double().cpu()  # (N,)
+    seconds = time.perf_counter() - start
+    evaluation = Evaluation(split, examples.protocol, nats.mean().item(), len(nats))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    error = standard_error(nats, _units(corpus, split, len(nats)))
+    return Comparison(name, type, evaluation, error, parameters, seconds)
+
+
+def measure_baselines(corpus: Corpus, split: str, add_k: float = 1.0) -> list[Comparison]:
+    """`measure` for each of `fitted_baselines`."""
+    return [measure(name, name, model, corpus, split) for name, model in fitted_baselines(corpus, add_k)]
+
+
+def standard_error(nats: Tensor, units: Tensor) -> float:
+    """The standard error of the mean of `nats`, (N,) float64; `units` (N,) holds the unit of each token, from 0 on."""
+    count = int(units[-1].item()) + 1 if len(units) else 0
+    if count < 2:
+        return math.nan
+    deviation = torch.zeros(count, dtype=torch.float64).index_add_(0, units, nats - nats.mean())  # s_u - μ n_u
+    return math.sqrt(count / (count - 1) * deviation.square().sum().item()) / len(nats)
+
+
+def units_of(format: str) -> str:
+    """The independent units of the standard error, in words."""
+    return "items" if format == "line" else f"blocks of {BLOCK} characters"
+
+
+def _units(corpus: Corpus, split: str, tokens: int) -> Tensor:
+    """The unit of each token of `split`: (tokens,) int64."""
+    if corpus.format == "line":
+        lengths = torch.tensor([len(item) + 1 for item in corpus.parts[split]])
+        return torch.arange(len(lengths)).repeat_interleave(lengths)
+    return torch.arange(tokens) // BLOCK

@@ -1,9 +1,10 @@
-"""What a split asks a model to predict: one token behind a context, or the next token at every position.
+"""Training and evaluation examples of a split: one prediction per row, or a prediction at every position.
 
     Examples    "ab" with block_size 3: (..., a), (..a, b), (.ab, .)    for models of a window: n-gram, MLP, WaveNet
     Sequences   "ab": . a b → a b .                                     for models of every position: GPT
 
-Either way every token of a split is predicted exactly once, in the order of the file, unless rows overlap on purpose.
+Both predict every token of a split exactly once, in the order of the file. The exception is `text_sequences`, whose
+rows overlap on purpose.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from charlm._errors import UserError
 from charlm.lm.vocabulary import SEPARATOR, Vocabulary
 
-IGNORED = -100  # target of a position where nothing is predicted: cross_entropy's ignore_index
+IGNORED = -100  # target of a position without a prediction: cross_entropy's ignore_index
 
-# What a prediction may see of what lies before it.
+# The context that a prediction may use.
 PROTOCOLS = {
     "items": "each item on its own",
     "sliding": "sliding full context",
@@ -27,13 +29,29 @@ PROTOCOLS = {
 }
 
 
+def resolve_protocol(protocol: str | None, format: str, default: str) -> str:
+    """The evaluation protocol of data in `format`; `default` is the one for running text where `protocol` is None.
+
+    Raises:
+        UserError: The protocol does not exist, or does not apply to `format`.
+    """
+    if format == "line":
+        if protocol not in (None, "items"):
+            raise UserError(f"protocol {protocol!r} is for running text: each item is predicted on its own")
+        return "items"
+    if protocol not in (None, "sliding", "fixed"):
+        raise UserError(f"unknown protocol {protocol!r} of running text: it must be fixed or sliding")
+    return protocol or default
+
+
 @dataclass(frozen=True)
 class Examples:
-    """One prediction a row.
+    """One prediction per row.
 
-    contexts: (N, block_size) tokens before the target, the last one nearest; uint8 or int32.
-    targets:  (N,) the token to predict; the same dtype.
-    protocol: a key of PROTOCOLS.
+    Attributes:
+        contexts: (N, block_size) uint8 or int32, the tokens before the target, the nearest one last.
+        targets: (N,) of the same dtype, the token to predict.
+        protocol: A key of PROTOCOLS.
     """
 
     contexts: Tensor
@@ -45,14 +63,14 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """How many predictions there are."""
+        """The number of predictions."""
         return len(self.targets)
 
     def to(self, device: torch.device | str) -> Examples:
         return replace(self, contexts=self.contexts.to(device), targets=self.targets.to(device))
 
     def select(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
-        """(contexts, targets, number of predictions) of `rows` (B,) int64 on the CPU."""
+        """(contexts, targets, number of predictions) of `rows`, (B,) int64 on the CPU."""
         rows = rows.to(self.targets.device)
         return self.contexts.index_select(0, rows), self.targets.index_select(0, rows), len(rows)
 
@@ -65,11 +83,12 @@ class Examples:
 class Sequences:
     """A prediction at every position.
 
-    idx:     (N, T) tokens.
-    targets: (N, T) the tokens behind them, or IGNORED; a signed dtype where anything is ignored.
-    lengths: (N,) int64 on the CPU: columns from here on are ignored.
-    counts:  (N,) int64 on the CPU: predictions of each row.
-    protocol: a key of PROTOCOLS.
+    Attributes:
+        idx: (N, T) the input tokens.
+        targets: (N, T) the next token of each position, or IGNORED; a signed dtype where any position is ignored.
+        lengths: (N,) int64 on the CPU; every column from `lengths[i]` on is ignored in row i.
+        counts: (N,) int64 on the CPU, the number of predictions of each row.
+        protocol: A key of PROTOCOLS.
     """
 
     idx: Tensor
@@ -83,14 +102,14 @@ class Sequences:
 
     @property
     def tokens(self) -> int:
-        """How many predictions there are."""
+        """The number of predictions."""
         return int(self.counts.sum().item())
 
     def to(self, device: torch.device | str) -> Sequences:
         return replace(self, idx=self.idx.to(device), targets=self.targets.to(device))
 
     def select(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
-        """(idx, targets, number of predictions) of `rows` (B,) int64 on the CPU, as wide as the longest of them."""
+        """(idx, targets, number of predictions) of `rows`, (B,) int64 on the CPU, cropped to the longest of them."""
         width = int(self.lengths[rows].max().item())
         count = int(self.counts[rows].sum().item())
         rows = rows.to(self.idx.device)
@@ -103,21 +122,21 @@ class Sequences:
             yield idx, targets
 
 
-def is_asked(targets: Tensor) -> Tensor:
-    """Which targets are not IGNORED; bool, of their shape."""
-    return targets.long() != IGNORED  # in a dtype of one byte -100 and token 156 are the same
+def is_target(targets: Tensor) -> Tensor:
+    """Mask of the targets that are not IGNORED: bool, of the same shape."""
+    return targets.long() != IGNORED  # in a dtype of one byte -100 and token 156 are equal
 
 
-# ---- one item a line
+# ---- line format
 
 
 def line_examples(items: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Examples:
-    """One example for each character of each item and one for the separator behind it; contexts stay in the item."""
+    """One example per character and one per separator that ends an item; no context reaches beyond its item."""
     lengths = np.array([len(item) + 1 for item in items], dtype=np.int64)
-    targets = _separated(items, vocabulary)
+    targets = _encode_items(items, vocabulary)
     ends = np.cumsum(lengths)
     total = len(targets)
-    position = np.arange(total) - np.repeat(ends - lengths, lengths)  # (N,) of each target in its item
+    position = np.arange(total) - np.repeat(ends - lengths, lengths)  # (N,) position of each target in its item
     contexts = np.full((total, block_size), SEPARATOR, dtype=targets.dtype)
     for back in range(1, min(block_size, int(lengths.max(initial=0))) + 1):
         inside = np.flatnonzero(position >= back)
@@ -126,23 +145,24 @@ def line_examples(items: Sequence[str], vocabulary: Vocabulary, block_size: int)
 
 
 def line_sequences(items: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Sequences:
-    """One row for each item, as `sequences_of` has it: . a b → a b ."""
+    """One row per item, . a b → a b ., split as in `run_sequences` if it is longer than `block_size`."""
     lengths = np.array([len(item) + 1 for item in items], dtype=np.int64)
-    return sequences_of(_separated(items, vocabulary), lengths, block_size, SEPARATOR, "items")
+    return run_sequences(_encode_items(items, vocabulary), lengths, block_size, SEPARATOR, "items")
 
 
-def sequences_of(tokens: np.ndarray, lengths: np.ndarray, block_size: int, pad_token: int, protocol: str) -> Sequences:
-    """One row for each run of tokens, which begins behind a `pad_token` and sees no other run.
+def run_sequences(tokens: np.ndarray, lengths: np.ndarray, block_size: int, pad_token: int, protocol: str) -> Sequences:
+    """One row per run of tokens. Each run starts after a `pad_token` and sees no other run.
 
-    What a run has beyond `block_size` predictions is predicted from the last `block_size` tokens, one a row.
+    A run of more than `block_size` tokens takes further rows: each predicts one token from the `block_size` before it.
 
-    tokens:  the runs, side by side.
-    lengths: (number of runs,) int64, each at least 1.
+    Args:
+        tokens: The concatenated runs.
+        lengths: (number of runs,) int64, each at least 1.
     """
     starts = np.cumsum(lengths) - lengths
-    n_rows = 1 + np.maximum(lengths - block_size, 0)  # of each run
+    n_rows = 1 + np.maximum(lengths - block_size, 0)  # rows of each run
     run = np.repeat(np.arange(len(lengths)), n_rows)
-    shift = np.arange(len(run)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)  # 0 is the run's first row
+    shift = np.arange(len(run)) - np.repeat(np.cumsum(n_rows) - n_rows, n_rows)  # 0 in the first row of a run
     width = np.minimum(lengths, block_size)[run]
     columns = np.arange(int(width.max(initial=0)))
     inside = columns < width[:, None]  # (N, T)
@@ -150,13 +170,13 @@ def sequences_of(tokens: np.ndarray, lengths: np.ndarray, block_size: int, pad_t
     at = np.where(inside, (starts[run] + shift)[:, None] + columns, 0)
     before = np.where((columns == 0) & (shift[:, None] == 0), pad_token, tokens[np.maximum(at - 1, 0)])
     signed = np.int16 if tokens.dtype == np.uint8 else np.int32
-    behind = np.where(counted, tokens[at].astype(np.int32), IGNORED).astype(signed)
+    targets = np.where(counted, tokens[at].astype(np.int32), IGNORED).astype(signed)
     idx = np.where(inside, before, pad_token).astype(tokens.dtype)
-    return Sequences(*map(torch.from_numpy, (idx, behind, width, counted.sum(axis=1))), protocol)
+    return Sequences(*map(torch.from_numpy, (idx, targets, width, counted.sum(axis=1))), protocol)
 
 
-def _separated(items: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
-    """The tokens of all items, each with the separator behind it."""
+def _encode_items(items: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
+    """The tokens of all items, concatenated, with a separator after each item."""
     characters = vocabulary.encode("".join(items), "the items").numpy()
     ends = np.cumsum([len(item) + 1 for item in items], dtype=np.int64)
     targets = np.full(int(ends[-1]) if len(items) else 0, SEPARATOR, dtype=characters.dtype)
@@ -170,7 +190,7 @@ def _separated(items: Sequence[str], vocabulary: Vocabulary) -> np.ndarray:
 
 
 def text_examples(stream: Tensor, start: int, block_size: int, pad_token: int) -> Examples:
-    """One example for each of stream[start:] (S,); contexts are views of one stream, `pad_token` before its begin."""
+    """One example per token of stream[start:]; contexts are views of one stream, padded with `pad_token` in front."""
     before = max(0, start - block_size)
     padding = torch.full((block_size - (start - before),), pad_token, dtype=stream.dtype)
     stream = torch.cat([padding, stream[before:]])  # (block_size + S - start,)
@@ -178,9 +198,9 @@ def text_examples(stream: Tensor, start: int, block_size: int, pad_token: int) -
 
 
 def in_windows(examples: Examples, pad_token: int) -> Examples:
-    """`text_examples` cut into windows of block_size predictions, none of which sees what lies before its window.
+    """`text_examples` restricted to windows of block_size predictions, which do not see the text before them.
 
-    As in `text_windows`, the first prediction of a window has one token of context: the one before it.
+    As in `text_windows`, the first prediction of a window has one token of context.
     """
     block_size = examples.contexts.shape[1]
     seen = torch.arange(len(examples)) % block_size + 1  # (N,) tokens of context
@@ -189,9 +209,9 @@ def in_windows(examples: Examples, pad_token: int) -> Examples:
 
 
 def text_sequences(stream: Tensor, start: int, block_size: int, pad_token: int) -> Sequences:
-    """A row of `block_size` predictions from each position on, for training: rows overlap, and are views of the stream.
+    """One row of `block_size` predictions per position, for training. Rows overlap and are views of the stream.
 
-    A text shorter than a row is one row.
+    A text of fewer than `block_size` tokens is a single, shorter row.
     """
     stream = _with_token_before(stream, start, pad_token)
     width = min(block_size, len(stream) - 1)
@@ -201,8 +221,7 @@ def text_sequences(stream: Tensor, start: int, block_size: int, pad_token: int) 
 
 
 def text_windows(stream: Tensor, start: int, block_size: int, pad_token: int) -> Sequences:
-    """Rows of `block_size` predictions side by side, as nanoGPT evaluates: each of stream[start:] once, the last row
-    shorter."""
+    """Consecutive rows of `block_size` predictions, as nanoGPT evaluates. The last row may be shorter."""
     stream = _with_token_before(stream, start, pad_token)
     total = len(stream) - 1
     n_rows = -(-total // block_size)
@@ -216,5 +235,6 @@ def text_windows(stream: Tensor, start: int, block_size: int, pad_token: int) ->
 
 
 def _with_token_before(stream: Tensor, start: int, pad_token: int) -> Tensor:
+    """stream[start:] with one token in front: the one before it in the stream, or `pad_token` at the beginning."""
     first = stream[start - 1 : start] if start else torch.full((1,), pad_token, dtype=stream.dtype)
     return torch.cat([first, stream[start:]])

@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a signal, a full disk or another process leaves the old one whole."""
+"""Atomic file writes, which leave the old file intact after a crash or on a full disk, and the lock of a folder."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from charlm.lm.errors import UserError
+from charlm._errors import UserError
 
 LOCK = ".lock"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, forces it to disk, and renames it into place.
+    """Writes `data` to a temporary file beside `path`, syncs it to disk and renames it to `path`.
 
     Raises:
-        OSError: naming `path`; nothing of `data` is left behind.
+        OSError: The error names `path`; the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
@@ -35,7 +35,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Lets an OSError inside name `path`: one of write() or fsync(), as on a full disk, names no file."""
+    """Sets the file name of an OSError raised inside to `path`; write() and fsync() raise errors without one."""
     try:
         yield
     except OSError as error:
@@ -45,43 +45,45 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Inside, this process is the one that writes to `directory`, made if need be.
+    """Locks `directory` for writing by this process, and creates it if needed. Readers need no lock.
 
-    The lock is the kernel's, on a file in the folder: it ends with the process, however that ends. Reading needs none.
+    The kernel holds the lock, on a file in the folder, and releases it when the process ends for any reason. Folders
+    that were created are removed again if they are still empty.
 
     Raises:
-        UserError: another process holds it; nothing was changed.
-        OSError: naming what cannot be written.
+        UserError: Another process holds the lock; nothing was changed.
+        OSError: The folder or the lock file cannot be written; the error names it.
     """
-    made = [path for path in (directory, *directory.parents) if not path.exists()]  # the innermost first
+    created = [path for path in (directory, *directory.parents) if not path.exists()]  # the innermost first
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
-    descriptor = _take(path)
+    descriptor = _acquire(path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
-        with suppress(OSError):  # as soon as one holds anything
-            for folder in made:
+        with suppress(OSError):  # raised by the first folder that is not empty
+            for folder in created:
                 folder.rmdir()
 
 
-def _take(path: Path) -> int:
-    """The descriptor of the lock file at `path`, locked."""
+def _acquire(path: Path) -> int:
+    """Locks the file at `path` and returns its descriptor."""
     while True:
         with naming(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             with naming(path):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one who held it removed it between our opening and our locking: then it locks nothing.
+            # The previous holder may have removed the file between open and flock. Then the lock protects nothing, and
+            # the file is created again.
             if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(
-                f"another charlm is training in {path.parent}: wait for its end, or give another folder"
+                f"another charlm is training in {path.parent}: wait until it ends, or choose another folder"
             ) from None
         except BaseException:
             os.close(descriptor)
@@ -90,8 +92,8 @@ def _take(path: Path) -> int:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Forces the directory's entries to disk: a rename that is not may be undone by a crash."""
-    if os.name != "posix":  # elsewhere a directory cannot be opened
+    """Syncs the directory's entries to disk; without this a crash may undo a rename."""
+    if os.name != "posix":  # other systems cannot open a directory
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -1,10 +1,10 @@
-"""metrics.jsonl: what a run measured, one JSON object a line.
+"""metrics.jsonl, the losses of a run: one JSON object per line.
 
     {"step": 400, "split": "train", "nats": 2.1042, "tokens/s": 151234.5}
     {"step": 400, "split": "dev", "nats": 2.0871, "tokens/s": 812345.6}
 
-train: the mean over the batches since the line before (with dropout). dev: the whole split. tokens/s is of
-       that work.
+The loss on train is the mean over the batches since the previous line, with dropout; that on dev is over the whole
+split. tokens/s is the speed of training or of the evaluation.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to DIR/metrics.jsonl, less what lies beyond `step`, where the run begins (0) or resumes.
+    """Appends to DIR/metrics.jsonl, after removing the lines beyond `step`, where the run starts (0) or resumes.
 
-    A run that begins has no lines there before its first checkpoint: until then those of an earlier one stay.
+    A new run replaces the lines of an earlier one only with its first checkpoint.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / METRICS
         self._file: BinaryIO | None = None
-        self._waiting = b""  # lines for which there is no file yet
+        self._pending = b""  # lines written before the first checkpoint
         if step:
-            self._waiting = "".join(f"{line}\n" for line in _lines(self._path) if _step(line) <= step).encode()
-            self._begin()
+            self._pending = "".join(f"{line}\n" for line in _lines(self._path) if _step(line) <= step).encode()
+            self._open()
 
     def write(self, step: int, split: str, nats: float, tokens_per_second: float) -> None:
         entry = {"step": step, "split": split, "nats": nats, "tokens/s": round(tokens_per_second, 1)}
         line = json.dumps(entry, allow_nan=False).encode() + b"\n"
         if self._file is None:
-            self._waiting += line
+            self._pending += line
             return
         with naming(self._path):
             self._file.write(line)
 
     def checkpointed(self) -> None:
-        """To be called when a checkpoint of this run is on disk: its lines take their place."""
+        """Must be called when a checkpoint of this run is on disk; the lines of this run then replace the old ones."""
         if self._file is None:
-            self._begin()
+            self._open()
 
-    def _begin(self) -> None:
-        write_atomically(self._path, self._waiting)
-        self._file = self._path.open("ab", buffering=0)  # else a line that the disk had no room for is tried on close
+    def _open(self) -> None:
+        write_atomically(self._path, self._pending)
+        self._file = self._path.open("ab", buffering=0)  # a buffer would retry a failed write on close
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -67,7 +67,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step(line: str) -> float:
-    """The step of a line; of one that is damaged, or that a crash cut short, infinity."""
+    """The step of a line; infinity for a damaged or truncated line."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

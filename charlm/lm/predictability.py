@@ -1,13 +1,14 @@
-"""How predictable a corpus is before any network sees it: what a model of it has to beat.
+"""The predictability of a corpus without a network: reference values for the loss of a model.
 
-    in-sample   H_k of the whole file, from its own counts (charlm.information): falls towards 0 with k, because a
-                long context has occurred once and foretells what followed it. A bound on nothing.
-    held-out    Kneser–Ney n-grams (charlm.lm.models.ngram) of the same contexts, fitted on train and measured on dev:
-                what contexts are worth on new text.
-    gzip, …     the whole file, compressed: a code that learns as it goes.
+    in-sample   The conditional entropy H_k of the whole file, from its own counts (charlm.information). It falls to 0
+                as k grows, because a long context occurs only once and then determines the next character. It is not a
+                bound on the loss on new text.
+    held-out    Kneser–Ney n-grams (charlm.lm.models.ngram) with the same contexts, fitted on train and measured on dev:
+                how much contexts help on new text.
+    gzip, …     The size of the whole file after compression.
 
-All in bits a character. The file is taken as it is modelled: newlines as "\\n", in line format items stripped and empty
-lines dropped, so that an item's end is its newline, a character.
+All values are in bits per character. The file is taken as it is modelled: newlines are "\\n"; in line format items are
+stripped, empty lines are dropped, and the end of an item is the newline, which counts as a character.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from charlm._errors import UserError
 from charlm.information import conditional_entropies
-from charlm.lm.data import SPLITS, Corpus, build_corpus
-from charlm.lm.errors import UserError
+from charlm.lm.data import SPLITS, Corpus, build_corpus, split_items
 from charlm.lm.evaluate import evaluate
 from charlm.lm.models import NGram
 
@@ -35,14 +36,20 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 @dataclass(frozen=True)
 class Predictability:
-    """What `measure` found; entropies in bits a character.
+    """The result of `measure`, with entropies in bits per character. The last four fields are None for running text.
 
-    bytes, characters, alphabet: of the file as it is modelled; how many different characters.
-    in_sample:  H_0, H_1, …
-    held_out:   of the n-grams whose context is 0, 1, … characters, on dev.
-    compressed: by the name of the compressor.
-    items:      in line format their number, those that repeat an earlier one, and how many of dev's dev_items stand
-                in train as well; None in running text.
+    Attributes:
+        format: "line" or "text".
+        bytes: Size of the file as it is modelled.
+        characters: Number of characters.
+        alphabet: Number of distinct characters.
+        in_sample: Conditional entropies H_0, H_1, ….
+        held_out: Loss on dev of the n-grams whose context is 0, 1, … characters.
+        compressed: Compressed size by the name of the compressor.
+        items: Number of items.
+        duplicate_items: Number of items that repeat an earlier one.
+        dev_items: Number of items in dev.
+        dev_items_in_train: Number of dev items that also occur in train.
     """
 
     format: str
@@ -58,24 +65,31 @@ class Predictability:
     dev_items_in_train: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """The fixed form of `charlm entropy --json`."""
+        """The object of `charlm entropy --json`."""
         return asdict(self)
 
 
 def measure(
     text: str, *, order: int = 5, format: str | None = None, seed: int = 42, name: str = "the input"
 ) -> Predictability:
-    """Measures `text`, split as training would split it; `order` is the largest k, less where the text is short.
+    """Measures the predictability of `text`, split as for training.
+
+    Args:
+        text: The data, with newlines as "\\n".
+        order: The longest context k; a short text has fewer in-sample entropies.
+        format: "line" or "text"; None guesses.
+        seed: Random seed of the split.
+        name: What error messages call the data.
 
     Raises:
-        UserError: an order below 0 or above MAX_ORDER, or a text that `build_corpus` refuses.
+        UserError: `order` is below 0 or above MAX_ORDER, or `build_corpus` refuses the text.
     """
     if not 0 <= order <= MAX_ORDER:
         raise UserError(f"order is {order}, but must be from 0 to {MAX_ORDER}")
     corpus = build_corpus(text, format=format, seed=seed, name=name)
     line = corpus.format == "line"
     if line:
-        text = "".join(f"{item}\n" for part in text.split("\n") if (item := part.strip()))
+        text = "".join(f"{item}\n" for item in split_items(text))
     data = text.encode()
     in_sample = conditional_entropies(text, min(order, len(text) - 1), base=2)
     items = [item for split in SPLITS for item in corpus.parts[split]] if line else []
@@ -95,9 +109,9 @@ def measure(
 
 
 def _held_out(corpus: Corpus, order: int) -> list[float]:
-    """Bits a character on dev of the n-grams that see 0, 1, …, `order` characters before."""
+    """The loss on dev in bits per character of the n-grams with a context of 0, 1, …, `order` characters."""
     size, pad_token = len(corpus.vocabulary), corpus.vocabulary.pad_token
-    block_size = max(2, order)  # an n-gram tells items from running text by two characters of context
+    block_size = max(2, order)  # an n-gram model needs two tokens of context to tell items from running text
     train, dev = (corpus.examples(split, block_size) for split in ("train", "dev"))
     curve = []
     for k in range(order + 1):

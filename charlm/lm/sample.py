@@ -1,4 +1,4 @@
-"""Samples from a model, as text, and where they stand in the data."""
+"""Samples texts from a model, and finds the splits of the data that contain them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from charlm._errors import UserError
 from charlm.lm.config import check_numbers
 from charlm.lm.data import SPLITS, Corpus
-from charlm.lm.errors import UserError
-from charlm.lm.memory import machine_bytes, readable
+from charlm.lm.memory import format_bytes, machine_bytes
 from charlm.lm.models import LanguageModel
 from charlm.lm.models.base import check_sampling
 from charlm.lm.vocabulary import Vocabulary
@@ -19,14 +19,19 @@ MAX_NEW_TOKENS = {"line": 100, "text": 500}
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to sample.
+    """Sampling options.
 
-    num_samples, prompt, max_new_tokens (None: 100 for an item, 500 for running text), temperature (0: the
-    most probable token), top_k, top_p: as `LanguageModel.generate`. seed: of the draws; equal seeds give
-    equal samples.
+    Attributes:
+        num_samples: Number of samples.
+        prompt: The text that each sample begins with.
+        max_new_tokens: Largest number of characters after the prompt; None is 100 for an item, 500 for running text.
+        temperature: Divisor of the logits; 0 takes the most probable token.
+        top_k: Sample among the k most probable tokens.
+        top_p: Sample among the most probable tokens that together reach this probability.
+        seed: Random seed; equal seeds give equal samples.
 
     Raises:
-        UserError: an option that no distribution follows from.
+        UserError: An option is out of its range.
     """
 
     num_samples: int = 20
@@ -52,10 +57,10 @@ class SamplingOptions:
 def sample(
     model: LanguageModel, vocabulary: Vocabulary, options: SamplingOptions, device: torch.device | str = "cpu"
 ) -> list[str]:
-    """`options.num_samples` texts, each beginning with the prompt; an item ends before its separator.
+    """Samples `options.num_samples` texts that begin with the prompt; an item ends before its separator.
 
     Raises:
-        UserError: a character of the prompt is not in the vocabulary.
+        UserError: A character of the prompt is not in the vocabulary, or the samples do not fit into memory.
     """
     start = vocabulary.encode(options.prompt, "the prompt").long().to(device)
     max_new_tokens = options.max_new_tokens or MAX_NEW_TOKENS["line" if vocabulary.separator else "text"]
@@ -73,12 +78,12 @@ def sample(
 
 
 def _check_fits(num_samples: int, length: int, vocab_size: int, device: torch.device) -> None:
-    """Raises UserError where the samples may take more memory than there is: their tokens, and logits of a step."""
+    """Raises UserError if the samples, their tokens and the logits of one step, may exceed the memory."""
     needed = num_samples * (2 * 8 * length + 3 * 4 * vocab_size)
     if needed > machine_bytes(device):
         raise UserError(
-            f"{num_samples:,} samples of up to {length:,} characters may take {readable(needed)} of memory, and "
-            f"{device.type} has {readable(machine_bytes(device))}: draw fewer at a time, with another seed each"
+            f"{num_samples:,} samples of up to {length:,} characters may take {format_bytes(needed)} of memory, but "
+            f"{device.type} has {format_bytes(machine_bytes(device))}: draw fewer at a time, each with another seed"
         )
 
 
@@ -86,7 +91,7 @@ def _before_stop(row: list[int], stop_token: int | None) -> list[int]:
     return row[: row.index(stop_token)] if stop_token in row else row
 
 
-def standing(samples: list[str], corpus: Corpus) -> list[str]:
-    """For each sampled item the splits it stands in, as "train" or "train, dev"; "new" if in none."""
+def containing_splits(samples: list[str], corpus: Corpus) -> list[str]:
+    """The splits that contain each sampled item, such as "train" or "train, dev"; "new" if none does."""
     items = {split: set(corpus.parts[split]) for split in SPLITS}
     return [", ".join(split for split in SPLITS if text in items[split]) or "new" for text in samples]

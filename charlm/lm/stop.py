@@ -1,4 +1,4 @@
-"""How a signal stops a run: between two steps, or in the middle of what can be made again."""
+"""How a signal stops a run: between two steps, or in the middle of work that can be repeated."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """A signal came while nothing would be left half done."""
+    """Raised by a signal while the interrupted work can be repeated."""
 
 
 @dataclass
 class StopRequest:
-    """Set by a signal; the loop looks at it between steps, so that no step is left half done."""
+    """A flag that a signal sets and that the training loop checks between steps, so that every step is completed."""
 
     signal: int | None = None
     is_interruptible: bool = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """SIGINT, SIGTERM and SIGHUP set `signal`; a second one interrupts at once. For the main thread only.
+        """Handles SIGINT, SIGTERM and SIGHUP inside: the first sets `signal`, a second raises KeyboardInterrupt.
 
-        SIGHUP stays ignored where it is (nohup).
+        It must be entered in the main thread. If SIGHUP is ignored, as under nohup, it stays ignored.
         """
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -46,7 +46,7 @@ class StopRequest:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Inside, a signal raises Interrupted at once, and one that came before it does on entering."""
+        """Inside, a signal raises Interrupted at once; a signal received earlier raises it on entry."""
         self.is_interruptible = True
         try:
             if self.signal is not None:

@@ -1,6 +1,6 @@
-"""What comes from data, models and file names is printed so that it cannot act on the terminal, and nothing is cut off.
+"""Safe terminal output: control characters from data, models and file names are escaped, and tables are not cut off.
 
-Everything that a command prints for people goes through `new_console` or `visible`; JSON has escapes of its own.
+All human-readable output of a command goes through `new_console` or `visible`; JSON has its own escapes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 # C0 and C1 controls (ESC begins the sequences that change a window's title), line and paragraph separators, lone
-# surrogates (undecodable bytes of a file name), and format characters: the bidirectional ones reorder what is read,
-# the others are not seen. The joiners U+200C and U+200D spell words and emoji, and stay.
-ACTING = re.compile(
+# surrogates (undecodable bytes of a file name), and format characters: bidirectional ones reorder the text, the others
+# are invisible. The joiners U+200C and U+200D are part of words and emoji and are not escaped.
+CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e0fff]"
 )
-WIDE = 100_000  # columns: wider than any line
+UNLIMITED_WIDTH = 100_000  # columns: wider than any line
 
 
 def visible(text: str, keep: str = "") -> str:
-    """`text` with each character that would act on a terminal as its escape, "\\x1b"; those in `keep` stay."""
-    return ACTING.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
+    """`text` with every control character outside `keep` replaced by its escape, such as "\\x1b"."""
+    return CONTROLS.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), text)
 
 
 def _escape(character: str) -> str:
@@ -36,13 +36,13 @@ def _escape(character: str) -> str:
 
 
 class SafeConsole(Console):
-    """A console on which no text acts: a net under callers, who escape where a width is counted."""
+    """A console that escapes control characters in all text. Callers escape it themselves where they need its width."""
 
-    def print(self, *objects: Any, **options: Any) -> None:  # rich drops BEL, BS, VT, FF and CR from a string
+    def print(self, *objects: Any, **options: Any) -> None:  # rich would drop BEL, BS, VT, FF and CR from a string
         shown = (visible(each, keep="\n\t") if isinstance(each, str) else each for each in objects)
         super().print(*shown, **options)
 
-    def on_broken_pipe(self) -> None:  # rich would end the process here, and a run with it that is not saved
+    def on_broken_pipe(self) -> None:  # rich would exit here, before a run is saved
         raise BrokenPipeError(errno.EPIPE, "the reader of the output has gone")
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -51,42 +51,47 @@ class SafeConsole(Console):
 
 
 def new_console() -> Console:
-    """Standard output; rich leaves colours out where it is no terminal, and reads no markup in what is printed."""
+    """A console on standard output that interprets no markup; rich omits colours unless it is a terminal."""
     return SafeConsole(highlight=False, markup=False, emoji=False)
 
 
 def print_line(console: Console, text: str) -> None:
-    """Prints `text`, broken between words on a terminal, whole elsewhere."""
+    """Prints `text`, wrapped between words on a terminal and as a single line elsewhere."""
     console.print(text, soft_wrap=not console.is_terminal)
 
 
 def print_table(console: Console, headers: dict[str, list[str]], folded: str | None = None) -> None:
-    """Prints a table whose columns are `headers`; what is in no column named `folded` is never broken inside a word.
+    """Prints a table; only the column `folded` may be broken inside a word.
 
-    Elsewhere a row is a line. On a terminal that is too narrow for that, words stand below each other, cells move
-    together, and last the column `folded` is broken anywhere; narrower than that the terminal breaks the lines.
+    On a terminal that is too narrow, cells are wrapped between words, then the padding is removed, then the column
+    `folded` is broken anywhere. On a terminal that is narrower still, and elsewhere, each row is one line.
+
+    Args:
+        console: Where to print.
+        headers: The cells of each column by its header.
+        folded: The header of the column that may be broken inside a word.
     """
     for padding in (1, 0):
         table = Table(padding=(0, padding))
         for header, cells in headers.items():
             words = [header] if header == folded else [header, *cells]
-            least = max(len(word) for cell in words for word in cell.split())
+            min_width = max(len(word) for cell in words for word in cell.split())
             justify = "left" if header == folded else "right"
-            table.add_column(header, justify=justify, overflow="fold", min_width=least)
+            table.add_column(header, justify=justify, overflow="fold", min_width=min_width)
         for row in zip(*headers.values(), strict=True):
             table.add_row(*map(Text, row))
         needed = 1 + sum((column.min_width or 0) + 2 * padding + 1 for column in table.columns)
         if not console.is_terminal or needed <= console.width:
             break
     if console.is_terminal and needed <= console.width:
-        natural = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
+        natural = Measurement.get(console, console.options.update(max_width=UNLIMITED_WIDTH), table).maximum
         if natural > console.width:
             for column in table.columns:
                 column.width = None if column.header == folded else column.min_width
         console.print(table)
         return
     width = console.width
-    console.width = WIDE
+    console.width = UNLIMITED_WIDTH
     try:
         console.print(table)
     finally:

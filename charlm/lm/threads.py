@@ -1,4 +1,4 @@
-"""Whether a second thread pays: on a machine that others use too, waiting for it can cost more than it computes."""
+"""Detects when a single thread is faster: on a shared machine, synchronizing threads can cost more than they save."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from collections.abc import Callable
 import torch
 
 WARM_UP, REPEATS = 2, 5
-STEPS_WORTH_IT = 1000  # of a run, beside which 2 * (WARM_UP + REPEATS) are little
-SLOWER = 1.25  # by less, the next moment may be another
+MIN_STEPS = 1000  # shorter runs are not timed: the measurement takes 2 * (WARM_UP + REPEATS) steps
+SLOWER = 1.25  # smaller ratios are within the noise
 
 
 def advice(step: Callable[[], None]) -> str | None:
-    """A sentence where `step` is clearly faster with one thread than with as many as torch uses now; else None."""
+    """A recommendation if `step` is clearly faster with one thread than with torch's current number; otherwise None."""
     threads = torch.get_num_threads()
-    one, all_of_them = seconds_of(step, threads)
-    if all_of_them < SLOWER * one:
+    one, many = seconds_of(step, threads)
+    if many < SLOWER * one:
         return None
     return (
-        f"{threads} threads are slower than one here: {1e3 * all_of_them:.3g} ms a step, with one {1e3 * one:.3g} ms; "
-        "--threads 1 goes faster"
+        f"a step takes {1e3 * many:.3g} ms with {threads} threads, but {1e3 * one:.3g} ms with one: "
+        "--threads 1 is faster here"
     )
 
 
 def seconds_of(step: Callable[[], None], threads: int) -> tuple[float, float]:
-    """What `step` takes with one thread and with `threads`, in turns; medians, since a busy machine has moments."""
+    """The median seconds of `step` with one thread and with `threads` threads, measured alternately."""
     found: dict[int, list[float]] = {1: [], threads: []}
     before = torch.get_num_threads()
     try:

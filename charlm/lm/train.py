@@ -1,9 +1,9 @@
-"""Training: a tight loop over random batches, and everything needed to stop and go on exactly.
+"""The training loop over random batches, which can be stopped and resumed exactly.
 
-After step s the state is: weights, optimizer state, two generators' states (batches; dropout and noise), the loss
-summed since the last line, the best weights so far, and whether an evaluation is due that a signal cut short. A batch
-is a pure function of the batch generator's state. So a run that is resumed has, bit for bit, the losses of one that
-never stopped (on one machine, with one number of threads).
+The state after step s consists of the weights, the optimizer state, the states of two random generators (one for
+batches, one for dropout and noise), the loss summed since the last report, the best weights so far, and a flag for an
+evaluation that a signal interrupted. A batch is a pure function of the state of its generator. Therefore a resumed run
+has bit for bit the losses of an uninterrupted one, on the same machine with the same number of threads.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from charlm._errors import UserError
 from charlm.lm import checkpoint as checkpoints
 from charlm.lm import threads
 from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
-from charlm.lm.errors import UserError
 from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.examples import Examples, Sequences
 from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, Mixture, build_model
 from charlm.lm.stop import Interrupted, StopRequest
 
-SGD_STEP_DECAY = 0.1  # schedule "step": the factor from the half on, as in the lecture
+STEP_DECAY = 0.1  # factor of the learning rate after half of the steps with schedule "step", as in makemore's lecture
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a line of the log says: the loss of `split` at `step`, in nats, and how fast it was computed."""
+    """One report of a run: the loss of `split` at `step` in nats per character, and the speed of its computation."""
 
     step: int
     split: str
@@ -55,20 +55,20 @@ def learning_rate_at(config: Config, step: int) -> float:
     if config.schedule == "cosine":
         factor = 0.5 * (1 + math.cos(math.pi * done))
     elif config.schedule == "step":
-        factor = 1.0 if done < 0.5 else SGD_STEP_DECAY
+        factor = 1.0 if done < 0.5 else STEP_DECAY
     else:
         factor = 1.0
     return config.learning_rate * warmup * factor
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimizer of `config`; only the weights of linear layers decay."""
+    """Builds the optimizer of `config`; only the weights of linear layers have weight decay."""
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     decayed = [p for p in model.parameters() if id(p) in linear]
-    spared = [p for p in model.parameters() if id(p) not in linear]
+    others = [p for p in model.parameters() if id(p) not in linear]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": others, "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate, fused=True)
@@ -76,26 +76,26 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 class TokenNoise:
-    """Draws a share of the tokens anew, as often as they stand in `tokens` (N,)."""
+    """Replaces each input token, with the given probability, by one drawn from the frequencies of `tokens`."""
 
-    def __init__(self, share: float, tokens: Tensor, vocab_size: int) -> None:
-        self.share = share
+    def __init__(self, probability: float, tokens: Tensor, vocab_size: int) -> None:
+        self.probability = probability
         self.frequencies = torch.bincount(tokens, minlength=vocab_size).float()
 
     def __call__(self, idx: Tensor) -> Tensor:
-        """idx (B, T) → the same with noise, drawn from torch's global generator."""
+        """idx (B, T) → (B, T) with noise from torch's global generator."""
         drawn = torch.multinomial(self.frequencies, idx.numel(), replacement=True).view(idx.shape)
-        return torch.where(torch.rand(idx.shape, device=idx.device) < self.share, drawn.to(idx.dtype), idx)
+        return torch.where(torch.rand(idx.shape, device=idx.device) < self.probability, drawn.to(idx.dtype), idx)
 
 
 class Trainer:
-    """One training run of the model that `config` asks for on `corpus`, writing to `directory`.
+    """One training run.
 
     Args:
-        config: the run; its `format` is the corpus's.
-        corpus: the data.
-        directory: where checkpoints and metrics go.
-        resumed: the checkpoint to go on from.
+        config: The configuration; its `format` is that of `corpus`.
+        corpus: The data.
+        directory: The folder for checkpoints and metrics.
+        resumed: The checkpoint to resume from; None starts a new run.
 
     Raises:
         UserError: `resumed` was trained on other data, or the device cannot be used.
@@ -111,18 +111,18 @@ class Trainer:
         with self._own_randomness():
             torch.manual_seed(config.seed)
             self.model = build_model(**self.model_config).to(self.device)
-            self.random_state = self._get_random_state()  # dropout's and noise's, outside of `run`
+            self.random_state = self._get_random_state()  # state for dropout and noise while `run` is not active
         if isinstance(self.model, Mixture) and resumed is None:
             self.model.fit(corpus.examples("train", self.model.ngram.block_size).to(self.device))
         self.batches = torch.Generator().manual_seed(config.seed)
         self.step = 0
-        self.loss_sum = torch.zeros((), device=self.device)  # over the loss_steps steps since the last line
+        self.loss_sum = torch.zeros((), device=self.device)  # over the loss_steps steps since the last report
         self.loss_steps = 0
-        self.is_evaluation_due = False  # of the weights after `step`
+        self.is_evaluation_due = False  # whether the weights after `step` have yet to be evaluated
         self.best_step: int | None = None
         self.best_nats: float | None = None
         self.best_weights = copy.deepcopy(self.model.state_dict())
-        self._metrics: MetricsLog | None = None  # of the last `run`
+        self._metrics: MetricsLog | None = None  # the log of the last `run`
         self.optimizer = None if isinstance(self.model, CountModel) else build_optimizer(self.model, config)
         if resumed is not None:
             self._restore(resumed)
@@ -133,11 +133,18 @@ class Trainer:
         stop: StopRequest | None = None,
         on_advice: Callable[[str], None] | None = None,
     ) -> bool:
-        """Trains up to max_steps, or until the loss on dev has not become better for `patience` evaluations,
-        evaluating and saving as it goes; False if `stop` was set before the end.
+        """Trains until max_steps, or until `patience` evaluations in a row have not improved the loss on dev.
 
-        Either way the state is saved, and `self.model` ends as the best model on dev, in evaluation mode.
-        `on_advice` is called where the run would be faster with one thread.
+        The state is saved with each evaluation and at the end. Afterwards `self.model` is the best model on dev, in
+        evaluation mode.
+
+        Args:
+            on_progress: Called with each reported loss.
+            stop: A request to stop early, which is checked after every step.
+            on_advice: Called with a recommendation if the run would be faster with one thread.
+
+        Returns:
+            Whether the run is finished; False if `stop` ended it.
         """
         with MetricsLog(self.directory, self.step) as metrics, self._own_randomness():
             self._metrics = metrics
@@ -189,16 +196,16 @@ class Trainer:
             self._metrics.checkpointed()
 
     def _restore(self, saved: Checkpoint) -> None:
-        """Puts the trainer where `save` was called; tensors go to this run's device."""
+        """Restores the state of `save`, with tensors on the device of this run."""
         if saved.digest != self.corpus.digest:
-            raise UserError("the data or its split is not the one that the checkpoint was trained on")
+            raise UserError("the data or its split is not the one that the checkpoint was trained on: give that data")
         tensors = saved.training
         try:
             self.step, self.best_step, self.best_nats = saved.step, saved.best_step, saved.best_nats
-            self.model.load_state_dict(saved.weights if self.optimizer is None else _below(tensors, "weights."))
+            self.model.load_state_dict(saved.weights if self.optimizer is None else _strip_prefix(tensors, "weights."))
             self.best_weights = {name: tensor.to(self.device) for name, tensor in saved.weights.items()}
             self.batches.set_state(tensors["random.batches"])
-            self.random_state |= _below(tensors, "random.")
+            self.random_state |= _strip_prefix(tensors, "random.")
             self.loss_sum.copy_(tensors["loss_sum"])
             self.loss_steps = int(tensors["loss_steps"].item())
             if "is_evaluation_due" in tensors:
@@ -207,14 +214,14 @@ class Trainer:
             raise UserError(f"the checkpoint does not fit its own config: {error}") from error
         if self.optimizer is not None:
             state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _below(tensors, "optimizer.").items():
+            for name, tensor in _strip_prefix(tensors, "optimizer.").items():
                 index, key = name.split(".", 1)
                 state.setdefault(int(index), {})[key] = tensor
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _count(self, report: Report) -> None:
-        """Counting is one step, and leaves nothing to resume."""
+        """Trains a count model; this takes one step, which cannot be interrupted and resumed."""
         if self.step < self.config.max_steps:
             self.model.fit(predictions(self.model, self.corpus, "train").to(self.device))
             self.step = self.config.max_steps
@@ -234,8 +241,8 @@ class Trainer:
             with stop.interrupting():
                 train, dev = rows("train", config.block_size).to(self.device), self._dev()
                 if config.token_noise:
-                    every = self.corpus.examples("train", block_size=1).targets.to(self.device)
-                    noise = TokenNoise(config.token_noise, every, model.vocab_size)
+                    tokens = self.corpus.examples("train", block_size=1).targets.to(self.device)
+                    noise = TokenNoise(config.token_noise, tokens, model.vocab_size)
                 if on_advice is not None:
                     self._advise(train, on_advice)
         except Interrupted:
@@ -243,7 +250,7 @@ class Trainer:
             return
         loss_of = model.loss
         if config.compile:
-            loss_of = torch.compile(loss_of, dynamic=model.predicts_every_position)  # rows are as wide as their longest
+            loss_of = torch.compile(loss_of, dynamic=model.predicts_every_position)  # batches differ in width
         parameters = list(model.parameters())
         model.train()
         if self.is_evaluation_due:
@@ -253,7 +260,7 @@ class Trainer:
             rate = learning_rate_at(config, self.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            # At batch 32 a step is mostly overhead: dropping the gradients here takes a fiftieth of
+            # At batch size 32 a step is mostly overhead: this loop takes a fiftieth of the time of
             # optimizer.zero_grad().
             for parameter in parameters:
                 parameter.grad = None
@@ -278,9 +285,9 @@ class Trainer:
             self.save()
 
     def _advise(self, train: Examples | Sequences, on_advice: Callable[[str], None]) -> None:
-        """Times a few steps of a copy of the model, which leaves the run as it is."""
-        worth_it = self.config.max_steps - self.step >= threads.STEPS_WORTH_IT
-        if not worth_it or self.device.type != "cpu" or self.config.compile or torch.get_num_threads() == 1:
+        """Times a few steps of a copy of the model; the run itself is not changed."""
+        too_short = self.config.max_steps - self.step < threads.MIN_STEPS
+        if too_short or self.device.type != "cpu" or self.config.compile or torch.get_num_threads() == 1:
             return
         model = copy.deepcopy(self.model).train()
         idx, targets, _ = train.select(torch.arange(self.config.batch_size) % len(train))
@@ -298,12 +305,12 @@ class Trainer:
     def _backward(
         self, loss_of: Callable[..., Tensor], train: Examples | Sequences, noise: TokenNoise | None = None
     ) -> int:
-        """Adds a step's gradient to the parameters' and its loss to loss_sum; how many tokens it is the mean over."""
+        """Computes the gradients of one step and adds its loss to loss_sum; returns the number of tokens."""
         config = self.config
         count = config.batch_size * config.gradient_accumulation_steps
         rows = torch.randint(len(train), (count,), generator=self.batches)
-        # At batch 32 a step is mostly overhead: cutting one batch into one part takes 10 µs of it, and so does entering
-        # an autocast that is off.
+        # At batch size 32 a step is mostly overhead: splitting one batch into one part takes 10 µs, and so does
+        # entering a disabled autocast.
         parts = rows.split(config.batch_size) if config.gradient_accumulation_steps > 1 else [rows]
         batches = [train.select(part) for part in parts]
         total = sum(tokens for _, _, tokens in batches)
@@ -319,13 +326,13 @@ class Trainer:
         return total
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """What a loss is computed under: autocast to bfloat16, or nothing."""
+        """The context for computing a loss: autocast to bfloat16, or none."""
         if self.config.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def _is_finished(self) -> bool:
-        """Whether max_steps are done and evaluated, or the patience is at its end."""
+        """Whether max_steps are done and evaluated, or the patience is exhausted."""
         config = self.config
         if self.is_evaluation_due:
             return False
@@ -336,7 +343,7 @@ class Trainer:
         return self.step - self.best_step >= config.patience * config.steps_between_evaluations
 
     def _take_mean_loss(self) -> float:
-        """The mean loss since it was last taken; the one place where the loop waits for the device."""
+        """Returns and resets the mean loss since the last call; only here does the loop synchronize with the device."""
         nats = self.loss_sum.item() / self.loss_steps
         if not math.isfinite(nats):
             raise UserError(f"the loss became {nats} by step {self.step}: try a lower --learning-rate")
@@ -345,7 +352,7 @@ class Trainer:
         return nats
 
     def _evaluate_and_save(self, dev: Examples | Sequences, report: Report, stop: StopRequest) -> None:
-        """Does neither where `stop` interrupts the evaluation, which then stays due."""
+        """Evaluates on dev and saves; if `stop` interrupts the evaluation, it stays due and nothing is saved."""
         start = time.perf_counter()
         try:
             with stop.interrupting():
@@ -355,24 +362,24 @@ class Trainer:
         self.is_evaluation_due = False
         seconds = time.perf_counter() - start
         if not math.isfinite(result.nats):
-            cure = "an --add-k nearer to 1" if isinstance(self.model, CountModel) else "a lower --learning-rate"
-            raise UserError(f"the loss on dev became {result.nats} by step {self.step}: try {cure}")
+            remedy = "an --add-k closer to 1" if isinstance(self.model, CountModel) else "a lower --learning-rate"
+            raise UserError(f"the loss on dev became {result.nats} by step {self.step}: try {remedy}")
         if self.best_nats is None or result.nats < self.best_nats:
             self.best_step, self.best_nats = self.step, result.nats
             self.best_weights = copy.deepcopy(self.model.state_dict())
-        # The line first: if the save does not follow, resuming drops the line; the other way round the line
-        # would be missing.
+        # The report comes first: if the save then fails, resuming drops the extra line of metrics. In the other order
+        # the line would be missing.
         report("dev", result.nats, result.tokens / seconds)
         self.save()
 
     def _dev(self) -> Examples | Sequences:
         return predictions(self.model, self.corpus, "dev").to(self.device)
 
-    # ---- torch's global generators, which dropout and noise draw from
+    # ---- the state of torch's global generators, which dropout and noise use
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Inside, the global generators are this run's; afterwards they are the caller's again."""
+        """Restores the caller's state of the global generators afterwards."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             yield
 
@@ -389,20 +396,20 @@ class Trainer:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device called `name`.
+    """The torch device called `name`.
 
     Raises:
-        UserError: torch knows no such device, or this machine has none.
+        UserError: torch does not know the device, or this machine does not have it.
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).item()  # "meta" is a device that holds no numbers
+        torch.empty(1, device=device).item()  # refuses "meta", whose tensors have no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise UserError(f"device {name!r} cannot be used here: {reason}") from error
     return device
 
 
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name begins with `prefix`, without it."""
+def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name begins with `prefix`, by their name without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from charlm.lm.errors import UserError
+from charlm._errors import UserError
 
 SEPARATOR = 0  # token of the separator in line format
-SEPARATOR_GLYPH = "."  # how it is printed
-UNKNOWN = ("error", "escape")  # what a character outside a vocabulary may be
+SEPARATOR_GLYPH = "."  # the printed form of the separator
+UNKNOWN = ("error", "escape")  # treatments of a character outside the vocabulary
 CODE_POINTS = 0x110000
-ESCAPE_PROBABILITY = 2.0**-12  # ε: an escape costs 12 bits and about 20 for its code point
-NAMED = 10  # unknown characters that an error names
-SUGGESTED = 40  # characters of a text that an error suggests in lower or upper case
-ENCODED_AT_ONCE = 1 << 20  # characters: encoding takes 30 bytes for each, and a text may have 10⁹
+ESCAPE_PROBABILITY = 2.0**-12  # ε: an escape costs 12 bits, plus about 20 for its code point
+MAX_NAMED_CHARACTERS = 10  # unknown characters that an error message lists
+MAX_SUGGESTED_CHARACTERS = 40  # length of the longest text that an error message repeats in another case
+ENCODE_CHUNK = 1 << 20  # characters: encoding takes 30 bytes for each, and a text may have 10⁹
 
 
 class UnknownCharacterError(UserError):
-    """A text holds a character that is in no vocabulary of the model."""
+    """A text contains a character outside the vocabulary of the model."""
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises UserError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}, but must be {' or '.join(choices)}")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """The characters of a corpus, sorted by code point, and their tokens.
 
-    With a separator the characters are tokens 1, 2, …; without one 0, 1, …. `chars` and `separator` are all there is
-    to save. With `escapes` it encodes every text: an unknown character becomes the padding token, at a cost that
-    `with_escapes` adds.
+    With a separator the characters are tokens 1, 2, …; without one they are tokens 0, 1, …. A checkpoint stores only
+    `chars` and `separator`. With `escapes` every text can be encoded: an unknown character becomes the padding token,
+    and `with_escapes` adds its cost.
     """
 
     chars: str
@@ -50,7 +56,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, text: str, *, separator: bool) -> Vocabulary:
-        """The vocabulary of `text`; the newlines between items are no characters of theirs."""
+        """The vocabulary of `text`; with a separator, newlines delimit the items and are not characters."""
         chars = set(text)
         return cls("".join(sorted(chars - {"\n"} if separator else chars)), separator)
 
@@ -59,12 +65,12 @@ class Vocabulary:
 
     @property
     def itos(self) -> list[str]:
-        """What each token is printed as."""
+        """The printed form of each token."""
         return [SEPARATOR_GLYPH, *self.chars] if self.separator else list(self.chars)
 
     @property
     def pad_token(self) -> int:
-        """What fills a context where nothing comes before: the separator, else the newline (else token 0)."""
+        """The token that fills a context before the first character: the separator, the newline, or else token 0."""
         return SEPARATOR if self.separator else self.stoi.get("\n", 0)
 
     @property
@@ -74,54 +80,62 @@ class Vocabulary:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The smallest dtype that holds every token: tokens of most character models fit a byte."""
+        """The smallest dtype that holds every token: uint8 for most character models, otherwise int32."""
         return torch.uint8 if len(self) <= 256 else torch.int32
 
     def encode(self, text: str, what: str = "the text", first: int = 0) -> Tensor:
-        """The tokens of `text`, (len(text),) of `self.dtype`; `first` is the position in `what` of its first character.
+        """Encodes `text` as tokens.
+
+        Args:
+            text: The text.
+            what: What an error message calls the text.
+            first: The position of the first character of `text` in `what`, for error messages.
+
+        Returns:
+            (len(text),) of `self.dtype`.
 
         Raises:
-            UserError: a character is not in the vocabulary, which does not escape; the text names it, its position in
-                       `what`, and the other unknown characters.
+            UserError: A character is not in the vocabulary, and `escapes` is off. The message names the character,
+                its position in `what`, and the other unknown characters.
         """
         encoded = torch.empty(len(text), dtype=self.dtype)
-        for start in range(0, len(text), ENCODED_AT_ONCE):
-            tokens = self._lookup(text[start : start + ENCODED_AT_ONCE])
+        for start in range(0, len(text), ENCODE_CHUNK):
+            tokens = self._lookup(text[start : start + ENCODE_CHUNK])
             if (tokens < 0).any():
                 if not self.escapes:
                     raise UnknownCharacterError(
-                        self._unknown_characters(text, start + int((tokens < 0).argmax()), what, first)
+                        self._unknown_message(text, start + int((tokens < 0).argmax()), what, first)
                     )
                 tokens = np.where(tokens < 0, self.pad_token, tokens)
             encoded[start : start + len(tokens)] = torch.from_numpy(tokens)
         return encoded
 
     def known(self, text: str) -> Tensor:
-        """Which characters of `text` are in the vocabulary: (len(text),) bool."""
-        pieces = [self._lookup(text[at : at + ENCODED_AT_ONCE]) >= 0 for at in range(0, len(text), ENCODED_AT_ONCE)]
+        """Mask of the characters of `text` that are in the vocabulary: (len(text),) bool."""
+        pieces = [self._lookup(text[at : at + ENCODE_CHUNK]) >= 0 for at in range(0, len(text), ENCODE_CHUNK)]
         return torch.from_numpy(np.concatenate([np.empty(0, dtype=bool), *pieces]))
 
     def with_escapes(self, nats: Tensor, escaped: Tensor) -> Tensor:
-        """A model's surprisals (n,) as the code with escapes has them, derived in `charlm.lm.character_model`."""
+        """Adds the cost of escapes to a model's surprisals (n,), as derived in `charlm.lm.character_model`."""
         cost = math.log((CODE_POINTS - len(self.chars)) / ESCAPE_PROBABILITY)
         return torch.where(escaped, cost, nats - math.log1p(-ESCAPE_PROBABILITY))
 
-    def _unknown_characters(self, text: str, position: int, what: str, first: int) -> str:
-        """The sentence about the characters of `text` that are unknown, of which the first stands at `position`."""
+    def _unknown_message(self, text: str, position: int, what: str, first: int) -> str:
+        """The error message about the unknown characters of `text`, the first of which is at `position`."""
         others = sorted(set(text) - set(self.chars) - {text[position]})
-        more = f" and {len(others) - NAMED} others" if len(others) > NAMED else ""
-        also = f" (nor are {', '.join(map(repr, others[:NAMED]))}{more})" if others else ""
+        more = f" and {len(others) - MAX_NAMED_CHARACTERS} others" if len(others) > MAX_NAMED_CHARACTERS else ""
+        also = f" (nor are {', '.join(map(repr, others[:MAX_NAMED_CHARACTERS]))}{more})" if others else ""
         return (
             f"character {text[position]!r} at position {first + position} of {what} (the first is 0) "
             f"is not in the model's vocabulary{also}{self._case_hint(text)}"
         )
 
     def _case_hint(self, text: str) -> str:
-        """Says that all letters of the vocabulary are of one case, where `text` in that case is known."""
+        """A hint that all letters of the vocabulary have one case, if `text` in that case could be encoded."""
         for case, convert, other in (("lower", str.lower, str.isupper), ("upper", str.upper, str.islower)):
             if not any(map(other, self.chars)) and set(convert(text)) <= set(self.chars):
-                meant = f": did you mean {convert(text)!r}?" if len(text) <= SUGGESTED else ""
-                return f", whose letters are all {case} case{meant}"
+                suggestion = f": did you mean {convert(text)!r}?" if len(text) <= MAX_SUGGESTED_CHARACTERS else ""
+                return f", whose letters are all {case} case{suggestion}"
         return ""
 
     def _lookup(self, text: str) -> np.ndarray:
@@ -131,6 +145,6 @@ class Vocabulary:
         return np.where(known, self._table[np.where(known, points, 0)], np.int32(-1))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`; a separator is printed "."."""
+        """The text of `tokens`; a separator becomes "."."""
         itos = self.itos
         return "".join(itos[token] for token in tokens)

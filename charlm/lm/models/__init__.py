@@ -1,4 +1,4 @@
-"""The models by the name that `--type` takes.
+"""The models, by their name in `--type`.
 
 Each is a `LanguageModel`: `logits, loss = model(idx, targets)` and `model.generate(idx, ...)`.
 """
@@ -19,9 +19,12 @@ MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, "wavenet": WaveNet, "gpt":
 
 
 def build_model(type: str, *, mix_ngram: int = 0, **config: Any) -> LanguageModel:
-    """The model `type` (a key of MODELS), freshly initialised; `config` is what its constructor takes.
+    """Builds a freshly initialized model.
 
-    mix_ngram: order of an n-gram that it is mixed with, see `Mixture`; 0 for none.
+    Args:
+        type: A key of MODELS.
+        mix_ngram: Order of the n-gram to average the model with, see `Mixture`; 0 for none.
+        config: The constructor arguments of the model.
     """
     model = MODELS[type](**config)
     return Mixture(model, mix_ngram) if mix_ngram else model

@@ -1,4 +1,4 @@
-"""What every language model here can do: predict the next token from the tokens before it, and generate."""
+"""The interface of all language models: they predict the next token from the tokens before it, and generate."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import charlm.functional as F
 class LanguageModel(nn.Module):
     """A model of the next token given the last `block_size` tokens.
 
-    vocab_size: number of tokens, V.
-    block_size: length of the context window, T.
-    pad_token:  stands in the window where there is nothing before.
+    Args:
+        vocab_size: Number of tokens V.
+        block_size: Length T of the context window.
+        pad_token: Token that fills the window before the first token.
 
-    `predicts_every_position` says what it is trained on: `Sequences`, idx and targets (B, T), or, if false,
-    `Examples`, idx (B, T) and targets (B,).
+    The class attribute `predicts_every_position` says what a model is trained on: `Sequences`, with idx and targets
+    (B, T), if true, and otherwise `Examples`, with idx (B, T) and targets (B,).
     """
 
     predicts_every_position = False
@@ -31,14 +32,28 @@ class LanguageModel(nn.Module):
         self.pad_token = pad_token
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The next token's logits, and their mean cross-entropy in nats where `targets` are given.
+        """Computes the logits of the next token and, if `targets` are given, their mean cross-entropy in nats.
 
-        idx (B, T) contexts and targets (B,), of any integer dtype → logits (B, V), loss () or None.
+        Args:
+            idx: (B, T) contexts, any integer dtype.
+            targets: (B,) next tokens, any integer dtype.
+
+        Returns:
+            The logits, (B, V), and the loss, () or None.
         """
         raise NotImplementedError
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """`forward`'s loss, for those who need no logits: in nats, () or, with reduction "none", (B,); "sum" too."""
+        """The loss of `forward` in nats, without its logits where a model can avoid them.
+
+        Args:
+            idx: As in `forward`.
+            targets: As in `forward`.
+            reduction: "mean", "sum" or "none".
+
+        Returns:
+            () or, with reduction "none", the shape of targets.
+        """
         return F.cross_entropy(self(idx)[0], targets, reduction=reduction)
 
     @torch.no_grad()
@@ -56,21 +71,21 @@ class LanguageModel(nn.Module):
         """Continues each row of `idx` by sampling one token at a time.
 
         Args:
-            idx: (B, t) integer tokens, any t: only the last `block_size` are seen, fewer are padded on the
-                 left.
-            max_new_tokens: how many tokens to add at most.
-            temperature: divides the logits; 0 takes the most probable token.
-            top_k: sample among the k most probable tokens; more than there are means all.
-            top_p: sample among the most probable tokens that together reach this probability (Holtzman et al.
-                   2020).
-            stop_token: a row that draws it is filled with it; generation ends when every row has.
-            generator: on the CPU; the draws are made there, so they do not depend on the device.
+            idx: (B, t) tokens of any integer dtype, any t. The model sees the last `block_size` of them; shorter rows
+                are padded on the left.
+            max_new_tokens: Largest number of tokens to add.
+            temperature: Divisor of the logits; 0 takes the most probable token.
+            top_k: Sample among the k most probable tokens; a k above V means all.
+            top_p: Sample among the most probable tokens that together reach this probability (Holtzman et al. 2020).
+            stop_token: A row that draws it is filled with it from there on; generation ends when every row has drawn
+                it.
+            generator: A generator on the CPU. Tokens are drawn on the CPU, so they do not depend on the device.
 
         Returns:
             (B, t + n) int64, n ≤ max_new_tokens.
 
         Raises:
-            ValueError: a temperature below 0 or not finite, top_k below 1, or top_p outside (0, 1].
+            ValueError: The temperature is negative or not finite, top_k is below 1, or top_p is outside (0, 1].
         """
         check_sampling(temperature, top_k, top_p)
         training = self.training
@@ -91,22 +106,22 @@ class LanguageModel(nn.Module):
         return sequence
 
     def next_logits(self, sequence: Tensor, cache: dict[str, Any]) -> Tensor:
-        """The logits (B, V) of the token behind `sequence` (B, t), of which the last `block_size` are seen.
+        """The logits (B, V) of the token after `sequence`, (B, t), from its last `block_size` tokens.
 
-        cache: what the model keeps from one call for the next, whose sequence is this one and a token more; empty at
-               first.
+        `cache` holds the state that a model keeps between calls. It is empty at first, and each call must extend the
+        sequence of the previous one by one token.
         """
         pad = torch.full((len(sequence), self.block_size), self.pad_token, dtype=torch.int64, device=sequence.device)
         return self(torch.cat([pad, sequence], dim=1)[:, -self.block_size :])[0]
 
 
-def reduced(losses: Tensor, reduction: str) -> Tensor:
-    """`losses` (B,) as they are ("none"), their "mean" or their "sum"."""
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    """Applies a reduction, "none", "mean" or "sum", to `losses` (B,)."""
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises ValueError for an option that no distribution follows from."""
+    """Raises ValueError for a sampling option that is out of its range."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, but must be a finite number and at least 0")
     if top_k is not None and top_k < 1:
@@ -122,16 +137,16 @@ def sample_token(
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """One token (B,) int64 for each row of `logits` (B, V); the options are those of `generate`."""
+    """Samples one token, (B,) int64, for each row of `logits` (B, V); the options are those of `generate`."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    # Double precision: a small temperature spreads the logits over a range where float32 would lose the tail. The
-    # largest is 0, so that the others alone become infinite where a temperature of almost 0 divides them.
+    # Double precision, because a small temperature spreads the logits so far that float32 would lose the tail. The
+    # largest logit is shifted to 0, so that a temperature close to 0 makes only the others infinite.
     logits = logits.double()
     probabilities = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1).cpu()
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_p is not None:
-        before = ranked.cumsum(dim=-1) - ranked  # probability of what ranks above: the first always stays
+        before = ranked.cumsum(dim=-1) - ranked  # total probability of the higher ranks, 0 for the first
         ranked = ranked.masked_fill(before >= top_p, 0.0)
     if top_k is not None:
         ranked[:, top_k:] = 0.0

@@ -1,11 +1,12 @@
-"""A decoder-only transformer, GPT-2's architecture as nanoGPT has it.
+"""A decoder-only transformer with the architecture of GPT-2, as in nanoGPT.
 
-    x_t    = C[token_t] + P[t]                              a row for the token, a row for its position
+    x_t    = C[token_t] + P[t]                                    token and position embeddings
     x     += Attention(LayerNorm(x)),  x += MLP(LayerNorm(x))     n_layer times
-    logits = LayerNorm(x) C^T                               the head is the embedding (Press & Wolf 2017)
+    logits = LayerNorm(x) C^T                                     the head shares its weight with the embedding C
 
-Every position predicts the token behind it. Radford et al. (2019), "Language Models are Unsupervised Multitask
-Learners"; no biases, dropout behind each of the two, the layers that write into x begin 1 / sqrt(2 n_layer) smaller.
+Every position predicts the next token. There are no biases, dropout follows both attention and MLP, and the layers that
+write to the residual stream x are initialized with 1 / sqrt(2 n_layer) of the usual standard deviation. Radford et al.
+(2019), "Language Models are Unsupervised Multitask Learners"; weight tying: Press and Wolf (2017).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import charlm.functional as F
-from charlm.lm.examples import is_asked
+from charlm.lm.examples import is_target
 from charlm.lm.models.base import LanguageModel
 from charlm.nn import Embedding
 
@@ -25,23 +26,27 @@ INITIAL_STD = 0.02
 
 
 class Packed(NamedTuple):
-    """The positions of rows (B, t) that are computed, those up to each row's last target, one behind the other.
+    """The positions of a batch (B, t) up to the last target of each row, packed into one dimension.
 
-    Names are padded to the longest of a batch, which is twice what they are: only attention has use for rows.
+    A batch of names is padded to its longest name, which doubles the number of positions. Packing skips the padding in
+    every layer but attention, which needs whole rows.
     """
 
-    where: Tensor  # (n,) int64, of the B * t positions
+    where: Tensor  # (n,) int64 indices into the B * t positions
     shape: tuple[int, int]  # B, t
 
     @classmethod
     def of(cls, targets: Tensor) -> Packed | None:
-        """None where that would be all of them, or waiting for a device or a compiler to know them."""
+        """Packs a batch with these targets; None if all positions are needed, or on a GPU or under torch.compile.
+
+        The number of positions depends on the data: it would synchronize a GPU and break a compiled graph.
+        """
         if not targets.is_cpu or torch.compiler.is_compiling():
             return None
-        asked = is_asked(targets)
-        if asked[:, -1].all():
+        counted = is_target(targets)
+        if counted[:, -1].all():
             return None
-        needed = asked.flip(1).cumsum(1).flip(1) > 0  # nothing before a target may be left out
+        needed = counted.flip(1).cumsum(1).flip(1) > 0  # a target depends on all positions before it
         return cls(needed.flatten().nonzero().flatten(), tuple(targets.shape))
 
     def pack(self, x: Tensor) -> Tensor:
@@ -55,7 +60,7 @@ class Packed(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of `n_head` heads: (B, t, D) → (B, t, D), or (n, D) → (n, D) of positions `packed`."""
+    """Causal self-attention with `n_head` heads: (B, t, D) → (B, t, D), or (n, D) → (n, D) if packed."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
@@ -65,7 +70,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None, packed: Packed | None = None) -> Tensor:
-        """cache: keys and values of the positions before x, which those of x are added to."""
+        """`cache` holds the keys and values of earlier positions, and those of x are appended to it."""
         qkv = self.qkv(x)
         if packed is not None:
             qkv = packed.pad(qkv)
@@ -75,7 +80,7 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
             cache["k"], cache["v"] = k, v
-        # A single new token sees all there is.
+        # With a cache, t is 1 after the prompt, and a single new token attends to every position.
         y = nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=t > 1, dropout_p=self.dropout if self.training else 0.0
         )  # (B, heads, t, d)
@@ -84,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a GELU layer of four times the width, each behind a norm and added to what came in."""
+    """Attention, then an MLP with a GELU layer of four times the width; pre-norm, with residual connections."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
@@ -101,14 +106,16 @@ class Block(nn.Module):
 
 
 class GPT(LanguageModel):
-    """Transformer blocks over embedded tokens and positions; head and embedding share one matrix.
+    """A GPT whose head and embedding share one weight.
 
     Args:
-        vocab_size, block_size, pad_token: as `LanguageModel`.
-        n_layer: number of blocks.
-        n_head: number of attention heads, which divides n_embd.
-        n_embd: width D of the model.
-        dropout: share dropped of embeddings, attention, and of what each block adds.
+        vocab_size: As in `LanguageModel`.
+        block_size: As in `LanguageModel`.
+        pad_token: As in `LanguageModel`.
+        n_layer: Number of blocks.
+        n_head: Number of attention heads, a divisor of n_embd.
+        n_embd: Width D of the model.
+        dropout: Dropout probability of embeddings, attention weights, and the outputs of attention and MLP.
 
     Raises:
         ValueError: n_head does not divide n_embd.
@@ -138,17 +145,23 @@ class GPT(LanguageModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """N(0, 0.02), less where a block writes into x; norms at 1."""
+        """Initializes weights from N(0, 0.02²), scaled down where a block writes to the residual stream."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                writes = name.endswith(("proj.weight", "contract.weight"))
-                nn.init.normal_(parameter, std=INITIAL_STD / math.sqrt(2 * len(self.blocks)) if writes else INITIAL_STD)
+                residual = name.endswith(("proj.weight", "contract.weight"))
+                scale = 1 / math.sqrt(2 * len(self.blocks)) if residual else 1.0
+                nn.init.normal_(parameter, std=INITIAL_STD * scale)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx (B, t) with t ≤ block_size, any integer dtype → logits and mean loss in nats or None.
+        """Computes logits and, if `targets` are given, their mean cross-entropy in nats.
 
-        With targets (B, t), of which -100 count for nothing, or without: logits (B, t, V). With targets (B,), the
-        tokens behind the last position: logits (B, V).
+        Args:
+            idx: (B, t) tokens of any integer dtype, t ≤ block_size.
+            targets: (B, t) the next token of each position, where -100 is ignored; or (B,) the token after the last
+                position.
+
+        Returns:
+            The logits, (B, V) for targets (B,) and otherwise (B, t, V), and the loss, () or None.
         """
         hidden = self._hidden(idx)  # (B, t, D)
         if targets is not None and targets.dim() == 1:
@@ -159,7 +172,7 @@ class GPT(LanguageModel):
         return logits, F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """`forward`'s loss without its logits: () or, with "none", the shape of targets."""
+        """As `LanguageModel.loss`, for the targets of `forward`; the logits are never materialized."""
         if targets.dim() == 1:
             return self.loss_of(self._hidden(idx)[:, -1], targets, reduction)
         packed = Packed.of(targets)
@@ -169,7 +182,7 @@ class GPT(LanguageModel):
         return packed.pad(loss[:, None]).view(targets.shape) if reduction == "none" else loss
 
     def embed(self, idx: Tensor, start: int = 0, packed: Packed | None = None) -> Tensor:
-        """What the blocks begin with: (B, t), at positions start, start + 1, … → (B, t, D), or (n, D) if packed."""
+        """The input of the first block: (B, t) at positions start, start + 1, … → (B, t, D), or (n, D) if packed."""
         if packed is not None:
             return self.dropout(self.embedding(packed.pack(idx)) + self.position(packed.where % idx.shape[1]))
         positions = self.position.weight  # (block_size, D)
@@ -178,15 +191,17 @@ class GPT(LanguageModel):
         return self.dropout(self.embedding(idx).add_(positions))
 
     def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """What the blocks end in: hidden (…, D), targets (…) → () or, with "none", (…)."""
+        """The loss from the output of the last block: hidden (…, D), targets (…) → () or, with "none", (…)."""
         loss = F.linear_cross_entropy(
             hidden.flatten(0, -2), self.embedding.weight, targets.flatten(), reduction=reduction
         )
         return loss.view(targets.shape) if reduction == "none" else loss
 
     def next_logits(self, sequence: Tensor, cache: dict[str, Any]) -> Tensor:
-        """As `LanguageModel.next_logits`, with the keys and values of the positions before: one new token, one position
-        of work, until the window is full. Then it moves on, every position with it, and is computed anew."""
+        """As `LanguageModel.next_logits`. The cache holds keys and values, so that a new token computes one position.
+
+        Once the window is full, each new token shifts every position, and the whole window is computed again.
+        """
         start = torch.full((len(sequence), 1), self.pad_token, dtype=torch.int64, device=sequence.device)
         window = torch.cat([start, sequence], dim=1)[:, -self.block_size :]
         if sequence.shape[1] >= self.block_size:
@@ -205,7 +220,7 @@ class GPT(LanguageModel):
         start: int = 0,
         packed: Packed | None = None,
     ) -> Tensor:
-        """(B, t) → (B, t, D), at positions start, start + 1, …, or (n, D) if packed."""
+        """(B, t) tokens at positions start, start + 1, … → (B, t, D), or (n, D) if packed."""
         x = self.embed(idx, start, packed)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, cache, packed)

@@ -1,10 +1,11 @@
-"""The neural language model of Bengio et al. (2003), as makemore's parts 2 and 3 have it.
+"""The neural language model of Bengio et al. (2003), as in parts 2 and 3 of makemore.
 
-    e      = concat(C[x_1], …, C[x_T])         the T last characters, each a row of the embedding C
+    e      = concat(C[x_1], …, C[x_T])         the last T characters, each a row of the embedding C
     h      = tanh(e W + b)                     or tanh(BatchNorm(e W))
     logits = h U + d
 
-Neither end multiplies by a one-hot: e W adds up rows of C W, and the loss needs no logits that are kept.
+The product e W is a sum of rows of C W, and the loss does not materialize the logits; docs/skip_the_matmul.md derives
+both.
 
 "A Neural Probabilistic Language Model", JMLR 3, 2003; without the direct connections from e to the logits.
 """
@@ -21,18 +22,20 @@ from charlm.lm.models.base import LanguageModel
 from charlm.nn import Embedding
 
 TANH_GAIN = 5 / 3  # keeps the variance of a tanh network's activations through depth
-HEAD_GAIN = 0.1  # small logits: the first loss is log V, with no surprise to unlearn (makemore part 3)
+HEAD_GAIN = 0.1  # small logits, so that the initial loss is log V (makemore part 3)
 
 
 class MLP(LanguageModel):
-    """Embedding, context window, one tanh layer, softmax.
+    """An MLP over the embedded context window, with one tanh layer.
 
     Args:
-        vocab_size, block_size, pad_token: as `LanguageModel`.
-        n_embd: width D of an embedding.
-        n_hidden: width H of the tanh layer.
-        batch_norm: normalise the tanh layer's input over the batch; its bias then takes the place of b.
-        dropout: share of the hidden units dropped in training.
+        vocab_size: As in `LanguageModel`.
+        block_size: As in `LanguageModel`.
+        pad_token: As in `LanguageModel`.
+        n_embd: Width D of an embedding.
+        n_hidden: Width H of the tanh layer.
+        batch_norm: Batch normalization of the input of the tanh; its bias replaces b.
+        dropout: Dropout probability of the hidden units.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class MLP(LanguageModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings N(0, 1), the tanh layer at its gain, a small softmax layer, biases 0."""
+        """Initializes embeddings from N(0, 1), the tanh layer with its gain, a small softmax layer, and biases 0."""
         nn.init.normal_(self.embedding.weight)
         nn.init.normal_(self.hidden.weight, std=TANH_GAIN / math.sqrt(self.hidden.in_features))
         nn.init.normal_(self.head.weight, std=HEAD_GAIN / math.sqrt(self.head.in_features))
@@ -64,21 +67,21 @@ class MLP(LanguageModel):
                 nn.init.zeros_(bias)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx (B, T), targets (B,), any integer dtype → logits (B, V), mean loss in nats or None."""
+        """As `LanguageModel.forward`."""
         logits = self.head(self._hidden(idx))  # (B, T) → (B, H) → (B, V)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """`forward`'s loss without its logits: idx (B, T), targets (B,) → () or, with "none", (B,)."""
+        """As `LanguageModel.loss`; the logits are never materialized."""
         hidden = self._hidden(idx)  # (B, H)
         return F.linear_cross_entropy(
             hidden, self.head.weight, targets, linear_bias=self.head.bias, reduction=reduction
         )
 
     def forward_textbook(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` as the textbook writes it: one-hot rows times C, and the loss from a softmax.
+        """`forward` as textbooks write it: one-hot rows times C, and the loss from an explicit softmax.
 
-        Equal in value and gradient; here to be read and tested, not to be run.
+        Values and gradients are equal. It documents and tests the model, and is not used for training.
         """
         one_hot = torch.nn.functional.one_hot(idx.long(), self.vocab_size).to(self.embedding.weight.dtype)
         embedded = one_hot @ self.embedding.weight  # (B, T, V) @ (V, D) → (B, T, D)

@@ -1,12 +1,12 @@
-"""A hierarchical model in the manner of WaveNet, as makemore's part 5 has it.
+"""A hierarchical model in the style of WaveNet, as in part 5 of makemore.
 
-    h_0   = C[x_1], …, C[x_T]                              T embeddings
-    h_l+1 = tanh(BatchNorm(W_l [h_l at 2i, h_l at 2i + 1]))   half as many positions, each of twice the reach
-    logits = h_L U + d                                     L = log2(T) layers later one position is left
+    h_0    = C[x_1], …, C[x_T]                                 T embeddings
+    h_l+1  = tanh(BatchNorm(W_l [h_l at 2i, h_l at 2i + 1]))   half as many positions
+    logits = h_L U + d                                         one position is left after L = log2(T) layers
 
-The context is fused pair by pair, a binary tree over T characters, instead of all at once: the tree is the dilated
-causal convolution of van den Oord et al. (2016), "WaveNet", for the last position alone. The first layer's embeddings
-and its product are one op that picks rows of C W_0; the loss keeps no logits.
+The layers merge pairs of neighbours, which makes a binary tree over T characters. This is the dilated causal
+convolution of van den Oord et al. (2016), "WaveNet", evaluated at the last position only. The first layer is fused with
+the embedding into one op that gathers rows of C W_0, and the loss does not materialize the logits.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from charlm.nn import Embedding
 
 
 class WaveNet(LanguageModel):
-    """A binary tree of tanh layers over the context, softmax.
+    """A binary tree of tanh layers over the context.
 
     Args:
-        vocab_size, pad_token: as `LanguageModel`.
-        block_size: length of the context, a power of two.
-        n_embd: width D of an embedding.
-        n_hidden: width H of every layer.
-        dropout: share of the hidden units dropped in training, in each layer.
+        vocab_size: As in `LanguageModel`.
+        block_size: Length T of the context, a power of two.
+        pad_token: As in `LanguageModel`.
+        n_embd: Width D of an embedding.
+        n_hidden: Width H of every layer.
+        dropout: Dropout probability of the hidden units of each layer.
 
     Raises:
-        ValueError: block_size is no power of two, or below 2.
+        ValueError: block_size is not a power of two, or is below 2.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class WaveNet(LanguageModel):
             raise ValueError(f"block_size is {block_size}, but must be a power of two, at least 2")
         self.embedding = Embedding(vocab_size, n_embd)
         widths = [n_embd, *[n_hidden] * (n_layer - 1)]
-        # No bias: the norm behind it has one.
+        # No bias, because batch normalization has one.
         self.layers = nn.ModuleList(nn.Linear(2 * width, n_hidden, bias=False) for width in widths)
         self.norms = nn.ModuleList(nn.BatchNorm1d(n_hidden) for _ in widths)
         self.dropout = nn.Dropout(dropout)
@@ -53,7 +54,7 @@ class WaveNet(LanguageModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Embeddings N(0, 1), the tanh layers at their gain, a small softmax layer, its bias 0."""
+        """Initializes embeddings from N(0, 1), the tanh layers with their gain, a small softmax layer, its bias 0."""
         nn.init.normal_(self.embedding.weight)
         for layer in self.layers:
             nn.init.normal_(layer.weight, std=TANH_GAIN / math.sqrt(layer.in_features))
@@ -61,12 +62,12 @@ class WaveNet(LanguageModel):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx (B, T), targets (B,), any integer dtype → logits (B, V), mean loss in nats or None."""
+        """As `LanguageModel.forward`."""
         logits = self.head(self._hidden(idx))  # (B, T) → (B, H) → (B, V)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """`forward`'s loss without its logits: idx (B, T), targets (B,) → () or, with "none", (B,)."""
+        """As `LanguageModel.loss`; the logits are never materialized."""
         return F.linear_cross_entropy(
             self._hidden(idx), self.head.weight, targets, linear_bias=self.head.bias, reduction=reduction
         )
@@ -78,7 +79,7 @@ class WaveNet(LanguageModel):
         x = F.embedding_linear(pairs, self.embedding.weight, first.weight)  # (B * T/2, H)
         x = self._activate(x, self.norms[0])
         for layer, norm in zip(rest, self.norms[1:], strict=True):
-            x = layer(x.view(-1, 2 * x.shape[1]))  # two neighbours side by side: (B * t, H) → (B * t/2, H)
+            x = layer(x.view(-1, 2 * x.shape[1]))  # concatenate two neighbours: (B * t, H) → (B * t/2, H)
             x = self._activate(x, norm)
         return x
 
