@@ -1,4 +1,4 @@
-"""Shared by the tests of the language model and of its commands: a checkpoint without training, what a command says."""
+"""Helpers for the tests of the language model and its commands."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
 from charlm.cli import app
+from charlm.cli.common import prepare_streams
 from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
@@ -18,7 +20,7 @@ from charlm.lm.train import StopRequest, Trainer
 
 
 def untrained_checkpoint(corpus: Corpus, type: str = "mlp", **config: Any) -> Checkpoint:
-    """What saving at step 0 would write: a small model of `corpus`; the same weights for the same arguments."""
+    """The checkpoint of a small model of `corpus` at step 0; equal arguments give equal weights."""
     settings = Config(**{"type": type, "format": corpus.format, "block_size": 4, "n_embd": 3, "n_hidden": 8, **config})
     arguments = settings.model_config(len(corpus.vocabulary), corpus.vocabulary.pad_token)
     torch.manual_seed(3)
@@ -41,14 +43,14 @@ def run(*arguments: str | Path, **options: Any):
 
 
 def succeeds(*arguments: str | Path, **options: Any) -> str:
-    """Standard output of a command that ends well."""
+    """The standard output of a command that succeeds."""
     result = run(*arguments, **options)
     assert result.exit_code == 0, (result.output, result.exception)
     return result.stdout
 
 
 def fails(*arguments: str | Path, **options: Any) -> str:
-    """The one sentence that an error is."""
+    """The error of a command that fails with one sentence on stderr and exit code 2."""
     result = run(*arguments, **options)
     assert result.exit_code == 2, (result.output, result.exception)
     assert result.stderr.startswith("charlm: ")
@@ -56,8 +58,16 @@ def fails(*arguments: str | Path, **options: Any) -> str:
     return result.stderr
 
 
+def run_on_own_streams(*arguments: str | Path) -> int:
+    """The exit code of a command on this process's streams, which the caller may have replaced, as `main` runs it."""
+    prepare_streams()
+    with pytest.raises(SystemExit) as end:
+        app([str(argument) for argument in arguments], prog_name="charlm")
+    return end.value.code or 0
+
+
 class StopAt(StopRequest):
-    """A request that comes when `step` is reported, or at the first look at the loop if that is None."""
+    """A request to stop a trainer after `step`."""
 
     def __init__(self, trainer: Trainer, step: int) -> None:
         self.trainer, self.step = trainer, step

@@ -1,4 +1,4 @@
-"""The commands in this process, through typer's runner: forms of output, errors, flags."""
+"""The commands in this process, through typer's runner: output, errors and options."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_eval_of_an_unknown_split_or_folder_is_one_sentence(trained, tmp_path):
 # ---- sample
 
 
-def test_samples_begin_with_the_prompt_and_say_where_they_stand(trained):
+def test_samples_begin_with_the_prompt_and_name_their_splits(trained):
     lines = succeeds("sample", trained, "-n", 7, "--prompt", "an").splitlines()
     assert len(lines) == 7
     assert all(line.startswith("an") and line.rsplit("  ", 1)[1] for line in lines)

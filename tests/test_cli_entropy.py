@@ -1,4 +1,4 @@
-"""charlm entropy: counted by hand, compared with eval's and the compressors' own."""
+"""charlm entropy: hand-counted values, and comparisons with eval and the compressors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_report_says_size_alphabet_repeats_and_one_row_for_each_order(tmp_pa
     assert all(0 <= float(row[1]) <= math.log2(10) for row in rows)
 
 
-def test_a_short_text_has_fewer_orders_than_asked():
+def test_a_short_text_has_fewer_orders_than_requested():
     assert len(measure("abcd", order=5, format="text").in_sample) == 4
 
 

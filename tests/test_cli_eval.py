@@ -1,4 +1,4 @@
-"""charlm eval on another text than the one that the model was trained on."""
+"""charlm eval on a text that the model was not trained on."""
 
 from __future__ import annotations
 

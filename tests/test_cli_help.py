@@ -1,4 +1,4 @@
-"""The help: it fits, and says units."""
+"""The help fits a screen and states units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the commands that read get their text from: standard input, pipes, and files that are no UTF-8."""
+"""Input of the commands: standard input, pipes, and files that are not UTF-8."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from lm_support import fails, run, succeeds, untrained_checkpoint
+from lm_support import fails, run, run_on_own_streams, succeeds, untrained_checkpoint
 
 from charlm.lm import checkpoint
 from charlm.lm.data import read_corpus
 
 CHARLM = [sys.executable, "-c", "from charlm.cli import main; main()"]
 NAMES = "emma\nolivia\nava\nisabella\n" * 10
-PATIENCE = 60.0  # seconds
+TIMEOUT = 60.0  # seconds
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def shell(line: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
     """Bash runs `line`, in which $CHARLM is the command and $1, $2, … are `arguments`."""
     script = f'charlm() {{ "{sys.executable}" -c "from charlm.cli import main; main()" "$@"; }}; {line}'
     command = ["bash", "-c", script, "bash", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
 def test_a_dash_is_standard_input(trained, names):
@@ -49,32 +49,39 @@ def test_a_dash_is_standard_input(trained, names):
     assert "standard input is not UTF-8: byte 0xff at offset 1" in fails("entropy", "-", input=b"t\xff\n")
 
 
-@pytest.mark.parametrize("source", ["<(cat $2)", "/dev/stdin < $2", "- < $2"])
-def test_data_may_come_through_a_pipe(trained, names, source):
-    result = shell(f"charlm entropy --json {source} && charlm eval $1 --json -i {source}", trained, names)
+def test_data_may_come_through_a_pipe(trained, names):
+    line = (
+        "charlm eval $1 --json -i <(cat $2) && charlm eval $1 --json -i /dev/stdin < $2 && charlm entropy --json - < $2"
+    )
+    result = shell(line, trained, names)
     assert result.returncode == 0, result.stderr
-    entropy, loss = map(json.loads, result.stdout.splitlines())
+    *losses, entropy = map(json.loads, result.stdout.splitlines())
     assert entropy["items"] == 40
-    assert loss == json.loads(succeeds("eval", trained, "--json"))
+    assert losses == [json.loads(succeeds("eval", trained, "--json"))] * 2
 
 
-def test_entropy_without_a_file_says_that_standard_input_is_not_read():
-    result = shell("echo unread | charlm entropy --order 0 --json")
-    assert result.stderr == "charlm: measuring the shipped names; `charlm entropy -` reads standard input\n"
-    assert json.loads(result.stdout)["items"] > 30_000
-    assert shell("charlm entropy --order 0 --json < /dev/null").stderr == ""
+def test_entropy_without_a_file_says_that_standard_input_is_not_read(names, monkeypatch, capsys):
+    hint = "charlm: measuring the shipped names; `charlm entropy -` reads standard input\n"
+    for path, expected in ((names, hint), (Path("/dev/null"), "")):
+        with path.open() as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            assert run_on_own_streams("entropy", "--order", "0", "--json") == 0
+        output = capsys.readouterr()
+        assert output.err == expected
+        assert json.loads(output.out)["items"] > 30_000
 
 
-@pytest.mark.parametrize("command", ["entropy -", "score $1", "eval $1 -i -"])
-def test_a_closed_standard_input_is_one_sentence(trained, command):
-    result = shell(f"charlm {command} <&-", trained)
-    assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith("charlm: ")
-    assert "empty" in result.stderr
-    assert result.stderr.count("\n") == 1
+@pytest.mark.parametrize("command", [("entropy", "-"), ("score", "RUN"), ("eval", "RUN", "-i", "-")], ids=" ".join)
+def test_a_closed_standard_input_is_one_sentence(trained, command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run_on_own_streams(*[trained if part == "RUN" else part for part in command]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("charlm: ")
+    assert "empty" in error
+    assert error.count("\n") == 1
 
 
-# ---- files that are no UTF-8
+# ---- files that are not UTF-8
 
 
 @pytest.mark.parametrize(
@@ -93,7 +100,7 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(tmp_path, e
     message = fails("entropy", path)
     assert words in message
     command = message.split("`")[1].replace("utf8.txt", f"'{tmp_path}/utf8.txt'")
-    subprocess.run(["bash", "-c", command], check=True, timeout=PATIENCE)
+    subprocess.run(["bash", "-c", command], check=True, timeout=TIMEOUT)
     assert (tmp_path / "utf8.txt").read_text(encoding="utf-8").lstrip("\ufeff") == "zoë\nandré\nemma\nolivia\n"
 
 
@@ -106,7 +113,7 @@ def test_another_encoding_is_named_with_the_command_that_converts_it(tmp_path, e
         ("emma\nzoë".encode()[:-1], "(unexpected end of data); it seems to be cut off inside a character"),
     ],
 )
-def test_what_is_no_text_and_what_is_cut_off_are_called_so(tmp_path, data, words):
+def test_binary_and_truncated_files_are_recognized(tmp_path, data, words):
     path = tmp_path / "data"
     path.write_bytes(data)
     assert words in fails("entropy", path)

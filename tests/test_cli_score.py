@@ -1,4 +1,4 @@
-"""charlm score: the numbers are the model's, and are shown so that nothing is lost without colour."""
+"""charlm score: the numbers are those of the model and are readable without colour."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_each_line_is_an_item_of_a_model_of_items(items, tmp_path):
     assert succeeds("score", items, "--json", input=path.read_bytes()) == succeeds("score", items, "--json", "-i", path)
 
 
-def test_running_text_is_scored_as_it_stands(text):
+def test_running_text_is_scored_unchanged(text):
     result = json.loads(succeeds("score", text, "--json", input="to be\nor \n"))
     assert [item["text"] for item in result["items"]] == ["to be\nor \n"]
     assert result["characters"] == len("to be\nor \n")
 
 
-def test_without_a_terminal_every_number_stands_below_its_character_and_nothing_is_coloured(items):
+def test_without_a_terminal_every_number_is_below_its_character_and_nothing_is_coloured(items):
     printed = succeeds("score", items, "emma")
     assert "\x1b" not in printed
     characters, numbers = (line.split() for line in printed.splitlines()[:2])
@@ -171,7 +171,17 @@ def test_errors_in_a_long_text_name_their_place_in_the_whole(items, text, tmp_pa
     assert "the text is empty" in fails("score", items, "-i", path)
 
 
-def test_a_text_of_several_megabytes_is_scored(items, tmp_path):
+def test_a_text_of_more_than_a_megabyte_is_summed_in_blocks(text, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"to be, or not\n" * 80_000)
+    result = json.loads(succeeds("score", text, "-i", path, "--json"))
+    assert (result["items"], result["characters"]) == (None, 1_120_000)
+    part = json.loads(succeeds("score", text, "to be, or not\n" * 1000, "--json"))
+    assert result["bits_per_char"] == pytest.approx(part["bits_per_char"], rel=1e-3)
+
+
+@pytest.mark.exhaustive
+def test_items_of_several_megabytes_are_scored(items, tmp_path):
     path = tmp_path / "long.txt"
     path.write_bytes(b"emma\nolivia\n" * 100_000)
     result = json.loads(succeeds("score", items, "-i", path, "--json"))
@@ -195,7 +205,7 @@ def test_an_unknown_capital_is_told_the_case_of_the_vocabulary(items, text):
     )
 
 
-def test_what_would_act_on_the_terminal_is_shown_by_its_code_point():
+def test_control_characters_are_shown_by_their_code_point():
     assert [glyph(char) for char in (" ", "\n", "\t", "\x1b", "\u202e", "é", "\u0301")] == [
         "␣",
         "↵",

@@ -1,4 +1,4 @@
-"""Standard input, output and error as they come: encodings that lack a character, pipes, closed ones, files."""
+"""Standard streams: encodings that lack a character, pipes, closed streams, and files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from charlm.lm.data import read_corpus
 CHARLM = [sys.executable, "-c", "from charlm.cli import main; main()"]
 TINY = ["--n-hidden", "8", "--n-embd", "2", "--block-size", "3", "--batch-size", "8", "--max-steps", "2"]
 NAMES = "эмма\nolivia\nava\nizabélla\n" * 10
-PATIENCE = 60.0  # seconds
+TIMEOUT = 60.0  # seconds
 
 
 @pytest.fixture
@@ -97,16 +97,6 @@ def test_a_character_that_an_output_lacks_is_escaped_in_an_error_too(written, ru
     assert err.startswith(r"charlm: character '\u044f' at position 0 of the prompt")
 
 
-def test_training_in_the_c_locale_saves(data, tmp_path):
-    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
-    environment.pop("PYTHONIOENCODING", None)
-    command = [*CHARLM, "train", "-i", data, "-o", tmp_path / "run", *TINY]
-    result = subprocess.run(command, capture_output=True, env=environment, timeout=PATIENCE, check=False)
-    assert result.returncode == 0, result.stderr
-    assert b"step 2/2 - train " in result.stdout
-    assert checkpoint.load(tmp_path / "run").step == 2
-
-
 # ---- data through a pipe
 
 
@@ -149,11 +139,11 @@ def test_a_file_that_a_shell_has_opened_is_the_file(data, tmp_path):
 def test_closed_streams_are_empty_ones(data, tmp_path):
     def shell(redirection: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = ["sh", "-c", f'"$@" {redirection}', "sh", *CHARLM, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
     flags = ("-o", tmp_path / "run", *TINY)
     result = shell("<&-", "train", "-i", "-", *flags)
-    assert (result.returncode, result.stderr) == (2, "charlm: standard input is empty\n")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "charlm: standard input is empty\n")
     result = shell("<&- >&-", "train", "-i", data, *flags)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert checkpoint.load(tmp_path / "run").step == 2
@@ -162,17 +152,23 @@ def test_closed_streams_are_empty_ones(data, tmp_path):
 # ---- output into a file
 
 
-def test_lines_are_in_a_file_while_the_run_goes_on(data, tmp_path):
-    log, again = tmp_path / "log", ["--max-steps", "100000000", "--eval-interval", "50", "--log-interval", "10"]
-    command = [*CHARLM, "train", "-i", data, "-o", tmp_path / "run", *TINY, *again]
-    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + PATIENCE
+def test_a_run_in_the_c_locale_writes_ascii_lines_to_a_file_as_it_goes_and_saves(data, tmp_path):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    environment.pop("PYTHONIOENCODING", None)
+    log, long = tmp_path / "log", ["--max-steps", "100000000", "--eval-interval", "50", "--log-interval", "10"]
+    command = [*CHARLM, "train", "-i", data, "-o", tmp_path / "run", *TINY, *long]
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.PIPE, env=environment) as process,
+    ):
+        deadline = time.monotonic() + TIMEOUT
         while not (text := log.read_text(encoding="utf-8")).count("\nstep ") > 1:
             assert time.monotonic() < deadline, text
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.terminate()
-        assert process.wait(PATIENCE) == 128 + 15
+        assert process.wait(TIMEOUT) == 128 + 15
         assert process.stderr.read() == b""
-    lines = log.read_text(encoding="utf-8").splitlines()
-    assert lines[-2].startswith("stopped at step ")
+    lines = log.read_text(encoding="ascii").splitlines()
+    assert "step 50/100000000 - train " in "\n".join(lines)
+    assert lines[-2].startswith(f"stopped at step {checkpoint.load(tmp_path / 'run').step} of ")

@@ -1,4 +1,4 @@
-"""What reaches the terminal: nothing of data, models or file names acts on it, and no table is cut off."""
+"""Terminal output: control characters are escaped, and tables are not cut off."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from charlm.lm.evaluate import Comparison, Evaluation
 from charlm.lm.terminal import SafeConsole, visible
 
 TITLE = "\x1b]0;owned\x07"  # sets the title of the terminal's window
-ACTING = [chr(code) for code in [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x202E, 0x2028, 0x2066, 0xFEFF, 0xE0041]]
+CONTROLS = [chr(code) for code in [*range(0x20), *range(0x7F, 0xA0), 0x200E, 0x202E, 0x2028, 0x2066, 0xFEFF, 0xE0041]]
 
 
 @pytest.fixture
@@ -29,22 +29,22 @@ def hostile(tmp_path) -> Path:
     return run
 
 
-def acting(text: str) -> set[str]:
-    return set(text) & (set(ACTING) - {"\n"})
+def unescaped(text: str) -> set[str]:
+    return set(text) & (set(CONTROLS) - {"\n"})
 
 
-@pytest.mark.parametrize("character", ACTING, ids=lambda c: f"U+{ord(c):04X}")
-def test_a_character_that_acts_is_shown_as_its_escape(character):
+@pytest.mark.parametrize("character", CONTROLS, ids=lambda c: f"U+{ord(c):04X}")
+def test_a_control_character_is_shown_as_its_escape(character):
     assert visible(f"a{character}b") == f"a{character.encode('unicode_escape').decode()}b"
     assert visible(character, keep=character) == character
 
 
-def test_what_is_only_read_stays_as_it_is():
+def test_printable_text_is_not_changed():
     text = "é 日本 \u0301 👩\u200d🔬 می\u200cخواهم \\x1b [red] :smile:"
     assert visible(text) == text
 
 
-def test_no_command_lets_a_model_or_a_file_name_act_on_the_terminal(hostile):
+def test_every_command_escapes_control_characters_of_models_and_file_names(hostile):
     data = next(path for path in hostile.parent.iterdir() if path.is_file())
     shown = [
         succeeds("sample", hostile, "-n", 20),
@@ -60,7 +60,7 @@ def test_no_command_lets_a_model_or_a_file_name_act_on_the_terminal(hostile):
         fails("entropy", hostile.parent / f"none{TITLE}"),
         fails("eval", hostile, "--split", TITLE),
     ]
-    assert [acting(text) for text in shown] == [set()] * len(shown)
+    assert [unescaped(text) for text in shown] == [set()] * len(shown)
     assert "\\x1b" in shown[0]
     assert "\\x1b]0;owned\\x07\\u202e[red].txt: " in shown[5]
 
@@ -69,7 +69,7 @@ def test_json_is_exact(hostile):
     assert json.loads(succeeds("score", hostile, TITLE, "--json"))["items"][0]["text"] == TITLE
 
 
-def test_a_console_escapes_what_its_caller_did_not(capsys):
+def test_a_console_escapes_control_characters(capsys):
     SafeConsole(markup=False).print(f"[bold]a{TITLE}b")
     assert capsys.readouterr().out == "[bold]a\\x1b]0;owned\\x07b\n"
 

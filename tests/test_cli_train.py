@@ -1,4 +1,4 @@
-"""`charlm train`: what it refuses, what it says as it goes, how it stops."""
+"""`charlm train`: invalid options, memory, threads, progress output, and signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lm_support import fails, run, succeeds
 from rich.console import Console
 
 import charlm
-import charlm.lm.sample  # now, with the machine's own memory: it is imported late, and some tests change that
+import charlm.lm.sample  # imported before tests patch the machine's memory
 from charlm._errors import UserError
 from charlm.cli import common
 from charlm.lm import checkpoint, display, memory, threads, train
@@ -42,7 +42,7 @@ def data(tmp_path):
     return path
 
 
-# ---- what it refuses
+# ---- invalid options
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_timing_steps_changes_nothing_of_the_run(tmp_path, monkeypatch, type):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-# ---- what it says
+# ---- progress output
 
 
 def lines_of(*progress: Progress, seconds: float = 0.0, monkeypatch=None) -> list[str]:
@@ -291,7 +291,7 @@ def test_a_long_wait_for_an_evaluation_has_lines_of_the_training_loss(monkeypatc
 
 
 @pytest.mark.parametrize("columns", [40, 60, 80, 100])
-def test_the_bar_fits_its_terminal_with_room_for_ctrl_c_and_whole_steps(columns):
+def test_the_bar_fits_its_terminal_beside_ctrl_c_and_shows_all_digits_of_the_step(columns):
     output = io.StringIO()
     console = Console(file=output, width=columns, force_terminal=True, color_system=None)
     with ProgressReport(console, 1_000_000, 0) as report:
@@ -305,7 +305,7 @@ def test_the_bar_fits_its_terminal_with_room_for_ctrl_c_and_whole_steps(columns)
     assert "training 123456/1000000 " in bars[-1]
 
 
-# ---- how it stops
+# ---- signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""charlm.load: text in, surprisals and texts out."""
+"""charlm.load: surprisals and samples of a trained model."""
 
 from __future__ import annotations
 
@@ -190,6 +190,6 @@ def test_the_repr_says_what_the_model_is(items):
     assert repr(items).endswith("line format, the names shipped with charlm>")
 
 
-def test_one_text_where_several_are_asked_for_is_refused(items):
+def test_a_str_instead_of_a_sequence_of_texts_is_refused(items):
     with pytest.raises(TypeError, match="surprisals\\(\\) takes a sequence of texts, not str"):
         items.surprisals("emma")

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved is what is loaded, whatever happens in between."""
+"""Checkpoints are loaded as saved, and interrupted saves leave the old one."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_every_split_has_an_item_and_large_ones_are_makemores(count):
         assert (train_end, dev_end) == (int(0.8 * count), int(0.9 * count))
 
 
-def test_running_text_is_split_as_it_stands():
+def test_running_text_is_split_without_a_shuffle():
     text = (VERSE * 20)[:1000]
     parts = build_corpus(text, format="text").parts
     assert "".join(parts[split][0] for split in SPLITS) == text
@@ -219,7 +219,7 @@ def test_dedup_of_running_text_is_a_user_error():
         build_corpus(VERSE, dedup=True)
 
 
-def test_overlap_counts_dev_items_that_stand_in_train():
+def test_overlap_counts_dev_items_that_occur_in_train():
     corpus = build_corpus("ada\n" * 20)
     assert corpus.overlap() == len(corpus.parts["dev"]) == 2
     assert build_corpus(VERSE).overlap() is None

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, who may read it meanwhile, what is not written over."""
+"""The folder of a run: its lock, concurrent readers, and files that must not be overwritten."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_reader_whose_files_a_run_replaces_reads_the_new_ones(run, monkeypatch
     assert checkpoint.load(run).model["n_hidden"] == 9
 
 
-# ---- what is in the way
+# ---- files of other programs
 
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])

@@ -1,4 +1,4 @@
-"""The GPT: against a plain transcription, and with its cache."""
+"""The GPT against a plain transcription, and its cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A network and an n-gram, half of each: the formula by hand, training, its checkpoint, and what it refuses."""
+"""The mixture of a network and an n-gram: formula, training, checkpoint and invalid options."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ def mixture(type: str, corpus) -> Mixture:
 @pytest.mark.parametrize("corpus", [NAMES, TEXT, BYTES], ids=["line", "text", "bytes"])
 @pytest.mark.parametrize("type", list(NETWORKS))
 def test_a_prediction_is_half_of_each(type, corpus):
-    """Over a whole split, whose examples the n-gram is asked in its own form."""
+    """Compares a whole split with the two models evaluated separately."""
     model = mixture(type, corpus)
-    asked = predictions(model, corpus, "dev")
-    idx, targets = next(asked.chunks(10_000))
+    idx, targets = next(predictions(model, corpus, "dev").chunks(10_000))
     logits = model.network(idx)[0].detach()
     seen = corpus.examples("dev", model.block_size)
     if model.predicts_every_position:

@@ -1,4 +1,4 @@
-"""Models: the counts against hand counts, the MLP against the textbook, and generation."""
+"""Count models against hand counts, the MLP against the textbook, and generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples as text, and where they stand in the data."""
+"""Samples as text, and the splits that contain them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_items_begin_with_the_prompt_and_end_before_the_separator():
     assert {len(text) for text in samples} != {2 + 100}
 
 
-def test_running_text_goes_on_for_as_long_as_asked():
+def test_a_sample_of_running_text_has_the_requested_length():
     options = SamplingOptions(num_samples=2, prompt="to be", max_new_tokens=30)
     samples = sample(bigram(TEXT), TEXT.vocabulary, options)
     assert [len(text) for text in samples] == [35, 35]
@@ -48,7 +48,7 @@ def test_an_unknown_character_of_the_prompt_is_a_user_error():
         sample(model, ITEMS.vocabulary, SamplingOptions(prompt="ax"))
 
 
-def test_standing_names_every_split_that_holds_the_item():
+def test_every_split_that_contains_the_item_is_named():
     corpus = build_corpus("".join(f"{a}{b}\n" for a in "abcdefgh" for b in "ijklmnop"))
     train, dev, test = (corpus.parts[split][0] for split in ("train", "dev", "test"))
     assert containing_splits([train, dev, test, "zz"], corpus) == ["train", "dev", "test", "new"]

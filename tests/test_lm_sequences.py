@@ -1,4 +1,4 @@
-"""Predictions at every position: that each token is asked for once, from what the protocol allows."""
+"""Predictions at every position: each token is predicted once, from the context that the protocol allows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SMALL = {
 }
 
 
-def asked(idx, targets, block_size):
-    """(what is seen, what is to be predicted) for each prediction of rows, in order."""
+def predicted(idx, targets, block_size):
+    """(visible context, target) of each prediction, in order."""
     return [
         (row[: t + 1], target)
         for row, wanted in zip(idx.tolist(), targets.tolist(), strict=True)
@@ -36,11 +36,11 @@ def asked(idx, targets, block_size):
 
 
 @given(st.lists(st.text("ab.", min_size=1, max_size=7), min_size=1, max_size=9), st.integers(1, 9))
-def test_sequences_of_items_ask_for_what_examples_ask(items, block_size):
+def test_sequences_of_items_make_the_predictions_of_examples(items, block_size):
     vocabulary = Vocabulary.of("ab.", separator=True)
     sequences = line_sequences(items, vocabulary, block_size)
     examples = line_examples(items, vocabulary, block_size)
-    ours = asked(sequences.idx, sequences.targets, block_size)
+    ours = predicted(sequences.idx, sequences.targets, block_size)
     assert [target for _, target in ours] == examples.targets.tolist()
     # The same window, without the separators that fill it: a sequence has one.
     for (seen, _), context in zip(ours, examples.contexts.tolist(), strict=True):
@@ -52,19 +52,19 @@ def test_sequences_of_items_ask_for_what_examples_ask(items, block_size):
 
 
 @given(st.text("ab\n", min_size=3, max_size=60).filter(str.strip), st.integers(1, 12))
-def test_windows_ask_for_each_character_once_and_see_nothing_before_them(text, block_size):
+def test_windows_predict_each_character_once_and_see_nothing_before_them(text, block_size):
     corpus = build_corpus(text, format="text")
     tokens = [corpus.vocabulary.pad_token, *corpus.vocabulary.encode(text).tolist()]
     start = 0
     for split in SPLITS:
         windows = corpus.windows(split, block_size)
-        ours = asked(windows.idx, windows.targets, block_size)
+        ours = predicted(windows.idx, windows.targets, block_size)
         length = len(corpus.parts[split][0])
         assert [target for _, target in ours] == tokens[start + 1 : start + length + 1]
         for i, (seen, _) in enumerate(ours):
             first = start + i // block_size * block_size
             assert seen == tokens[first : start + i + 1]
-        # One row a prediction asks for the same, padded on the left.
+        # The examples have the same contexts, padded on the left.
         examples = corpus.examples_in_windows(split, block_size)
         assert examples.targets.tolist() == [target for _, target in ours]
         for context, (seen, _) in zip(examples.contexts.tolist(), ours, strict=True):

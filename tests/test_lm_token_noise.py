@@ -1,4 +1,4 @@
-"""Unigram noising: how much of what a network sees is replaced, and by what."""
+"""Unigram noising replaces the right share of the input tokens, by their frequencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs: that they learn, and that stopping and going on changes nothing."""
+"""Training runs learn, and stopping and resuming changes nothing."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_only_linear_weights_decay(tmp_path):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-# ---- stopping and going on
+# ---- stopping and resuming
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_bfloat16_trains_beside_float32(tmp_path, type):
     assert last[0] == pytest.approx(last[1], abs=0.1)
 
 
-@pytest.mark.parametrize("type", ["mlp", "gpt"])
+@pytest.mark.parametrize("type", ["mlp", pytest.param("gpt", marks=pytest.mark.exhaustive)])  # compiling takes 30 s
 def test_a_compiled_run_is_the_run(tmp_path, type):
     runs = []
     for compile in (False, True):

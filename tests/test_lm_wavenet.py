@@ -1,4 +1,4 @@
-"""The WaveNet: against makemore's transcription."""
+"""The WaveNet against makemore's transcription."""
 
 from __future__ import annotations
 
