@@ -1,9 +1,8 @@
 """The command line: `charlm train`, `sample`, `score`, `eval`, `compare`, `entropy`, `info`; one file each.
 
-Thin: each command reads its flags, calls charlm.lm, and prints. What a command needs is imported inside it,
-so that `charlm --help` does not wait for it. An error that the user can put right is one sentence on stderr
-and exit code 2; a run that a signal stopped has saved its state and exits with 128 + the signal's number, as
-shells count.
+A command parses its options, calls charlm.lm and prints the result. It imports its dependencies when it runs, so
+that `charlm --help` is fast. An error that the user can correct is one sentence on stderr and exit code 2. A training
+run that is stopped by a signal saves its state and exits with 128 + the number of the signal, as is usual in shells.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def _charlm(
         typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """The options before a command."""
 
 
 app.command("train")(reports_user_errors(train.train))
