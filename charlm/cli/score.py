@@ -140,7 +140,7 @@ def _show(console: Console, model: CharacterModel, scored: list[Scored], protoco
 def _show_sum(console: Console, total: float, count: int, protocol: str) -> None:
     from charlm.lm.examples import PROTOCOLS
 
-    how = ", including the end of each item" if protocol == "items" else f" ({PROTOCOLS[protocol]})"
+    how = ", with item ends" if protocol == "items" else f" ({PROTOCOLS[protocol]})"
     console.print(
         f"total {total:.2f} bits for {count:,} characters{how}: {total / count:.4f} bits per character", soft_wrap=True
     )
