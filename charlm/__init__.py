@@ -1,6 +1,6 @@
 """charlm: fused embedding and softmax-cross-entropy kernels for PyTorch, and a character model on top of them."""
 
-from . import functional, information, ngrams, nn, reference
+from . import _old_names, functional, information, ngrams, nn, reference
 from ._errors import UserError
 from ._info import build_info
 from ._load import load
@@ -23,6 +23,8 @@ __all__ = [
     "reference",
     "synchronize",
 ]
+
+_old_names.define()
 
 
 def __dir__() -> list[str]:

@@ -16,6 +16,10 @@ from torch.nn import _reduction
 
 _INT64_MAX = torch.iinfo(torch.int64).max
 
+ACTIVATIONS = ("none", "tanh", "relu", "gelu")
+PLANS = ("auto", "folded", "gathered")
+KINDS = ("logits", "log_probs", "probs")
+
 # How to write a call whose option has a gradient, where there is a simple way.
 _WITH_GRADIENT = {
     "logit_scale": "Scale the logits instead: cross_entropy(x * s, t). ",
@@ -99,6 +103,58 @@ def padding_row(function: str, padding_idx: Any, num_embeddings: int) -> int:
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise AssertionError(f"padding_idx {padding_idx} must be within num_embeddings {num_embeddings}")
     return padding_idx % num_embeddings
+
+
+def activation_and_plan(activation: Any, plan: Any) -> None:
+    """ValueError for an unknown activation or plan of `embedding_linear`."""
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
+
+
+def linear_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """RuntimeError, with torch's text, for a linear layer whose tensors do not fit each other."""
+    if input.dim() < 1 or input.dim() > 2:
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+
+
+def nonnegative_probabilities(result: Tensor, *sides: tuple[str, Tensor, str]) -> None:
+    """ValueError, with the value and its position, for a negative probability.
+
+    A negative probability makes `result` NaN, so the probabilities are read only where a NaN is found. Tensors on
+    another device than the CPU are not read, since that would wait for the device; traced and transformed ones have no
+    values.
+
+    Args:
+        result: the divergence.
+        sides: name, tensor and kind of each distribution.
+    """
+    if torch.compiler.is_compiling() or type(result) is not Tensor or not result.is_cpu:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(result) or not result.isnan().any():
+        return
+    for name, values, kind in sides:
+        negative = (values < 0).nonzero() if kind == "probs" else ()
+        if len(negative) > 0:
+            position = tuple(negative[0].tolist())
+            raise ValueError(f"{name} must hold probabilities, but is {values[position].item()} at position {position}")
 
 
 def is_kernel_tensor(value: Tensor | None) -> bool:

@@ -15,13 +15,14 @@ bound but a multiple of the text.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from charlm import _ext
 from charlm.reference import ngrams as reference
-from charlm.reference.ngrams import NgramLevel, Spectrum
 
 MAX_LENGTH = 1000  # of an n-gram: a window is kept as a whole while it is sorted
 BUFFER_BYTES = 256 * 2**20
@@ -29,6 +30,33 @@ BUFFER_BYTES = 256 * 2**20
 Tokens = str | bytes | np.ndarray | Tensor
 
 __all__ = ["NgramLevel", "Spectrum", "as_tokens", "count_ngrams", "count_spectra"]
+
+
+class NgramLevel(NamedTuple):
+    """The n-grams of one length, sorted by their tokens.
+
+    Attributes:
+        parent: (D,) int64, the index of the n-gram without its last token in the level of the length below; 0 at
+            length 1.
+        token: (D,) int32, the last token.
+        count: (D,) int64, the number of occurrences.
+    """
+
+    parent: np.ndarray
+    token: np.ndarray
+    count: np.ndarray
+
+
+class Spectrum(NamedTuple):
+    """The counts of counts of n-grams: `ngrams[i]` distinct n-grams occur `count[i]` times each.
+
+    Attributes:
+        count: (D,) int64, strictly increasing.
+        ngrams: (D,) int64.
+    """
+
+    count: np.ndarray
+    ngrams: np.ndarray
 
 
 def as_tokens(text: Tokens) -> np.ndarray:
@@ -129,7 +157,7 @@ def _count_ngrams(
     tokens: np.ndarray, max_length: int, starts: int, boundary: int | None, buffer_bytes: int
 ) -> list[NgramLevel]:
     if _ext._C is None:
-        return reference.count_ngrams(tokens, max_length, starts, boundary)
+        return [NgramLevel(*level) for level in reference.count_ngrams(tokens, max_length, starts, boundary)]
     small, distinct = _small_tokens(tokens)
     if distinct is not None and boundary is not None:
         boundary = int(np.searchsorted(distinct, boundary)) if boundary in distinct else None
@@ -142,9 +170,10 @@ def _count_ngrams(
 
 def _count_spectra(tokens: np.ndarray, max_length: int, buffer_bytes: int) -> tuple[list[Spectrum], list[Spectrum]]:
     if _ext._C is None:
-        return reference.count_spectra(tokens, max_length)
-    small, _ = _small_tokens(tokens)
-    ngrams, contexts = _ext._C.count_spectra(small, max_length, torch.get_num_threads(), buffer_bytes)
+        ngrams, contexts = reference.count_spectra(tokens, max_length)
+    else:
+        small, _ = _small_tokens(tokens)
+        ngrams, contexts = _ext._C.count_spectra(small, max_length, torch.get_num_threads(), buffer_bytes)
     return [Spectrum(*each) for each in ngrams], [Spectrum(*each) for each in contexts]
 
 

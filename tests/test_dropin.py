@@ -17,8 +17,7 @@ import torch
 
 import charlm
 import charlm.functional as F
-from charlm import nn
-from charlm.reference import CrossEntropyOutput, EmbeddingLinearOutput
+from charlm import ngrams, nn
 
 MODEL = (Path(__file__).parent / "torch_model_file.py").read_text(encoding="utf-8")
 IMPORTS = ["import torch.nn as nn", "from torch.nn import functional as F"]
@@ -146,7 +145,7 @@ CLASSES = [value for name in nn.__all__ if inspect.isclass(value := getattr(nn, 
 
 
 def test_every_pickled_class_loads_as_itself() -> None:
-    classes = [*CLASSES, CrossEntropyOutput, EmbeddingLinearOutput]
+    classes = [*CLASSES, F.CrossEntropyOutput, F.EmbeddingLinearOutput, ngrams.NgramLevel, ngrams.Spectrum]
     assert [class_ for class_ in classes if pickle.loads(pickle.dumps(class_)) is not class_] == []
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import charlm
-from charlm.reference import CrossEntropyOutput
+from charlm.functional import CrossEntropyOutput
 
 PAIRS = [(charlm.nn.Embedding, torch.nn.Embedding), (charlm.nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss)]
 EMBEDDING_OPTIONS = [

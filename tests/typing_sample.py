@@ -19,6 +19,7 @@ import charlm.nn.functional
 from charlm import information, ngrams, nn, reference
 from charlm.nn import functional, init
 from charlm.nn.functional import cross_entropy as cross_entropy_of_nn
+from charlm.reference.cross_entropy import LossAndMetrics
 
 x, w, t = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])
 flag = bool(x.any())
@@ -139,6 +140,6 @@ def references() -> None:
     assert_type(reference.kl_div(x, x), Tensor)
     assert_type(reference.kl_divergence(x, x), Tensor)
     assert_type(reference.surprisal(x, t), Tensor)
-    assert_type(reference.cross_entropy(x, t), Tensor | reference.CrossEntropyOutput)
-    assert_type(reference.linear_cross_entropy(x, w, t), Tensor | reference.CrossEntropyOutput)
-    assert_type(reference.embedding_linear(t, w, w), Tensor | reference.EmbeddingLinearOutput)
+    assert_type(reference.cross_entropy(x, t), Tensor | LossAndMetrics)
+    assert_type(reference.linear_cross_entropy(x, w, t), Tensor | LossAndMetrics)
+    assert_type(reference.embedding_linear(t, w, w), Tensor | tuple[Tensor, str, str])

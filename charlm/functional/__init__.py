@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as _torchs
 
 from charlm._torch_names import beside_torch
-from charlm.reference import CrossEntropyOutput as CrossEntropyOutput
-from charlm.reference import EmbeddingLinearOutput as EmbeddingLinearOutput
 
 from .cross_entropy import cross_entropy as cross_entropy
 from .embedding import embedding as embedding
@@ -22,6 +20,8 @@ from .entropy import entropy as entropy
 from .kl_div import kl_div as kl_div
 from .kl_divergence import kl_divergence as kl_divergence
 from .linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from .outputs import CrossEntropyOutput as CrossEntropyOutput
+from .outputs import EmbeddingLinearOutput as EmbeddingLinearOutput
 from .surprisal import surprisal as surprisal
 
 _OURS = [

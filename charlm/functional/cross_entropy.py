@@ -10,9 +10,9 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks, reference
-from charlm.reference import CrossEntropyOutput
 
 from .kernels import _C, have_kernels
+from .outputs import CrossEntropyOutput
 
 AllIgnored: TypeAlias = Literal["nan", "zero"]
 Inplace: TypeAlias = Literal["backward", "forward"]
@@ -221,7 +221,7 @@ def cross_entropy(
     )
     _checks.choice("inplace", inplace, (None, "backward", "forward"))
     if not has_kernels:
-        return reference.cross_entropy(
+        result = reference.cross_entropy(
             input,
             target,
             weight,
@@ -234,6 +234,7 @@ def cross_entropy(
             return_token_accuracy=return_token_accuracy,
             **options.keywords(),
         )
+        return CrossEntropyOutput(*result) if returns else result
     numbers = options.numbers()
     if not returns:
         return torch.ops.charlm.cross_entropy.default(*tensors, *numbers)[0]

@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks, reference
-from charlm.reference import EmbeddingLinearOutput
-from charlm.reference.embedding_linear import ACTIVATIONS, PLANS, check_options
 
 from .kernels import _C, have_kernels
+from .outputs import EmbeddingLinearOutput
 
 Activation: TypeAlias = Literal["none", "tanh", "relu", "gelu"]
 Plan: TypeAlias = Literal["auto", "folded", "gathered"]
 
-_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
-_PLAN_NUMBERS = {name: number for number, name in enumerate(PLANS)}
+_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(_checks.ACTIVATIONS)}
+_PLAN_NUMBERS = {name: number for number, name in enumerate(_checks.PLANS)}
 
 
 @overload
@@ -113,7 +112,7 @@ def embedding_linear(
             plan=plan,
             return_plan=return_plan,
         )
-    check_options(activation, plan)
+    _checks.activation_and_plan(activation, plan)
     numbers = (_ACTIVATION_NUMBERS[activation], _PLAN_NUMBERS[plan])
     output = NotImplemented
     if _C is not None and not torch.compiler.is_compiling():
@@ -125,16 +124,17 @@ def embedding_linear(
             row = _checks.padding_row("embedding_linear", padding_idx, embedding_weight.size(0))
         if not has_kernels:
             padding_idx = None if padding_idx is None else row
-            return reference.embedding_linear(
+            result = reference.embedding_linear(
                 *tensors, padding_idx=padding_idx, activation=activation, plan=plan, return_plan=return_plan
             )
+            return EmbeddingLinearOutput(*result) if return_plan else result
         output = torch.ops.charlm.embedding_linear.default(*tensors, row, *numbers)[0]
     if not return_plan:
         return output
     if plan != "auto":
         return EmbeddingLinearOutput(output, plan, plan)
     plans = _C.embedding_linear_plans(input, embedding_weight, linear_weight)
-    return EmbeddingLinearOutput(output, PLANS[plans[0]], PLANS[plans[1]])
+    return EmbeddingLinearOutput(output, _checks.PLANS[plans[0]], _checks.PLANS[plans[1]])
 
 
 _TENSORS = ("input", "embedding_weight", "linear_weight", "linear_bias?")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction
+from torch.nn.functional import kl_div as _torch_kl_div
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks
-from charlm.reference.kl_div import warn_of_mean, without_warning_of_mean
 
 from .kernels import _C, have_kernels
 
@@ -81,19 +83,24 @@ def kl_div(
         )
     has_kernels = have_kernels("kl_div", ("input", "target"), (input, target))
     _checks.boolean("kl_div", "log_target", log_target)
-    warn_of_mean(size_average, reduce, reduction)
     is_legacy = size_average is not None or reduce is not None
+    if reduction == "mean" and not is_legacy and not torch.compiler.is_compiling():
+        warnings.warn(
+            "reduction: 'mean' divides the total loss by both the batch size and the support size. 'batchmean' divides "
+            "by the batch size alone, which gives the KL divergence.",
+            stacklevel=2,
+        )
     if not (has_kernels and input.is_floating_point() and target.is_floating_point()) or (
         is_legacy and reduction == "batchmean"  # torch divides by the batch size as well
     ):
-        return without_warning_of_mean(input, target, size_average, reduce, reduction, log_target)
+        return _by_torch(input, target, size_average, reduce, reduction, log_target)
     if is_legacy:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if reduction != "batchmean":
         _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
     batch_size = input.size(0) if input.dim() > 0 else 1
     if isinstance(batch_size, Tensor):  # by torch.jit.trace, whose graph holds no number that depends on a size
-        return without_warning_of_mean(input, target, size_average, reduce, reduction, log_target)
+        return _by_torch(input, target, size_average, reduce, reduction, log_target)
     if input.dtype != target.dtype:
         dtype = torch.result_type(input, target)
         input, target = input.to(dtype), target.to(dtype)
@@ -104,3 +111,17 @@ def kl_div(
     if torch.compiler.is_compiling() or isinstance(divisor, torch.SymInt):
         return torch.ops.charlm.pointwise_kl_div.default(*arguments)
     return _C.pointwise_kl_div(*arguments)
+
+
+def _by_torch(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    log_target: bool,
+) -> Tensor:
+    """torch's own function, without its warning of "mean": `kl_div` has given it."""
+    if reduction == "mean" and size_average is None and reduce is None:
+        return torch.kl_div(input, target, _reduction.get_enum("mean"), log_target=log_target)
+    return _torch_kl_div(input, target, size_average, reduce, reduction, log_target)

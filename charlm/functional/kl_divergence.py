@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm import reference
-from charlm.reference.kl_divergence import KINDS, broadcast, check_kinds, refuse_negative
+from charlm import _checks, reference
 
+from .broadcasting import broadcast_shapes, result_dtype, upcast
 from .kernels import _C, have_kernels
 
 Kind: TypeAlias = Literal["logits", "log_probs", "probs"]
 
-_KIND_NUMBERS = {name: number for number, name in enumerate(KINDS)}
+_KIND_NUMBERS = {name: number for number, name in enumerate(_checks.KINDS)}
 
 
 def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind = "logits") -> Tensor:
@@ -63,16 +63,17 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind
     if has_torch_function_variadic(p, q):
         return handle_torch_function(kl_divergence, (p, q), p, q, p_kind=p_kind, q_kind=q_kind)
     has_kernels = have_kernels("kl_divergence", ("p", "q"), (p, q))
-    check_kinds(p_kind, q_kind)
+    _checks.choice("p_kind", p_kind, _checks.KINDS)
+    _checks.choice("q_kind", q_kind, _checks.KINDS)
     if not has_kernels:
         return reference.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
     if p.shape == q.shape and p.dtype == q.dtype:
         result = _kl_div(p, q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind])
     else:
-        wide_p, wide_q, dtype = broadcast(p, q)
+        wide_p, wide_q, dtype = _broadcast(p, q)
         result = _kl_div(wide_p, wide_q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind]).to(dtype)
     if p_kind == "probs" or q_kind == "probs":
-        refuse_negative(result, ("p", p, p_kind), ("q", q, q_kind))
+        _checks.nonnegative_probabilities(result, ("p", p, p_kind), ("q", q, q_kind))
     return result
 
 
@@ -80,3 +81,26 @@ def _kl_div(p: Tensor, q: Tensor, p_kind: int, q_kind: int) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.charlm.kl_div.default(p, q, p_kind, q_kind)[0]
     return _C.kl_div(p, q, p_kind, q_kind)
+
+
+def _broadcast(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """p and q in one dtype and shape (..., V), as torch promotes and broadcasts, and the dtype of their divergence.
+
+    Half types that are expanded become float32: the gradient of the smaller tensor is a sum, which is rounded once.
+    """
+    for x in (p, q):
+        if not x.is_floating_point():
+            raise NotImplementedError(f'"kl_divergence" not implemented for {x.dtype}')
+    if p.dim() < 1 or q.dim() < 1 or p.shape[-1] != q.shape[-1]:
+        raise RuntimeError(
+            f"p and q must be of shape (..., V) with the same number of classes V, got {list(p.shape)} "
+            f"and {list(q.shape)}"
+        )
+    dtype = torch.promote_types(p.dtype, q.dtype)
+    p, q = p.to(dtype), q.to(dtype)
+    dtype = result_dtype(p)
+    if p.shape == q.shape:
+        return p, q, dtype
+    leading = broadcast_shapes(p.shape[:-1], q.shape[:-1], f"p and q of shapes {list(p.shape)} and {list(q.shape)}")
+    p, q = (upcast(x).expand(*leading, x.shape[-1]) for x in (p, q))
+    return p, q, dtype

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as _torch_linear
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from charlm.reference import CrossEntropyOutput
-from charlm.reference.linear_cross_entropy import check_shapes, checked_ignore_index, logits_shape, make_logits
+from charlm import _checks
 
 from .cross_entropy import AllIgnored, CrossEntropyOptions, cross_entropy
 from .kernels import _C, have_kernels
+from .outputs import CrossEntropyOutput
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
@@ -170,11 +172,14 @@ def linear_cross_entropy(
             **extras,
         )
     has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
-    check_shapes(input, linear_weight, linear_bias)
-    ignore_index = checked_ignore_index(input, linear_weight, target, ignore_index)
+    _checks.linear_shapes(input, linear_weight, linear_bias)
+    if ignore_index is None:
+        ignore_index = -100
+    elif target.shape == _logits_shape(input, linear_weight):
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     if not has_kernels or _needs_whole_logits(input, linear_weight, target, weight, token_weight):
         return cross_entropy(
-            make_logits(input, linear_weight, linear_bias),
+            _make_logits(input, linear_weight, linear_bias),
             target,
             weight=weight,
             ignore_index=ignore_index,
@@ -225,6 +230,19 @@ def linear_cross_entropy(
 _TENSORS = ("input", "linear_weight", "target", "linear_bias?", "weight?", "token_weight?")
 
 
+def _logits_shape(input: Tensor, linear_weight: Tensor) -> tuple[int, ...]:
+    """(C), (N, C) or (N, C, d1, ...)."""
+    return (*input.shape[:-1], *linear_weight.shape[:-1])
+
+
+def _make_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """The whole logits, by torch's own `linear` as it is when charlm is imported: `patch_torch` does not change it."""
+    n_outputs = math.prod(linear_weight.shape[:-1])
+    bias = None if linear_bias is None else linear_bias.reshape(n_outputs)
+    logits = _torch_linear(input, linear_weight.reshape(n_outputs, linear_weight.shape[-1]), bias)
+    return logits.reshape(_logits_shape(input, linear_weight))
+
+
 def _needs_whole_logits(
     input: Tensor, linear_weight: Tensor, target: Tensor, weight: Tensor | None, token_weight: Tensor | None
 ) -> bool:
@@ -232,7 +250,7 @@ def _needs_whole_logits(
         return True
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (target, weight, token_weight)):
         return True
-    if target.shape != logits_shape(input, linear_weight):
+    if target.shape != _logits_shape(input, linear_weight):
         return False
     same_dtype = target.dtype == input.dtype and (weight is None or weight.dtype == input.dtype)
     return not same_dtype or torch.is_autocast_enabled(input.device.type)

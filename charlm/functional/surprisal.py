@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks
-from charlm.reference.surprisal import for_cross_entropy
 
+from .broadcasting import broadcast_shapes, result_dtype, upcast
 from .cross_entropy import cross_entropy
 
 
@@ -44,5 +45,25 @@ def surprisal(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Te
         _checks.tensors("surprisal", ("logits", "target"), (logits, target))
     if type(ignore_index) is not int:
         ignore_index = _checks.integer("surprisal", "ignore_index", ignore_index)
-    classes_second, target, dtype = for_cross_entropy(logits, target)
+    classes_second, target, dtype = _for_cross_entropy(logits, target)
     return cross_entropy(classes_second, target, ignore_index=ignore_index, reduction="none").to(dtype)
+
+
+def _for_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Views of the logits with the classes in dimension 1 and of the target in their shape; the dtype of the result.
+
+    Half logits that are expanded become float32: their gradient is a sum, which is rounded once.
+    """
+    if logits.dim() < 1:
+        raise RuntimeError("logits must have a dimension of classes, shape (..., V), got a 0-d tensor")
+    if target.is_floating_point() or target.is_complex():
+        raise RuntimeError(f"expected target of an integer dtype, got {target.dtype}")
+    dtype = result_dtype(logits)
+    leading = logits.shape[:-1]
+    if target.shape != leading:
+        what = f"logits of shape {list(logits.shape)} and a target of shape {list(target.shape)}"
+        shape = broadcast_shapes(leading, target.shape, what)
+        if leading != shape:
+            logits = upcast(logits).expand(*shape, logits.shape[-1])
+        target = target.expand(shape)
+    return logits if logits.dim() <= 2 else logits.movedim(-1, 1), target, dtype

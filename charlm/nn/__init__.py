@@ -19,11 +19,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
 
+from charlm import _checks
 from charlm._torch_names import TorchSubmodules, beside_torch
 from charlm.functional.cross_entropy import AllIgnored, Inplace
 from charlm.functional.embedding_linear import Activation, Plan
-from charlm.reference import CrossEntropyOutput
-from charlm.reference.embedding_linear import check_options
+from charlm.functional.outputs import CrossEntropyOutput
 
 from . import functional as functional
 
@@ -97,7 +97,7 @@ class EmbeddingLinear(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_options(activation, plan)
+        _checks.activation_and_plan(activation, plan)
         self.activation = activation
         self.plan = plan
         self.embedding = Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)

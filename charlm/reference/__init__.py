@@ -9,9 +9,9 @@ originals are bound when this module is imported, so `charlm.patch_torch()` cann
 kernels.
 """
 
-from .cross_entropy import CrossEntropyOutput, cross_entropy
+from .cross_entropy import cross_entropy
 from .embedding import embedding
-from .embedding_linear import EmbeddingLinearOutput, embedding_linear
+from .embedding_linear import embedding_linear
 from .entropy import entropy
 from .indices import INDEX_DTYPES
 from .kl_div import kl_div
@@ -21,8 +21,6 @@ from .surprisal import surprisal
 
 __all__ = [
     "INDEX_DTYPES",
-    "CrossEntropyOutput",
-    "EmbeddingLinearOutput",
     "cross_entropy",
     "embedding",
     "embedding_linear",

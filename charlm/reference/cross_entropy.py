@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,27 +12,9 @@ from torch.nn import _reduction
 from torch.nn.functional import cross_entropy as _torch_cross_entropy
 
 from .indices import raise_if_out_of_range, widened
-from .outputs import made_from_generator
 
-
-@made_from_generator
-class CrossEntropyOutput(NamedTuple):
-    """What `cross_entropy` returns when any `return_*` is set; a field that was not asked for is None.
-
-    loss:             () or, with reduction "none", one value per target; differentiable.
-    lse:              one log-sum-exp per target, in nats; float32 (float64 for float64 logits).
-    entropy:          one entropy of the predicted distribution per target, in nats; dtype as `lse`.
-    predicted_tokens: one arg max per target; int64.
-    token_accuracy:   float32; () or, with reduction "none", 1 or 0 per target.
-
-    Only `loss` carries a gradient.
-    """
-
-    loss: Tensor
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    predicted_tokens: Tensor | None = None
-    token_accuracy: Tensor | None = None
+# loss, lse, entropy, predicted_tokens, token_accuracy: the fields of `charlm.functional.CrossEntropyOutput`
+LossAndMetrics: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def cross_entropy(
@@ -55,64 +37,17 @@ def cross_entropy(
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
     return_token_accuracy: bool = False,
-) -> Tensor | CrossEntropyOutput:
-    """Softmax cross-entropy, in nats, of logits and class indices or class probabilities: `F.cross_entropy`.
+) -> Tensor | LossAndMetrics:
+    """Softmax cross-entropy in nats, between logits and class indices or class probabilities.
 
-    With logits x of C classes (dimension 1, or 0 of a 1-d input), n over targets and c over classes::
-
-        z      = softcap * tanh(logit_scale * x / softcap)       or, without softcap, logit_scale * x
-        lse_n  = log sum_c exp z_nc
-        logp   = z - lse
-
-    and, with token weight t_n, class weight w_c (each 1 if not given) and e = label_smoothing, for class
-    indices y_n::
-
-        loss_n = t_n * [ (1 - e) * w_y * -logp_ny + e/C * sum_c w_c * -logp_nc
-                         + lse_square_scale * w_y * lse_n**2 ]
-        loss_n = 0                                                  where y_n == ignore_index
-        mean   = sum_n loss_n / sum_{n not ignored} t_n * w_y
-
-    for class probabilities p_nc, with p' = (1 - e) * p + e/C::
-
-        loss_n = t_n * [ sum_c w_c * p'_nc * -logp_nc + lse_square_scale * lse_n**2 ]
-        mean   = sum_n loss_n / sum_n t_n
-
-    Sources: label smoothing, Szegedy et al. 2016; the z-loss `lse_square_scale`, Chowdhery et al. 2022 (PaLM,
-    sec. 5); `softcap`, Gemma Team 2024 (Gemma 2, sec. 2).
+    The arguments, the formulas and the errors are those of `charlm.functional.cross_entropy`.
 
     Args:
-        input: logits, (C), (N, C) or (N, C, d1, ...), a floating dtype, any strides.
-        target: class indices, () or (1), (N), (N, d1, ...), any integer dtype, each in [0, C) or
-            `ignore_index`; or class probabilities, the shape of `input` and a floating dtype.
-        weight: (C), a weight for each class; the dtype of `input` if the targets are class indices.
-        size_average, reduce: deprecated by torch; they override `reduction`.
-        ignore_index: class indices of this value count for nothing. Indices are widened to int64 before
-            they are compared: the uint8 index 156 is not -100. Beside probabilities only a negative one.
-        reduction: "mean", "sum" or "none".
-        label_smoothing: e, in [0, 1].
-        lse_square_scale: factor of the z-loss.
-        softcap: bound of the logits, > 0.
-        logit_scale: factor of the logits, an inverse temperature.
-        token_weight: a weight for each target; the shape of `input` without the class dimension.
-        all_ignored: a mean over no target at all is "nan", as torch's, or "zero".
-        inplace: None, "backward" or "forward". The reference checks the value, then works out of place.
-        return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: see `CrossEntropyOutput`.
-            The entropy is `lse_n - sum_c softmax(z)_nc * z_nc`; a reduced token accuracy is the share of the
-            targets not ignored whose arg max is right (for probabilities, their own arg max is the target).
+        inplace: None, "backward" or "forward". The value is checked and has no other effect.
 
     Returns:
-        The loss, () or one value per target with "none"; `CrossEntropyOutput` if any `return_*` is set. The
-        loss has the dtype of `input`, promoted with `target` and `weight` for probabilities; float32 under
-        autocast.
-        Differentiable: the loss with respect to `input`, to probability targets, and with them to `weight`.
-
-    Raises:
-        IndexError: a class index outside [0, C) that is not `ignore_index`; the text names it, where it
-            stands and C.
-        ValueError: batch sizes that differ; an unknown `reduction`, `all_ignored` or `inplace`;
-            `softcap` <= 0; `inplace="forward"` with reduction "none".
-        RuntimeError: other shapes or dtypes that do not fit (bool targets among them), and a `weight` beside
-            class indices, or a `token_weight`, that requires grad.
+        The loss. If any `return_*` option is set, the tuple (loss, lse, entropy, predicted_tokens, token_accuracy),
+        with None for what was not requested.
 
     Example:
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
@@ -174,7 +109,7 @@ def cross_entropy(
     class_dim = _class_dim(z)
     shape = _loss_shape(input, index)
     predicted = z.argmax(class_dim).reshape(shape) if return_predicted_tokens or return_token_accuracy else None
-    return CrossEntropyOutput(
+    return (
         loss,
         z.logsumexp(class_dim).reshape(shape) if return_lse else None,
         _entropy(z, class_dim).reshape(shape) if return_entropy else None,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from .embedding import embedding
-from .outputs import made_from_generator
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda sums: sums,
@@ -19,20 +17,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": gelu,
 }
 PLANS = ("auto", "folded", "gathered")
-
-
-@made_from_generator
-class EmbeddingLinearOutput(NamedTuple):
-    """What `embedding_linear` returns with `return_plan`.
-
-    output:        (..., H); differentiable.
-    plan:          "folded" or "gathered": how `output` was made.
-    backward_plan: the same of its gradients.
-    """
-
-    output: Tensor
-    plan: str
-    backward_plan: str
 
 
 def embedding_linear(
@@ -45,11 +29,16 @@ def embedding_linear(
     activation: str = "none",
     plan: str = "auto",
     return_plan: bool = False,
-) -> Tensor | EmbeddingLinearOutput:
+) -> Tensor | tuple[Tensor, str, str]:
     """`activation(linear(embedding(input, embedding_weight).flatten(-2), linear_weight, linear_bias))`.
 
-    Args and errors as `charlm.functional.embedding_linear`. The reference has one plan, "gathered", whatever is asked
-    for.
+    The arguments and the errors are those of `charlm.functional.embedding_linear`.
+
+    Args:
+        plan: checked, and of no other effect: the reference always gathers.
+
+    Returns:
+        (..., H); with `return_plan` the tuple (output, "gathered", "gathered").
 
     Example:
         >>> embedding_linear(torch.tensor([[1, 0]]), torch.eye(2), torch.arange(4.0).reshape(1, 4))
@@ -59,7 +48,7 @@ def embedding_linear(
     check_shapes(input, embedding_weight, linear_weight, linear_bias)
     rows = embedding(input, embedding_weight, padding_idx)  # (..., T, D)
     output = ACTIVATIONS[activation](linear(rows.flatten(-2), linear_weight, linear_bias))
-    return EmbeddingLinearOutput(output, "gathered", "gathered") if return_plan else output
+    return (output, "gathered", "gathered") if return_plan else output
 
 
 def check_options(activation: str, plan: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import linear as _torch_linear
 
-from .cross_entropy import CrossEntropyOutput, cross_entropy
+from .cross_entropy import LossAndMetrics, cross_entropy
 
 if TYPE_CHECKING:
     from torch.nn import LinearCrossEntropyOptions
@@ -34,27 +34,16 @@ def linear_cross_entropy(
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
     return_token_accuracy: bool = False,
-) -> Tensor | CrossEntropyOutput:
-    """Cross-entropy, in nats, between a linear layer's output and class indices or probabilities.
+) -> Tensor | LossAndMetrics:
+    """`cross_entropy(input @ linear_weight.T + linear_bias, target)` in nats, from the whole logits.
 
-    It is `cross_entropy(input @ linear_weight.T + linear_bias, target, ...)`, where the whole logits exist.
+    The arguments and the errors are those of `charlm.functional.linear_cross_entropy`.
 
     Args:
-        input: (D) or (N, D), a floating dtype.
-        linear_weight: (C, D), or (C, d1, ..., D) for logits (N, C, d1, ...).
-        target: class indices, () or (N) or (N, d1, ...); or class probabilities, the logits' shape.
-        linear_bias: the shape of `linear_weight` without its last dimension.
-        ignore_index: None is -100; it must be None beside probabilities.
-        options: of no effect here.
-        weight, reduction, label_smoothing, lse_square_scale, softcap, logit_scale, token_weight, all_ignored,
-        return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: see `cross_entropy`.
+        options: of no effect.
 
     Returns:
-        What `cross_entropy` returns.
-
-    Raises:
-        RuntimeError: shapes that do not fit, and an `ignore_index` beside probabilities.
-        IndexError, ValueError: see `cross_entropy`.
+        The result of `charlm.reference.cross_entropy`.
 
     Example:
         >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 
-
-class NgramLevel(NamedTuple):
-    """The n-grams of one length, sorted by their tokens.
-
-    parent: (D,) int64, the place of the n-gram without its last token among those that are one token shorter; 0 at
-            length 1.
-    token:  (D,) int32, the last token.
-    count:  (D,) int64, how often the n-gram occurs.
-    """
-
-    parent: np.ndarray
-    token: np.ndarray
-    count: np.ndarray
+# parent, token, count: the fields of `charlm.ngrams.NgramLevel`
+Level: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
+# count, ngrams: the fields of `charlm.ngrams.Spectrum`
+Counts: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 
-class Spectrum(NamedTuple):
-    """How many n-grams there are of each count: `ngrams[i]` occur `count[i]` times; both int64, count rising."""
-
-    count: np.ndarray
-    ngrams: np.ndarray
-
-
-def count_ngrams(tokens: np.ndarray, max_length: int, starts: int, boundary: int | None) -> list[NgramLevel]:
+def count_ngrams(tokens: np.ndarray, max_length: int, starts: int, boundary: int | None) -> list[Level]:
     """The n-grams of each length; the arguments are those of `charlm.ngrams.count_ngrams`, checked."""
     levels = []
     start = np.arange(starts)  # (N,) of each window that is long enough
@@ -42,20 +26,21 @@ def count_ngrams(tokens: np.ndarray, max_length: int, starts: int, boundary: int
         pairs = rank * tokens_below + tokens[start + length - 1]
         distinct, rank, count = np.unique(pairs, return_inverse=True, return_counts=True)
         parent, token = np.divmod(distinct, tokens_below)
-        levels.append(NgramLevel(parent, token.astype(np.int32), count.astype(np.int64)))
+        levels.append((parent, token.astype(np.int32), count.astype(np.int64)))
     return levels
 
 
-def count_spectra(tokens: np.ndarray, max_length: int) -> tuple[list[Spectrum], list[Spectrum]]:
+def count_spectra(tokens: np.ndarray, max_length: int) -> tuple[list[Counts], list[Counts]]:
     """The spectra of n-grams and contexts; the arguments are those of `charlm.ngrams.count_spectra`, checked."""
     levels = count_ngrams(tokens, max_length, len(tokens), None)
-    shorter = [1, *(len(level.token) for level in levels)]
+    shorter = [1, *(len(token) for _, token, _ in levels)]
     followed = [
-        np.bincount(level.parent, weights=level.count, minlength=size).astype(np.int64)
-        for level, size in zip(levels, shorter, strict=False)
+        np.bincount(parent, weights=count, minlength=size).astype(np.int64)
+        for (parent, _, count), size in zip(levels, shorter, strict=False)
     ]
-    return [_spectrum(level.count) for level in levels], [_spectrum(count[count > 0]) for count in followed]
+    return [_spectrum(count) for _, _, count in levels], [_spectrum(count[count > 0]) for count in followed]
 
 
-def _spectrum(count: np.ndarray) -> Spectrum:
-    return Spectrum(*(array.astype(np.int64) for array in np.unique(count, return_counts=True)))
+def _spectrum(count: np.ndarray) -> Counts:
+    distinct, ngrams = np.unique(count, return_counts=True)
+    return distinct.astype(np.int64), ngrams.astype(np.int64)

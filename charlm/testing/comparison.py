@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from charlm.functional import CrossEntropyOutput
+
 from .samples import FLOAT64_ULPS, SampleInput
 
 # The largest error of so few elements is luck: over thousands of rows of 27 classes ours is 0.8 to 1.5 times
@@ -43,7 +45,7 @@ def evaluate(op: Callable[..., Any], sample: SampleInput, dtype: torch.dtype | N
         arguments[name].requires_grad_()
     output = op(**arguments)
     first_name = "loss" if "target" in arguments else "output"
-    results = output._asdict() if isinstance(output, tuple) else {first_name: output}
+    results = CrossEntropyOutput(*output)._asdict() if isinstance(output, tuple) else {first_name: output}
     results = {name: value for name, value in results.items() if value is not None}
 
     first = results[first_name]
