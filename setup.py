@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 CSRC = ROOT / "csrc"
 ISA_SOURCE = "csrc/cpu/kernels.cpp"
 MIN_TORCH = "2.11"
-RUNTIME_REQUIREMENTS = ["numpy", "safetensors", "typer", "rich"]
+RUNTIME_REQUIREMENTS = ["numpy"]  # and torch; the extras stand in pyproject.toml
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
 # Named by its file, the C++ runtime is the shared one, torch's, where a toolchain would link a static one

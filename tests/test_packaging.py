@@ -23,6 +23,8 @@ import pytest
 import torch
 from setup_module import build
 
+from charlm import _extras
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(
     ".git",
@@ -160,11 +162,12 @@ def test_wheel_requires_exactly_the_torch_it_was_built_with(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         fields = email.message_from_bytes(archive.read(metadata))
-    requirements = fields.get_all("Requires-Dist")
+    requirements = [line for line in fields.get_all("Requires-Dist") if "extra ==" not in line]
     assert [requirement for requirement in requirements if requirement.startswith("torch")] == [
         f"torch=={TORCH_PUBLIC}"
     ]
-    assert set(requirements) == {f"torch=={TORCH_PUBLIC}", *build.RUNTIME_REQUIREMENTS}
+    assert set(requirements) == {f"torch=={TORCH_PUBLIC}", "numpy"}
+    assert fields.get_all("Provides-Extra") == ["lm"]
     assert fields["Name"] == "charlm-kernels"
     assert fields["Requires-Python"] == ">=3.10"
     assert fields["License"] == "MIT"
@@ -196,7 +199,7 @@ def test_requirements_pin_one_torch_and_all_that_charlm_needs():
     pinned = dict(re.findall(r"^([a-z0-9-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     build_requirements = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     needed = {re.match(r"[a-z0-9-]+", text).group() for text in re.findall(r'"([^"]+)"', build_requirements.group(1))}
-    assert needed | set(build.RUNTIME_REQUIREMENTS) <= set(pinned)
+    assert needed | {*build.RUNTIME_REQUIREMENTS, *_extras.PACKAGES} <= set(pinned)
     assert build.numbers(pinned["torch"]) >= build.numbers(build.MIN_TORCH)
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import charlm.lm  # noqa: F401  (before typer: its ImportError says what to install)
+
+# isort: split
 import typer
 
 from charlm._version import __version__

@@ -1,0 +1,37 @@
+"""The packages that only the language model and the command line need: the extra `lm` of charlm-kernels."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGES = ("typer", "rich", "safetensors")
+
+
+class MissingExtraError(ImportError):
+    """A package of the extra `lm` is not installed. The message is one sentence that says what to install."""
+
+
+def require_lm() -> None:
+    """Raises MissingExtraError unless every package of the extra `lm` is installed."""
+    missing = [name for name in PACKAGES if not _is_installed(name)]
+    if missing:
+        raise MissingExtraError(
+            f"charlm's language model and command line need {' and '.join(missing)}, which the extra lm installs: "
+            f"{_command(Path(__file__).parents[1])}",
+            name=missing[0],
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ImportError:
+        return False
+
+
+def _command(parent: Path) -> str:
+    """The pip command that installs the extra, for a charlm in the folder `parent`."""
+    if (parent / "setup.py").exists():
+        return f'pip install --no-build-isolation -e "{parent}[lm]"'
+    return 'pip install "charlm-kernels[lm]"'
