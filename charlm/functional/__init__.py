@@ -1,10 +1,14 @@
-"""What users import: functions with torch's names, argument order, defaults and results, and what torch lacks.
-
-A call goes straight to the dispatcher through the compiled module; under torch.compile and torch.export it goes
-through `torch.ops.charlm`, which those can record. A tensor on a device for which there is no kernel takes
-`charlm.reference`, and so does everything under CHARLM_BACKEND=reference.
+"""Functions with torch's names, argument order, defaults and results, and functions that torch lacks.
 
 Every other name is that of `torch.nn.functional`, so that `import charlm.functional as F` can take its place.
+
+All functions compute and sum in float32 (float64 for float64 tensors) and round each result once. Results do not depend
+on the number of threads; the exceptions are products that torch computes (`embedding_linear`, `linear_cross_entropy`).
+A Tensor subclass with `__torch_function__` overrides these functions as it overrides torch's.
+
+A call goes to the dispatcher through the compiled module; under torch.compile and torch.export it goes through
+`torch.ops.charlm`, which they can record. Tensors that the kernels do not know (another device, a sparse layout, a
+subclass that implements only torch's own ops) take `charlm.reference`, as all tensors do with CHARLM_BACKEND=reference.
 """
 
 from typing import TYPE_CHECKING

@@ -86,76 +86,32 @@ def cross_entropy(
 ) -> Tensor | CrossEntropyOutput:
     """Softmax cross-entropy in nats, between logits and class indices or class probabilities: `F.cross_entropy`.
 
-    With logits x of C classes (dimension 1, or 0 of a 1-d input), n over targets and c over classes::
-
-        z      = softcap * tanh(logit_scale * x / softcap)       or, without softcap, logit_scale * x
-        lse_n  = log sum_c exp z_nc
-        logp   = z - lse
-
-    and, with token weight t_n, class weight w_c (each 1 if not given) and e = label_smoothing, for class indices y_n::
-
-        loss_n = t_n * [ (1 - e) * w_y * -logp_ny + e/C * sum_c w_c * -logp_nc + lse_square_scale * w_y * lse_n**2 ]
-        loss_n = 0                                                            where y_n == ignore_index
-        mean   = sum_n loss_n / sum_{n not ignored} t_n * w_y
-
-    for class probabilities p_nc, with p' = (1 - e) * p + e/C::
-
-        loss_n = t_n * [ sum_c w_c * p'_nc * -logp_nc + lse_square_scale * lse_n**2 ]
-        mean   = sum_n loss_n / sum_n t_n
-
-    Arithmetic and sums are in float32 (float64 for float64) and each result is rounded once. A mean or a sum over
-    logits that require grad makes their gradient together with the loss, in one walk over the logits, and keeps it for
-    backward: the gradient of the loss is 1 nearly always, and a power of two scales without rounding. For any other,
-    for "none" and for float16, backward makes the gradient from the logits and two numbers per target, so that a
-    GradScaler's factor comes before the rounding to float16. A loss that nobody will differentiate belongs under
-    `torch.no_grad()`. Logits that are changed in place between the loss and its backward raise, where torch would not
-    notice; changed through `.data`, of which autograd learns nothing, they give another gradient. Same bits for any
-    number of threads.
-
-    Sources: label smoothing, Szegedy et al. 2016; the z-loss `lse_square_scale`, Chowdhery et al. 2022 (PaLM, sec. 5);
-    `softcap`, Gemma Team 2024 (Gemma 2, sec. 2).
-
     Args:
-        input: logits, (C), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16, any strides.
-        target: class indices, () or (1), (N), (N, d1, ...), any integer dtype, each in [0, C) or `ignore_index`; or
-            class probabilities, the shape of `input` and a floating dtype. Where a probability of 0 meets a logit of
-            -inf the loss is NaN, as torch's, since 0 * inf is. `kl_divergence(target, input, p_kind="probs")` takes
-            such a class to add nothing, and differs from the loss by the entropy of `target`, a constant.
-        weight: (C), a weight for each class; the dtype of `input` if the targets are class indices.
+        input: logits, (C), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16; any strides.
+        target: class indices, () or (1), (N) or (N, d1, ...), any integer dtype, each in [0, C) or `ignore_index`. Or
+            class probabilities, the shape of `input`, a floating dtype.
+        weight: (C), a weight for each class. For class indices it has the dtype of `input`.
         size_average, reduce: deprecated by torch; they override `reduction`.
-        ignore_index: class indices of this value count for nothing. Indices are widened to int64 before they are
-            compared: the uint8 index 156 is not -100.
+        ignore_index: targets of this class index have the loss 0 and no gradient. Indices are widened to int64 before
+            the comparison: the uint8 index 156 is not -100.
         reduction: "mean", "sum" or "none".
-        label_smoothing: e, in [0, 1].
-        lse_square_scale: factor of the z-loss.
-        softcap: bound of the logits, > 0; inf bounds nothing.
-        logit_scale: factor of the logits, an inverse temperature. An option has no gradient: a learnable temperature is
-            written `cross_entropy(input * scale, target)`.
+        label_smoothing: e in the formula, in [0, 1].
+        lse_square_scale: the factor of the z-loss.
+        softcap: the bound of the logits, > 0; inf is no bound.
+        logit_scale: the factor of the logits, an inverse temperature. For a learnable temperature write
+            `cross_entropy(input * scale, target)`: an option has no gradient.
         token_weight: a weight for each target; the shape of `target`, or of `input` without the class dimension.
-        all_ignored: a mean over no target at all is "nan", as torch's, or "zero".
-        inplace: what may become of the logits' memory, to save a tensor of their size.
-
-            None: it is never touched. "backward": it is intact until backward, which writes the gradient over it.
-            "forward": the call itself turns it into the gradient, in one pass ("mean" and "sum" only; float16 waits
-            for backward, since the scale of the loss must be known first). A plain read afterwards sees the gradient.
-            A RuntimeError refuses, before anything is written: a leaf that requires grad; logits that may overlap
-            themselves in memory (`expand`, `unfold`, `as_strided`); a `target`, `weight` or `token_weight` that may
-            share their memory; and logits that retain their gradient, which would stay None. After the call the
-            history of the logits ends at the loss: hooks that are registered on them then, `retain_grad` and
-            `torch.autograd.grad` with respect to them have no effect. Another differentiable use of the logits after
-            the call, or of a tensor that they are a view of, a second backward and a double backward raise a
-            RuntimeError, and so does an operation upstream that needs the logits' old value (exp, tanh). Without grad
-            nothing is written. Under autocast the float32 copy of half logits is what is written over. torch.compile
-            breaks the graph here; with fullgraph=True, and in torch.export, it refuses.
-        return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: see `CrossEntropyOutput`. The
-            entropy is `lse_n - sum_c softmax(z)_nc * z_nc`; a reduced token accuracy is the share of the targets not
-            ignored whose arg max is right (for probabilities, their own arg max is the target).
+        all_ignored: the mean over no target at all, "nan" as in torch, or "zero".
+        inplace: permission to overwrite the logits with their gradient, which saves a tensor of their size. None: the
+            logits are not changed. "backward": backward overwrites them. "forward": the call itself overwrites them,
+            for "mean" and "sum"; float16 logits wait for backward, since the scale of the loss must be known first.
+        return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: also return this metric, in a
+            `CrossEntropyOutput`.
 
     Returns:
-        The loss, () or one value per target with "none"; `CrossEntropyOutput` if any `return_*` is set. The loss has
-        the dtype of `input`, promoted with `target` and `weight` for probabilities; float32 under autocast.
-        Differentiable: the loss with respect to `input`, to probability targets, and with them to `weight`. The other
-        results carry no gradient; `token_weight` must not require one.
+        The loss, () or one value per target with "none"; a `CrossEntropyOutput` if any `return_*` option is set. The
+        loss has the dtype of `input`, promoted with `target` and `weight` for probabilities; float32 under autocast. It
+        is differentiable with respect to `input` and to probability targets, and with probability targets to `weight`.
 
     Raises:
         IndexError: a class index outside [0, C) that is not `ignore_index`; the text names it, its position and C. On
@@ -163,15 +119,63 @@ def cross_entropy(
         ValueError: batch sizes that differ; an unknown `reduction`, `all_ignored` or `inplace`; `softcap` <= 0;
             `inplace="forward"` with reduction "none"; a `logit_scale` or `lse_square_scale` that the dtype of the
             arithmetic cannot hold.
-        TypeError: what is no tensor or no number; a tensor for an option that is not 0-d, or that could carry a
-            gradient (it requires grad, or torch.func transforms it).
-        RuntimeError: other shapes or dtypes that do not fit (bool targets among them), and a `weight` beside class
-            indices, or a `token_weight`, that requires grad.
+        TypeError: an argument of the wrong type; a tensor given for an option that is not 0-d, that requires grad or
+            that torch.func transforms.
+        RuntimeError: other shapes or dtypes that do not fit; a `token_weight`, or a `weight` with class indices, that
+            requires grad; in-place use that would give a wrong gradient (see the note on `inplace`).
         NotImplementedError: logits that are not of a floating dtype.
+
+    Formula:
+        With logits x of C classes, n over targets and c over classes::
+
+            z      = softcap * tanh(logit_scale * x / softcap)       or, without softcap, logit_scale * x
+            lse_n  = log sum_c exp z_nc
+            logp   = z - lse
+
+        For class indices y_n, with token weight t_n, class weight w_c (each 1 if not given) and e = label_smoothing::
+
+            loss_n = t_n * [ (1 - e) * w_y * -logp_ny + e/C * sum_c w_c * -logp_nc + lse_square_scale * w_y * lse_n**2 ]
+            loss_n = 0                                                            where y_n == ignore_index
+            mean   = sum_n loss_n / sum_{n not ignored} t_n * w_y
+
+        For class probabilities p_nc, with p' = (1 - e) * p + e/C::
+
+            loss_n = t_n * [ sum_c w_c * p'_nc * -logp_nc + lse_square_scale * lse_n**2 ]
+            mean   = sum_n loss_n / sum_n t_n
+
+        The returned entropy is lse_n - sum_c softmax(z)_nc * z_nc. The token accuracy is the share of the targets not
+        ignored whose arg max is right; the target of probabilities is their own arg max.
+
+        Sources: label smoothing, Szegedy et al. 2016; the z-loss, Chowdhery et al. 2022 (PaLM, sec. 5); softcap, Gemma
+        Team 2024 (Gemma 2, sec. 2).
 
     Example:
         >>> cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor(1.3863)
+
+    Note:
+        With "mean" or "sum" and logits that require grad, one pass over the logits computes the loss and its gradient
+        for a unit grad_output. Backward rescales it if grad_output is another power of two, which does not round; for
+        any other value it recomputes the gradient from the logits and two numbers per target. "none" and float16 always
+        compute the gradient in backward, so that a GradScaler's factor is applied before the rounding to float16. To
+        skip the gradient of a loss that is only read, call under `torch.no_grad()`.
+
+        Logits that are changed in place between the loss and its backward raise a RuntimeError. Changes through `.data`
+        are not seen by autograd and give a wrong gradient.
+
+        Where a probability of 0 meets a logit of -inf the loss is NaN, as torch's is (0 * inf). `kl_divergence(target,
+        input, p_kind="probs")` counts such a class as 0; it differs from the loss by the entropy of `target`, a
+        constant.
+
+        `inplace` is refused with a RuntimeError, before anything is written, for a leaf that requires grad; for logits
+        that may overlap themselves in memory (`expand`, `unfold`, `as_strided`); for a `target`, `weight` or
+        `token_weight` that may share their memory; and for logits that retain their gradient. After the call the
+        history of the logits ends at the loss: hooks registered on them later, `retain_grad`, and `torch.autograd.grad`
+        with respect to them have no effect. A RuntimeError is raised by a second differentiable use of the logits, or
+        of a tensor that they are a view of; by a second backward or a double backward; and by an operation before the
+        logits whose backward needs their old value (exp, tanh). Without grad nothing is written. Under autocast the
+        float32 copy of half logits is overwritten. torch.compile breaks the graph at an in-place call; with
+        fullgraph=True, and in torch.export, it raises.
     """
     tensors = (input, target, weight, token_weight)
     if has_torch_function_variadic(input, target, weight, token_weight):

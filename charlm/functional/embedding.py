@@ -20,18 +20,15 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Rows of `weight`, one for each index: `out[..., :] = weight[input[...], :]`. The arguments of `F.embedding`.
-
-    Since one-hot(i) @ C only picks row i of C, the row is copied and the matmul never happens; the gradient sums, for
-    each row, the gradients of the places where it was picked, in an order that does not depend on the threads.
+    """Rows of `weight`, one for each index: `F.embedding`.
 
     Args:
-        input: indices, any shape (*), any integer dtype (uint8 included), each in [0, V).
+        input: indices, any shape (*), any integer dtype, each in [0, V).
         weight: (V, D), any dtype and strides.
         padding_idx: a row whose gradient is zero, in [-V, V). The output at this index is the row itself.
-        max_norm: first scale every row that is looked up and whose p-norm is larger down to this norm, in `weight`
-            itself. Nothing is written if an index is out of range.
-        norm_type: p of that norm.
+        max_norm: the largest norm of a row. Before the lookup each row that is picked and has a larger norm is scaled
+            down to it, in `weight` itself.
+        norm_type: p of the p-norm for `max_norm`.
         scale_grad_by_freq: divide a row's gradient by the number of times its index occurs in `input`.
         sparse: give `weight` a sparse COO gradient.
 
@@ -39,11 +36,15 @@ def embedding(
         (*, D), the dtype of `weight`. Differentiable with respect to `weight`, to any order.
 
     Raises:
-        IndexError: an index outside [0, V); the text names the index, its position and V. On CUDA see
-            `charlm.synchronize`.
-        RuntimeError: indices that are not integers (bool included), a weight that is not 2-D, and, in backward,
-            `sparse` together with `scale_grad_by_freq`.
+        IndexError: an index outside [0, V); the text names the index, its position and V. Nothing is written then. On
+            CUDA see `charlm.synchronize`.
+        RuntimeError: indices that are not integers (bool included); a weight that is not 2-D; in backward, `sparse`
+            together with `scale_grad_by_freq`.
         AssertionError: `padding_idx` outside [-V, V).
+
+    Formula:
+        out[..., :] = weight[input[...], :], which is one_hot(input) @ weight without the product. The gradient of a row
+        is the sum of the gradients where its index occurs, in an order that does not depend on the threads.
 
     Example:
         >>> embedding(torch.tensor([2, 0], dtype=torch.uint8), torch.eye(3))

@@ -55,51 +55,52 @@ def embedding_linear(
     plan: Plan = "auto",
     return_plan: bool = False,
 ) -> Tensor | EmbeddingLinearOutput:
-    """`activation(linear(embedding(input, embedding_weight).flatten(-2), linear_weight, linear_bias))`.
-
-    With C the embedding, x the T tokens of a context and W_t the D columns of W that meet the t-th of them::
-
-        output = activation(b + sum_t C[x_t] @ W_t^T)
-
-    Since one-hot(x) @ C only picks a row of C, C[x] @ W_t^T only picks a row of the table C @ W_t^T: it is made once,
-    of V rows in place of N, and its rows are summed. In the backward the gradients of the sums are added to the rows
-    of the table's gradient, and two small GEMMs make those of C and W of it. Nothing of the size (N, T, D) exists.
-    Where the contexts are too few for the table to be worth it, rows of C are gathered and multiplied as usual; the
-    sizes decide, for the forward and for the backward. Either way arithmetic is in float32 (float64 for float64) and
-    each result is rounded once. The same bits for any number of threads, but for GEMMs of torch.
+    """The first layer over embedded tokens: `activation(linear(embedding(input, embedding_weight).flatten(-2), ...))`.
 
     Args:
-        input: tokens, (..., T), any integer dtype (uint8 included), each in [0, V).
-        embedding_weight: C, (V, D), float32, float64, bfloat16 or float16, any strides.
-        linear_weight: W, (H, T * D), as of `torch.nn.Linear`; the dtype of `embedding_weight`.
-        linear_bias: b, (H).
-        padding_idx: a row of `embedding_weight` whose gradient is zero, in [-V, V). It is looked up like any other.
+        input: the T tokens of each context, (..., T), any integer dtype, each in [0, V).
+        embedding_weight: C in the formula, (V, D); float32, float64, bfloat16 or float16; any strides.
+        linear_weight: W in the formula, (H, T * D), as in `torch.nn.Linear`; the dtype of `embedding_weight`.
+        linear_bias: b in the formula, (H).
+        padding_idx: a row of `embedding_weight` whose gradient is zero, in [-V, V). It is looked up like any other row.
         activation: "none", "tanh", "relu" or "gelu" (with the exact erf).
-        plan: "folded", "gathered", or "auto": the faster of them, by a model of their cost.
+        plan: "folded", "gathered", or "auto" for the faster of the two by a model of their cost (see the note).
         return_plan: return an `EmbeddingLinearOutput`, which names the plans chosen.
 
     Returns:
-        (..., H), the dtype of the weights; under autocast, autocast's. Differentiable to any order with respect to
-        the weights and the bias.
+        (..., H), the dtype of the weights; under autocast, autocast's. Differentiable to any order with respect to the
+        weights and the bias.
 
     Raises:
-        IndexError: a token outside [0, V); the text names it, its position and V.
-        RuntimeError: shapes, dtypes or devices that do not fit, the shapes in the text; tokens that are not integers;
-            plan "folded" on the CPU for a table of 2^31 numbers or more.
+        IndexError: a token outside [0, V); the text names it, its position and V. On CUDA see `charlm.synchronize`.
+        RuntimeError: shapes, dtypes or devices that do not fit; tokens that are not integers; plan "folded" on the CPU
+            for a table of 2^31 numbers or more.
         ValueError: an unknown `activation` or `plan`.
         AssertionError: `padding_idx` outside [-V, V).
         NotImplementedError: weights that are not of a floating dtype.
 
-    On CUDA "auto" is folded where there are at least 4 contexts for each token of the vocabulary and the table has at
-    most 4 MiB: a prediction, measured on no GPU. There "gathered" is charlm's `embedding` and torch's GEMM in the dtype
-    of the weights, "folded" takes a table of any size, and an index out of range is raised by `charlm.synchronize()` or
-    by the next op.
+    Formula:
+        With tokens x and W_t the D columns of W for the t-th token of a context::
+
+            output = activation(b + sum_t C[x_t] @ W_t^T)
+
+        C[x_t] @ W_t^T is a row of the table C @ W_t^T, which does not depend on the contexts.
 
     Example:
         >>> C, W = torch.eye(2), torch.arange(4.0).reshape(1, 4)
         >>> embedding_linear(torch.tensor([[1, 0], [0, 0]]), C, W, activation="relu")
         tensor([[3.],
                 [2.]])
+
+    Note:
+        "folded" computes the tables, V rows each, and sums their rows. Backward adds the gradients of the sums to the
+        rows of the table's gradient, and two small products turn it into those of C and W. "gathered" gathers rows of C
+        and multiplies them by W. No tensor of size (N, T, D) is created with "folded". "auto" decides by the sizes, for
+        forward and backward separately.
+
+        On CUDA "auto" is folded where there are at least 4 contexts for each token of the vocabulary and the table has
+        at most 4 MiB; this rule is a prediction and was not measured. There "gathered" is charlm's `embedding` and
+        torch's product in the dtype of the weights, and "folded" takes a table of any size.
     """
     tensors = (input, embedding_weight, linear_weight, linear_bias)
     if has_torch_function_variadic(*tensors):

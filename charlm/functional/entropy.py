@@ -12,20 +12,11 @@ from .kernels import _C, have_kernels
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """The entropy, in nats, of each row of softmax(logits): how uncertain a prediction is.
-
-    With p = softmax(z), m = max_c z_c and S = sum_c exp(z_c - m)::
-
-        H         = -sum_c p_c log p_c = log S + sum_c p_c (m - z_c)
-        dH / dz_c = -p_c (log p_c + H)
-
-    One walk over the logits, and a second one for the gradient, which is made of them and three numbers per row. Both
-    terms of the sum are positive, so that logits far from zero lose nothing. Arithmetic is in float32 (float64 for
-    float64) and each result is rounded once. Same bits for any number of threads.
+    """The entropy of softmax(logits) in nats, of each row: how uncertain a prediction is.
 
     Args:
-        logits: (..., V), float32, float64, bfloat16 or float16, any strides. A logit of -inf is a class of
-            probability 0: it adds nothing, 0 log 0 being 0, and its gradient is 0.
+        logits: (..., V); float32, float64, bfloat16 or float16; any strides. A logit of -inf is a class of probability
+            0: it adds nothing and its gradient is 0.
 
     Returns:
         (...), the dtype of `logits`; float32 under autocast. In [0, log V]; NaN for a row that holds NaN or +inf, or
@@ -35,9 +26,21 @@ def entropy(logits: Tensor) -> Tensor:
         RuntimeError: 0-d logits.
         NotImplementedError: logits that are not of a floating dtype.
 
+    Formula:
+        With p = softmax(z), m = max_c z_c and S = sum_c exp(z_c - m) (Shannon 1948)::
+
+            H         = -sum_c p_c log p_c = log S + sum_c p_c (m - z_c)
+            dH / dz_c = -p_c (log p_c + H)
+
+        Both terms of the second form are at least 0, so no digits cancel for logits far from zero.
+
     Example:
         >>> entropy(torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]))
         tensor([0.6931, 0.0000])
+
+    Note:
+        One pass over the logits computes the entropy, and a second one the gradient, from the logits and three numbers
+        per row.
     """
     if has_torch_function_unary(logits):
         return handle_torch_function(entropy, (logits,), logits)

@@ -26,22 +26,12 @@ def kl_div(
     p_kind: None = None,
     q_kind: None = None,
 ) -> Tensor:
-    """The Kullback-Leibler loss of log-probabilities and probabilities, in nats: `torch.nn.functional.kl_div`.
-
-    Each element of x (`input`) and t (`target`) gives::
-
-        t * (log t - x)             or, with log_target,        exp(t) * (t - x)
-
-    with 0 log 0 = 0, computed and summed in one pass. Arithmetic and sums are in float32 (float64 for float64) and each
-    result is rounded once. Same bits for any number of threads.
-
-    This is torch's function, with torch's order of arguments: `input` is log Q and `target` is P of KL(P || Q).
-    `charlm.functional.kl_divergence(p, q)` takes logits, log-probabilities or probabilities of each side, and returns
-    one number for each row.
+    """torch's pointwise Kullback-Leibler loss in nats, of log-probabilities and probabilities: `F.kl_div`.
 
     Args:
-        input: log-probabilities, any shape, float32, float64, bfloat16 or float16, any strides.
-        target: probabilities, or with `log_target` their logarithms; broadcast with `input`, and promoted with it.
+        input: log-probabilities, x in the formula, any shape; float32, float64, bfloat16 or float16; any strides.
+        target: probabilities, t in the formula, or with `log_target` their logarithms. `input` and `target` are
+            broadcast and promoted.
         size_average, reduce: deprecated by torch; they override `reduction`.
         reduction: "none": each element's value. "sum": their sum. "batchmean": the sum divided by `input.size(0)`,
             which is the KL divergence. "mean": the sum divided by the number of elements, with torch's warning.
@@ -54,16 +44,26 @@ def kl_div(
 
     Raises:
         ValueError: an unknown `reduction`.
-        TypeError: what is no tensor or no bool, and the keywords `p_kind` and `q_kind`, which `kl_divergence` takes.
+        TypeError: an argument of the wrong type; `p_kind` or `q_kind`.
         RuntimeError: shapes that cannot be broadcast.
 
     Warns:
-        UserWarning, once: `input` holds a value > 0 beyond rounding, so it does not hold log-probabilities (looked at
-        on the CPU only).
+        UserWarning, once: `input` holds a value > 0 beyond rounding, so it does not hold log-probabilities (checked on
+            the
+        CPU only).
+
+    Formula:
+        Each element gives, with 0 log 0 = 0::
+
+            t * (log t - x)             or, with log_target,        exp(t) * (t - x)
 
     Example:
         >>> kl_div(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]), reduction="sum")
         tensor(0.6931)
+
+    Note:
+        The order of the arguments is torch's: `input` is log Q and `target` is P of KL(P || Q). `kl_divergence(p, q)`
+        takes P first, and logits, log-probabilities or probabilities for each.
     """
     if p_kind is not None or q_kind is not None:
         raise TypeError(

@@ -19,46 +19,44 @@ _KIND_NUMBERS = {name: number for number, name in enumerate(_checks.KINDS)}
 
 
 def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind = "logits") -> Tensor:
-    """KL(P || Q) = `sum_c p_c (log p_c - log q_c)`, in nats, of each row of p and q.
-
-    What P costs beyond its entropy if it is coded for Q (Kullback and Leibler 1951). `kl_div` is torch's function of
-    the same divergence: it takes log q first, then p, and sums over everything. Each side says what its numbers are,
-    by its kind::
-
-        "logits"      log p = x - log sum_c exp x_c
-        "log_probs"   log p = x
-        "probs"           p = x
-
-    The gradients, of each kind::
-
-        of p: p_c (log p_c - log q_c - KL)   p_c (log p_c - log q_c + 1)   log p_c - log q_c + 1
-        of q: q_c sum_k p_k - p_c            -p_c                          -p_c / q_c
-
-    One walk over both rows, and a second one for the gradients. KL is never negative, and exactly 0 for identical
-    inputs, as are then the gradients of logits. A class of p_c = 0 adds nothing, 0 log 0 being 0, and has no gradient
-    in p; one of p_c > 0 = q_c makes KL +inf, never NaN. There, what has no finite derivative has the gradient 0: p_c,
-    q_c as a probability, and if p are logits every p of the row. Arithmetic is in float32 (float64 for float64) and
-    each result is rounded once. Same bits for any number of threads.
+    """The Kullback-Leibler divergence KL(P || Q) in nats, of each row of p and q.
 
     Args:
-        p, q: (..., V), float32, float64, bfloat16 or float16, any strides; leading dimensions and dtypes are broadcast
-            and promoted as torch's are. Log-probabilities and probabilities are taken as they are: whether they sum
-            to 1 is not looked at.
-        p_kind, q_kind: "logits", "log_probs" or "probs".
+        p, q: (..., V); float32, float64, bfloat16 or float16; any strides. Leading dimensions are broadcast and dtypes
+            are promoted as torch's are. Whether log-probabilities and probabilities sum to 1 is not checked.
+        p_kind, q_kind: what the numbers are: "logits", "log_probs" or "probs".
 
     Returns:
-        (...), the promoted dtype; float32 under autocast. NaN for a row that holds NaN, and for logits with +inf or
-        nothing but -inf. Differentiable to any order with respect to both.
+        (...), the promoted dtype; float32 under autocast. At least 0, and exactly 0 for identical inputs. +inf where a
+        class has p_c > 0 and q_c = 0. NaN for a row that holds NaN, and for logits with +inf or nothing but -inf.
+        Differentiable to any order with respect to both.
 
     Raises:
-        RuntimeError: shapes that do not fit, 0-d ones among them; tensors on two devices.
+        RuntimeError: shapes that do not fit, 0-d tensors among them; tensors on two devices.
         ValueError: an unknown kind; on the CPU, a negative probability, with its value and position.
         NotImplementedError: tensors that are not of a floating dtype.
+
+    Formula:
+        KL(P || Q) = sum_c p_c (log p_c - log q_c), with 0 log 0 = 0 (Kullback and Leibler 1951). The kinds and the
+        gradients of each kind are::
+
+                            "logits"                        "log_probs"                     "probs"
+            log p_c =       x_c - log sum_k exp x_k         x_c                             log x_c
+            dKL/dp:         p_c (log p_c - log q_c - KL)    p_c (log p_c - log q_c + 1)     log p_c - log q_c + 1
+            dKL/dq:         q_c sum_k p_k - p_c             -p_c                            -p_c / q_c
 
     Example:
         >>> p, q = torch.tensor([0.5, 0.5, 0.0]), torch.zeros(3)
         >>> kl_divergence(p, q, p_kind="probs")
         tensor(0.4055)
+
+    Note:
+        A class of p_c = 0 adds nothing and has no gradient in p. Where KL is +inf, derivatives that are not finite are
+        0: those of p_c, of q_c as a probability, and, for logits p, of the whole row of p. The gradients of logits are
+        exactly 0 for identical inputs.
+
+        One pass over both rows computes the divergence, and a second one the gradients. `kl_div` is torch's function:
+        it takes log q first, then p, and reduces over all elements.
     """
     if has_torch_function_variadic(p, q):
         return handle_torch_function(kl_divergence, (p, q), p, q, p_kind=p_kind, q_kind=q_kind)

@@ -87,62 +87,57 @@ def linear_cross_entropy(
 ) -> Tensor | CrossEntropyOutput:
     """`cross_entropy(input @ linear_weight.T + linear_bias, target)` in nats: `F.linear_cross_entropy`.
 
-    The logits (N, C) never exist as a whole. A block of their rows is made in a buffer of at most 64 MB (of one row, if
-    that is larger), turned there into its losses and its own gradient, and used up by the products that make the
-    gradients of `input`, `linear_weight` and `linear_bias` before the next block is made: beyond the gradients a call
-    needs less than 100 MB whatever N is, and for half types one float32 copy of the gradient of `linear_weight`.
-
-    Sums over rows are in float32 (float64 for float64) and each gradient is rounded once. For float16 and bfloat16 on a
-    CPU that has no instructions for their products the logits and all products are in float32, of operands converted a
-    part at a time; elsewhere the logits of a block have the dtype of `input`, as torch's.
-
-    A mean or a sum over arguments that require grad makes their gradients together with the loss, in three products of
-    (N, C, D), and keeps them for backward, which hands them over, multiplied by the gradient of the loss if that is not
-    1. A second backward, "none" and float16 make the logits again in backward, in a fourth: nothing is refused, and
-    nothing of the logits' size is kept. On the CPU a row whose target is ignored costs nothing. On CUDA nothing waits
-    for the device, so that such rows are computed, to a gradient of zero. A loss that nobody will differentiate belongs
-    under `torch.no_grad()`.
-
-    The products are torch's, or our own where a side is short and on a CPU whose AVX-512 torch's BLAS leaves unused:
-    they give the same bits each time, torch's not for another number of threads.
-
-    With C classes, D features, K-dimensional weights (C, d1, ..., D), targets or class weights that require grad, and
-    probabilities of another dtype than `input` or under autocast, the whole logits are made: this is then
-    `cross_entropy(F.linear(...))`, as it always is in torch.func's transforms, forward-mode AD and double backward.
-
     Args:
-        input: (D) or (N, D), float32, float64, bfloat16 or float16, any strides.
+        input: (D) or (N, D); float32, float64, bfloat16 or float16; any strides.
         linear_weight: (C, D), or (C, d1, ..., D) for logits (N, C, d1, ...); the dtype of `input`.
         target: class indices, () or (N) or (N, d1, ...), any integer dtype, each in [0, C) or `ignore_index`; or class
-            probabilities, the logits' shape and a floating dtype.
+            probabilities, the shape of the logits, a floating dtype.
         linear_bias: (C) or (C, d1, ...), the dtype of `input`.
-        weight: (C), a weight for each class; the dtype of `input` if the targets are class indices.
-        reduction: "mean", "sum" or "none".
-        ignore_index: class indices of this value count for nothing; None is -100. It must be None beside probabilities.
-        label_smoothing: in [0, 1].
-        options: torch's `LinearCrossEntropyOptions`. A `batch_chunk_size` or `chunking_method` sets a block's rows.
-            The others have no effect: sums are always in float32 or better, and backward may always be called again.
-        lse_square_scale, softcap, logit_scale, token_weight, all_ignored, return_lse, return_entropy,
-        return_predicted_tokens, return_token_accuracy: see `cross_entropy`, where the formulas stand too. What is
-            returned beside the loss costs a product of its own.
+        ignore_index: as in `cross_entropy`; None is -100. With class probabilities it must be None.
+        options: torch's `LinearCrossEntropyOptions`. `batch_chunk_size` or `chunking_method` sets the number of rows of
+            a block; the other fields have no effect, since sums are always in float32 or better and backward may always
+            be called again.
+        weight, reduction, label_smoothing, lse_square_scale, softcap, logit_scale, token_weight, all_ignored,
+            return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in `cross_entropy`. The
+            metrics cost a product of their own.
 
     Returns:
-        The loss, () or one value per target with "none"; `CrossEntropyOutput` if any `return_*` is set. The loss has
-        the dtype of `input`; float32 under autocast, where the product is in autocast's dtype. Differentiable with
-        respect to `input`, `linear_weight`, `linear_bias`, to probability targets, and with them to `weight`.
+        The result of `cross_entropy`. The loss has the dtype of `input`; float32 under autocast, where the product is
+        in autocast's dtype. It is differentiable with respect to `input`, `linear_weight` and `linear_bias`, to
+        probability targets, and with them to `weight`.
 
     Raises:
         IndexError: a class index outside [0, C) that is not `ignore_index`, before anything is computed; the text names
             it, its position and C. On CUDA see `charlm.synchronize`.
         ValueError: batch sizes that differ; an unknown `reduction` or `all_ignored`; `softcap` <= 0; `options` whose
             two ways to set the rows of a block differ.
-        RuntimeError: other shapes or dtypes that do not fit, an `ignore_index` beside probabilities, and a `weight`
-            beside class indices, or a `token_weight`, that requires grad.
+        RuntimeError: other shapes or dtypes that do not fit; an `ignore_index` with class probabilities; a
+            `token_weight`, or a `weight` with class indices, that requires grad.
         NotImplementedError: an input that is not of a floating dtype.
 
     Example:
         >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
         tensor(1.3863)
+
+    Note:
+        The logits (N, C) are computed in blocks of rows. A block has at most 64 MB (one row, if that is larger), is
+        turned into its losses and its own gradient in place, and is used for the gradients of `input`, `linear_weight`
+        and `linear_bias` before the next block is computed. Beyond the gradients a call needs less than 100 MB for any
+        N, and for half types one float32 copy of the gradient of `linear_weight`.
+
+        With "mean" or "sum" and arguments that require grad, forward computes the gradients for a unit grad_output in
+        three products of (N, C, D), and backward multiplies them by grad_output. A second backward, "none" and float16
+        recompute the logits in backward, in a fourth product. To skip the gradients of a loss that is only read, call
+        under `torch.no_grad()`. On the CPU rows whose target is ignored are not computed.
+
+        The products are torch's, or our own where one side is short and where torch's BLAS does not use the CPU's
+        AVX-512. Our products give the same bits for any number of threads. For float16 and bfloat16 on a CPU without
+        instructions for their products, the logits and all products are in float32, of operands converted a part at a
+        time; elsewhere the logits of a block have the dtype of `input`, as torch's have.
+
+        The whole logits are computed, as by `cross_entropy(F.linear(...))`, for K-dimensional weights (C, d1, ..., D);
+        for targets or class weights that require grad; for probabilities of another dtype than `input` or under
+        autocast; and in torch.func's transforms, forward-mode AD and double backward.
     """
     tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
     extras = {
