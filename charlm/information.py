@@ -1,22 +1,19 @@
-"""Entropy and its relatives, of distributions and of counts, and the conditional entropies of a text.
+"""Entropy and related measures of distributions and counts, and the conditional entropies of a text.
+
+Every function takes weights >= 0 and divides them by their sum along the last axis (the last two for a joint
+distribution), so counts need no preparation. Results are in nats; with `base=2` they are in bits. numpy arrays and
+lists give numpy results. torch tensors give tensors on their device, differentiable by torch. Arithmetic and results
+are float64.
+
+Formulas (Shannon 1948; Cover and Thomas, "Elements of Information Theory", 2006), with 0 log 0 = 0::
 
     entropy             H(p)      = -Σ p log p
     cross-entropy       H(p, q)   = -Σ p log q                   = H(p) + KL(p ‖ q)
-    Kullback–Leibler    KL(p ‖ q) =  Σ p log (p / q)
-    Jensen–Shannon      JS(p, q)  = ½ KL(p ‖ m) + ½ KL(q ‖ m),   m = ½ (p + q)
+    Kullback-Leibler    KL(p ‖ q) =  Σ p log (p / q)
+    Jensen-Shannon      JS(p, q)  = ½ KL(p ‖ m) + ½ KL(q ‖ m),   m = ½ (p + q)
     mutual information  I(X; Y)   = KL(p(x, y) ‖ p(x) p(y))      = H(X) + H(Y) - H(X, Y)
     perplexity          PP(p)     = e^H(p)
     order k             H_k       = -1/(N - k) Σ n(c x) log (n(c x) / n(c)),   c the k tokens before x
-
-(Shannon 1948; Cover & Thomas, "Elements of Information Theory", 2006.) 0 log 0 is 0; where p > 0 but q = 0 the result
-is infinite.
-
-Every function takes what is proportional to a distribution: weights ≥ 0, divided by their sum along the last axis (for
-a joint distribution, the last two), so that counts need no preparation. Unless `normalize=False` is given: then the
-sums must be 1, up to rounding, and a ValueError names one that is not. Numbers are in nats; `base=2` makes them bits.
-
-numpy arrays and lists give numpy results, torch tensors give tensors on their device, which torch differentiates;
-arithmetic and results are float64.
 """
 
 from __future__ import annotations
@@ -49,19 +46,20 @@ __all__ = [
 
 
 def entropy(p: Weights, *, base: float = math.e, normalize: bool = True) -> Any:
-    """The entropy of a distribution, or of counts: what a token costs on average under the best code for it.
+    """The entropy H(p) of a distribution: the mean cost of a token under the best code for it.
 
     Args:
-        p: (..., V) weights, at least 0.
-        base: of the logarithm: e for nats, 2 for bits.
-        normalize: divide by the sums; False raises where they are not 1.
+        p: (..., V) weights.
+        base: the base of the logarithm: e for nats, 2 for bits.
+        normalize: divide the weights by their sum; if False, sums that are not 1 (within 1e-5) are an error.
 
     Returns:
         (...) float64, from 0 to log V.
 
     Raises:
-        ValueError: a weight that is negative, infinite or NaN, a distribution whose weights are all 0, no weights at
-            all, or a base that is not above 1. The text names the value and its place.
+        ValueError: a weight that is negative, infinite or NaN; a distribution whose weights are all 0; no weights at
+            all; a base that is not above 1; with `normalize=False`, a sum that is not 1. The text names the value and
+            its position.
 
     Example:
         >>> float(charlm.information.entropy([2, 1, 1], base=2))
@@ -71,9 +69,17 @@ def entropy(p: Weights, *, base: float = math.e, normalize: bool = True) -> Any:
 
 
 def cross_entropy(p: Weights, q: Weights, *, base: float = math.e, normalize: bool = True) -> Any:
-    """The cross-entropy H(p, q): what a token of p costs on average under the best code for q.
+    """The cross-entropy H(p, q): the mean cost of a token of p under the best code for q.
 
-    Args and errors are those of `entropy`, for p and q (..., V), whose shapes broadcast but for V.
+    Args:
+        p, q: (..., V) weights; their leading axes are broadcast.
+        base, normalize: as in `entropy`.
+
+    Returns:
+        (...) float64, at least H(p); infinite where p > 0 and q = 0.
+
+    Raises:
+        ValueError: as in `entropy`; last axes that differ.
 
     Example:
         >>> round(float(charlm.information.cross_entropy([1, 1], [1, 3], base=2)), 6)  # (log2 4 + log2 4/3) / 2
@@ -84,10 +90,17 @@ def cross_entropy(p: Weights, q: Weights, *, base: float = math.e, normalize: bo
 
 
 def kl_divergence(p: Weights, q: Weights, *, base: float = math.e, normalize: bool = True) -> Any:
-    """The Kullback–Leibler divergence KL(p ‖ q): what the code for q costs more than that for p.
+    """The Kullback-Leibler divergence KL(p ‖ q): the extra cost of the code for q over that for p.
 
-    Args and errors are those of `entropy`, for p and q (..., V), whose shapes broadcast but for V. The result is at
-    least 0 up to rounding, and infinite where something possible in p is impossible in q.
+    Args:
+        p, q: (..., V) weights; their leading axes are broadcast.
+        base, normalize: as in `entropy`.
+
+    Returns:
+        (...) float64, at least 0 up to rounding; infinite where p > 0 and q = 0.
+
+    Raises:
+        ValueError: as in `entropy`; last axes that differ.
 
     Example:
         >>> float(charlm.information.kl_divergence([1, 0], [1, 1], base=2))
@@ -97,10 +110,18 @@ def kl_divergence(p: Weights, q: Weights, *, base: float = math.e, normalize: bo
 
 
 def js_divergence(p: Weights, q: Weights, *, base: float = math.e, normalize: bool = True) -> Any:
-    """The Jensen–Shannon divergence: symmetric, from 0 (equal) to log 2 (disjoint), always finite.
+    """The Jensen-Shannon divergence JS(p, q): symmetric and finite.
 
-    Args and errors are those of `entropy`, for p and q (..., V), whose shapes broadcast but for V. Each weighs one
-    half, however large its counts.
+    Args:
+        p, q: (..., V) weights; their leading axes are broadcast.
+        base, normalize: as in `entropy`.
+
+    Returns:
+        (...) float64, from 0 (equal) to log 2 (disjoint). Both distributions have the weight one half, whatever the
+        sums of their counts.
+
+    Raises:
+        ValueError: as in `entropy`; last axes that differ.
 
     Example:
         >>> float(charlm.information.js_divergence([5, 0], [0, 1], base=2))
@@ -112,17 +133,17 @@ def js_divergence(p: Weights, q: Weights, *, base: float = math.e, normalize: bo
 
 
 def mutual_information(joint: Weights, *, base: float = math.e, normalize: bool = True) -> Any:
-    """The mutual information of two variables: what knowing one saves in telling the other.
+    """The mutual information I(X; Y): the reduction of the cost of one variable if the other is known.
 
     Args:
-        joint: (..., X, Y) weights of their joint distribution, at least 0, for example counts of pairs.
-        base, normalize: as `entropy`; the sums are over both axes.
+        joint: (..., X, Y) weights of the joint distribution, for example counts of pairs.
+        base, normalize: as in `entropy`; the sums are over both axes.
 
     Returns:
         (...) float64, at least 0 up to rounding.
 
     Raises:
-        ValueError: as `entropy`, and for fewer than two axes.
+        ValueError: as in `entropy`; fewer than two axes.
 
     Example:
         >>> float(charlm.information.mutual_information([[1, 0], [0, 1]], base=2))
@@ -137,9 +158,17 @@ def mutual_information(joint: Weights, *, base: float = math.e, normalize: bool 
 
 
 def perplexity(p: Weights, *, normalize: bool = True) -> Any:
-    """The perplexity e^H(p): as many equally probable tokens are as hard to guess.
+    """The perplexity e^H(p): the number of equally probable tokens with the same entropy.
 
-    Args and errors are those of `entropy`; the base of the logarithm makes no difference.
+    Args:
+        p: (..., V) weights.
+        normalize: as in `entropy`.
+
+    Returns:
+        (...) float64, from 1 to V. It does not depend on the base of the logarithm.
+
+    Raises:
+        ValueError: as in `entropy`.
 
     Example:
         >>> round(float(charlm.information.perplexity([1, 1, 1, 1])), 12)
@@ -149,19 +178,15 @@ def perplexity(p: Weights, *, normalize: bool = True) -> Any:
 
 
 def conditional_entropies(text: ngrams.Tokens, max_order: int, *, base: float = math.e) -> np.ndarray:
-    """H_0, …, H_max_order of a text: the entropy of a token given the k before it, from the text's own counts.
-
-    In-sample: no smoothing, nothing held out, so that high orders of a short text fall towards 0. H_k is taken over
-    the N - k tokens that have k before them. N-grams are counted natively, all orders at once, in bounded memory: see
-    `charlm.ngrams`.
+    """H_0, ..., H_max_order of a text: the entropy of a token given the k tokens before it, from the text's own counts.
 
     Args:
-        text: N tokens: a str (its code points), bytes, or a one-dimensional array or tensor of integers at least 0.
+        text: N tokens: a str (its code points), bytes, or a one-dimensional array or tensor of integers >= 0.
         max_order: the largest k, from 0 to 999.
-        base: e for nats, 2 for bits a token.
+        base: the base of the logarithm: e for nats, 2 for bits.
 
     Returns:
-        (max_order + 1,) float64.
+        (max_order + 1,) float64, for each token. H_k is the mean over the N - k tokens that have k tokens before them.
 
     Raises:
         TypeError: tokens that are not integers.
@@ -170,6 +195,10 @@ def conditional_entropies(text: ngrams.Tokens, max_order: int, *, base: float = 
     Example:
         >>> charlm.information.conditional_entropies("abababab", 1, base=2).round(12)
         array([1., 0.])
+
+    Note:
+        The counts are in-sample: nothing is smoothed or held out, so high orders of a short text tend to 0. All orders
+        are counted in one call, natively and in bounded memory: see `charlm.ngrams`.
     """
     tokens = ngrams.as_tokens(text)
     if not 0 <= max_order < ngrams.MAX_LENGTH:
@@ -186,7 +215,17 @@ def conditional_entropies(text: ngrams.Tokens, max_order: int, *, base: float = 
 
 
 def conditional_entropy(text: ngrams.Tokens, order: int, *, base: float = math.e) -> float:
-    """H_order of a text: see `conditional_entropies`.
+    """H_order of a text.
+
+    Args:
+        text, base: as in `conditional_entropies`.
+        order: k, from 0 to 999.
+
+    Returns:
+        A float.
+
+    Raises:
+        TypeError, ValueError: as in `conditional_entropies`.
 
     Example:
         >>> charlm.information.conditional_entropy("abababab", 1)
@@ -199,7 +238,7 @@ def conditional_entropy(text: ngrams.Tokens, order: int, *, base: float = math.e
 
 
 def _as_tensor(weights: Weights, name: str) -> Tensor:
-    """float64, on the device that the weights are on."""
+    """float64, on the device of the weights."""
     if not isinstance(weights, Tensor):
         weights = torch.from_numpy(np.array(weights, dtype=np.float64))
     if weights.is_complex():
@@ -208,7 +247,7 @@ def _as_tensor(weights: Weights, name: str) -> Tensor:
 
 
 def _normalized(weights: Tensor, name: str, axes: int | tuple[int, int], normalize: bool) -> Tensor:
-    """The weights, checked, over their sums along `axes`."""
+    """The weights divided by their sums along `axes`; ValueError for weights that make no distribution."""
     if weights.ndim == 0 or weights.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(weights.shape)}, which holds no distribution")
     _check(name, weights, (weights >= 0) & weights.isfinite(), "is not a finite number of at least 0")
@@ -242,7 +281,7 @@ def _pair(p: Weights, q: Weights, normalize: bool) -> tuple[Tensor, Tensor]:
 
 
 def _times_log(p: Tensor, q: Tensor) -> Tensor:
-    """p log q, 0 where p is, and -∞ where only q is."""
+    """p log q; 0 where p = 0, -inf where only q = 0."""
     return torch.special.xlogy(p, q)
 
 
@@ -262,13 +301,13 @@ def _count_log_count(spectrum: ngrams.Spectrum) -> float:
 
 
 def _unit(base: float) -> float:
-    """How many nats the unit is."""
+    """One unit of `base` in nats."""
     if not (1 < base < math.inf):
         raise ValueError(f"base is {base}, but must be above 1")
     return math.log(base)
 
 
 def _returned(nats: Tensor, base: float, *given: Weights) -> Any:
-    """In the unit of `base`, as a tensor where one was given."""
+    """The result in units of `base`; a tensor if a tensor was given, else numpy."""
     result = nats / _unit(base)
     return result if any(isinstance(weights, Tensor) for weights in given) else result.numpy()[()]

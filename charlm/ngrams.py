@@ -1,16 +1,19 @@
-"""Counts of the n-grams of a text, of every length up to the longest one at once, natively.
+"""Counts of the n-grams of a text, natively, for all lengths up to a longest one at once.
 
-    "abab" with max_length 2:  a 2, b 2;  ab 2, ba 1
+For "abab" and max_length 2::
 
-The n-grams of all lengths form a trie: each is one a token shorter, and a token. `count_ngrams` returns it level by
-level; `count_spectra` keeps only how many n-grams there are of each count, which is all that an entropy needs, and so
-counts a text of any size in little memory.
+    a 2, b 2
+    ab 2, ba 1
 
-Time is linear in the tokens as long as an n-gram fits into 64 bits, of which each token takes log2(V + 1), rounded up,
-for V distinct ones: 100 MB of text at length 6 take a few seconds on two cores. Memory: a copy of the tokens (1 byte
-each for up to 255 distinct ones, 2 up to 65,535, else 4), 256 MiB at most to sort in, and the result. The threads are
-`torch.get_num_threads()`; no result depends on them. Under CHARLM_BACKEND=reference numpy counts, slowly and with no
-bound but a multiple of the text.
+The n-grams of all lengths form a trie: an n-gram is a shorter n-gram and one more token. `count_ngrams` returns the
+trie level by level. `count_spectra` returns only how many n-grams there are of each count, which is enough for an
+entropy and takes little memory for a text of any size.
+
+Time is linear in the number of tokens while an n-gram fits into 64 bits, with log2(V + 1) bits, rounded up, for each
+token of V distinct ones: 100 MB of text at length 6 take a few seconds on two cores. Memory is a copy of the tokens (1
+byte each for up to 255 distinct tokens, 2 bytes up to 65,535, else 4), at most 256 MiB for sorting, and the result. The
+counting uses `torch.get_num_threads()` threads; results do not depend on them. With CHARLM_BACKEND=reference numpy
+counts, slowly and in memory that is a multiple of the text.
 """
 
 from __future__ import annotations
@@ -60,14 +63,18 @@ class Spectrum(NamedTuple):
 
 
 def as_tokens(text: Tokens) -> np.ndarray:
-    """The tokens of a text as an array, contiguous, uint8, uint16 or uint32.
+    """The tokens of a text as an array.
 
-    A str becomes its code points, bytes their values; an array or a tensor on the CPU, one-dimensional and of any
-    integer dtype, keeps its values.
+    Args:
+        text: a str (its code points), bytes (their values), or a one-dimensional array or CPU tensor of any integer
+            dtype.
+
+    Returns:
+        (N,) uint8, uint16 or uint32, contiguous.
 
     Raises:
         TypeError: another type, or tokens that are not integers.
-        ValueError: more than one dimension, or a token below 0 or above 4294967295 (the text names it and its place).
+        ValueError: more than one dimension, or a token below 0 or above 4294967295; the text names it and its position.
     """
     if isinstance(text, str):
         ascii = text.isascii()  # a byte each, instead of four
@@ -94,19 +101,19 @@ def as_tokens(text: Tokens) -> np.ndarray:
 def count_ngrams(
     text: Tokens, max_length: int, *, starts: int | None = None, boundary: int | None = None
 ) -> list[NgramLevel]:
-    """The n-grams of `text` of lengths 1 to `max_length`, and how often each occurs.
+    """The n-grams of `text` of lengths 1 to `max_length`, and the number of their occurrences.
 
     Args:
-        text: N tokens, as `as_tokens` takes them; below 2³¹.
-        max_length: of an n-gram, 1 to 1000.
-        starts: count the n-grams that begin at one of the first `starts` tokens; None is all.
-        boundary: a token that no n-gram goes beyond: behind its first place it stands only at the end.
+        text: N tokens, as `as_tokens` takes them, each below 2³¹.
+        max_length: the longest length, 1 to 1000.
+        starts: count the n-grams that begin at one of the first `starts` tokens; None is all of them.
+        boundary: a token that ends an n-gram: behind the first position it occurs only as the last token.
 
     Returns:
-        One `NgramLevel` for each length; of n-grams longer than the text an empty one.
+        A list with one `NgramLevel` for each length; for lengths beyond the text it is empty.
 
     Raises:
-        TypeError, ValueError: as `as_tokens`, and for a length or number of starts out of range.
+        TypeError, ValueError: as in `as_tokens`; a `max_length` or `starts` out of range.
 
     Example:
         >>> singles, pairs = charlm.ngrams.count_ngrams("abab", 2)
@@ -126,18 +133,18 @@ def count_ngrams(
 
 
 def count_spectra(text: Tokens, max_length: int) -> tuple[list[Spectrum], list[Spectrum]]:
-    """How many n-grams there are of each count, for lengths 1 to `max_length`.
+    """The number of n-grams of each count, for lengths 1 to `max_length`.
 
     Args:
         text: N tokens, as `as_tokens` takes them.
-        max_length: of an n-gram, 1 to 1000.
+        max_length: the longest length, 1 to 1000.
 
     Returns:
-        (ngrams, contexts), a `Spectrum` each for lengths 1, 2, … and 0, 1, …. A context is the same n-gram, counted
-        only where another token follows: one less at the end of the text.
+        (ngrams, contexts): a list with a `Spectrum` for each length 1, 2, ..., and one with a `Spectrum` for each
+        length 0, 1, .... A context is an n-gram that is followed by another token; the last n-gram of the text is none.
 
     Raises:
-        TypeError, ValueError: as `as_tokens`, and for a length out of range.
+        TypeError, ValueError: as in `as_tokens`; a `max_length` out of range.
 
     Example:
         >>> ngrams, contexts = charlm.ngrams.count_spectra("abab", 2)
@@ -178,7 +185,7 @@ def _count_spectra(tokens: np.ndarray, max_length: int, buffer_bytes: int) -> tu
 
 
 def _small_tokens(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Tokens below the kernels' limit, in the same order, and what each stands for (None: for itself)."""
+    """Tokens below the kernels' limit, in the same order, and the original of each (None: they are the originals)."""
     if tokens.max(initial=0) < _ext._C.max_ngram_tokens:
         return tokens, None
     distinct, ranks = np.unique(tokens, return_inverse=True)

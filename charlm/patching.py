@@ -1,7 +1,7 @@
-"""Swap torch's embedding, cross-entropies and KL loss for ours, for a program or for one model, and back.
+"""Replaces torch's embedding, cross-entropies and KL loss by charlm's, in a whole program or in one model, and back.
 
-`patch_torch` exchanges attributes of `torch.nn.functional`; `patch_model` changes the class of a model's
-own modules. Both leave every parameter, and so every optimizer and checkpoint, as it is.
+`patch_torch` replaces attributes of `torch.nn.functional`; `patch_model` changes the class of a model's own modules.
+Neither changes a parameter, so optimizers and checkpoints stay valid.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if hasattr(torch.nn.functional, "linear_cross_entropy"):  # not in torch 2.11
 
 
 class _PatchedFunctions:
-    """The swapped attributes of `torch.nn.functional`, shared by every `TorchPatch` that is active.
+    """The replaced attributes of `torch.nn.functional`, shared by every active `TorchPatch`.
 
-    The first patch saves what it finds and the last one puts it back, so patches may end in any order.
+    The first patch saves the attributes that it finds and the last one restores them, so patches may end in any order.
     """
 
     def __init__(self) -> None:
@@ -63,9 +63,10 @@ _patched_functions = _PatchedFunctions()
 
 
 class TorchPatch:
-    """What `patch_torch` returns: a patch in force, to be ended by `undo()` or by leaving a `with` block.
+    """The result of `patch_torch`: an active patch, which ends by `undo()` or at the end of a `with` block.
 
-    Entering it again after its end puts it in force again; blocks of one patch may nest.
+    Note:
+        Entering an ended patch activates it again. `with` blocks of one patch may nest; it ends with the outermost.
     """
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ class TorchPatch:
             self._active = True
 
     def undo(self) -> None:
-        """Ends this patch; does nothing if it has ended. Patches that others hold stay in force."""
+        """Ends this patch; does nothing if it has ended. Other active patches stay active."""
         if self._active:
             self._active = False
             _patched_functions.release()
@@ -101,34 +102,30 @@ class TorchPatch:
 
 
 def patch_torch() -> TorchPatch:
-    """Makes torch's `F.embedding`, `F.cross_entropy`, `F.kl_div` and `F.linear_cross_entropy` ours, process-wide.
-
-    The last one where this torch has it. `torch.nn`'s modules look these functions up at each call, so models built
-    before and after, their subclasses and third-party code follow. Out of reach are a name bound earlier by
-    `from torch.nn.functional import cross_entropy`, graphs that torch.jit or torch.export has already
-    recorded, and `torch.embedding`. Patches nest; when the last one ends, what the first one found is back.
+    """Makes torch's `F.embedding`, `F.cross_entropy`, `F.kl_div` and `F.linear_cross_entropy` charlm's, process-wide.
 
     Returns:
-        A `TorchPatch`: `with patch_torch(): ...`, or `patch = patch_torch()` and later `patch.undo()`.
+        A `TorchPatch`, for `with patch_torch(): ...`, or for `patch = patch_torch()` and later `patch.undo()`.
 
     Example:
         >>> with patch_torch():
         ...     loss = torch.nn.CrossEntropyLoss()(torch.zeros(1, 4), torch.tensor([2]))  # by charlm's kernel
         >>> loss
         tensor(1.3863)
+
+    Note:
+        `torch.nn`'s modules look these functions up at each call, so models built before and after, their subclasses
+        and third-party code use charlm's. Not replaced are a name bound earlier by `from torch.nn.functional import
+        cross_entropy`, graphs that torch.jit or torch.export has recorded, and `torch.embedding`.
+        `F.linear_cross_entropy` is replaced where torch has it (since 2.13).
+
+        Patches nest. When the last one ends, the functions that the first one found are restored.
     """
     return TorchPatch()
 
 
 def patch_model(model: ModuleT) -> ModuleT:
-    """Turns torch's modules in `model` that have a module of ours into these, in place.
-
-    They are `Embedding`, `CrossEntropyLoss`, `KLDivLoss` and `LinearCrossEntropyLoss`.
-
-    Only the class of a module changes: it remains the same object, with the same Parameters (tied ones stay
-    tied), buffers, hooks, parametrizations, names and training flag. It may have gone through `parametrize`,
-    `fully_shard` or `replicate` before. Subclasses of users stay as they are, since they may have a `forward` of
-    their own; a `forward` set on the module itself also stays. Doing it twice changes nothing.
+    """Turns torch's modules in `model` into charlm's, in place.
 
     Args:
         model: any module, also a bare `torch.nn.Embedding`.
@@ -143,6 +140,13 @@ def patch_model(model: ModuleT) -> ModuleT:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(27, 10), torch.nn.Linear(10, 27))
         >>> type(patch_model(model)[0])
         <class 'charlm.nn.Embedding'>
+
+    Note:
+        `Embedding`, `CrossEntropyLoss`, `KLDivLoss` and `LinearCrossEntropyLoss` are changed. Only the class of a
+        module changes: the object, its Parameters (tied ones stay tied), buffers, hooks, parametrizations, names and
+        training flag stay. `parametrize`, `fully_shard` and `replicate` may have been applied before. User-defined
+        subclasses stay as they are, since their `forward` may differ; a `forward` set on the module itself stays too. A
+        second call changes nothing.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"patch_model takes a torch.nn.Module, got {type(model).__name__}")
@@ -154,7 +158,7 @@ def patch_model(model: ModuleT) -> ModuleT:
 
 
 def _exchanged(found: type) -> type | None:
-    """Our class for one of torch's, also inside a class that torch made around it; None for every other class."""
+    """charlm's class for one of torch's, also inside a class that torch derived from it; None for every other class."""
     if found in _MODULES or not _is_made_by_torch(found):
         return _MODULES.get(found)
     bases = tuple(_exchanged(base) or base for base in found.__bases__)
@@ -164,6 +168,9 @@ def _exchanged(found: type) -> type | None:
 
 
 def _is_made_by_torch(found: type) -> bool:
-    """Whether parametrize, fully_shard or replicate derived this class at run time: they refuse a copy or a pickle."""
+    """Whether `parametrize`, `fully_shard` or `replicate` derived this class at run time.
+
+    Such a class defines `__getstate__` or `__deepcopy__` to raise an error.
+    """
     refusals = (vars(found).get("__getstate__"), vars(found).get("__deepcopy__"))
     return any(getattr(refusal, "__module__", "").startswith("torch.") for refusal in refusals)

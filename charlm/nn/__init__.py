@@ -1,10 +1,11 @@
-"""Drop-in modules: torch's own classes with our kernels in `forward`.
+"""Drop-in modules: torch's own classes whose `forward` calls `charlm.functional`.
 
-Each one subclasses torch's, so `isinstance`, `state_dict`, weight tying and adapters keep working; the options that
-torch's class lacks are class attributes first, so that a module whose class is exchanged in place has them too.
+Each module but `EmbeddingLinear` subclasses torch's class of the same name, so `isinstance`, `state_dict`, weight tying
+and adapters keep working. Options that torch's class lacks are class attributes first: a module whose class is
+exchanged in place has them too.
 
 Every other name is that of `torch.nn`, and so is every submodule but `functional`, so that `import charlm.nn as nn` can
-take its place. (A type checker does not see the submodules by `import charlm.nn.utils`; `nn.utils` it does.)
+take its place. (Type checkers find the submodules as `nn.utils`, not by `import charlm.nn.utils`.)
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _OURS = ["CrossEntropyLoss", "Embedding", "EmbeddingLinear", "KLDivLoss", "Linea
 
 
 class Embedding(torch.nn.Embedding):
-    """`torch.nn.Embedding` through `charlm.functional.embedding`: same arguments, same parameters, same results.
+    """`torch.nn.Embedding` by `charlm.functional.embedding`: same arguments, parameters and results.
 
     Shape:
-        input: any shape (*), any integer dtype, uint8 included
-        output: (*, embedding_dim), the dtype of `weight`
+        input: any shape (*), any integer dtype.
+        output: (*, embedding_dim), the dtype of `weight`.
 
     Example:
         >>> Embedding(27, 10)(torch.tensor([[1, 2, 3]], dtype=torch.uint8)).shape
@@ -55,31 +56,38 @@ class Embedding(torch.nn.Embedding):
 
 
 class EmbeddingLinear(torch.nn.Module):
-    """`torch.nn.Embedding`, the concatenation of a context's rows, `torch.nn.Linear` and an activation, in one step:
-    `charlm.functional.embedding_linear`.
-
-    The parameters are those of two submodules, `embedding` and `linear`, initialised as torch does; modules that exist
-    already can take their places. Their weights are read and they are not called: hooks on them do not run, and
-    `fully_shard` belongs on the whole.
+    """The first layer over embedded tokens, by `charlm.functional.embedding_linear`.
 
     Args:
         num_embeddings: size of the vocabulary, V.
         embedding_dim: width of an embedding, D.
         context_size: tokens in a context, T.
         out_features: width of the output, H.
-        bias: whether `linear` has one.
-        padding_idx: as `torch.nn.Embedding`: its row starts as zeros and gets no gradient.
+        bias: whether `linear` has a bias.
+        padding_idx: as in `torch.nn.Embedding`: its row starts as zeros and has no gradient.
         activation: "none", "tanh", "relu" or "gelu".
         plan: "auto", "folded" or "gathered".
         device, dtype: of the parameters.
 
+    Attributes:
+        embedding: an `Embedding`, (V, D).
+        linear: a `torch.nn.Linear`, (H, T * D).
+
     Shape:
-        input: (..., context_size), any integer dtype
-        output: (..., out_features)
+        input: (..., T), any integer dtype.
+        output: (..., H).
+
+    Raises:
+        ValueError: an unknown `activation` or `plan`.
+        RuntimeError: in `forward`, a submodule to which `fully_shard` or `replicate` was applied by itself.
 
     Example:
         >>> EmbeddingLinear(27, 10, 3, 200, activation="tanh")(torch.zeros(32, 3, dtype=torch.uint8)).shape
         torch.Size([32, 200])
+
+    Note:
+        The submodules are initialised as torch does and may be replaced by existing ones. `forward` reads their weights
+        and does not call them: hooks on them do not run, and `fully_shard` must be applied to the whole module.
     """
 
     def __init__(
@@ -121,13 +129,19 @@ class EmbeddingLinear(torch.nn.Module):
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """`torch.nn.CrossEntropyLoss` through `charlm.functional.cross_entropy`, with its keyword-only extras.
+    """`torch.nn.CrossEntropyLoss` by `charlm.functional.cross_entropy`, with its keyword-only options.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in torch's class.
+        lse_square_scale, softcap, logit_scale, all_ignored, inplace, return_lse, return_entropy,
+            return_predicted_tokens, return_token_accuracy: as in `charlm.functional.cross_entropy`.
 
     Shape:
-        input: (C), (N, C) or (N, C, d1, ...), logits
-        target: (), (N) or (N, d1, ...) class indices, or the shape of `input` for class probabilities
-        output: a loss in nats, () or, with reduction "none", one per target; a `CrossEntropyOutput` if any
-            `return_*` is set
+        input: logits, (C), (N, C) or (N, C, d1, ...).
+        target: class indices, (), (N) or (N, d1, ...); or class probabilities, the shape of `input`.
+        token_weight: optional, the shape of `input` without C.
+        output: a loss in nats, (), or one value per target with reduction "none"; a `CrossEntropyOutput` if any
+            `return_*` option is set.
 
     Example:
         >>> CrossEntropyLoss(lse_square_scale=1e-4)(torch.zeros(2, 4), torch.tensor([1, 3]))
@@ -203,12 +217,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 class KLDivLoss(torch.nn.KLDivLoss):
-    """`torch.nn.KLDivLoss` through `charlm.functional.kl_div`: same arguments, same results.
+    """`torch.nn.KLDivLoss` by `charlm.functional.kl_div`: same arguments, same results.
 
     Shape:
-        input: any shape (*), log-probabilities
-        target: broadcast with `input`; probabilities, or with `log_target` their logarithms
-        output: a loss in nats, () or, with reduction "none", the broadcast shape
+        input: log-probabilities, any shape (*).
+        target: probabilities, or with `log_target` their logarithms; broadcast with `input`.
+        output: a loss in nats, (), or the broadcast shape with reduction "none".
 
     Example:
         >>> KLDivLoss(reduction="batchmean")(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]))
@@ -224,22 +238,40 @@ _LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.M
 
 
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
-    """`torch.nn.LinearCrossEntropyLoss` through `charlm.functional.linear_cross_entropy`, with its keyword-only extras.
+    """`torch.nn.LinearCrossEntropyLoss` by `charlm.functional.linear_cross_entropy`, with its keyword-only options.
 
-    The parameters are those of `self.linear`, a `torch.nn.Linear` of num_classes * prod(out_features) outputs. As in
-    torch's class its weights are read and it is not called: hooks on it do not run, and `fully_shard` belongs on the
-    whole.
+    Args:
+        in_features: width of the input, D.
+        num_classes: C.
+        out_features: the sizes d1, ... of K-dimensional outputs.
+        bias: whether `linear` has a bias.
+        device, dtype: of the parameters.
+        weight: (C), a weight for each class.
+        reduction, ignore_index, label_smoothing, options, lse_square_scale, softcap, logit_scale, all_ignored,
+            return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
+            `charlm.functional.linear_cross_entropy`.
+
+    Attributes:
+        linear: a `torch.nn.Linear` of C * d1 * ... outputs, which holds the parameters.
 
     Shape:
-        input: (in_features) or (N, in_features)
-        target: (), (N) or (N, *out_features) class indices, or (num_classes) or (N, num_classes, *out_features) class
-            probabilities
-        output: a loss in nats, () or, with reduction "none", one per target; a `CrossEntropyOutput` if any
-            `return_*` is set
+        input: (D) or (N, D).
+        target: class indices, (), (N) or (N, d1, ...); or class probabilities, (C) or (N, C, d1, ...).
+        token_weight: optional, a weight for each target.
+        output: as of `CrossEntropyLoss`.
+
+    Raises:
+        RuntimeError: a `weight` that is not (C); `label_smoothing` outside [0, 1]; in `forward`, a `linear` to which
+            `fully_shard` or `replicate` was applied by itself.
 
     Example:
         >>> LinearCrossEntropyLoss(3, 4, bias=True)(torch.randn(2, 3), torch.tensor([1, 3])).shape
         torch.Size([])
+
+    Note:
+        As in torch's class, `forward` reads the weights of `linear` and does not call it: hooks on it do not run, and
+        `fully_shard` must be applied to the whole module. With a torch that lacks this class (2.11, 2.12) it is a
+        `torch.nn.Module`.
     """
 
     lse_square_scale: float = 0.0
@@ -324,9 +356,9 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
 
 
 def _refuse_wrapped(module: torch.nn.Module, **submodules: torch.nn.Module) -> None:
-    """RuntimeError if fully_shard or replicate was applied to a submodule whose weights `module` reads.
+    """RuntimeError if `fully_shard` or `replicate` was applied to a submodule whose weights `module` reads.
 
-    They work in hooks that run when a module is called, and `module` never calls that one.
+    Both act in hooks that run when a module is called, and `module` does not call its submodules.
     """
     for name, submodule in submodules.items():
         class_ = type(submodule)

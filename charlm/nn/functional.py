@@ -1,4 +1,4 @@
-"""`charlm.functional` under the name that torch gives it: the same module object."""
+"""`charlm.functional` under torch's name for it: the same module object."""
 
 import sys
 from typing import TYPE_CHECKING
