@@ -1,4 +1,4 @@
-"""charlm: fused embedding and softmax-cross-entropy kernels for PyTorch, and a character model on top of them."""
+"""charlm: fused embedding and softmax-cross-entropy kernels for PyTorch, and a character-level language model."""
 
 from . import _old_names, functional, information, ngrams, nn, reference
 from ._errors import UserError

@@ -1,7 +1,8 @@
 """Checks of the arguments of the public functions, and their errors.
 
-The compiled module accepts the common types by itself and calls these functions for everything else, so that eager
-mode, `torch.compile` and the reference accept and refuse the same arguments with the same text.
+The compiled module accepts the common types itself and calls these functions for everything else, so that eager mode,
+`torch.compile` and the fallback accept and refuse the same arguments with the same text. `charlm.reference` has checks
+of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ACTIVATIONS = ("none", "tanh", "relu", "gelu")
 PLANS = ("auto", "folded", "gathered")
 KINDS = ("logits", "log_probs", "probs")
 
-# How to write a call whose option has a gradient, where there is a simple way.
+# How to write a call with a differentiable option, if there is a simple way.
 _WITH_GRADIENT = {
     "logit_scale": "Scale the logits instead: cross_entropy(x * s, t). ",
     "softcap": "Cap the logits instead: cross_entropy(c * torch.tanh(x / c), t). ",
@@ -53,7 +54,7 @@ def number(function: str, name: str, value: Any) -> float:
 
 
 def integer(function: str, name: str, value: Any) -> int:
-    """An int of 64 bits, from an integer or a 0-d integer tensor without a gradient; bool is refused, as by torch."""
+    """A 64-bit int, from an integer or a 0-d integer tensor without a gradient; bool is refused, as by torch."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{function}(): argument {name!r} must be int, not Tensor of dtype {value.dtype}")
@@ -74,19 +75,19 @@ def boolean(function: str, name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
-    """ValueError if `value` is none of `choices`."""
+    """ValueError if `value` is not in `choices`."""
     if not (value is None or isinstance(value, str)) or value not in choices:
         shown = ["None" if one is None else f'"{one}"' for one in choices]
         raise ValueError(f"{name} must be {', '.join(shown[:-1])} or {shown[-1]}, got {value!r}")
 
 
 def reduction_number(reduction: Any) -> int:
-    """torch's number of a reduction: 0 "none", 1 "mean", 2 "sum". ValueError for any other name."""
+    """torch's number of a reduction: 0 "none", 1 "mean", 2 "sum"; ValueError for any other name."""
     return _reduction.get_enum(reduction)
 
 
 def softcap_number(function: str, softcap: Any) -> float:
-    """0.0 for None."""
+    """The softcap as a float; 0.0 for None."""
     if softcap is None:
         return 0.0
     softcap = number(function, "softcap", softcap)
@@ -96,7 +97,7 @@ def softcap_number(function: str, softcap: Any) -> float:
 
 
 def padding_row(function: str, padding_idx: Any, num_embeddings: int) -> int:
-    """The row of `padding_idx`, which may be negative; -1 for None. AssertionError, as torch's, if there is no such."""
+    """The row of `padding_idx`, which may be negative; -1 for None. AssertionError, as in torch, for no such row."""
     if padding_idx is None:
         return -1
     padding_idx = integer(function, "padding_idx", padding_idx)
@@ -158,14 +159,14 @@ def nonnegative_probabilities(result: Tensor, *sides: tuple[str, Tensor, str]) -
 
 
 def is_kernel_tensor(value: Tensor | None) -> bool:
-    """Whether the kernels know the layout, the dtype's kind and the class of a tensor: see `has_dispatch`."""
+    """Whether the kernels know the layout, the dtype and the class of a tensor."""
     return value is None or (value.layout is torch.strided and not value.is_quantized and not has_dispatch(value))
 
 
 def has_dispatch(value: Tensor) -> bool:
-    """Whether a tensor's class implements torch's own ops and knows nothing of charlm's (DTensor, quantised weights).
+    """Whether a tensor's class implements torch's ops and does not know charlm's (DTensor, quantised weights).
 
-    Fake and functional tensors, with which torch traces, are none of these: they follow an op's Meta kernel.
+    False for fake and functional tensors, by which torch traces: they use an op's Meta kernel.
     """
     from torch._subclasses.fake_tensor import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor

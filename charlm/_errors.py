@@ -1,10 +1,10 @@
-"""The error of the language model and its command line; here, where `import charlm` finds it without them."""
+"""The error of the language model and its command line, defined where `import charlm` finds it without them."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something the user can put right: a file, an option or a checkpoint. The message is one sentence."""
+    """An error that the user can fix: a file, an option or a checkpoint. The message is one sentence."""
 
 
-UserError.__module__ = "charlm"  # where it is exported, and so what a traceback and a pickle name
+UserError.__module__ = "charlm"  # where it is exported; tracebacks and pickles show this name

@@ -1,10 +1,10 @@
-"""Loads the compiled module charlm._C, or, with CHARLM_BACKEND=reference, nothing.
+"""Loads the compiled module charlm._C; with CHARLM_BACKEND=reference, no module.
 
-There is no silent fallback: a module that is missing, was built with another torch, or cannot run the
-instruction set asked for is an ImportError that names its cure. This is the only try/except of an import.
+There is no silent fallback. A module that is missing, that was built with another torch, or that cannot run the
+requested instruction set is an ImportError that says what to do.
 
-Environment
-    CHARLM_BACKEND   "extension" (default) or "reference": every op in plain torch, nothing is loaded
+Environment:
+    CHARLM_BACKEND   "extension" (default), or "reference": every op in plain torch, no module is loaded
     CHARLM_CPU_ISA   the instruction set to use, one of _C.supported_isas(); default: the fastest of them
 """
 
@@ -25,7 +25,7 @@ BACKENDS = ("extension", "reference")
 
 
 def read_build_config(path: Path) -> dict[str, Any] | None:
-    """What setup.py wrote beside the module it built; None where nothing was built."""
+    """What setup.py wrote beside the module that it built; None if nothing was built."""
     return json.loads(path.read_text(encoding="utf-8")) if os.path.isfile(path) else None
 
 
@@ -38,7 +38,7 @@ def chosen_backend() -> str:
 
 
 def built_elsewhere() -> Path | None:
-    """The folder of another charlm on sys.path that is built with the torch that is running; None if there is none."""
+    """The folder of another charlm on sys.path that is built with the running torch; None if there is none."""
     for folder in (Path(entry, "charlm").resolve() for entry in sys.path):
         config = read_build_config(folder / CONFIG_PATH.name)
         if config is not None and config["torch"] == torch.__version__ and folder != CONFIG_PATH.parent.resolve():
@@ -47,7 +47,7 @@ def built_elsewhere() -> Path | None:
 
 
 def cure() -> str:
-    """How to come by kernels that load: those of a charlm that this folder hides, or new ones in this folder."""
+    """How to get kernels that load: those of a charlm that this folder hides, or new ones in this folder."""
     parent, built = CONFIG_PATH.parent.parent, built_elsewhere()
     if (parent / "setup.py").exists():  # without -e, pip installs a charlm that the source folder hides
         build = f"build them in {parent}: pip install --no-build-isolation -e ."
@@ -62,7 +62,7 @@ def cure() -> str:
 
 
 def load_extension() -> ModuleType:
-    """charlm._C, for the torch that is running, with the instruction set that CHARLM_CPU_ISA asks for."""
+    """charlm._C for the running torch, set to the instruction set that CHARLM_CPU_ISA names."""
     config = read_build_config(CONFIG_PATH)
     if config is None:
         raise ImportError(f"charlm's kernels are not built in {CONFIG_PATH.parent}. {cure()}")

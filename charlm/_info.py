@@ -1,4 +1,4 @@
-"""What this charlm was built with, what it is running with, and which kernels it uses."""
+"""`charlm.build_info`: what charlm was built with, what it runs with, and which kernels it uses."""
 
 from __future__ import annotations
 
@@ -12,28 +12,44 @@ from charlm._version import __version__
 
 
 class BuildInfo(TypedDict):
-    """The answer of `build_info`. What only a built module knows is None or empty where there is none."""
+    """The result of `build_info`. What only a compiled module knows is None or empty if there is none.
 
-    charlm: str  # the version of the Python side, and with it of the source folder
-    charlm_built: str | None  # the version of the compiled module
-    backend: str  # "extension" or "reference" (CHARLM_BACKEND)
+    Attributes:
+        charlm: the version of the Python code.
+        charlm_built: the version of the compiled module.
+        backend: "extension" or "reference" (CHARLM_BACKEND).
+        torch, python: the versions that are running.
+        torch_built_with, python_built_with: the versions at build time.
+        compiler: the first line of the C++ compiler's `--version`.
+        instruction_sets_compiled: slowest first.
+        instruction_sets_supported: those of them that this machine runs.
+        instruction_set_in_use: CHARLM_CPU_ISA, or the fastest supported.
+        cuda_architectures: those that CUDA kernels were compiled for.
+        why_no_cuda: the reason if there are no CUDA kernels, else None.
+        threads: `torch.get_num_threads()`, which the CPU kernels use.
+    """
+
+    charlm: str
+    charlm_built: str | None
+    backend: str
     torch: str
     torch_built_with: str | None
     python: str
     python_built_with: str | None
     compiler: str | None
-    instruction_sets_compiled: list[str]  # slowest first
-    instruction_sets_supported: list[str]  # those of them that this machine runs
-    instruction_set_in_use: str | None  # CHARLM_CPU_ISA, or the fastest supported
+    instruction_sets_compiled: list[str]
+    instruction_sets_supported: list[str]
+    instruction_set_in_use: str | None
     cuda_architectures: list[str]
-    why_no_cuda: str | None  # None where there are CUDA kernels
-    threads: int  # torch.get_num_threads(): what the CPU kernels use
+    why_no_cuda: str | None
+    threads: int
 
 
 def build_info() -> BuildInfo:
-    """Versions built with and running with, instruction sets, CUDA and threads, as a plain dict.
+    """The versions charlm was built with and runs with, instruction sets, CUDA and threads.
 
-    Works under CHARLM_BACKEND=reference too, where no instruction set is in use.
+    Returns:
+        A `BuildInfo`, a plain dict. With CHARLM_BACKEND=reference no instruction set is in use.
 
     Example:
         >>> charlm.build_info()["instruction_set_in_use"]

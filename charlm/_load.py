@@ -1,4 +1,4 @@
-"""`charlm.load`: the one door from the library to the language model, opened only when it is called."""
+"""`charlm.load`, which imports the language model only when it is called."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ if TYPE_CHECKING:
 
 
 def load(directory: str | PathLike[str], device: torch.device | str = "cpu") -> CharacterModel:
-    """A trained model that takes text and gives text.
+    """Loads a trained language model, which takes text and returns text.
 
     Args:
         directory: the folder that `charlm train -o` wrote.
-        device: where the model runs: "cpu", "cuda", "cuda:1", ….
+        device: where the model runs: "cpu", "cuda", "cuda:1", ....
+
+    Returns:
+        A `charlm.lm.character_model.CharacterModel`.
 
     Raises:
         charlm.UserError: there is no checkpoint, a part of it is damaged, or the device cannot be used.
+        ImportError: the extra `lm` is not installed.
 
-    Example, after `charlm train -i names.txt -o out`:
+    Example:
+        After `charlm train -i names.txt -o out`:
 
         >>> import charlm
         >>> model = charlm.load("out")

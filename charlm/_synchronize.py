@@ -1,4 +1,4 @@
-"""How a program learns of an index that a CUDA kernel found out of range."""
+"""`charlm.synchronize`, which raises the error of an index that a CUDA kernel found out of range."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from . import _ext
 def synchronize(device: torch.device | str | int | None = None) -> None:
     """Waits for the work on a CUDA device, then raises the IndexError of an index that was out of range.
 
-    A CUDA kernel runs after the call that launched it has returned. For an index out of range it neither reads nor
-    writes anything, and records the index and its position. The IndexError is raised by this function, or by the next
-    op of charlm on the device that is called once the kernel has run: whichever comes first. The device stays usable.
-    With CHARLM_CUDA_CHECK=1 in the environment each op waits for its kernels, and the call itself raises.
-
     Args:
-        device: a CUDA device; the current one by default. For "cpu", where each call raises by itself, nothing happens.
+        device: a CUDA device; None is the current one. For "cpu", where each call raises its own errors, nothing
+            happens.
 
     Raises:
         IndexError: an index out of range; the text names it, its position and the limit.
         AssertionError: a torch without CUDA (torch's own error).
+
+    Note:
+        A CUDA kernel runs after the call that launched it has returned. For an index out of range it neither reads nor
+        writes, and records the index and its position. This function raises the IndexError, or the next op of charlm on
+        the device once the kernel has run, whichever comes first. The device stays usable. With CHARLM_CUDA_CHECK=1 in
+        the environment each op waits for its kernels and raises the error itself.
     """
     on = torch.device("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
     if on.type == "cuda" and not (_ext._C is not None and _ext._C.has_cuda_kernels()):

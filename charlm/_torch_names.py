@@ -1,4 +1,4 @@
-"""What a module of ours does not provide is torch's own: attributes, `dir`, `import *` and submodules."""
+"""Gives a module of charlm every name of torch's module that it lacks: attributes, `dir`, `import *` and submodules."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from typing import Any
 def beside_torch(
     name: str, ours: list[str], torchs: ModuleType
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of our module `name`, which stands in the place of one of torch's.
-
-    torch's attribute is looked up at each use, so that whatever replaces it in torch's module is found here too.
+    """`__getattr__`, `__dir__` and `__all__` of charlm's module `name`, which replaces one of torch's.
 
     Args:
-        ours: the public names that our module has itself.
-        torchs: torch's module, which has all others.
+        name: of charlm's module.
+        ours: the public names that charlm's module defines.
+        torchs: torch's module, which has all other names.
+
+    Note:
+        torch's attribute is looked up at each use, so an attribute that is replaced in torch's module is found here
+        too.
     """
     module = sys.modules[name]
 
@@ -43,25 +46,26 @@ def _is_torchs(value: object) -> bool:
     """False for what torch's module only imports for its own use."""
     if isinstance(value, ModuleType):
         return value.__name__.startswith("torch.nn.")
-    module = getattr(value, "__module__", None)  # a built-in function has None
+    module = getattr(value, "__module__", None)  # None for a built-in function
     return not isinstance(value, bool) and (module is None or module.startswith("torch"))
 
 
 def public_dir(namespace: dict[str, Any]) -> list[str]:
-    """What `dir` shows of a module: its `__all__` and Python's own attributes."""
+    """The names that `dir` shows of a module: its `__all__` and Python's own attributes."""
     return sorted({*namespace["__all__"], *(name for name in namespace if name.startswith("__"))})
 
 
 class TorchSubmodules(MetaPathFinder, Loader):
     """Imports `ours.x` as `torchs.x`: the same module object, whose classes exist once.
 
-    It has to come first in `sys.meta_path`. Once `ours.x` is a package of torch, Python's own finder would look for
-    `ours.x.y` in torch's folder and run that file a second time.
-
     Args:
-        ours: our package.
+        ours: charlm's package.
         torchs: torch's package of the same structure.
-        own: the submodules that our package has itself.
+        own: the submodules that charlm's package defines.
+
+    Note:
+        It must come first in `sys.meta_path`. Once `ours.x` is a package of torch, Python's own finder would look for
+        `ours.x.y` in torch's folder and run that file a second time.
     """
 
     def __init__(self, ours: str, torchs: str, own: Iterable[str]) -> None:
@@ -77,7 +81,7 @@ class TorchSubmodules(MetaPathFinder, Loader):
         return spec_from_loader(fullname, self) if find_spec(self._torchs_name(fullname)) else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Python returns what stands in `sys.modules` after this."""
+        """Puts torch's module into `sys.modules`; Python returns what it finds there after this call."""
         sys.modules[module.__name__] = importlib.import_module(self._torchs_name(module.__name__))
 
     def _torchs_name(self, fullname: str) -> str:

@@ -30,7 +30,7 @@ from charlm import ngrams
 
 Weights = np.ndarray | Tensor | Sequence[Any]
 
-# How far a sum may be from 1 with normalize=False: probabilities that were rounded to float32.
+# The largest distance of a sum from 1 with normalize=False: rounding of probabilities to float32.
 SUM_TOLERANCE = 1e-5
 
 __all__ = [
@@ -208,10 +208,10 @@ def conditional_entropies(text: ngrams.Tokens, max_order: int, *, base: float = 
     unit = _unit(base)
     grams, contexts = ngrams.count_spectra(tokens, max_order + 1)
     total = len(tokens) - np.arange(max_order + 1)
-    surprise = [
+    surprisals = [
         _count_log_count(context) - _count_log_count(gram) for gram, context in zip(grams, contexts, strict=True)
     ]
-    return np.maximum(np.array(surprise), 0.0) / total / unit  # a sum that should be 0 may round below it
+    return np.maximum(np.array(surprisals), 0.0) / total / unit  # rounding may make an exact 0 negative
 
 
 def conditional_entropy(text: ngrams.Tokens, order: int, *, base: float = math.e) -> float:
@@ -290,7 +290,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    # Where p is 0 the ratio is made 1: 0 log (0 / 0) is 0 too.
+    # The ratio is set to 1 where p is 0, so that 0 log (0 / 0) is 0.
     return _times_log(p, torch.where(p > 0, p / q, 1.0)).sum(-1)
 
 

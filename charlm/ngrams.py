@@ -27,7 +27,7 @@ from torch import Tensor
 from charlm import _ext
 from charlm.reference import ngrams as reference
 
-MAX_LENGTH = 1000  # of an n-gram: a window is kept as a whole while it is sorted
+MAX_LENGTH = 1000  # of an n-gram; a window of this many tokens is kept in memory while it is sorted
 BUFFER_BYTES = 256 * 2**20
 
 Tokens = str | bytes | np.ndarray | Tensor
@@ -77,7 +77,7 @@ def as_tokens(text: Tokens) -> np.ndarray:
         ValueError: more than one dimension, or a token below 0 or above 4294967295; the text names it and its position.
     """
     if isinstance(text, str):
-        ascii = text.isascii()  # a byte each, instead of four
+        ascii = text.isascii()  # one byte a token instead of four
         raw = text.encode("ascii" if ascii else "utf-32-le", "surrogatepass")
         return np.frombuffer(raw, np.uint8 if ascii else np.dtype("<u4"))
     if isinstance(text, bytes):

@@ -27,7 +27,7 @@ _MODULES: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
     torch.nn.KLDivLoss: nn.KLDivLoss,
 }
-if hasattr(torch.nn.functional, "linear_cross_entropy"):  # not in torch 2.11
+if hasattr(torch.nn.functional, "linear_cross_entropy"):  # since torch 2.13
     _FUNCTIONS["linear_cross_entropy"] = functional.linear_cross_entropy
     _MODULES[torch.nn.LinearCrossEntropyLoss] = nn.LinearCrossEntropyLoss
 

@@ -167,9 +167,9 @@ def test_an_ignored_row_of_nan_has_no_part_in_loss_or_gradients() -> None:
 def test_the_returned_metrics_are_those_of_the_logits(reduction: str) -> None:
     x, weight, target = arguments(129, 19, 65)
     target[::3] = -100
-    asked = dict.fromkeys(("return_lse", "return_entropy", "return_predicted_tokens", "return_token_accuracy"), True)
-    ours = functional.linear_cross_entropy(x, weight, target, reduction=reduction, **asked)
-    theirs = reference.cross_entropy(F.linear(x, weight), target, reduction=reduction, **asked)
+    metrics = dict.fromkeys(("return_lse", "return_entropy", "return_predicted_tokens", "return_token_accuracy"), True)
+    ours = functional.linear_cross_entropy(x, weight, target, reduction=reduction, **metrics)
+    theirs = reference.cross_entropy(F.linear(x, weight), target, reduction=reduction, **metrics)
     torch.testing.assert_close(ours, theirs)
 
 

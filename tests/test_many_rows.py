@@ -1,4 +1,4 @@
-"""More rows than a launch has blocks, on any backend: the same blocks, or threads, walk over the rest."""
+"""More rows than a launch has blocks, on any backend: the same blocks, or threads, loop over the rest."""
 
 from __future__ import annotations
 

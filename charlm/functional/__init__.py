@@ -41,8 +41,8 @@ _OURS = [
     "surprisal",
 ]
 
-if TYPE_CHECKING:  # Without `__getattr__`, by which every name would exist, and `__all__`, which has no end here.
-    try:  # Of two imports of a name mypy takes the first, and pyright the last that is not in an `except`: ours.
+if TYPE_CHECKING:  # without `__getattr__`, which would make every name exist, and `__all__`, which is not static
+    try:  # of two imports of a name mypy takes the first, pyright the last outside an `except`: charlm's for both
         pass
     except ImportError:
         from torch.nn.functional import *  # noqa: F403

@@ -205,7 +205,7 @@ def cross_entropy(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     returns = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
     if _C is not None and not returns and not (inplace is None and torch.compiler.is_compiling()):
-        # Under torch.compile, a function that cannot be traced: it breaks the graph before logits are overwritten.
+        # torch.compile cannot trace this call, so it breaks the graph before the logits are overwritten.
         loss = _C.cross_entropy(
             *tensors,
             reduction,
@@ -242,7 +242,7 @@ def cross_entropy(
     numbers = options.numbers()
     if not returns:
         return torch.ops.charlm.cross_entropy.default(*tensors, *numbers)[0]
-    # Before the loss, which may write over the logits.
+    # Computed before the loss, which may overwrite the logits.
     lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_metrics.default(
         input.detach(), target.detach(), *numbers
     )
@@ -264,7 +264,7 @@ class CrossEntropyOptions(NamedTuple):
     ignore_index: int
     label_smoothing: float
     lse_square_scale: float
-    softcap: float  # 0.0: none
+    softcap: float  # 0.0 is no cap
     logit_scale: float
     all_ignored: str
 

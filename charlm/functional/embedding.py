@@ -1,4 +1,4 @@
-"""Rows of a table, picked by index."""
+"""Rows of a table, selected by index."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ def _with_max_norm(
     if not has_kernels:
         return reference.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     with torch.no_grad():
-        # embedding_renorm_ scales rows until it meets a bad index: look all of them up first.
+        # embedding_renorm_ scales rows until it finds a bad index. This lookup raises for one before any row is scaled.
         embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
         if weight.is_cuda:
-            # A bad index would end the CUDA context in torch's function, which waits for the device too.
+            # In torch's function, which waits for the device anyway, a bad index would destroy the CUDA context.
             torch.ops.charlm._synchronize.default(weight)
-        if weight.numel():  # of a table of no numbers torch's kernel reads one: pytorch#195185
+        if weight.numel():  # torch's kernel reads one number of an empty table: pytorch#195185
             torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
     return embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)

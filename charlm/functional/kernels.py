@@ -1,4 +1,4 @@
-"""Whether a call can go to the kernels."""
+"""The decision whether a call uses the kernels or the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ _CUDA = _C is not None and _C.has_cuda_kernels()
 
 
 def have_kernels(function: str, names: Sequence[str], tensors: Sequence[Any]) -> bool:
-    """False sends the call to the reference. TypeError for what is no tensor; a name that ends in "?" may be None."""
+    """Whether the kernels know all tensors; if not, the call uses the reference.
+
+    Raises:
+        TypeError: a value that is not a Tensor. A name that ends in "?" may be None.
+    """
     if _C is not None and not torch.compiler.is_compiling():
         return _C.have_kernels(function, names, tensors)
     _checks.tensors(function, names, tensors)

@@ -91,15 +91,15 @@ def kl_div(
             stacklevel=2,
         )
     if not (has_kernels and input.is_floating_point() and target.is_floating_point()) or (
-        is_legacy and reduction == "batchmean"  # torch divides by the batch size as well
+        is_legacy and reduction == "batchmean"  # torch applies both divisors
     ):
         return _by_torch(input, target, size_average, reduce, reduction, log_target)
     if is_legacy:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if reduction != "batchmean":
-        _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
+        _reduction.get_enum(reduction)  # ValueError for an unknown name
     batch_size = input.size(0) if input.dim() > 0 else 1
-    if isinstance(batch_size, Tensor):  # by torch.jit.trace, whose graph holds no number that depends on a size
+    if isinstance(batch_size, Tensor):  # in torch.jit.trace, which cannot record a number that depends on a size
         return _by_torch(input, target, size_average, reduce, reduction, log_target)
     if input.dtype != target.dtype:
         dtype = torch.result_type(input, target)

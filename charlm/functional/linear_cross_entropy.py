@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of logits that a linear layer makes, without the logits."""
+"""Softmax cross-entropy of logits that a linear layer computes, without the whole logits."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def _needs_whole_logits(
 
 
 def _block_rows(options: LinearCrossEntropyOptions | None, input: Tensor, linear_weight: Tensor) -> int:
-    """What the caller's `options` say, or 0: the op's own choice."""
+    """The rows of a block that `options` set, or 0: the op chooses them."""
     if options is None or (options.batch_chunk_size is None and options.chunking_method == "auto"):
         return 0
     n_rows = input.shape[0] if input.dim() == 2 else 1

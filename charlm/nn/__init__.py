@@ -233,7 +233,7 @@ class KLDivLoss(torch.nn.KLDivLoss):
         return functional.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
-# torch has had one since 2.13.
+# torch has had this class since 2.13.
 _LinearCrossEntropyLoss = getattr(torch.nn, "LinearCrossEntropyLoss", torch.nn.Module)
 
 
@@ -270,7 +270,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
 
     Note:
         As in torch's class, `forward` reads the weights of `linear` and does not call it: hooks on it do not run, and
-        `fully_shard` must be applied to the whole module. With a torch that lacks this class (2.11, 2.12) it is a
+        `fully_shard` must be applied to the whole module. Before torch 2.13, which introduced that class, it subclasses
         `torch.nn.Module`.
     """
 
@@ -362,7 +362,7 @@ def _refuse_wrapped(module: torch.nn.Module, **submodules: torch.nn.Module) -> N
     """
     for name, submodule in submodules.items():
         class_ = type(submodule)
-        if class_ is Embedding or class_ is torch.nn.Linear:  # nearly always, and quick
+        if class_ is Embedding or class_ is torch.nn.Linear:  # the common case, decided fast
             continue
         if any(base.__module__.startswith("torch.distributed.") for base in class_.__mro__):
             owner = type(module).__name__
@@ -374,7 +374,7 @@ def _refuse_wrapped(module: torch.nn.Module, **submodules: torch.nn.Module) -> N
 
 
 if TYPE_CHECKING:
-    try:  # As in charlm/functional/__init__.py.
+    try:  # the order of imports is that of charlm/functional/__init__.py
         pass
     except ImportError:
         from torch.nn import *  # noqa: F403

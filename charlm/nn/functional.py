@@ -8,4 +8,4 @@ if TYPE_CHECKING:
 else:
     from charlm import functional
 
-    sys.modules[__name__] = functional  # Python returns what stands here
+    sys.modules[__name__] = functional  # the import statement returns this object

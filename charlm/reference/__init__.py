@@ -1,12 +1,13 @@
-"""Every op in plain torch, with the signature of `charlm.functional`: the tests' oracle, and the fallback.
+"""Every op in plain torch, with the signature of `charlm.functional`: the oracle of the tests, and the fallback.
 
-What each op means is written here once, as a formula and as a few lines of torch that anyone can check. The
-kernels are judged against these functions in float64; a tensor on a device for which charlm has no kernel,
-and `CHARLM_BACKEND=reference`, run them as they are. torch differentiates them to any order, in both modes.
+The kernels are judged against these functions in float64. Tensors that the kernels do not know, and
+CHARLM_BACKEND=reference, run them as they are. torch differentiates them to any order, in both modes. Arguments,
+formulas and errors are those of `charlm.functional`; several results are a plain tuple.
 
-Without an extra both call the function of torch itself, so torch's semantics hold by construction. torch's
-originals are bound when this module is imported, so `charlm.patch_torch()` cannot make the reference call the
-kernels.
+For calls without an option that torch lacks, an op calls torch's own function, so torch's semantics hold by
+construction. torch's functions are bound when this module is imported: `charlm.patch_torch()` does not make the
+reference call the kernels. This package imports nothing of charlm outside itself, so that no error of the kernels' code
+can pass the comparison with it.
 """
 
 from .cross_entropy import cross_entropy

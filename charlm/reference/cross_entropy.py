@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy as _torch_cross_entropy
 
 from .indices import raise_if_out_of_range, widened
 
-# loss, lse, entropy, predicted_tokens, token_accuracy: the fields of `charlm.functional.CrossEntropyOutput`
+# (loss, lse, entropy, predicted_tokens, token_accuracy): the fields of `charlm.functional.CrossEntropyOutput`
 LossAndMetrics: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -55,9 +55,9 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    _reduction.get_enum(reduction)  # ValueError for a name that torch does not know
+    _reduction.get_enum(reduction)  # ValueError for an unknown name
     _check_options(reduction, softcap, all_ignored, inplace)
-    if math.isnan(label_smoothing):  # torch takes it for 0
+    if math.isnan(label_smoothing):  # which torch treats as 0
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
 
     index = widened(target, "targets", ignore_index)
@@ -68,7 +68,7 @@ def cross_entropy(
         and logit_scale == 1
         and token_weight is None
         and all_ignored == "nan"
-        # torch's mean over a batch that is sharded is a mean of the shards' means, which differ in their targets.
+        # torch's mean over a sharded batch is the mean of the shards' means, although their numbers of targets differ.
         and not (reduction == "mean" and (_is_dtensor(input) or _is_dtensor(target)))
     )
     try:
@@ -176,7 +176,7 @@ def _weighted_loss(
     if reduction == "sum":
         return total.to(result_dtype)
     total_share = share.sum()
-    # 0 / 1 rather than 0 / 0: the gradient is zero as well, and no value has to be read back from the device.
+    # 0 / 1 instead of 0 / 0: the gradient is zero too, and no value is read from the device.
     if all_ignored == "zero" and is_index:
         total_share = torch.where(valid.any(), total_share, 1)
     elif all_ignored == "zero" and loss.numel() == 0:
@@ -213,7 +213,7 @@ def _transformed(input: Tensor, softcap: float | None, logit_scale: float) -> Te
     if logit_scale != 1:
         _check_factor("logit_scale", logit_scale, z.dtype)
         z = z * logit_scale
-    if softcap is not None and softcap <= info.max:  # a larger one caps nothing
+    if softcap is not None and softcap <= info.max:  # a larger one has no effect
         softcap = max(softcap, info.tiny)  # a smaller one would be 0 in this dtype
         z = softcap * torch.tanh(z / softcap)
     return z
@@ -227,7 +227,7 @@ def _check_factor(name: str, factor: float, dtype: torch.dtype) -> None:
 
 def _entropy(z: Tensor, class_dim: int) -> Tensor:
     p = z.softmax(class_dim)
-    # A class of probability 0 adds nothing, even where z = -inf.
+    # A class of probability 0 adds nothing, also if z = -inf.
     return z.logsumexp(class_dim) - torch.where(p == 0, 0, p * z).sum(class_dim)
 
 

@@ -44,21 +44,21 @@ def embedding_linear(
         >>> embedding_linear(torch.tensor([[1, 0]]), torch.eye(2), torch.arange(4.0).reshape(1, 4))
         tensor([[3.]])
     """
-    check_options(activation, plan)
-    check_shapes(input, embedding_weight, linear_weight, linear_bias)
+    _check_options(activation, plan)
+    _check_shapes(input, embedding_weight, linear_weight, linear_bias)
     rows = embedding(input, embedding_weight, padding_idx)  # (..., T, D)
     output = ACTIVATIONS[activation](linear(rows.flatten(-2), linear_weight, linear_bias))
     return (output, "gathered", "gathered") if return_plan else output
 
 
-def check_options(activation: str, plan: str) -> None:
+def _check_options(activation: str, plan: str) -> None:
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, got {plan!r}")
 
 
-def check_shapes(input: Tensor, embedding_weight: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def _check_shapes(input: Tensor, embedding_weight: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """RuntimeError, with the shapes, for tensors that do not fit each other."""
     if input.dim() < 1:
         raise RuntimeError("input must have a dimension of places, shape (..., T), got a 0-d tensor")

@@ -7,16 +7,12 @@ from torch import Tensor
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """`-sum_c p_c log p_c` with p = softmax(logits), in nats.
+    """`-sum_c p_c log p_c` in nats, with p = softmax(logits).
 
-    Args:
-        logits: (..., V), a floating dtype.
+    Arguments and errors are those of `charlm.functional.entropy`.
 
     Returns:
         (...), the dtype of `logits`; float32 under autocast.
-
-    Raises:
-        RuntimeError: 0-d logits. NotImplementedError: logits that are not of a floating dtype.
 
     Example:
         >>> entropy(torch.zeros(2, 4))
@@ -27,16 +23,16 @@ def entropy(logits: Tensor) -> Tensor:
     if not logits.is_floating_point():
         raise NotImplementedError(f'"entropy" not implemented for {logits.dtype}')
     log_p = computed(logits).log_softmax(-1)
-    # A class of z = -inf adds nothing, its gradient neither.
+    # A class of z = -inf adds nothing and has no gradient.
     result = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1)
     return result.to(result_dtype(logits))
 
 
 def computed(x: Tensor) -> Tensor:
-    """In the dtype of the arithmetic: float32 for float16 and bfloat16, else their own."""
+    """x in the dtype of the arithmetic: float32 for float16 and bfloat16, else its own."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
-    """That of x; under autocast float32 for a half type."""
+    """The dtype of x; under autocast float32 for a half type."""
     return computed(x).dtype if torch.is_autocast_enabled(x.device.type) else x.dtype

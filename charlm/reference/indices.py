@@ -1,4 +1,4 @@
-"""Indices of any integer dtype, for torch's ops, which take int64; and the IndexError of one that is out of range."""
+"""Indices of any integer dtype for torch's ops, which take int64, and the IndexError of one that is out of range."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ _INT64_MAX = torch.iinfo(torch.int64).max
 
 
 def widened(index: Tensor, name: str, ignore_index: int | None = None) -> Tensor:
-    """Indices of any integer dtype as int64; anything else is left for torch to judge, except bool."""
+    """Indices of any integer dtype as int64. bool raises a RuntimeError; other tensors are left for torch to check."""
     if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex():
         return index
     if index.dtype not in INDEX_DTYPES:
         raise RuntimeError(f"expected {name} of an integer dtype, got {index.dtype}")
     wide = index.to(torch.int64)
     if index.dtype == torch.uint64:
-        # 2**64 - 100 must not turn into ignore_index: what int64 cannot hold becomes a value that is out of
-        # range.
+        # Values that int64 cannot hold become one that is out of range: 2**64 - 100 must not become -100.
         out_of_range = _INT64_MAX - 1 if ignore_index == _INT64_MAX else _INT64_MAX
         wide = torch.where(wide < 0, out_of_range, wide)
     return wide
@@ -36,9 +35,14 @@ def widened(index: Tensor, name: str, ignore_index: int | None = None) -> Tensor
 def raise_if_out_of_range(
     given: Tensor, wide: Tensor, limit: int, noun: str, things: str, ignore_index: int | None = None
 ) -> None:
-    """IndexError that names the first index outside [0, limit); returns if there is none.
+    """Raises an IndexError that names the first index outside [0, limit), if there is one.
 
-    given: the indices as the caller passed them; wide: the same as int64.
+    Args:
+        given: the indices as the caller passed them.
+        wide: the same as int64.
+        limit: the number of `things`.
+        noun, things: the words for an index and for what it selects.
+        ignore_index: an index that is allowed.
     """
     bad = (wide < 0) | (wide >= limit)
     if ignore_index is not None:

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of logits that a linear layer makes."""
+"""Softmax cross-entropy of logits that a linear layer computes."""
 
 from __future__ import annotations
 
@@ -49,12 +49,15 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
         tensor(1.3863)
     """
+    logits = _make_logits(input, linear_weight, linear_bias)
+    if ignore_index is not None and target.shape == logits.shape:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     return cross_entropy(
-        make_logits(input, linear_weight, linear_bias),
+        logits,
         target,
         weight=weight,
         reduction=reduction,
-        ignore_index=checked_ignore_index(input, linear_weight, target, ignore_index),
+        ignore_index=-100 if ignore_index is None else ignore_index,
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
         softcap=softcap,
@@ -68,13 +71,8 @@ def linear_cross_entropy(
     )
 
 
-def logits_shape(input: Tensor, linear_weight: Tensor) -> tuple[int, ...]:
-    """(C), (N, C) or (N, C, d1, ...)."""
-    return (*input.shape[:-1], *linear_weight.shape[:-1])
-
-
-def check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """torch's own checks of what makes the logits, in its words."""
+def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """torch's own checks of the linear layer's tensors, with its error texts."""
     if input.dim() < 1 or input.dim() > 2:
         raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() < 2:
@@ -95,19 +93,10 @@ def check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
         )
 
 
-def checked_ignore_index(input: Tensor, linear_weight: Tensor, target: Tensor, ignore_index: int | None) -> int:
-    """-100 for None, which it must be where the targets are probabilities."""
-    if ignore_index is None:
-        return -100
-    if target.shape == logits_shape(input, linear_weight):
-        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
-    return ignore_index
-
-
-def make_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+def _make_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """The whole logits, (C), (N, C) or (N, C, d1, ...)."""
-    check_shapes(input, linear_weight, linear_bias)
+    _check_shapes(input, linear_weight, linear_bias)
     n_outputs = math.prod(linear_weight.shape[:-1])
     bias = None if linear_bias is None else linear_bias.reshape(n_outputs)
     logits = _torch_linear(input, linear_weight.reshape(n_outputs, linear_weight.shape[-1]), bias)
-    return logits.reshape(logits_shape(input, linear_weight))
+    return logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])

@@ -6,9 +6,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-# parent, token, count: the fields of `charlm.ngrams.NgramLevel`
+# (parent, token, count): the fields of `charlm.ngrams.NgramLevel`
 Level: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
-# count, ngrams: the fields of `charlm.ngrams.Spectrum`
+# (count, ngrams): the fields of `charlm.ngrams.Spectrum`
 Counts: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 

@@ -11,22 +11,25 @@ from .kl_divergence import broadcast_shapes
 
 
 def surprisal(logits: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """`-log softmax(logits)[..., target]`, in nats.
+    """`-log softmax(logits)[..., target]` in nats.
 
-    Args and errors as `charlm.functional.surprisal`.
+    Arguments and errors are those of `charlm.functional.surprisal`.
+
+    Returns:
+        (...), the broadcast shape; the dtype of `logits`; float32 under autocast.
 
     Example:
         >>> surprisal(torch.zeros(2, 4), torch.tensor([1, 3]))
         tensor([1.3863, 1.3863])
     """
-    classes_second, target, dtype = for_cross_entropy(logits, target)
+    classes_second, target, dtype = _for_cross_entropy(logits, target)
     return cross_entropy(classes_second, target, ignore_index=ignore_index, reduction="none").to(dtype)
 
 
-def for_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-    """The logits with their classes where `cross_entropy` has them, the target in their shape, and the result's dtype.
+def _for_cross_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Views of the logits with the classes in dimension 1 and of the target in their shape; the dtype of the result.
 
-    Nothing is copied. Half logits that are expanded become float32: their gradient is a sum, rounded once.
+    Half logits that are expanded become float32: their gradient is a sum, which is rounded once.
     """
     if logits.dim() < 1:
         raise RuntimeError("logits must have a dimension of classes, shape (..., V), got a 0-d tensor")

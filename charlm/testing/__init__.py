@@ -1,21 +1,18 @@
-"""Sample inputs for each op, and the tolerance that judges a kernel: used by the tests and by the benchmark.
+"""Sample inputs for each op, and the tolerance that a kernel must meet: used by the tests and the benchmark.
 
-A sample is the arguments of one call. `evaluate` makes the call and its backward; `assert_matches_reference`
-makes it three times, with the op, with the reference in the same dtype and with the reference in float64, and
-compares the errors of the first two against the third. The rule: against float64 our root mean square error
-is at most 1.05 times the reference's, our largest at most twice its largest, plus one ulp, so a kernel may
-round differently from torch but never worse.
+A `SampleInput` holds the arguments of one call. `assert_matches_reference` evaluates it with the op, with the reference
+in the same dtype, and with the reference in float64. Measured against float64, the op's root mean square error may be
+at most 1.05 times the reference's, and its largest error at most twice the reference's, each plus one ulp: a kernel may
+round differently from torch, but not worse.
 
-The sizes are odd on purpose (1, 27, 129, 4099): they leave a remainder in every vector width.
+The sizes are odd (1, 27, 129, 4099), so that every vector width leaves a remainder.
 """
 
 from .comparison import (
-    Tolerance,
     assert_close_to_reference,
     assert_matches_reference,
     evaluate,
     strided_copy,
-    tolerances,
 )
 from .cross_entropy import sample_inputs_cross_entropy
 from .embedding import sample_inputs_embedding
@@ -33,7 +30,6 @@ __all__ = [
     "FLOAT_DTYPES",
     "PROBABILITIES",
     "SampleInput",
-    "Tolerance",
     "assert_close_to_reference",
     "assert_matches_reference",
     "evaluate",
@@ -46,5 +42,4 @@ __all__ = [
     "sample_inputs_linear_cross_entropy",
     "sample_inputs_surprisal",
     "strided_copy",
-    "tolerances",
 ]

@@ -14,7 +14,7 @@ from .samples import PROBABILITIES, SampleInput, laid_out
 
 @dataclass(frozen=True)
 class _CrossEntropyCase:
-    """The recipe of a `SampleInput`; `shape` is the input's, () of 1-d inputs included."""
+    """The recipe of a `SampleInput`; `shape` is that of the input."""
 
     name: str
     shape: tuple[int, ...]
@@ -161,7 +161,15 @@ _CROSS_ENTROPY_CASES = (
 
 
 def sample_inputs_cross_entropy(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Calls of `cross_entropy` with logits of `dtype`, about one for each option, shape and layout."""
+    """Sample calls of `cross_entropy`.
+
+    Args:
+        dtype: of the floating tensors.
+        device: of all tensors.
+
+    Yields:
+        About one `SampleInput` for each option, shape and memory layout.
+    """
     for seed, case in enumerate(_CROSS_ENTROPY_CASES):
         yield _cross_entropy_sample(case, dtype, device, torch.Generator(device).manual_seed(seed))
 

@@ -57,7 +57,15 @@ _EMBEDDING_CASES = (
 
 
 def sample_inputs_embedding(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Calls of `embedding` with a table of `dtype`, about one for each option, shape and index dtype."""
+    """Sample calls of `embedding`.
+
+    Args:
+        dtype: of the floating tensors.
+        device: of all tensors.
+
+    Yields:
+        About one `SampleInput` for each option, shape and index dtype.
+    """
     for seed, case in enumerate(_EMBEDDING_CASES):
         generator = torch.Generator(device).manual_seed(seed)
         n_rows = case.weight_shape[0]

@@ -1,4 +1,4 @@
-"""Sample calls of entropy, kl_divergence and surprisal: their classes are the last dimension."""
+"""Sample calls of entropy, kl_divergence, kl_div and surprisal, whose classes are the last dimension."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from .samples import FLOAT64_ULPS, SampleInput, laid_out
 
 _INFINITE_SHARE = 0.3
-# Against long double the oracle's own error was seen at 26 ulps of the largest element (logits.grad of entropy,
-# "few_long_rows", sums of 20011 terms) and at 18 (p.grad of kl_div, "peaked", torch with AVX-512), ours there at 1.3
-# and 4, and at 6 in any sample.
+# Measured against long double: the oracle's own error is up to 26 ulps of the largest element (logits.grad of entropy,
+# "few_long_rows", sums of 20011 terms) and 18 (p.grad of kl_divergence, "peaked", torch with AVX-512). Our error there
+# is 1.3 and 4 ulps, and at most 6 in any sample.
 _FLOAT64_ULPS = 32.0
 
 
@@ -21,9 +21,11 @@ _FLOAT64_ULPS = 32.0
 class _Case:
     """The recipe of a `SampleInput`: logits (or distributions p) of `shape`, (..., V).
 
-    q:      the shape of the second distribution; () for the first one's.
-    kinds:  of p and q.
-    target: dtype and, if it is not that of the logits, shape of the targets.
+    Attributes:
+        q: the shape of the second distribution; () for that of the first.
+        kinds: the kinds of p and q.
+        target: the dtype of the targets.
+        target_shape: the shape of the targets; None for that of the logits.
     """
 
     name: str
@@ -37,7 +39,7 @@ class _Case:
     ignored: float = 0.0
 
 
-# Of rows of logits alone: for each of the three ops.
+# Samples with one tensor of logits, for each of the ops.
 _ROWS = (
     _Case("one_class", (3, 1)),
     _Case("two_classes", (33, 2)),
@@ -65,7 +67,7 @@ _ROWS = (
     _Case("minus_infinity_long_rows", (9, 8195), "minus_infinity"),
 )
 _KINDS = ("logits", "log_probs", "probs")
-# Of fewer rows one element can be twice as large as any other, and torch's luck with it decides.
+# With fewer rows one element can be twice as large as any other, and torch's error there decides by chance.
 _PAIRS = (
     *(_Case(f"{p}_{q}", (513, 27), kinds=(p, q)) for p in _KINDS for q in _KINDS),
     *(_Case(f"{kind}_long_rows", (9, 4099), kinds=(kind, kind)) for kind in _KINDS),
@@ -86,7 +88,15 @@ _TARGETS = (
 
 
 def sample_inputs_entropy(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Calls of `entropy` with logits of `dtype`, about one for each shape, layout and kind of values."""
+    """Sample calls of `entropy`.
+
+    Args:
+        dtype: of the floating tensors.
+        device: of all tensors.
+
+    Yields:
+        About one `SampleInput` for each shape, memory layout and kind of values.
+    """
     for seed, case in enumerate(_ROWS):
         generator = torch.Generator(device).manual_seed(seed)
         logits = _logits(case, case.shape, generator).to(dtype)
@@ -94,7 +104,15 @@ def sample_inputs_entropy(dtype: torch.dtype, device: str = "cpu") -> Iterator[S
 
 
 def sample_inputs_kl_divergence(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Calls of `kl_divergence` with distributions of `dtype`, about one for each pair of kinds, shape and layout."""
+    """Sample calls of `kl_divergence`.
+
+    Args:
+        dtype: of the floating tensors.
+        device: of all tensors.
+
+    Yields:
+        About one `SampleInput` for each pair of kinds, shape and memory layout.
+    """
     for seed, case in enumerate((*_ROWS, *_PAIRS)):
         generator = torch.Generator(device).manual_seed(seed)
         p, q = (_logits(case, shape, generator) for shape in (case.shape, case.q or case.shape))
@@ -110,7 +128,15 @@ def sample_inputs_kl_divergence(dtype: torch.dtype, device: str = "cpu") -> Iter
 
 
 def sample_inputs_kl_div(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Calls of `kl_div`, torch's, about one for each reduction, kind of target, shape and layout."""
+    """Sample calls of `kl_div`.
+
+    Args:
+        dtype: of the floating tensors.
+        device: of all tensors.
+
+    Yields:
+        About one `SampleInput` for each reduction, kind of target, shape and memory layout.
+    """
     cases = [
         *(
             (f"{reduction}_{kind}", (513, 27), (513, 27), "contiguous", reduction, kind)
@@ -145,7 +171,15 @@ _KL_DIV_OPTIONS = [(r, kind) for r in ("none", "mean", "batchmean", "sum") for k
 
 
 def sample_inputs_surprisal(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Calls of `surprisal` with logits of `dtype`, about one for each shape, layout and dtype of targets."""
+    """Sample calls of `surprisal`.
+
+    Args:
+        dtype: of the floating tensors.
+        device: of all tensors.
+
+    Yields:
+        About one `SampleInput` for each shape, memory layout and dtype of the targets.
+    """
     for seed, case in enumerate((*_ROWS, *_TARGETS)):
         generator = torch.Generator(device).manual_seed(seed)
         logits = _logits(case, case.shape, generator)

@@ -1,4 +1,4 @@
-"""What a sample is, and how its tensors are laid out."""
+"""`SampleInput`, and the memory layouts of its tensors."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PROBABILITIES = "probabilities"
 
-# Seen to reach 10 ulps of the largest element over all samples of sums as long as a row (an entropy is a difference).
+# Measured: up to 10 ulps of the largest element over all samples whose sums are as long as a row.
 FLOAT64_ULPS = 16.0
 
 
 @dataclass(frozen=True)
 class SampleInput:
-    """One call of an op.
+    """The arguments of one call of an op.
 
-    name:           what is special about it, for a test's id and a table's row.
-    arguments:      every argument by its name.
-    differentiable: the names of those that get a gradient.
-    float64_ulps:   the floor of float64's tolerance, whose oracle is no more exact than what it judges.
+    Attributes:
+        name: what is special about the sample; the id of a test and the row of a table.
+        arguments: every argument by its name.
+        differentiable: the names of the arguments that get a gradient.
+        float64_ulps: the tolerance for float64 results, in ulps.
     """
 
     name: str
@@ -32,15 +33,12 @@ class SampleInput:
 
 
 def laid_out(logits: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, as a view of a larger or a differently ordered tensor."""
+    """The same values with other strides, as a view of a larger or transposed tensor."""
     if layout == "contiguous":
         return logits
     if layout in ("transposed", "classes_last"):
-        return (
-            logits.transpose(1, -1 if layout == "classes_last" else 0)
-            .contiguous()
-            .transpose(1, -1 if layout == "classes_last" else 0)
-        )
+        other = -1 if layout == "classes_last" else 0
+        return logits.transpose(1, other).contiguous().transpose(1, other)
     n_rows, n_classes = logits.shape
     view = {
         "sliced_columns": logits.new_empty(n_rows, n_classes + 5)[:, 2:-3],

@@ -114,7 +114,7 @@ MUTANTS = (
         "n_kept * kPackBytes, rows_",
         "(n_kept - 1) * kPackBytes, rows_",
         flavour="address",
-        tests=("tests/test_cross_entropy_inplace.py", "tests/test_cross_entropy_ahead.py"),
+        tests=("tests/test_cross_entropy_inplace.py", "tests/test_cross_entropy_precomputed.py"),
     ),
     Mutant(
         "offset_of_32_bits",

@@ -1,4 +1,4 @@
-"""The forward makes the gradient for a gradient of the loss of 1; whatever that turns out to be, backward is right."""
+"""Forward computes the gradient for a unit grad_output; backward is right for any other grad_output too."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_gradients_accumulate_over_two_losses() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n_classes", [5, 27, 300])
 @pytest.mark.parametrize("has_probabilities", [False, True])
-def test_the_gradient_made_ahead_and_the_one_made_in_backward_are_the_same_bits(
+def test_the_precomputed_gradient_and_the_one_computed_in_backward_have_the_same_bits(
     has_probabilities: bool, n_classes: int, dtype: torch.dtype, isa: str
 ) -> None:
     for seed in range(20):  # the two differ by rounding only where a row is longer than what a first-level cache holds
@@ -72,8 +72,8 @@ def test_the_gradient_made_ahead_and_the_one_made_in_backward_are_the_same_bits(
             target = torch.randn(3, n_classes, dtype=dtype).softmax(1)
         for options in ({}, {"weight": weight}, {"weight": weight, "label_smoothing": 0.1}):
             loss = functional.cross_entropy(logits, target, **options)
-            ahead, later = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
-            assert torch.equal(ahead, later)
+            precomputed, recomputed = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+            assert torch.equal(precomputed, recomputed)
 
 
 def test_logits_changed_before_backward_raise() -> None:
