@@ -1,6 +1,8 @@
 """charlm: fused embedding and softmax-cross-entropy kernels for PyTorch, and a character-level language model."""
 
-from . import _old_names, functional, information, ngrams, nn, reference
+import sys
+
+from . import functional, information, ngrams, nn, reference
 from ._errors import UserError
 from ._info import build_info
 from ._load import load
@@ -24,7 +26,14 @@ __all__ = [
     "synchronize",
 ]
 
-_old_names.define()
+# Older programs import the output types from the modules of `charlm.reference`, and older pickles store these paths.
+for _module, *_types in (
+    ("charlm.reference", functional.CrossEntropyOutput, functional.EmbeddingLinearOutput),
+    ("charlm.reference.cross_entropy", functional.CrossEntropyOutput),
+    ("charlm.reference.embedding_linear", functional.EmbeddingLinearOutput),
+    ("charlm.reference.ngrams", ngrams.NgramLevel, ngrams.Spectrum),
+):
+    vars(sys.modules[_module]).update({_type.__name__: _type for _type in _types})
 
 
 def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks, reference
+from charlm._checks import ACTIVATIONS, PLANS, activation_and_plan
 
 from .kernels import _C, have_kernels
 from .outputs import EmbeddingLinearOutput
@@ -16,8 +17,8 @@ from .outputs import EmbeddingLinearOutput
 Activation: TypeAlias = Literal["none", "tanh", "relu", "gelu"]
 Plan: TypeAlias = Literal["auto", "folded", "gathered"]
 
-_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(_checks.ACTIVATIONS)}
-_PLAN_NUMBERS = {name: number for number, name in enumerate(_checks.PLANS)}
+_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+_PLAN_NUMBERS = {name: number for number, name in enumerate(PLANS)}
 
 
 @overload
@@ -113,7 +114,7 @@ def embedding_linear(
             plan=plan,
             return_plan=return_plan,
         )
-    _checks.activation_and_plan(activation, plan)
+    activation_and_plan(activation, plan)
     numbers = (_ACTIVATION_NUMBERS[activation], _PLAN_NUMBERS[plan])
     output = NotImplemented
     if _C is not None and not torch.compiler.is_compiling():
@@ -135,7 +136,7 @@ def embedding_linear(
     if plan != "auto":
         return EmbeddingLinearOutput(output, plan, plan)
     plans = _C.embedding_linear_plans(input, embedding_weight, linear_weight)
-    return EmbeddingLinearOutput(output, _checks.PLANS[plans[0]], _checks.PLANS[plans[1]])
+    return EmbeddingLinearOutput(output, PLANS[plans[0]], PLANS[plans[1]])
 
 
 _TENSORS = ("input", "embedding_weight", "linear_weight", "linear_bias?")
