@@ -56,7 +56,7 @@ def cure() -> str:
     if built is None:
         return f"To use kernels, {build} To run without them, in plain torch: CHARLM_BACKEND=reference"
     return (
-        f"There are kernels in {built}, but Python imports {CONFIG_PATH.parent}, because {parent} stands before "
+        f"There are kernels in {built}, but Python imports {CONFIG_PATH.parent}, because {parent} comes before "
         f"{built.parent} on sys.path. Run Python from another folder, or {build}"
     )
 

@@ -1,3 +1,3 @@
-"""The one place where the version stands: pyproject.toml and `charlm.__version__` both read it."""
+"""The version, which pyproject.toml and `charlm.__version__` read."""
 
 __version__ = "0.1.0"

@@ -47,7 +47,7 @@ def test_a_source_folder_names_the_installed_kernels_that_it_hides(source, tmp_p
     sys.path.append(str(tmp_path / "site"))
     assert error() == (
         f"charlm's kernels are not built in {source}. There are kernels in {installed}, but Python imports {source}, "
-        f"because {source.parent} stands before {installed.parent} on sys.path. Run Python from another folder, or "
+        f"because {source.parent} comes before {installed.parent} on sys.path. Run Python from another folder, or "
         f"build them in {source.parent}: {IN_PLACE}"
     )
 
