@@ -74,6 +74,13 @@ def boolean(function: str, name: str, value: Any) -> bool:
     return value
 
 
+def dtype(name: str, value: Any) -> torch.dtype | None:
+    """TypeError if `value` is neither a dtype nor None."""
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, not {type(value).__name__}")
+    return value
+
+
 def choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
     """ValueError if `value` is not in `choices`."""
     if not (value is None or isinstance(value, str)) or value not in choices:

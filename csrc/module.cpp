@@ -47,7 +47,7 @@ py::object embedding(py::handle weight, py::handle indices, py::handle padding_i
 CrossEntropyOptions cross_entropy_options(const PythonArguments& arguments, py::handle reduction,
                                           py::handle ignore_index, py::handle label_smoothing,
                                           py::handle lse_square_scale, py::handle softcap, py::handle logit_scale,
-                                          py::handle all_ignored) {
+                                          py::handle all_ignored, py::handle loss_dtype) {
   const bool zero = PythonArguments::is(all_ignored, "zero");
   if (!zero && !PythonArguments::is(all_ignored, "nan")) {
     PythonArguments::checks("choice")("all_ignored", all_ignored, py::make_tuple("nan", "zero"));
@@ -58,21 +58,23 @@ CrossEntropyOptions cross_entropy_options(const PythonArguments& arguments, py::
           arguments.number("lse_square_scale", lse_square_scale),
           arguments.softcap(softcap),
           arguments.number("logit_scale", logit_scale),
-          zero};
+          zero,
+          PythonArguments::optional_dtype("loss_dtype", loss_dtype)};
 }
 
 py::object cross_entropy(py::handle input, py::handle target, py::handle weight, py::handle token_weight,
                          py::handle reduction, py::handle ignore_index, py::handle label_smoothing,
                          py::handle lse_square_scale, py::handle softcap, py::handle logit_scale,
-                         py::handle all_ignored, py::handle inplace) {
+                         py::handle all_ignored, py::handle loss_dtype, py::handle inplace) {
   PythonArguments arguments("cross_entropy");
   Tensor x = arguments.tensor("input", input);
   const Tensor& y = arguments.tensor("target", target);
   const OptionalTensor w = arguments.optional_tensor("weight", weight);
   const OptionalTensor t = arguments.optional_tensor("token_weight", token_weight);
   if (!arguments.have_kernels()) return not_implemented();
-  const CrossEntropyOptions options = cross_entropy_options(arguments, reduction, ignore_index, label_smoothing,
-                                                            lse_square_scale, softcap, logit_scale, all_ignored);
+  const CrossEntropyOptions options =
+      cross_entropy_options(arguments, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale,
+                            all_ignored, loss_dtype);
   const bool forward = PythonArguments::is(inplace, "forward");
   if (!inplace.is_none() && !forward && !PythonArguments::is(inplace, "backward")) {
     PythonArguments::checks("choice")("inplace", inplace, py::make_tuple(py::none(), "backward", "forward"));
@@ -93,19 +95,21 @@ py::object cross_entropy(py::handle input, py::handle target, py::handle weight,
 py::object linear_cross_entropy(py::handle input, py::handle linear_weight, py::handle target, py::handle linear_bias,
                                 py::handle weight, py::handle token_weight, int64_t block_rows, py::handle reduction,
                                 py::handle ignore_index, py::handle label_smoothing, py::handle lse_square_scale,
-                                py::handle softcap, py::handle logit_scale, py::handle all_ignored) {
+                                py::handle softcap, py::handle logit_scale, py::handle all_ignored,
+                                py::handle loss_dtype) {
   PythonArguments arguments("linear_cross_entropy");
-  const LinearCrossEntropyArguments a{arguments.tensor("input", input),
-                                      arguments.tensor("linear_weight", linear_weight),
-                                      arguments.tensor("target", target),
-                                      arguments.optional_tensor("linear_bias", linear_bias),
-                                      arguments.optional_tensor("weight", weight),
-                                      arguments.optional_tensor("token_weight", token_weight),
-                                      /*unrounded=*/false,
-                                      block_rows,
-                                      static_cast<int64_t>(Gemm::kAuto),
-                                      cross_entropy_options(arguments, reduction, ignore_index, label_smoothing,
-                                                            lse_square_scale, softcap, logit_scale, all_ignored)};
+  const LinearCrossEntropyArguments a{
+      arguments.tensor("input", input),
+      arguments.tensor("linear_weight", linear_weight),
+      arguments.tensor("target", target),
+      arguments.optional_tensor("linear_bias", linear_bias),
+      arguments.optional_tensor("weight", weight),
+      arguments.optional_tensor("token_weight", token_weight),
+      /*unrounded=*/false,
+      block_rows,
+      static_cast<int64_t>(Gemm::kAuto),
+      cross_entropy_options(arguments, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale,
+                            all_ignored, loss_dtype)};
   if (!arguments.have_kernels()) return not_implemented();
   static const LinearForwardOp op("charlm::linear_cross_entropy");
   return without_gil([&] { return op(a); });

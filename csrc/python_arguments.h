@@ -3,6 +3,7 @@
 #pragma once
 
 #include <pybind11/gil_safe_call_once.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/extension.h>
@@ -64,6 +65,12 @@ class PythonArguments {
     if (value.is_none()) return 0.0;
     if (PyFloat_CheckExact(value.ptr()) && PyFloat_AS_DOUBLE(value.ptr()) > 0) return PyFloat_AS_DOUBLE(value.ptr());
     return checks("softcap_number")(function_, value).cast<double>();
+  }
+
+  static std::optional<at::ScalarType> optional_dtype(const char* name, py::handle value) {
+    if (value.is_none()) return std::nullopt;
+    if (!THPDtype_Check(value.ptr())) checks("dtype")(name, value);
+    return reinterpret_cast<THPDtype*>(value.ptr())->scalar_type;
   }
 
   // The row of `padding_idx`, -1 for None.

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cuda_toolkit import ARCHITECTURES, find_toolkit, nvcc_release
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "csrc" / "cuda" / "kernels"
+KERNELS = ROOT / "csrc" / "cuda"
 TABLES = ROOT / "docs" / "gpu" / "RESOURCES.md"
 SKIPPED = 77  # as in automake
 REGISTER_STEP = 8  # the hardware gives a thread registers by eights

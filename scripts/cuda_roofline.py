@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ROOT / "csrc" / "cuda" / "kernels"
+KERNELS = ROOT / "csrc" / "cuda"
 OUTPUT = ROOT / "docs" / "gpu" / "ROOFLINE.md"
 H100_BYTES_PER_SECOND = 3.35e12  # nominal
 H100_SHARED_BYTES = 227 << 10  # of a block
@@ -66,7 +66,7 @@ def cross_entropy(call: str, n: int, v: int, dtype: str) -> Row:
         path = "tile"
     elif call == "backward":
         path = "chunks"
-    elif n < constant("cross_entropy_launch.cuh", "kFewRows") and v > constant("cross_entropy_launch.cuh", "kLongRow"):
+    elif n < constant("cross_entropy.cu", "kFewRows") and v > constant("cross_entropy.cu", "kLongRow"):
         path = "chunks"
         chunk = constant("cross_entropy_chunks.cuh", "kChunkPacks") * 16
         moved += 2 * PARTIAL_SOFTMAX * -(-row // chunk) + (row if both else 0)

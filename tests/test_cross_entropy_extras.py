@@ -109,13 +109,13 @@ def test_returned_values_are_float32_but_for_float64_logits(dtype: torch.dtype) 
     assert output.lse.shape == output.entropy.shape == output.predicted_tokens.shape == (3, 2)
 
 
-def test_only_the_loss_carries_a_gradient(logits: torch.Tensor, target: torch.Tensor) -> None:
+def test_loss_lse_and_entropy_carry_gradients(logits: torch.Tensor, target: torch.Tensor) -> None:
     output = cross_entropy(logits.requires_grad_(), target, **dict.fromkeys(RETURNS, True))
     requires_grad = {name: value.requires_grad for name, value in output._asdict().items()}
     assert requires_grad == {
         "loss": True,
-        "lse": False,
-        "entropy": False,
+        "lse": True,
+        "entropy": True,
         "predicted_tokens": False,
         "token_accuracy": False,
     }

@@ -88,7 +88,7 @@ def test_other_arguments_that_are_refused() -> None:
         f(x, weight.to("meta"), target)
     with pytest.raises(ValueError, match='with reduction "none" the gradients need that of each loss'):
         torch.ops.charlm._linear_cross_entropy_gradients.default(
-            None,
+            *[None] * 4,
             [True] * 3,
             x.detach(),
             weight.detach(),

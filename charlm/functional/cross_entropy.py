@@ -35,6 +35,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
     inplace: Inplace | None = None,
     return_lse: Literal[False] = False,
     return_entropy: Literal[False] = False,
@@ -57,6 +58,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
     inplace: Inplace | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
@@ -78,6 +80,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
     inplace: Inplace | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
@@ -90,7 +93,7 @@ def cross_entropy(
         input: logits, (C), (N, C) or (N, C, d1, ...); float32, float64, bfloat16 or float16; any strides.
         target: class indices, () or (1), (N) or (N, d1, ...), any integer dtype, each in [0, C) or `ignore_index`. Or
             class probabilities, the shape of `input`, a floating dtype.
-        weight: (C), a weight for each class. For class indices it has the dtype of `input`.
+        weight: (C), a weight for each class. For class indices it has the dtype of `input`, or float32 for half logits.
         size_average, reduce: deprecated by torch; they override `reduction`.
         ignore_index: targets of this class index have the loss 0 and no gradient. Indices are widened to int64 before
             the comparison: the uint8 index 156 is not -100.
@@ -102,6 +105,8 @@ def cross_entropy(
             `cross_entropy(input * scale, target)`: an option has no gradient.
         token_weight: a weight for each target; the shape of `target`, or of `input` without the class dimension.
         all_ignored: the mean over no target at all, "nan" as in torch, or "zero".
+        loss_dtype: the dtype of the loss, by default that of `input`. torch.float32 gives half logits a loss that is
+            not rounded to their dtype, in which a sum over many targets has few digits.
         inplace: permission to overwrite the logits with their gradient, which saves a tensor of their size. None: the
             logits are not changed. "backward": backward overwrites them. "forward": the call itself overwrites them,
             for "mean" and "sum"; float16 logits wait for backward, since the scale of the loss must be known first.
@@ -110,15 +115,17 @@ def cross_entropy(
 
     Returns:
         The loss, () or one value per target with "none"; a `CrossEntropyOutput` if any `return_*` option is set. The
-        loss has the dtype of `input`, promoted with `target` and `weight` for probabilities; float32 under autocast. It
-        is differentiable with respect to `input` and to probability targets, and with probability targets to `weight`.
+        loss has `loss_dtype`, or the dtype of `input`, promoted with `target` and `weight` for probabilities; float32
+        under autocast. It is differentiable with respect to `input` and to probability targets, and with probability
+        targets to `weight`.
 
     Raises:
         IndexError: a class index outside [0, C) that is not `ignore_index`; the text names it, its position and C. On
             CUDA see `charlm.synchronize`.
         ValueError: batch sizes that differ; an unknown `reduction`, `all_ignored` or `inplace`; `softcap` <= 0;
-            `inplace="forward"` with reduction "none"; a `logit_scale` or `lse_square_scale` that the dtype of the
-            arithmetic cannot hold.
+            `inplace="forward"` with reduction "none", or with `return_lse` or `return_entropy` of logits that require
+            grad; a `loss_dtype` that is neither the dtype of `input` nor float32 for half logits; a `logit_scale` or
+            `lse_square_scale` that the dtype of the arithmetic cannot hold.
         TypeError: an argument of the wrong type; a tensor given for an option that is not 0-d, that requires grad or
             that torch.func transforms.
         RuntimeError: other shapes or dtypes that do not fit; a `token_weight`, or a `weight` with class indices, that
@@ -154,6 +161,10 @@ def cross_entropy(
         tensor(1.3863)
 
     Note:
+        The returned lse and entropy are differentiable with respect to `input`: `loss + z * output.lse.square().mean()`
+        trains the z-loss. Backward then computes one gradient for the loss, lse and entropy together. With them forward
+        computes no gradient, and `inplace="backward"` does not overwrite the logits.
+
         With "mean" or "sum" and logits that require grad, one pass over the logits computes the loss and its gradient
         for a unit grad_output. Backward rescales it if grad_output is another power of two, which does not round; for
         any other value it recomputes the gradient from the logits and two numbers per target. "none" and float16 always
@@ -195,6 +206,7 @@ def cross_entropy(
             logit_scale=logit_scale,
             token_weight=token_weight,
             all_ignored=all_ignored,
+            loss_dtype=loss_dtype,
             inplace=inplace,
             return_lse=return_lse,
             return_entropy=return_entropy,
@@ -215,15 +227,30 @@ def cross_entropy(
             softcap,
             logit_scale,
             all_ignored,
+            loss_dtype,
             inplace,
         )
         if loss is not NotImplemented:
             return loss
     has_kernels = have_kernels("cross_entropy", ("input", "target", "weight?", "token_weight?"), tensors)
     options = CrossEntropyOptions.checked(
-        "cross_entropy", reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, all_ignored
+        "cross_entropy",
+        reduction,
+        ignore_index,
+        label_smoothing,
+        lse_square_scale,
+        softcap,
+        logit_scale,
+        all_ignored,
+        loss_dtype,
     )
     _checks.choice("inplace", inplace, (None, "backward", "forward"))
+    has_gradients = torch.is_grad_enabled() and (return_lse or return_entropy)
+    if inplace == "forward" and has_gradients and input.requires_grad:
+        raise ValueError(
+            'inplace="forward" overwrites the logits, which the gradients of lse and entropy need. Use inplace=None, '
+            "or return lse and entropy under torch.no_grad()"
+        )
     if not has_kernels:
         result = reference.cross_entropy(
             input,
@@ -242,18 +269,27 @@ def cross_entropy(
     numbers = options.numbers()
     if not returns:
         return torch.ops.charlm.cross_entropy.default(*tensors, *numbers)[0]
+    if return_lse or return_entropy:
+        loss, _, lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_with_metrics.default(
+            *tensors, *numbers
+        )
+        return CrossEntropyOutput(
+            loss,
+            lse if return_lse else None,
+            entropy if return_entropy else None,
+            predicted_tokens if return_predicted_tokens else None,
+            token_accuracy if return_token_accuracy else None,
+        )
     # Computed before the loss, which may overwrite the logits.
-    lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_metrics.default(
+    _, _, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_metrics.default(
         input.detach(), target.detach(), *numbers
     )
     return CrossEntropyOutput(
         cross_entropy(
             input, target, weight, inplace=inplace, token_weight=token_weight, reduction=reduction, **options.keywords()
         ),
-        lse if return_lse else None,
-        entropy if return_entropy else None,
-        predicted_tokens if return_predicted_tokens else None,
-        token_accuracy if return_token_accuracy else None,
+        predicted_tokens=predicted_tokens if return_predicted_tokens else None,
+        token_accuracy=token_accuracy if return_token_accuracy else None,
     )
 
 
@@ -267,6 +303,7 @@ class CrossEntropyOptions(NamedTuple):
     softcap: float  # 0.0 is no cap
     logit_scale: float
     all_ignored: str
+    loss_dtype: torch.dtype | None
 
     @classmethod
     def checked(
@@ -279,6 +316,7 @@ class CrossEntropyOptions(NamedTuple):
         softcap: float | None,
         logit_scale: float,
         all_ignored: str,
+        loss_dtype: torch.dtype | None,
     ) -> CrossEntropyOptions:
         _checks.choice("all_ignored", all_ignored, ("nan", "zero"))
         return cls(
@@ -289,11 +327,12 @@ class CrossEntropyOptions(NamedTuple):
             _checks.softcap_number(function, softcap),
             _checks.number(function, "logit_scale", logit_scale),
             all_ignored,
+            _checks.dtype("loss_dtype", loss_dtype),
         )
 
-    def numbers(self) -> tuple[int, int, float, float, float, float, bool]:
-        """What every cross_entropy schema ends with."""
-        return (*self[:-1], self.all_ignored == "zero")
+    def numbers(self) -> tuple[int, int, float, float, float, float, bool, torch.dtype | None]:
+        """The last arguments of every cross_entropy schema."""
+        return (*self[:-2], self.all_ignored == "zero", self.loss_dtype)
 
     def keywords(self) -> dict[str, Any]:
         """The keywords of `cross_entropy`, without the reduction."""

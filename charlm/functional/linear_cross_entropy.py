@@ -37,6 +37,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
+    shift: bool | int = False,
     return_lse: Literal[False] = False,
     return_entropy: Literal[False] = False,
     return_predicted_tokens: Literal[False] = False,
@@ -59,6 +61,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
+    shift: bool | int = False,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
@@ -80,6 +84,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
+    shift: bool | int = False,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
@@ -97,9 +103,12 @@ def linear_cross_entropy(
         options: torch's `LinearCrossEntropyOptions`. `batch_chunk_size` or `chunking_method` sets the number of rows of
             a block; the other fields have no effect, since sums are always in float32 or better and backward may always
             be called again.
+        shift: for a causal language model: the input at position t is scored with the target at position t + shift.
+            True is 1; False or 0 is no shift. With it `input` is (T, D) or (..., T, D), `target` holds class indices of
+            shape (T) or (..., T), and "none" gives (..., T - shift).
         weight, reduction, label_smoothing, lse_square_scale, softcap, logit_scale, token_weight, all_ignored,
-            return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in `cross_entropy`. The
-            metrics cost a product of their own.
+            loss_dtype, return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
+            `cross_entropy`. The metrics cost a product of their own.
 
     Returns:
         The result of `cross_entropy`. The loss has the dtype of `input`; float32 under autocast, where the product is
@@ -146,6 +155,7 @@ def linear_cross_entropy(
         "logit_scale": logit_scale,
         "token_weight": token_weight,
         "all_ignored": all_ignored,
+        "loss_dtype": loss_dtype,
         "return_lse": return_lse,
         "return_entropy": return_entropy,
         "return_predicted_tokens": return_predicted_tokens,
@@ -155,6 +165,21 @@ def linear_cross_entropy(
         return handle_torch_function(
             linear_cross_entropy,
             tensors,
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            shift=shift,
+            **extras,
+        )
+    if shift:
+        return _shifted(
+            shift,
             input,
             linear_weight,
             target,
@@ -195,6 +220,7 @@ def linear_cross_entropy(
             softcap,
             logit_scale,
             all_ignored,
+            loss_dtype,
         )
     checked = CrossEntropyOptions.checked(
         "linear_cross_entropy",
@@ -205,13 +231,13 @@ def linear_cross_entropy(
         softcap,
         logit_scale,
         all_ignored,
+        loss_dtype,
     )
     scalars = (block_rows, 0, *checked.numbers())  # 0: the op chooses the dtype of the products
-    loss = torch.ops.charlm.linear_cross_entropy.default(*tensors, False, *scalars)
     if not returns:
-        return loss
-    lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.linear_cross_entropy_metrics.default(
-        *_as_the_loss_saw_them(input, linear_weight, target, linear_bias), None, None, True, *scalars
+        return torch.ops.charlm.linear_cross_entropy.default(*tensors, False, *scalars)
+    loss, lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.linear_cross_entropy_with_metrics.default(
+        *tensors, False, *scalars
     )
     return CrossEntropyOutput(
         loss,
@@ -220,6 +246,43 @@ def linear_cross_entropy(
         predicted_tokens if return_predicted_tokens else None,
         token_accuracy if return_token_accuracy else None,
     )
+
+
+def _shifted(
+    shift: bool | int,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None,
+    reduction: str,
+    **keywords: Any,
+) -> Tensor | CrossEntropyOutput:
+    """The loss of the input at position t and the target at position t + shift of each sequence."""
+    shift = int(shift) if isinstance(shift, bool) else _checks.integer("linear_cross_entropy", "shift", shift)
+    sequences = input.shape[:-1]  # (..., T)
+    if input.dim() < 2 or target.shape != sequences:
+        raise RuntimeError(
+            "with shift, input must have shape (..., T, D) and target must hold class indices of shape (..., T), "
+            f"got {tuple(input.shape)} and {tuple(target.shape)}"
+        )
+    if not 0 < shift < sequences[-1]:
+        raise ValueError(f"shift must be in [0, T) for sequences of length T = {sequences[-1]}, got {shift}")
+    if token_weight is not None and token_weight.shape != target.shape:
+        raise RuntimeError(f"token_weight must have the shape of target, {tuple(sequences)}")
+    rows = input[..., :-shift, :].reshape(-1, input.shape[-1])
+    result = linear_cross_entropy(
+        rows,
+        linear_weight,
+        target[..., shift:].reshape(-1),
+        token_weight=None if token_weight is None else token_weight[..., shift:].reshape(-1),
+        reduction=reduction,
+        **keywords,
+    )
+    shape = (*sequences[:-1], sequences[-1] - shift)
+    if isinstance(result, Tensor):
+        return result.reshape(shape) if reduction == "none" else result
+    return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(shape) for t in result))
 
 
 _TENSORS = ("input", "linear_weight", "target", "linear_bias?", "weight?", "token_weight?")
@@ -258,15 +321,3 @@ def _block_rows(options: LinearCrossEntropyOptions | None, input: Tensor, linear
     n_rows = input.shape[0] if input.dim() == 2 else 1
     adjusted = options._adjust(n_rows, input.shape[-1], linear_weight.shape[0], input.dtype, input.device)
     return adjusted.batch_chunk_size
-
-
-def _as_the_loss_saw_them(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Without their history, and in autocast's dtype: what follows has no rule for either."""
-    tensors = [None if t is None else t.detach() for t in (input, linear_weight, linear_bias)]
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-    return tensors[0], tensors[1], target.detach(), tensors[2]

@@ -40,7 +40,7 @@ class CrossEntropyOutput(NamedTuple):
         token_accuracy: the share of correct predictions, (); with reduction "none" 1 or 0 per target. float32.
 
     Note:
-        A field that was not requested is None. Only `loss` is differentiable.
+        A field that was not requested is None. `loss`, `lse` and `entropy` are differentiable.
     """
 
     loss: Tensor

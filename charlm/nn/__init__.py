@@ -133,8 +133,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in torch's class.
-        lse_square_scale, softcap, logit_scale, all_ignored, inplace, return_lse, return_entropy,
-            return_predicted_tokens, return_token_accuracy: as in `charlm.functional.cross_entropy`.
+        lse_square_scale, softcap, logit_scale, all_ignored, loss_dtype, inplace, return_lse,
+            return_entropy, return_predicted_tokens, return_token_accuracy: as in `charlm.functional.cross_entropy`.
 
     Shape:
         input: logits, (C), (N, C) or (N, C, d1, ...).
@@ -152,6 +152,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     softcap: float | None = None
     logit_scale: float = 1.0
     all_ignored: AllIgnored = "nan"
+    loss_dtype: torch.dtype | None = None
     inplace: Inplace | None = None
     return_lse: bool = False
     return_entropy: bool = False
@@ -171,6 +172,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         all_ignored: AllIgnored = "nan",
+        loss_dtype: torch.dtype | None = None,
         inplace: Inplace | None = None,
         return_lse: bool = False,
         return_entropy: bool = False,
@@ -182,6 +184,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.all_ignored = all_ignored
+        self.loss_dtype = loss_dtype
         self.inplace = inplace
         self.return_lse = return_lse
         self.return_entropy = return_entropy
@@ -208,6 +211,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             logit_scale=self.logit_scale,
             token_weight=token_weight,
             all_ignored=self.all_ignored,
+            loss_dtype=self.loss_dtype,
             inplace=self.inplace,
             return_lse=self.return_lse,
             return_entropy=self.return_entropy,
@@ -248,7 +252,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         device, dtype: of the parameters.
         weight: (C), a weight for each class.
         reduction, ignore_index, label_smoothing, options, lse_square_scale, softcap, logit_scale, all_ignored,
-            return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
+            loss_dtype, return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
             `charlm.functional.linear_cross_entropy`.
 
     Attributes:
@@ -278,6 +282,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     softcap: float | None = None
     logit_scale: float = 1.0
     all_ignored: AllIgnored = "nan"
+    loss_dtype: torch.dtype | None = None
     return_lse: bool = False
     return_entropy: bool = False
     return_predicted_tokens: bool = False
@@ -301,6 +306,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         all_ignored: AllIgnored = "nan",
+        loss_dtype: torch.dtype | None = None,
         return_lse: bool = False,
         return_entropy: bool = False,
         return_predicted_tokens: bool = False,
@@ -323,6 +329,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.all_ignored = all_ignored
+        self.loss_dtype = loss_dtype
         self.return_lse = return_lse
         self.return_entropy = return_entropy
         self.return_predicted_tokens = return_predicted_tokens

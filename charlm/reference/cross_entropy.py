@@ -32,6 +32,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     all_ignored: str = "nan",
+    loss_dtype: torch.dtype | None = None,
     inplace: str | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
@@ -68,6 +69,8 @@ def cross_entropy(
         and logit_scale == 1
         and token_weight is None
         and all_ignored == "nan"
+        and loss_dtype in (None, input.dtype)
+        and not (weight is not None and weight.dtype != input.dtype and target.shape != input.shape)
         # torch's mean over a sharded batch is the mean of the shards' means, although their numbers of targets differ.
         and not (reduction == "mean" and (_is_dtensor(input) or _is_dtensor(target)))
     )
@@ -97,6 +100,7 @@ def cross_entropy(
                 lse_square_scale,
                 token_weight,
                 all_ignored,
+                loss_dtype,
             )
     except IndexError:
         if input.dim() > 0:
@@ -105,7 +109,6 @@ def cross_entropy(
         raise
     if not wants_output:
         return loss
-    z = z.detach()
     class_dim = _class_dim(z)
     shape = _loss_shape(input, index)
     predicted = z.argmax(class_dim).reshape(shape) if return_predicted_tokens or return_token_accuracy else None
@@ -131,19 +134,27 @@ def _weighted_loss(
     lse_square_scale: float,
     token_weight: Tensor | None,
     all_ignored: str,
+    loss_dtype: torch.dtype | None,
 ) -> Tensor:
     """The loss with extras: torch's own, of each target and on the transformed logits z, then the mean."""
     is_index = target.shape != input.shape
     autocast = torch.is_autocast_enabled(input.device.type)
     result_dtype = input.dtype if is_index else torch.promote_types(input.dtype, target.dtype)
     if weight is not None:
-        if is_index and weight.dtype != input.dtype and not autocast:
+        if is_index and weight.dtype not in (input.dtype, z.dtype) and not autocast:
             raise RuntimeError(f"expected scalar type {input.dtype} for weight but found {weight.dtype}")
         if not is_index:
             result_dtype = torch.promote_types(result_dtype, weight.dtype)
         weight = weight.to(torch.promote_types(z.dtype, weight.dtype))
     if autocast:
         result_dtype = torch.promote_types(result_dtype, torch.float32)
+    if loss_dtype is not None:
+        if loss_dtype not in (result_dtype, z.dtype):
+            raise ValueError(
+                f"loss_dtype must be the dtype of the logits, {result_dtype}, or that of the arithmetic, {z.dtype}, "
+                f"got {loss_dtype}"
+            )
+        result_dtype = loss_dtype
     if not is_index:
         target = target.to(torch.promote_types(z.dtype, target.dtype))
 

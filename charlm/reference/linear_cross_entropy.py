@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear as _torch_linear
 
@@ -30,6 +31,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
     all_ignored: str = "nan",
+    loss_dtype: torch.dtype | None = None,
+    shift: bool | int = False,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
@@ -49,6 +52,11 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(torch.zeros(2, 3), torch.ones(4, 3), torch.tensor([1, 3]))
         tensor(1.3863)
     """
+    if shift:
+        if input.dim() != 2 or target.dim() != 1:
+            raise NotImplementedError("the reference shifts one sequence, input (T, D) and target (T)")
+        input, target = input[: -int(shift)], target[int(shift) :]
+        token_weight = None if token_weight is None else token_weight[int(shift) :]
     logits = _make_logits(input, linear_weight, linear_bias)
     if ignore_index is not None and target.shape == logits.shape:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
@@ -64,6 +72,7 @@ def linear_cross_entropy(
         logit_scale=logit_scale,
         token_weight=token_weight,
         all_ignored=all_ignored,
+        loss_dtype=loss_dtype,
         return_lse=return_lse,
         return_entropy=return_entropy,
         return_predicted_tokens=return_predicted_tokens,

@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <optional>
@@ -48,6 +49,10 @@ inline bool needs_formula(const at::Tensor& t) {
 }
 
 inline bool needs_formula(const std::optional<at::Tensor>& t) { return t.has_value() && needs_formula(*t); }
+
+inline bool any_defined(const variable_list& tensors) {
+  return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) { return t.defined(); });
+}
 
 // A tensor of numbers for which there are kernels: neither traced nor wrapped.
 inline bool is_plain(const at::Tensor& t) {
@@ -88,7 +93,8 @@ class BackwardCall {
   // Whether the gradient of the i-th input is needed.
   bool needs(size_t i) const { return (needs_ >> i & 1) != 0; }
 
-  // Double backward: differentiates `formula(inputs)`, in torch's own ops, for the inputs whose gradient is needed. The
+  // Double backward: differentiates `formula(inputs)`, in torch's own ops, for the inputs whose gradient is needed. It
+  // returns one output, or as many as the node has. The
   // formula gets aliases of these, at which the differentiation ends: the paths from one input to another, and the
   // inputs' hooks, belong to the engine that runs this node, which would follow and call them a second time.
   template <class Formula>
@@ -97,7 +103,14 @@ class BackwardCall {
     for (size_t i = 0; i < inputs.size(); i++) {
       if (needs(i)) aliases.push_back(inputs[i] = inputs[i].view_as(inputs[i]));
     }
-    const auto computed = torch::autograd::grad({formula(inputs)}, aliases, {grads[0]}, /*retain_graph=*/true,
+    const variable_list all_outputs = as_list(formula(inputs));
+    variable_list outputs, output_grads;
+    for (size_t i = 0; i < all_outputs.size(); i++) {
+      if (!grads[i].defined()) continue;
+      outputs.push_back(all_outputs[i]);
+      output_grads.push_back(grads[i]);
+    }
+    const auto computed = torch::autograd::grad(outputs, aliases, output_grads, /*retain_graph=*/true,
                                                 /*create_graph=*/true, /*allow_unused=*/true);
     size_t next = 0;
     for (size_t i = 0; i < inputs.size(); i++) {
@@ -109,6 +122,9 @@ class BackwardCall {
   const variable_list& grads;
 
  private:
+  static variable_list as_list(variable_list outputs) { return outputs; }
+  static variable_list as_list(at::Tensor output) { return {std::move(output)}; }
+
   const SavedVariable* const variables_;
   const at::Tensor* const tensors_;
   const int64_t needs_;  // a bit for each input
@@ -135,7 +151,7 @@ class KernelNode : public torch::autograd::Node {
   // Two threads may go backward through one graph: [Thread Safety on Autograd Node] in torch's function.h.
   variable_list apply(variable_list&& grads) final {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(num_outputs());
+    if (!any_defined(grads)) return variable_list(num_outputs());
     return backward(BackwardCall(grads, saved.data(), nullptr, needs()));
   }
 
@@ -156,7 +172,7 @@ class KernelNode : public torch::autograd::Node {
                                  torch::dynamo::autograd::SwapSavedVariables& swapped) override {
     for (SavedVariable& variable : saved) swapped.before(variable);
     std::apply([&](auto&... option) { (swapped.before(option), ...); }, options);
-    variable_list result = grads[0].defined() ? record(grads, swapped) : variable_list(num_outputs());
+    variable_list result = any_defined(grads) ? record(grads, swapped) : variable_list(num_outputs());
     for (SavedVariable& variable : saved) swapped.after(variable);
     std::apply([&](auto&... option) { (swapped.after(option), ...); }, options);
     return result;

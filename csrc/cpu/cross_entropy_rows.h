@@ -80,6 +80,7 @@ class CrossEntropyRow {
 
   CHARLM_NOINLINE void backward() const {
     T* grad = params_.grad + n_ * params_.grad_stride;
+    if (params_.grad_lse || params_.grad_entropy) return backward_with_metrics();
     if (ignored()) return zero(grad);
     const Sums w{params_.row_max[n_], params_.row_sum[n_], 0,
                  is_probability(kDense) ? params_.row_dense_sum[n_] : C(0)};
@@ -98,6 +99,35 @@ class CrossEntropyRow {
       }
     });
     if constexpr (!is_probability(kDense)) store_one(grad + target_, at_target);
+  }
+
+  // The gradient of the loss, and those of the row's lse and entropy H: p_c (grad_lse - grad_entropy (log p_c + H)). An
+  // ignored row has the latter two.
+  CHARLM_NOINLINE void backward_with_metrics() const {
+    T* grad = params_.grad + n_ * params_.grad_stride;
+    const bool counts = !ignored();
+    const Sums w{params_.row_max[n_], params_.row_sum[n_], 0,
+                 is_probability(kDense) ? params_.row_dense_sum[n_] : C(0)};
+    const C m = w.max, log_sum = log(w.sum), g = counts ? grad_loss() : C(0);
+    const C softmax_factor = counts ? (sparse() + dense_factor(w)) / w.sum : C(0);
+    const C grad_lse = params_.grad_lse ? params_.grad_lse[n_] : C(0);
+    const C grad_entropy = params_.grad_entropy ? params_.grad_entropy[n_] : C(0);
+    const C entropy = params_.grad_entropy ? params_.entropy[n_] : C(0);
+    const auto of_metrics = [&](V z) -> V {
+      const V t = z - m, p = exp(t) / w.sum;
+      return p * (grad_lse - grad_entropy * (max<C>(broadcast<C>(-kHuge<C>), t) - log_sum + entropy)) * slope(z);
+    };
+    const bool has_target = counts && !is_probability(kDense);
+    const C target_logit = has_target ? logit(target_) : C(0);
+    const C at_target =
+        has_target ? gradient_at_target(target_logit, w, g) + of_metrics(broadcast<C>(target_logit))[0] : C(0);
+    for_each_vector<C>(params_.n_classes, [&](int64_t c, auto width) {
+      const V z = logits(c, width);
+      V value = of_metrics(z);
+      if (counts) value += gradient(exp(z - m), softmax_factor, g, c, width) * slope(z);
+      store(grad + c, value, width);
+    });
+    if (has_target) store_one(grad + target_, at_target);
   }
 
   void target_backward() const {
@@ -123,6 +153,10 @@ class CrossEntropyRow {
     params_.lse[n_] = m == INFINITY || m == -INFINITY ? m : m + log_sum;
     params_.entropy[n_] = log_sum + reduce_sum<C>(spread) / total;
     params_.predicted_tokens[n_] = total == total ? first(m) : first_nan_or(m);
+    if (params_.row_max && params_.has_target && params_.target.as_int64()[n_] == params_.ignore_index) {
+      params_.row_max[n_] = m;
+      params_.row_sum[n_] = total;
+    }
   }
 
  private:

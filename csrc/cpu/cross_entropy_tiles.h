@@ -22,7 +22,8 @@ template <class T>
 bool is_tiled(const CrossEntropyParams<T>& params, bool with_gradient) {
   return params.has_target && params.n_classes <= kTileMaxClasses && params.logits_stride == params.n_classes &&
          (!with_gradient || params.grad_stride == params.n_classes) && params.label_smoothing == 0 &&
-         params.lse_square_scale == 0 && params.logit_scale == 1 && params.softcap == 0;
+         params.lse_square_scale == 0 && params.logit_scale == 1 && params.softcap == 0 && !params.grad_lse &&
+         !params.grad_entropy;
 }
 
 enum class CrossEntropyPass { kForward, kForwardBackward, kBackward };

@@ -62,6 +62,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     rows.lse[n] = m == INFINITY || m == -INFINITY ? m : m + log_sum;
     rows.entropy[n] = log_sum + spread / sum;
     rows.predicted_tokens[n] = largest.c;
+    if (rows.row_max && row.is_ignored()) {
+      rows.row_max[n] = m;
+      rows.row_sum[n] = sum;
+    }
   }
 }
 
@@ -202,6 +206,9 @@ int cross_entropy_forward_backward(const CrossEntropyParams<T>& rows, Launch& at
 
 template <class T>
 int cross_entropy_backward(const CrossEntropyParams<T>& rows, Launch& at) {
+  if (rows.grad_lse || rows.grad_entropy) {
+    return Launcher<T, false>(rows, at).template gradient<GpuPass::kBackwardWithMetrics>();
+  }
   return is_plain(rows) ? Launcher<T, true>(rows, at).template gradient<GpuPass::kBackward>()
                         : Launcher<T, false>(rows, at).template gradient<GpuPass::kBackward>();
 }

@@ -77,8 +77,8 @@ __device__ __forceinline__ typename CrossEntropyRow<T, kPlain>::RowSoftmax softm
 template <GpuPass kPass, int kBatch, class T, bool kPlain, class Load>
 __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>& row, const Span<T>& span, const T* x,
                                                T* y, int64_t begin, Load load) {
-  if (!row.is_counted()) {
-    if (!row.has_zero_gradient()) return;
+  if (!row.template has_gradient<kPass>()) {
+    if (!row.template has_zero_gradient<kPass>()) return;
     const T zero = from_compute<T>(0);
     span.for_each_single([&](int64_t i) { y[i] = zero; });
     for (int64_t p = threadIdx.x; p < span.n_packs; p += blockDim.x) store_pack(y + span.pack(p), Pack<T>{});
@@ -86,7 +86,8 @@ __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>&
   }
   const auto gradient = [&](T value, int64_t i) {
     const Compute<T> z = row.transformed(value);
-    return kPass == GpuPass::kTargetBackward ? row.target_gradient(z, begin + i) : row.gradient(z, begin + i);
+    return kPass == GpuPass::kTargetBackward ? row.target_gradient(z, begin + i)
+                                             : row.template gradient<kPass>(z, begin + i);
   };
   span.for_each_single([&](int64_t i) { y[i] = gradient(x[i], i); });
   span.template for_each_pack<kBatch>(load, [&](int64_t p, Pack<T> pack) {

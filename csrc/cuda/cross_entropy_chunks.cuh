@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kChunkThreads, kMinBlocks)
     const int64_t n = i / n_chunks, begin = (i - n * n_chunks) * kChunk<T>;
     CrossEntropyRow<T, kPlain> row(rows, n);
     if (threadIdx.x == 0 && begin == 0 && row.is_bad()) row.record_bad();
-    if (row.is_counted()) row.set_softmax(row.stored(), scale);
+    if (row.template has_gradient<kPass>()) row.set_softmax(row.stored(), scale);
     const int64_t left = rows.n_classes - begin;
     const T* const x = row.logits() + begin;
     T* const y = row.grad() + begin;

@@ -10,7 +10,8 @@
 namespace charlm::cuda {
 namespace {
 
-enum class GpuPass { kForward, kForwardBackward, kBackward, kTargetBackward };
+// kBackwardWithMetrics: the gradient of the loss and those of lse and entropy, which ignored rows have too.
+enum class GpuPass { kForward, kForwardBackward, kBackward, kTargetBackward, kBackwardWithMetrics };
 
 template <class T>
 bool is_plain(const CrossEntropyParams<T>& rows) {
@@ -39,8 +40,15 @@ class CrossEntropyRow {
   __device__ __forceinline__ bool is_counted() const { return !is_ignored_ && !is_bad_; }
   // A row with a bad target has the loss 0 and no gradient, until its IndexError is raised; if the gradient is to be
   // written over the logits, these stay.
+  template <GpuPass kPass>
   __device__ __forceinline__ bool has_zero_gradient() const {
+    if constexpr (kPass == GpuPass::kBackwardWithMetrics) return is_bad_ && rows_.grad != rows_.logits;
     return is_ignored_ || (is_bad_ && rows_.grad != rows_.logits);
+  }
+  template <GpuPass kPass>
+  __device__ __forceinline__ bool has_gradient() const {
+    if constexpr (kPass == GpuPass::kBackwardWithMetrics) return !is_bad_;
+    return is_counted();
   }
   __device__ __forceinline__ void record_bad() const { record_index_error(rows_.target, n_, target_); }
 
@@ -137,6 +145,7 @@ class CrossEntropyRow {
 
   // d loss / d x_c, from z_c. The coefficient of the target class is subtracted from its own share of the softmax:
   // little is cancelled.
+  template <GpuPass kPass>
   __device__ __forceinline__ T gradient(C z, int64_t c) const {
     const C e = exp_of<T>(z - max_);
     C value;
@@ -149,6 +158,9 @@ class CrossEntropyRow {
         value = g_ * ((p - 1) * sparse() + (p * dense_factor_ - d));
       } else {
         value = (e * softmax_factor_ - d) * g_;
+      }
+      if constexpr (kPass == GpuPass::kBackwardWithMetrics) {
+        value = (is_ignored_ ? C(0) : value) + (e / sum_) * metrics_factor(z);
       }
       value *= slope(z);
     }
@@ -187,6 +199,13 @@ class CrossEntropyRow {
   // The coefficient of the target class alone: (1 - e) w_y, or nothing.
   __device__ __forceinline__ C sparse() const {
     return has_target() ? (1 - rows_.label_smoothing) * target_weight_ : C(0);
+  }
+
+  // grad_lse - grad_entropy (log p_c + H)
+  __device__ __forceinline__ C metrics_factor(C z) const {
+    C factor = rows_.grad_lse ? rows_.grad_lse[n_] : C(0);
+    if (rows_.grad_entropy) factor -= rows_.grad_entropy[n_] * (finite(z - max_) - log_sum_ + rows_.entropy[n_]);
+    return factor;
   }
 
   // dz/dx at z.

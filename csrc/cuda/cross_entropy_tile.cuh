@@ -117,21 +117,22 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kPlain>)
         if (row.is_counted()) row.store(softmax, loss);
         if (!row.is_counted()) row.store_uncounted();
       }
-    } else if (row.is_counted()) {
+    } else if (row.template has_gradient<kPass>()) {
       softmax = row.stored();
     }
     if (has_row && lane == 0 && row.is_bad()) row.record_bad();
 
     if constexpr (kPass != GpuPass::kForward) {
       if constexpr (kWritesLoss) __syncwarp();  // the row's other lanes have read its target's logit
-      if (row.is_counted()) row.set_softmax(softmax, scale);
+      if (row.template has_gradient<kPass>()) row.set_softmax(softmax, scale);
 #pragma unroll
       for (int k = 0; k < kTileClasses; k++) {
         const int c = k * lanes + lane;
         if (c >= end) continue;
-        if (row.has_zero_gradient()) x[c] = from_compute<T>(C(0));
-        if (row.is_counted()) {
-          x[c] = kPass == GpuPass::kTargetBackward ? row.target_gradient(z[k], c) : row.gradient(z[k], c);
+        if (row.template has_zero_gradient<kPass>()) x[c] = from_compute<T>(C(0));
+        if (row.template has_gradient<kPass>()) {
+          x[c] =
+              kPass == GpuPass::kTargetBackward ? row.target_gradient(z[k], c) : row.template gradient<kPass>(z[k], c);
         }
       }
       __syncthreads();

@@ -83,7 +83,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   const double divided_by = divisor(rows, totals, n_totals);
   if (threadIdx.x != 0) return;
   const bool none = rows.mean && !rows.zero_if_all_ignored && (rows.n_rows == 0 || rows.n_classes == 0);
-  *rows.reduced_loss = from_compute<T>(static_cast<Compute<T>>(none ? double(NAN) : sum / divided_by));
+  const auto loss = static_cast<Compute<T>>(none ? double(NAN) : sum / divided_by);
+  if (rows.is_loss_unrounded) {
+    *static_cast<Compute<T>*>(rows.reduced_loss) = loss;
+  } else {
+    *static_cast<T*>(rows.reduced_loss) = from_compute<T>(loss);
+  }
 }
 
 }  // namespace

@@ -56,6 +56,10 @@ void check_cross_entropy(const CrossEntropyOptions& options, const Tensor& input
   TORCH_CHECK(options.label_smoothing <= 1.0,
               "label_smoothing must be between 0.0 and 1.0. Got: ", options.label_smoothing);
   check_factor(input, options.logit_scale, "logit_scale");
+  TORCH_CHECK_VALUE(
+      loss_dtype_of(options, input) == input.scalar_type() || loss_dtype_of(options, input) == compute_dtype(input),
+      "loss_dtype must be the dtype of the logits, ", input.scalar_type(), ", or that of the arithmetic, ",
+      compute_dtype(input), ", got ", loss_dtype_of(options, input));
   check_factor(input, options.lse_square_scale, "lse_square_scale");
   const bool probabilities = has_probabilities(input, target);
   if (probabilities) check_probabilities(options, target);
@@ -68,8 +72,8 @@ void check_cross_entropy(const CrossEntropyOptions& options, const Tensor& input
     TORCH_CHECK(weight->dim() == 1 && weight->sym_size(0) == n_classes(input),
                 "weight tensor should be defined either for all ", n_classes(input),
                 " classes or no classes but got weight tensor of shape: ", weight->sym_sizes());
-    TORCH_CHECK(weight->scalar_type() == input.scalar_type(), "expected scalar type ", input.scalar_type(),
-                " for weight but found ", weight->scalar_type());
+    TORCH_CHECK(weight->scalar_type() == input.scalar_type() || weight->scalar_type() == compute_dtype(input),
+                "expected scalar type ", input.scalar_type(), " for weight but found ", weight->scalar_type());
   }
   if (token_weight) {
     check_same_device(input, "input", *token_weight, "token_weight");
@@ -114,7 +118,7 @@ using Call = CrossEntropyCall<T>;
 template <class T>
 LossAndState new_results(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target, Call<T>& call) {
   const auto shape = options.is(Reduction::kNone) ? loss_shape(input) : c10::SymDimVector{};
-  const Tensor loss = at::empty_symint(shape, input.options());
+  const Tensor loss = at::empty_symint(shape, input.options().dtype(loss_dtype_of(options, input)));
   const Tensor state =
       at::empty({state_size(input, target), call.logits.size(0)}, input.options().dtype(compute_dtype(input)));
   call.set_state(state);
@@ -244,7 +248,7 @@ void scale_gradient_(Tensor& grad, const Tensor& factor) {
 
 Tensor cross_entropy_block_(const CrossEntropyOptions& given, Tensor& logits, const Tensor& target,
                             const OptionalTensor& weight, const OptionalTensor& token_weight,
-                            const OptionalTensor& grad_loss, int64_t first_row) {
+                            const OptionalTensor& grad_loss, const MetricGradients& metric_grads, int64_t first_row) {
   RECORD_FUNCTION("charlm::cross_entropy_block_", std::vector<c10::IValue>{});
   CrossEntropyOptions options = given;
   options.reduction = static_cast<int64_t>(Reduction::kSum);
@@ -256,34 +260,61 @@ Tensor cross_entropy_block_(const CrossEntropyOptions& given, Tensor& logits, co
     Call<T> call(options, logits, of_block(target), weight,
                  token_weight ? OptionalTensor(of_block(*token_weight)) : std::nullopt, target, first_row);
     call.set_state(state);
-    if (grad_loss) {
+    const auto set_gradient = [&] {
       const bool one_for_each_row = grad_loss->dim() == 1;
       call.set_gradient(logits, const_data<Compute<T>>(*grad_loss) + (one_for_each_row ? first_row : 0),
                         one_for_each_row);
+    };
+    if (metric_grads.is_any()) {
+      call.forward_rows(losses);
+      const Tensor unused = at::empty({2, n}, compute);
+      call.metrics(unused[0], unused[1], at::empty({n}, compute.dtype(at::kLong)));
+      set_gradient();
+      call.add_metric_gradients(metric_grads, first_row);
+      call.backward();
+    } else {
+      if (grad_loss) set_gradient();
+      call.forward_rows(losses);
     }
-    call.forward_rows(losses);
     return losses;
   });
 }
+
+namespace {
+
+template <class T>
+CrossEntropyMetrics metrics_of(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
+                               Call<T>& call) {
+  TORCH_CHECK_INDEX(call.logits.size(1) > 0 || call.logits.size(0) == 0, "cannot predict one of 0 classes");
+  const auto shape = loss_shape(input);
+  const auto compute = input.options().dtype(compute_dtype(input));
+  CrossEntropyMetrics m;
+  m.lse = at::empty_symint(shape, compute);
+  m.entropy = at::empty_symint(shape, compute);
+  m.predicted_tokens = at::empty_symint(shape, input.options().dtype(at::kLong));
+  call.metrics(m.lse, m.entropy, m.predicted_tokens);
+  const bool probabilities = has_probabilities(input, target);
+  const Tensor expected = (probabilities ? target.argmax(class_dim(input)) : target.to(at::kLong)).view_symint(shape);
+  m.counted = probabilities ? expected.eq(expected) : expected.ne(options.ignore_index);
+  m.is_correct = m.predicted_tokens.eq(expected).logical_and(m.counted).to(at::kFloat);
+  return m;
+}
+
+// With "none" 1 or 0 for each row, otherwise the share of the rows that count.
+Tensor accuracy(const CrossEntropyOptions& options, const CrossEntropyMetrics& m) {
+  if (options.is(Reduction::kNone)) return m.is_correct;
+  const Tensor n_counted = m.counted.sum(), divisor = options.zero_if_all_ignored ? n_counted.clamp_min(1) : n_counted;
+  return m.is_correct.sum().div(divisor);
+}
+
+}  // namespace
 
 CrossEntropyMetrics cross_entropy_metrics_of_rows(const CrossEntropyOptions& options, const Tensor& input,
                                                   const Tensor& target) {
   check_cross_entropy(options, input, target, {}, {});
   return with_float_type(input.scalar_type(), "cross_entropy_metrics", [&]<class T>() {
     Call<T> call(options, input, target, {}, {});
-    TORCH_CHECK_INDEX(call.logits.size(1) > 0 || call.logits.size(0) == 0, "cannot predict one of 0 classes");
-    const auto shape = loss_shape(input);
-    const auto compute = input.options().dtype(compute_dtype(input));
-    CrossEntropyMetrics m;
-    m.lse = at::empty_symint(shape, compute);
-    m.entropy = at::empty_symint(shape, compute);
-    m.predicted_tokens = at::empty_symint(shape, input.options().dtype(at::kLong));
-    call.metrics(m.lse, m.entropy, m.predicted_tokens);
-    const bool probabilities = has_probabilities(input, target);
-    const Tensor expected = (probabilities ? target.argmax(class_dim(input)) : target.to(at::kLong)).view_symint(shape);
-    m.counted = probabilities ? expected.eq(expected) : expected.ne(options.ignore_index);
-    m.is_correct = m.predicted_tokens.eq(expected).logical_and(m.counted).to(at::kFloat);
-    return m;
+    return metrics_of(options, input, target, call);
   });
 }
 
@@ -291,11 +322,24 @@ namespace {
 
 using Metrics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+LossStateAndMetrics with_metrics(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
+                                 const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  if (const auto dtype = promoted_dtype(input, target, weight)) {
+    return with_metrics(options, input.to(*dtype), target.to(*dtype), to(weight, *dtype), token_weight);
+  }
+  check_cross_entropy(options, input, target, weight, token_weight);
+  return with_float_type(input.scalar_type(), "cross_entropy", [&]<class T>() {
+    Call<T> call(options, input, target, weight, token_weight);
+    const auto [loss, state] = new_results(options, input, target, call);
+    call.forward(loss);
+    const CrossEntropyMetrics m = metrics_of(options, input, target, call);
+    return LossStateAndMetrics{loss, state, m.lse, m.entropy, m.predicted_tokens, accuracy(options, m)};
+  });
+}
+
 Metrics metrics(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target) {
   const CrossEntropyMetrics m = cross_entropy_metrics_of_rows(options, input, target);
-  if (options.is(Reduction::kNone)) return {m.lse, m.entropy, m.predicted_tokens, m.is_correct};
-  const Tensor n_counted = m.counted.sum(), divisor = options.zero_if_all_ignored ? n_counted.clamp_min(1) : n_counted;
-  return {m.lse, m.entropy, m.predicted_tokens, m.is_correct.sum().div(divisor)};
+  return {m.lse, m.entropy, m.predicted_tokens, accuracy(options, m)};
 }
 
 LossAndState inplace_backward(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
@@ -307,13 +351,21 @@ using Gradients = std::tuple<Tensor, Tensor>;  // of the logits, of class probab
 
 Gradients gradients(const CrossEntropyOptions& options, const Tensor& grad_loss, const Tensor& input,
                     const Tensor& target, const OptionalTensor& weight, const OptionalTensor& token_weight,
-                    const Tensor& state, std::array<bool, 2> output_mask) {
+                    const Tensor& state, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                    const OptionalTensor& entropy, std::array<bool, 2> output_mask) {
   check_cross_entropy(options, input, target, weight, token_weight);
   TORCH_CHECK(!output_mask[1] || has_probabilities(input, target),
               "only class probabilities have a gradient, got a target of shape ", target.sizes(),
               " for logits of shape ", input.sizes());
   return with_float_type(input.scalar_type(), "cross_entropy_backward", [&]<class T>() {
     Call<T> call(options, input, target, weight, token_weight);
+    const auto of_rows = [&](const OptionalTensor& t) {
+      TORCH_CHECK(!t || (t->numel() == call.logits.size(0) && t->device() == input.device()),
+                  "grad_lse, grad_entropy and entropy must have a number for each target, got shape ", t->sizes());
+      return t ? t->to(compute_dtype(input)).contiguous() : Tensor();
+    };
+    const MetricGradients metric_grads{of_rows(grad_lse), of_rows(grad_entropy), of_rows(entropy)};
+    call.add_metric_gradients(metric_grads, 0);
     const auto gradient = [&](bool is_needed, void (Call<T>::*write)()) {
       if (!is_needed) return Tensor();
       const Tensor grad = call.new_gradient();
@@ -334,7 +386,8 @@ LossAndState meta_forward(const CrossEntropyOptions& options, const Tensor& inpu
   }
   check_cross_entropy(options, input, target, weight, token_weight);
   const auto rows = loss_shape(input);
-  return {at::empty_symint(options.is(Reduction::kNone) ? rows : c10::SymDimVector{}, input.options()),
+  return {at::empty_symint(options.is(Reduction::kNone) ? rows : c10::SymDimVector{},
+                           input.options().dtype(loss_dtype_of(options, input))),
           at::empty_symint({state_size(input, target), c10::multiply_integers(rows)},
                            input.options().dtype(compute_dtype(input)))};
 }
@@ -353,7 +406,8 @@ Tensor empty_like_rows(const Tensor& input) {
 }
 
 Gradients meta_gradients(const CrossEntropyOptions&, const Tensor&, const Tensor& input, const Tensor&,
-                         const OptionalTensor&, const OptionalTensor&, const Tensor&, std::array<bool, 2> output_mask) {
+                         const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                         const OptionalTensor&, const OptionalTensor&, std::array<bool, 2> output_mask) {
   return {output_mask[0] ? empty_like_rows(input) : Tensor(), output_mask[1] ? empty_like_rows(input) : Tensor()};
 }
 
@@ -370,12 +424,21 @@ Metrics meta_metrics(const CrossEntropyOptions& options, const Tensor& input, co
           at::empty_symint(accuracy_shape, input.options().dtype(at::kFloat))};
 }
 
+LossStateAndMetrics meta_with_metrics(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
+                                      const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  if (const auto dtype = promoted_dtype(input, target, weight)) {
+    return meta_with_metrics(options, input.to(*dtype), target.to(*dtype), to(weight, *dtype), token_weight);
+  }
+  return std::tuple_cat(meta_forward(options, input, target, weight, token_weight),
+                        meta_metrics(options, input, target));
+}
+
 }  // namespace
 
 #define TARGETS "Tensor target, Tensor? weight, Tensor? token_weight, "
 #define OPTIONS                                                                                     \
   "int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float softcap, " \
-  "float logit_scale, bool zero_if_all_ignored)"
+  "float logit_scale, bool zero_if_all_ignored, ScalarType? loss_dtype=None)"
 
 TORCH_LIBRARY_FRAGMENT(charlm, m) {
   m.def("cross_entropy(Tensor input, " TARGETS OPTIONS " -> (Tensor loss, Tensor normalizer)");
@@ -384,13 +447,19 @@ TORCH_LIBRARY_FRAGMENT(charlm, m) {
   m.def("cross_entropy_inplace_backward(Tensor(a!) input, " TARGETS OPTIONS " -> (Tensor loss, Tensor normalizer)");
   m.def("cross_entropy_metrics(Tensor input, Tensor target, " OPTIONS
         " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
+  // lse and entropy are differentiable.
+  m.def("cross_entropy_with_metrics(Tensor input, " TARGETS OPTIONS
+        " -> (Tensor loss, Tensor normalizer, Tensor lse, Tensor entropy, Tensor predicted_tokens, "
+        "Tensor token_accuracy)");
   m.def("_cross_entropy_backward(Tensor grad_loss, Tensor input, " TARGETS
-        "Tensor normalizer, bool[2] output_mask, " OPTIONS " -> (Tensor, Tensor)");
+        "Tensor normalizer, Tensor? grad_lse, Tensor? grad_entropy, Tensor? entropy, bool[2] output_mask, " OPTIONS
+        " -> (Tensor, Tensor)");
   m.def("_cross_entropy_backward_(Tensor(a!) input, Tensor grad_loss, " TARGETS "Tensor normalizer, " OPTIONS " -> ()");
   implement(m, "cross_entropy", Flat<&cross_entropy_forward>::call);
   implement(m, "cross_entropy_inplace_forward", Flat<&cross_entropy_forward_backward_>::call);
   implement(m, "cross_entropy_inplace_backward", Flat<&inplace_backward>::call);
   implement(m, "cross_entropy_metrics", Flat<&metrics>::call);
+  implement(m, "cross_entropy_with_metrics", Flat<&with_metrics>::call);
   implement(m, "_cross_entropy_backward", Flat<&gradients>::call);
   implement(m, "_cross_entropy_backward_", Flat<&cross_entropy_backward_>::call);
 }
@@ -400,6 +469,7 @@ TORCH_LIBRARY_IMPL(charlm, Meta, m) {
   m.impl("cross_entropy_inplace_forward", Flat<&meta_inplace>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&meta_inplace>::call);
   m.impl("cross_entropy_metrics", Flat<&meta_metrics>::call);
+  m.impl("cross_entropy_with_metrics", Flat<&meta_with_metrics>::call);
   m.impl("_cross_entropy_backward", Flat<&meta_gradients>::call);
   m.impl("_cross_entropy_backward_", Flat<&meta_backward_>::call);
 }

@@ -43,22 +43,27 @@ struct CrossEntropyParams {
   double grad_scale = 1;             // CPU: factor of every gradient: 1 / total weight for a mean
 
   // Written by forward, read by backward.
-  C* row_max = nullptr;        // [N] max_c z_c
-  C* row_sum = nullptr;        // [N] sum_c exp(z_c - row_max)
-  C* row_dense_sum = nullptr;  // [N] sum_c d_c, for probabilities only
-  C* loss = nullptr;           // [N], optional: the loss of each row
-  T* reduced_loss = nullptr;   // [], optional, GPU: the sum or mean of the losses
+  C* row_max = nullptr;          // [N] max_c z_c
+  C* row_sum = nullptr;          // [N] sum_c exp(z_c - row_max)
+  C* row_dense_sum = nullptr;    // [N] sum_c d_c, for probabilities only
+  C* loss = nullptr;             // [N], optional: the loss of each row
+  void* reduced_loss = nullptr;  // [], optional, GPU: the sum or mean of the losses, T or (unrounded) C
 
   const C* grad_loss = nullptr;  // [], or [N] with `grad_loss_stride` 1; null: 1
   int64_t grad_loss_stride = 0;
+  bool is_loss_unrounded = false;    // GPU: of reduced_loss
   bool grad_is_precomputed = false;  // GPU: `grad` already holds the gradient for a unit grad_loss
   T* grad = nullptr;                 // [N, V], may be the logits themselves
   int64_t grad_stride = 0;
 
-  // Written by metrics.
+  // Written by metrics, which also writes row_max and row_sum (optional) of rows whose target is ignored.
   C* lse = nullptr;                     // [N] nats
-  C* entropy = nullptr;                 // [N] nats
+  C* entropy = nullptr;                 // [N] nats, H; read by backward with `grad_entropy`
   int64_t* predicted_tokens = nullptr;  // [N] the first class with the largest logit
+
+  // Optional: backward adds p_c (grad_lse - grad_entropy (log p_c + H)) to the gradient of z_c.
+  const C* grad_lse = nullptr;      // [N]
+  const C* grad_entropy = nullptr;  // [N]
 };
 
 // grad *= factor, without any memory access if factor is 1.

@@ -89,7 +89,13 @@ Tensor cross_entropy_formula(const CrossEntropyOptions& options, const Tensor& i
     loss = loss * token_weight;
     share = share * token_weight;
   }
-  return reduced(options, loss, share, counted).to(input.scalar_type());
+  return reduced(options, loss, share, counted).to(loss_dtype_of(options, input));
+}
+
+std::tuple<Tensor, Tensor> lse_and_entropy_formula(const CrossEntropyOptions& options, const Tensor& input) {
+  const int64_t dim = class_dim(input);
+  const Tensor z = transformed(options, input), log_p = z.log_softmax(dim);
+  return {z.logsumexp(dim), -(log_p.exp() * log_p.masked_fill(log_p == -INFINITY, 0)).sum(dim)};
 }
 
 // Precomputed is a gradient that depends on grad_loss by a factor only. Traced calls keep to ops whose results do not
@@ -109,9 +115,9 @@ namespace {
 // A node of cross_entropy. Its last options are CrossEntropyOptions, which Derived::of_call receives as one argument.
 template <class Derived, class... Before>
 class CrossEntropyNode
-    : public KernelNode<Derived, 5, Before..., int64_t, int64_t, double, double, double, double, bool> {
+    : public KernelNode<Derived, 6, Before..., int64_t, int64_t, double, double, double, double, bool> {
  public:
-  enum { kInput, kTarget, kWeight, kTokenWeight, kState };
+  enum { kInput, kTarget, kWeight, kTokenWeight, kState, kEntropy };
 
   void set_options(const CrossEntropyOptions& o, Before... before) {
     this->options = {before...,          o.reduction, o.ignore_index, o.label_smoothing,
@@ -128,7 +134,8 @@ class CrossEntropyNode
 };
 
 using BackwardOp = CrossEntropyOp<std::tuple<Tensor, Tensor>, const Tensor&, const Tensor&, const Tensor&,
-                                  const OptionalTensor&, const OptionalTensor&, const Tensor&, std::array<bool, 2>>;
+                                  const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+                                  const OptionalTensor&, const OptionalTensor&, std::array<bool, 2>>;
 
 const BackwardOp& backward_op() {
   static const BackwardOp op("charlm::_cross_entropy_backward");
@@ -140,20 +147,32 @@ struct CrossEntropyBackward final : CrossEntropyNode<CrossEntropyBackward> {
 
   Tensor precomputed;  // the logits' gradient for unit grad_loss, if forward computed it; used once
 
-  static variable_list of_call(const BackwardCall& call, const CrossEntropyOptions& options) {
-    const Tensor &grad_loss = call.grads[0], x = call.saved(kInput), y = call.saved(kTarget);
+  // Outputs: the loss, and for cross_entropy_with_metrics lse and entropy.
+  static variable_list of_call(const BackwardCall& call, CrossEntropyOptions options) {
+    const Tensor x = call.saved(kInput), y = call.saved(kTarget);
+    const bool has_metrics = call.grads.size() > 1;
     const OptionalTensor w = call.optional(kWeight), t = call.optional(kTokenWeight);
     if (at::GradMode::is_enabled()) {
       raise_recorded_index_error(y);
-      return call.differentiate({x, y, tensor_or_undefined(w)}, [&](const variable_list& in) {
-        return cross_entropy_formula(options, in[0], in[1], optional_if_defined(in[2]), t);
+      if (call.grads[0].defined()) options.loss_dtype = call.grads[0].scalar_type();
+      return call.differentiate({x, y, tensor_or_undefined(w)}, [&](const variable_list& in) -> variable_list {
+        const Tensor loss = cross_entropy_formula(options, in[0], in[1], optional_if_defined(in[2]), t);
+        if (!has_metrics) return {loss};
+        const auto [lse, entropy] = lse_and_entropy_formula(options, in[0]);
+        return {loss, lse, entropy};
       });
     }
+    const auto zeros = [&] {
+      const auto shape = options.is(Reduction::kNone) ? loss_shape(x) : c10::SymDimVector{};
+      return at::zeros_symint(shape, x.options().dtype(compute_dtype(x)));
+    };
+    const Tensor grad_loss = call.grads[0].defined() ? call.grads[0] : zeros();
+    const auto grad_of = [&](size_t i) { return has_metrics ? optional_if_defined(call.grads[i]) : std::nullopt; };
     const Tensor state = call.saved(kState);
     variable_list result(3);  // input, target, weight
     if (call.needs(0) || call.needs(1)) {
-      std::tie(result[0], result[1]) =
-          backward_op()(options, grad_loss, x, y, w, t, state, {call.needs(0), call.needs(1)});
+      std::tie(result[0], result[1]) = backward_op()(options, grad_loss, x, y, w, t, state, grad_of(1), grad_of(2),
+                                                     call.optional(kEntropy), {call.needs(0), call.needs(1)});
     }
     if (call.needs(2)) result[2] = weight_gradient(options, grad_loss, x, y, t, state).to(w->scalar_type());
     return result;
@@ -169,7 +188,7 @@ struct CrossEntropyBackward final : CrossEntropyNode<CrossEntropyBackward> {
     const at::ScalarType compute = compute_dtype(x);
     const Tensor p = y.to(compute);
     const Tensor minus_log_p =
-        std::get<1>(backward_op()(plain, grad_loss, x.to(compute), p, {}, t, state, {false, true}));
+        std::get<1>(backward_op()(plain, grad_loss, x.to(compute), p, {}, t, state, {}, {}, {}, {false, true}));
     const c10::SymInt classes = n_classes(x);
     const Tensor grad =
         minus_log_p * (p * (1 - smoothing) + smoothing / static_cast<double>(classes.guard_int(__FILE__, __LINE__)));
@@ -236,9 +255,62 @@ LossAndState autograd(const CrossEntropyOptions& options, const Tensor& input, c
     std::tie(loss, state) = below_autograd();
   }
   node->set_options(options);
-  node->save(input, target, weight, token_weight, state);
+  node->save(input, target, weight, token_weight, state, Tensor());
   torch::autograd::set_history(loss, node);
   return {loss, state};
+}
+
+// -------------------------------------------------------------------------------------------------- with metrics
+
+using WithMetricsOp =
+    CrossEntropyOp<LossStateAndMetrics, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&>;
+
+const WithMetricsOp& with_metrics_op() {
+  static const WithMetricsOp op("charlm::cross_entropy_with_metrics");
+  return op;
+}
+
+LossStateAndMetrics with_metrics_by_formula(const CrossEntropyOptions& options, const Tensor& input,
+                                            const Tensor& target, const OptionalTensor& weight,
+                                            const OptionalTensor& token_weight) {
+  const auto [loss, state] = by_formula(options, input, target, weight, token_weight);
+  const auto [lse, entropy] = lse_and_entropy_formula(options, input);
+  const int64_t dim = class_dim(input);
+  const Tensor predicted = transformed(options, input).argmax(dim);
+  const bool probabilities = has_probabilities(input, target);
+  const Tensor expected = probabilities ? target.argmax(dim) : target.to(at::kLong).reshape_symint(loss_shape(input));
+  const Tensor counted = probabilities ? expected.eq(expected) : expected.ne(options.ignore_index);
+  const Tensor right = predicted.eq(expected).logical_and(counted).to(at::kFloat);
+  if (options.is(Reduction::kNone)) return {loss, state, lse, entropy, predicted, right};
+  const Tensor n = counted.sum();
+  return {loss, state, lse, entropy, predicted, right.sum().div(options.zero_if_all_ignored ? n.clamp_min(1) : n)};
+}
+
+LossStateAndMetrics with_metrics_autograd(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
+                                          const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  if (const auto dtype = promoted_dtype(input, target, weight)) {
+    return with_metrics_op()(options, input.to(*dtype), target.to(*dtype), to(weight, *dtype), token_weight);
+  }
+  check_no_derivative(target, input, weight, token_weight);
+  if (needs_formula(input) || needs_formula(target) || needs_formula(weight) || needs_formula(token_weight)) {
+    return with_metrics_by_formula(options, input, target, weight, token_weight);
+  }
+  const auto below_autograd = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return with_metrics_op()(options, input, target, weight, token_weight);
+  };
+  if (!at::GradMode::is_enabled() || !(requires_grad(input) || requires_grad(target) || requires_grad(weight))) {
+    return below_autograd();
+  }
+  const auto node = make_node<CrossEntropyBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input, target, tensor_or_undefined(weight)));
+  auto results = below_autograd();
+  auto& [loss, state, lse, entropy, predicted_tokens, token_accuracy] = results;
+  node->set_options(options);
+  // Detached, or the output would hold the node that holds it.
+  node->save(input, target, weight, token_weight, state, entropy.detach());
+  torch::autograd::set_history(variable_list{loss, lse, entropy}, node);
+  return results;
 }
 
 // ---------------------------------------------------------------------------------------------------- in place
@@ -376,9 +448,9 @@ LossAndState cross_entropy_inplace(const CrossEntropyOptions& options, Tensor& i
   }();
   node->set_options(options, written_by_forward);
   if (written_by_forward) {
-    node->save(input.detach(), Tensor(), Tensor(), Tensor(), Tensor());
+    node->save(input.detach(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor());
   } else {
-    node->save(input.detach(), target, weight, token_weight, state);
+    node->save(input.detach(), target, weight, token_weight, state, Tensor());
   }
   torch::autograd::set_history(loss, node);
   torch::autograd::rebase_history(input, overwritten);
@@ -441,11 +513,19 @@ LossAndState autocast(const CrossEntropyOptions& options, Input input, const Ten
   return op(options, logits, autocast.cast(target), autocast.cast(weight), token_weight);
 }
 
+template <c10::DeviceType kDevice>
+LossStateAndMetrics with_metrics_autocast(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
+                                          const OptionalTensor& weight, const OptionalTensor& token_weight) {
+  const Autocast autocast(kDevice);
+  return with_metrics_op()(options, autocast.cast(input), autocast.cast(target), autocast.cast(weight), token_weight);
+}
+
 constexpr char kCrossEntropy[] = "charlm::cross_entropy";
 
 template <c10::DeviceType kDevice>
 void register_autocast(torch::Library& m) {
   m.impl("cross_entropy", Flat<&autocast<kDevice, kCrossEntropy, const Tensor&>>::call);
+  m.impl("cross_entropy_with_metrics", Flat<&with_metrics_autocast<kDevice>>::call);
   m.impl("cross_entropy_inplace_forward", Flat<&autocast<kDevice, kInplaceForward, Tensor&>>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&autocast<kDevice, kInplaceBackward, Tensor&>>::call);
 }
@@ -454,6 +534,7 @@ void register_autocast(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(charlm, Autograd, m) {
   m.impl("cross_entropy", Flat<&autograd>::call);
+  m.impl("cross_entropy_with_metrics", Flat<&with_metrics_autograd>::call);
   m.impl("cross_entropy_inplace_forward", Flat<&cross_entropy_inplace_forward>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&cross_entropy_inplace_backward>::call);
   m.impl("_cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
@@ -468,6 +549,7 @@ TORCH_LIBRARY_IMPL(charlm, ADInplaceOrView, m) {
 
 TORCH_LIBRARY_IMPL(charlm, FuncTorchBatched, m) {
   m.impl("cross_entropy", Flat<&by_formula>::call);
+  m.impl("cross_entropy_with_metrics", Flat<&with_metrics_by_formula>::call);
   m.impl("cross_entropy_inplace_forward", Flat<&refuse_transforms>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&refuse_transforms>::call);
 }

@@ -104,15 +104,25 @@ class CrossEntropyCall {
     p_.grad_scale = 1 / divisor_;
   }
 
+  // The next backward adds these to the gradient of the loss.
+  void add_metric_gradients(const MetricGradients& grads, int64_t first_row) {
+    const auto rows_of = [&](const Tensor& t) { return t.defined() ? mutable_data<C>(t) + first_row : nullptr; };
+    p_.grad_lse = rows_of(grads.lse);
+    p_.grad_entropy = rows_of(grads.entropy_grad);
+    p_.entropy = rows_of(grads.entropy);  // read only
+  }
+
   // Writes `loss`: [], or [N] without a reduction. With a gradient set, writes it in the same pass.
   void forward(const Tensor& loss) {
+    const bool unrounded = loss.scalar_type() == compute_dtype(logits);
     if (options_.is(Reduction::kNone)) {
-      if (std::is_same_v<T, C>) return forward_rows(loss);
+      if (unrounded) return forward_rows(loss);
       const Tensor losses = at::empty(loss.sizes(), loss.options().dtype(at::kFloat));
       forward_rows(losses);
       loss.copy_(losses);
     } else if (device_.is_gpu()) {
-      p_.reduced_loss = mutable_data<T>(loss);
+      p_.reduced_loss = loss.mutable_data_ptr();
+      p_.is_loss_unrounded = unrounded;
       run(forward_kernel());
     } else {
       reduce(loss, sum_of_losses());
@@ -147,7 +157,12 @@ class CrossEntropyCall {
   // CPU: writes the loss of rows whose losses have this sum.
   void reduce(const Tensor& loss, double sum) const {
     const bool is_empty = p_.n_rows == 0 || p_.n_classes == 0;
-    *mutable_data<T>(loss) = rounded<T>(p_.mean && is_empty && !p_.zero_if_all_ignored ? double{NAN} : sum / divisor_);
+    const double total = p_.mean && is_empty && !p_.zero_if_all_ignored ? double{NAN} : sum / divisor_;
+    if (loss.scalar_type() == compute_dtype(logits)) {
+      *mutable_data<C>(loss) = static_cast<C>(total);
+    } else {
+      *mutable_data<T>(loss) = rounded<T>(total);
+    }
   }
 
   void metrics(const Tensor& lse, const Tensor& entropy, const Tensor& predicted_tokens) {

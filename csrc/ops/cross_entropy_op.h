@@ -22,6 +22,7 @@ struct CrossEntropyOptions {
   double softcap;  // 0: none
   double logit_scale;
   bool zero_if_all_ignored;
+  std::optional<at::ScalarType> loss_dtype = std::nullopt;  // that of the logits, or the compute type
 
   bool is(Reduction r) const { return reduction == static_cast<int64_t>(r); }
 };
@@ -33,35 +34,39 @@ struct Flat;
 template <class Result, class... Tensors, Result (*kFunction)(const CrossEntropyOptions&, Tensors...)>
 struct Flat<kFunction> {
   static Result call(Tensors... tensors, int64_t reduction, int64_t ignore_index, double label_smoothing,
-                     double lse_square_scale, double softcap, double logit_scale, bool zero_if_all_ignored) {
-    return kFunction(
-        {reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, zero_if_all_ignored},
-        tensors...);
+                     double lse_square_scale, double softcap, double logit_scale, bool zero_if_all_ignored,
+                     std::optional<at::ScalarType> loss_dtype) {
+    return kFunction({reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale,
+                      zero_if_all_ignored, loss_dtype},
+                     tensors...);
   }
 };
 
 // A cross_entropy op, called through the dispatcher.
 template <class Result, class... Tensors>
 class CrossEntropyOp {
+  using Signature = Result(Tensors..., int64_t, int64_t, double, double, double, double, bool,
+                           std::optional<at::ScalarType>);
+
  public:
   explicit CrossEntropyOp(const char* name)
-      : handle_(c10::Dispatcher::singleton()
-                    .findSchemaOrThrow(name, "")
-                    .template typed<Result(Tensors..., int64_t, int64_t, double, double, double, double, bool)>()) {}
+      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>()) {}
 
   Result operator()(const CrossEntropyOptions& o, Tensors... tensors) const {
     return handle_.call(tensors..., o.reduction, o.ignore_index, o.label_smoothing, o.lse_square_scale, o.softcap,
-                        o.logit_scale, o.zero_if_all_ignored);
+                        o.logit_scale, o.zero_if_all_ignored, o.loss_dtype);
   }
 
  private:
-  c10::TypedOperatorHandle<Result(Tensors..., int64_t, int64_t, double, double, double, double, bool)> handle_;
+  c10::TypedOperatorHandle<Signature> handle_;
 };
 
 // (loss, state): the state is [2, N], each row's largest logit and its sum of exponentials. For class probabilities it
 // is [3, N], with the sum of the coefficients that weight and smoothing make of them.
 using LossAndState = std::tuple<Tensor, Tensor>;
 using LossStateGrad = std::tuple<Tensor, Tensor, Tensor>;
+// (loss, state, lse, entropy, predicted tokens, token accuracy)
+using LossStateAndMetrics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ForwardOp =
     CrossEntropyOp<LossAndState, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&>;
 using InplaceForwardOp =
@@ -75,6 +80,10 @@ inline bool has_probabilities(const Tensor& input, const Tensor& target) {
 }
 
 inline int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+inline at::ScalarType loss_dtype_of(const CrossEntropyOptions& options, const Tensor& input) {
+  return options.loss_dtype.value_or(input.scalar_type());
+}
 
 inline c10::SymInt n_classes(const Tensor& input) { return input.sym_size(class_dim(input)); }
 
@@ -130,12 +139,21 @@ void cross_entropy_rescale_(const CrossEntropyOptions& options, Tensor& grad, co
 // grad *= factor, without any memory access if factor is 1. For gradients whose logits are gone.
 void scale_gradient_(Tensor& grad, const Tensor& factor);
 
+// The gradients of the returned lse and entropy of each row, which add p_c (grad_lse - grad_entropy (log p_c + H)) to
+// that of its logit z_c: [N] in the compute type, contiguous; undefined where there is none. `entropy`: H, with
+// grad_entropy.
+struct MetricGradients {
+  Tensor lse, entropy_grad, entropy;
+
+  bool is_any() const { return lse.defined() || entropy_grad.defined(); }
+};
+
 // The losses [n], in the compute type, of logits [n, V] that belong to the rows first_row, first_row + 1, ... of a
 // target [N]. With `grad_loss`, [] or [N], the logits become their gradient. The caller has checked shapes and dtypes,
 // and reduces the losses itself.
 Tensor cross_entropy_block_(const CrossEntropyOptions& options, Tensor& logits, const Tensor& target,
                             const OptionalTensor& weight, const OptionalTensor& token_weight,
-                            const OptionalTensor& grad_loss, int64_t first_row);
+                            const OptionalTensor& grad_loss, const MetricGradients& metric_grads, int64_t first_row);
 
 struct CrossEntropyMetrics {
   Tensor lse, entropy;      // compute type, nats
@@ -149,6 +167,9 @@ CrossEntropyMetrics cross_entropy_metrics_of_rows(const CrossEntropyOptions& opt
                                                   const Tensor& target);
 
 // -------------------------------------------------------------------------------------------------------- autograd
+
+// The log-sum-exp and the entropy of each row, in torch's own differentiable ops.
+std::tuple<Tensor, Tensor> lse_and_entropy_formula(const CrossEntropyOptions& options, const Tensor& input);
 
 // The loss as a composition of torch's own differentiable ops, for functorch, forward-mode AD and double backward.
 Tensor cross_entropy_formula(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,

@@ -259,14 +259,16 @@ LossAndGradients run_at_once(const LinearCrossEntropyArguments& a, bool with_gra
 }
 
 LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
-                     OutputMask mask) {
+                     const MetricGradients& metric_grads, OutputMask mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // a backward may be under it
   check_linear_cross_entropy(a);
-  if (auto result = linear_cross_entropy_over_few_classes(a, with_gradients, grad_loss, mask)) return *result;
-  if (are_few(a)) return run_at_once(a, with_gradients, grad_loss, mask);
+  if (!metric_grads.is_any()) {
+    if (auto result = linear_cross_entropy_over_few_classes(a, with_gradients, grad_loss, mask)) return *result;
+    if (are_few(a)) return run_at_once(a, with_gradients, grad_loss, mask);
+  }
   const Rows all(a);
   Tensor positions;
-  const Rows rows = all.only_counted(positions);
+  const Rows rows = metric_grads.is_any() ? all : all.only_counted(positions);  // every row has an lse
   const Tensor total = a.options.is(Reduction::kMean) ? rows.total() : Tensor();
   const auto compute = a.input.options().dtype(compute_dtype(a.input));
   Tensor losses = at::zeros({all.size()}, compute), grad_input;
@@ -277,8 +279,9 @@ LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, 
 
   LogitBlocks blocks(all, positions);
   blocks.for_each([&](int64_t first, const Tensor& x, Tensor& logits) {
-    blocks.put(losses, first,
-               cross_entropy_block_(a.options, logits, rows.target, a.weight, rows.token_weight, g, first));
+    blocks.put(
+        losses, first,
+        cross_entropy_block_(a.options, logits, rows.target, a.weight, rows.token_weight, g, metric_grads, first));
     if (mask[0]) blocks.put_input_gradient(grad_input, first, logits);
     if (mask[1]) blocks.products().add_weight_gradient(logits, x);
     if (mask[2]) blocks.products().add_bias_gradient(logits);
@@ -288,10 +291,17 @@ LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, 
           mask[1] ? blocks.products().weight_gradient() : none, mask[2] ? blocks.products().bias_gradient() : none};
 }
 
-Tensor forward(const LinearCrossEntropyArguments& a) { return std::get<0>(run(a, /*with_gradients=*/false, {}, {})); }
+Tensor forward(const LinearCrossEntropyArguments& a) {
+  return std::get<0>(run(a, /*with_gradients=*/false, {}, {}, {}));
+}
 
-LossAndGradients gradients(const LinearCrossEntropyArguments& a, const OptionalTensor& grad_loss, OutputMask mask) {
-  return run(a, /*with_gradients=*/true, grad_loss, mask);
+LossAndGradients gradients(const LinearCrossEntropyArguments& a, const OptionalTensor& grad_loss,
+                           const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                           const OptionalTensor& entropy, OutputMask mask) {
+  const auto of_rows = [&](const OptionalTensor& t) {
+    return t ? t->to(compute_dtype(a.input)).contiguous().view({-1}) : Tensor();
+  };
+  return run(a, /*with_gradients=*/true, grad_loss, {of_rows(grad_lse), of_rows(grad_entropy), of_rows(entropy)}, mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> metrics(const LinearCrossEntropyArguments& a) {
@@ -319,6 +329,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> metrics(const LinearCrossEntropyArgum
   return {lse.view(shape), entropy.view(shape), predicted.view(shape), accuracy};
 }
 
+LossAndMetrics with_metrics(const LinearCrossEntropyArguments& a) {
+  return std::tuple_cat(std::make_tuple(forward(a)), metrics(a));
+}
+
 // ----------------------------------------------------------------------------------------------------------- shapes
 
 Tensor meta_forward(const LinearCrossEntropyArguments& a) {
@@ -327,7 +341,8 @@ Tensor meta_forward(const LinearCrossEntropyArguments& a) {
   return at::empty_symint(shape, a.input.options().dtype(loss_dtype(a)));
 }
 
-LossAndGradients meta_gradients(const LinearCrossEntropyArguments& a, const OptionalTensor&, OutputMask mask) {
+LossAndGradients meta_gradients(const LinearCrossEntropyArguments& a, const OptionalTensor&, const OptionalTensor&,
+                                const OptionalTensor&, const OptionalTensor&, OutputMask mask) {
   const auto empty_like = [&](bool wanted, const OptionalTensor& t) {
     return wanted && t ? at::empty_symint(t->sym_sizes(), t->options()) : at::empty({0}, a.input.options());
   };
@@ -345,28 +360,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> meta_metrics(const LinearCrossEntropy
           at::empty_symint(accuracy_shape, a.input.options().dtype(at::kFloat))};
 }
 
+LossAndMetrics meta_with_metrics(const LinearCrossEntropyArguments& a) {
+  return std::tuple_cat(std::make_tuple(meta_forward(a)), meta_metrics(a));
+}
+
 }  // namespace
 
 #define ARGUMENTS                                                                                                  \
   "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, " \
   "bool unrounded, int block_rows, int gemm, int reduction, int ignore_index, float label_smoothing, "             \
-  "float lse_square_scale, float softcap, float logit_scale, bool zero_if_all_ignored)"
+  "float lse_square_scale, float softcap, float logit_scale, bool zero_if_all_ignored, ScalarType? loss_dtype=None)"
 
 TORCH_LIBRARY_FRAGMENT(charlm, m) {
   m.def("linear_cross_entropy(" ARGUMENTS " -> Tensor");
   m.def("linear_cross_entropy_metrics(" ARGUMENTS
         " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
+  // lse and entropy are differentiable.
+  m.def("linear_cross_entropy_with_metrics(" ARGUMENTS
+        " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
   // The loss, and the gradients of input, linear_weight and linear_bias that are in output_mask. grad_loss: None for 1.
-  m.def("_linear_cross_entropy_gradients(Tensor? grad_loss, bool[3] output_mask, " ARGUMENTS
-        " -> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  m.def(
+      "_linear_cross_entropy_gradients(Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor? entropy, "
+      "bool[3] output_mask, " ARGUMENTS
+      " -> (Tensor loss, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
   implement(m, "linear_cross_entropy", FlatLinear<&forward>::call);
   implement(m, "linear_cross_entropy_metrics", FlatLinear<&metrics>::call);
+  implement(m, "linear_cross_entropy_with_metrics", FlatLinear<&with_metrics>::call);
   implement(m, "_linear_cross_entropy_gradients", FlatLinear<&gradients>::call);
 }
 
 TORCH_LIBRARY_IMPL(charlm, Meta, m) {
   m.impl("linear_cross_entropy", FlatLinear<&meta_forward>::call);
   m.impl("linear_cross_entropy_metrics", FlatLinear<&meta_metrics>::call);
+  m.impl("linear_cross_entropy_with_metrics", FlatLinear<&meta_with_metrics>::call);
   m.impl("_linear_cross_entropy_gradients", FlatLinear<&meta_gradients>::call);
 }
 

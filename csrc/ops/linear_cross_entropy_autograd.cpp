@@ -13,22 +13,33 @@
 namespace charlm {
 namespace {
 
-Tensor formula(const LinearCrossEntropyArguments& a) {
-  const Tensor logits = at::linear(a.input, a.linear_weight, a.linear_bias);
-  return cross_entropy_formula(a.options, a.unrounded ? logits.to(compute_dtype(logits)) : logits, a.target, a.weight,
-                               a.token_weight);
+// In the dtype of the loss, as cross_entropy_formula rounds it.
+Tensor logits(const LinearCrossEntropyArguments& a) {
+  const Tensor z = at::linear(a.input, a.linear_weight, a.linear_bias);
+  return a.unrounded ? z.to(compute_dtype(z)) : z;
 }
 
-struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward, 6, bool, int64_t, int64_t, int64_t,
+Tensor formula(const LinearCrossEntropyArguments& a) {
+  return cross_entropy_formula(a.options, logits(a), a.target, a.weight, a.token_weight);
+}
+
+Tensor zeros_like_loss(const LinearCrossEntropyArguments& a) {
+  const auto shape = a.options.is(Reduction::kNone) ? leading_sizes(a.input) : c10::SymIntArrayRef();
+  return at::zeros_symint(shape, a.input.options().dtype(compute_dtype(a.input)));
+}
+
+struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward, 7, bool, int64_t, int64_t, int64_t,
                                                      int64_t, double, double, double, double, bool> {
   static constexpr const char* kName = "LinearCrossEntropyBackward";
-  enum { kInput, kLinearWeight, kTarget, kLinearBias, kWeight, kTokenWeight };
+  enum { kInput, kLinearWeight, kTarget, kLinearBias, kWeight, kTokenWeight, kEntropy };
 
   variable_list precomputed;  // the gradients for unit grad_loss, if forward computed them; used once
 
+  // Outputs: the loss, and for linear_cross_entropy_with_metrics lse and entropy.
   template <class... O>
   static variable_list gradients(const BackwardCall& call, bool unrounded, int64_t block_rows, int64_t gemm,
                                  O... options) {
+    const bool has_metrics = call.grads.size() > 1;
     LinearCrossEntropyArguments a{call.saved(kInput),
                                   call.saved(kLinearWeight),
                                   call.saved(kTarget),
@@ -42,15 +53,33 @@ struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward,
     if (at::GradMode::is_enabled()) {
       raise_recorded_index_error(a.target);
       return call.differentiate({a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)},
-                                [&](const variable_list& in) {
+                                [&](const variable_list& in) -> variable_list {
                                   a.input = in[0], a.linear_weight = in[1], a.linear_bias = optional_if_defined(in[2]);
-                                  return formula(a);
+                                  if (!has_metrics) return {formula(a)};
+                                  const auto [lse, entropy] = lse_and_entropy_formula(a.options, logits(a));
+                                  return {formula(a), lse, entropy};
                                 });
     }
     at::AutoDispatchBelowADInplaceOrView guard;
     const OutputMask mask = {call.needs(0), call.needs(1), a.linear_bias && call.needs(2)};
     static const LinearGradientsOp op("charlm::_linear_cross_entropy_gradients");
-    return only(mask, op(a, call.grads[0], mask));
+    const auto grad_of = [&](size_t i) { return has_metrics ? optional_if_defined(call.grads[i]) : std::nullopt; };
+    const Tensor grad_loss = call.grads[0].defined() ? call.grads[0] : zeros_like_loss(a);
+    return only(mask, op(a, grad_loss, grad_of(1), grad_of(2), call.optional(kEntropy), mask));
+  }
+
+  void set_options(const LinearCrossEntropyArguments& a) {
+    const CrossEntropyOptions& o = a.options;
+    options = {a.unrounded || (o.loss_dtype && *o.loss_dtype != a.input.scalar_type()),
+               a.block_rows,
+               a.gemm,
+               o.reduction,
+               o.ignore_index,
+               o.label_smoothing,
+               o.lse_square_scale,
+               o.softcap,
+               o.logit_scale,
+               o.zero_if_all_ignored};
   }
 
   static variable_list only(OutputMask mask, const LossAndGradients& all) {
@@ -73,17 +102,23 @@ struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward,
   void release_precomputed() override { precomputed.clear(); }
 };
 
+void check_no_derivative(const LinearCrossEntropyArguments& a) {
+  if (!at::GradMode::is_enabled()) return;
+  TORCH_CHECK(!requires_grad(a.target) && !requires_grad(a.weight) && !requires_grad(a.token_weight),
+              "linear_cross_entropy gives no gradient to target, weight or token_weight: they must not require grad");
+}
+
+// Whether functorch or forward-mode AD sees one of the tensors.
+bool has_transform(const LinearCrossEntropyArguments& a) {
+  return needs_formula(a.input) || needs_formula(a.linear_weight) || needs_formula(a.target) ||
+         needs_formula(a.linear_bias) || needs_formula(a.weight) || needs_formula(a.token_weight);
+}
+
 Tensor autograd(const LinearCrossEntropyArguments& a) {
-  if (needs_formula(a.input) || needs_formula(a.linear_weight) || needs_formula(a.target) ||
-      needs_formula(a.linear_bias) || needs_formula(a.weight) || needs_formula(a.token_weight)) {
-    return formula(a);
-  }
+  if (has_transform(a)) return formula(a);
   static const LinearForwardOp op("charlm::linear_cross_entropy");
   const OutputMask mask = {requires_grad(a.input), requires_grad(a.linear_weight), requires_grad(a.linear_bias)};
-  if (at::GradMode::is_enabled()) {
-    TORCH_CHECK(!requires_grad(a.target) && !requires_grad(a.weight) && !requires_grad(a.token_weight),
-                "linear_cross_entropy gives no gradient to target, weight or token_weight: they must not require grad");
-  }
+  check_no_derivative(a);
   if (!at::GradMode::is_enabled() || !(mask[0] || mask[1] || mask[2])) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return op(a);
@@ -96,24 +131,65 @@ Tensor autograd(const LinearCrossEntropyArguments& a) {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (may_precompute_gradient(a.options, a.input)) {
       static const LinearGradientsOp op_with_gradients("charlm::_linear_cross_entropy_gradients");
-      const LossAndGradients all = op_with_gradients(a, std::nullopt, mask);
+      const LossAndGradients all = op_with_gradients(a, std::nullopt, std::nullopt, std::nullopt, std::nullopt, mask);
       loss = std::get<0>(all);
       node->precomputed = LinearCrossEntropyBackward::only(mask, all);
     } else {
       loss = op(a);
     }
   }
-  node->save(a.input, a.linear_weight, a.target, a.linear_bias, a.weight, a.token_weight);
-  const CrossEntropyOptions& o = a.options;
-  node->options = {a.unrounded,       a.block_rows,       a.gemm,    o.reduction,   o.ignore_index,
-                   o.label_smoothing, o.lse_square_scale, o.softcap, o.logit_scale, o.zero_if_all_ignored};
+  node->save(a.input, a.linear_weight, a.target, a.linear_bias, a.weight, a.token_weight, Tensor());
+  node->set_options(a);
   torch::autograd::set_history(loss, node);
   return loss;
 }
 
+LossAndMetrics with_metrics_by_formula(const LinearCrossEntropyArguments& a) {
+  static const CrossEntropyOp<LossStateAndMetrics, const Tensor&, const Tensor&, const OptionalTensor&,
+                              const OptionalTensor&>
+      op("charlm::cross_entropy_with_metrics");
+  const auto [loss, state, lse, entropy, predicted_tokens, token_accuracy] =
+      op(a.options, logits(a), a.target, a.weight, a.token_weight);
+  return {loss, lse, entropy, predicted_tokens, token_accuracy};
+}
+
+LossAndMetrics with_metrics_autograd(const LinearCrossEntropyArguments& a) {
+  if (has_transform(a)) return with_metrics_by_formula(a);
+  static const LinearCrossEntropyOp<LossAndMetrics> op("charlm::linear_cross_entropy_with_metrics");
+  check_no_derivative(a);
+  const auto below_autograd = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return op(a);
+  };
+  if (!at::GradMode::is_enabled() ||
+      !(requires_grad(a.input) || requires_grad(a.linear_weight) || requires_grad(a.linear_bias))) {
+    return below_autograd();
+  }
+  const auto node = make_node<LinearCrossEntropyBackward>();
+  node->set_next_edges(
+      torch::autograd::collect_next_edges(a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)));
+  auto results = below_autograd();
+  auto& [loss, lse, entropy, predicted_tokens, token_accuracy] = results;
+  // Detached, or the output would hold the node that holds it.
+  node->save(a.input, a.linear_weight, a.target, a.linear_bias, a.weight, a.token_weight, entropy.detach());
+  node->set_options(a);
+  torch::autograd::set_history(variable_list{loss, lse, entropy}, node);
+  return results;
+}
+
+Tensor call_forward(const LinearCrossEntropyArguments& a) {
+  static const LinearForwardOp op("charlm::linear_cross_entropy");
+  return op(a);
+}
+
+LossAndMetrics call_with_metrics(const LinearCrossEntropyArguments& a) {
+  static const LinearCrossEntropyOp<LossAndMetrics> op("charlm::linear_cross_entropy_with_metrics");
+  return op(a);
+}
+
 // The product in autocast's dtype, as torch's linear, and the loss in float32, as torch's cross_entropy_loss.
-template <c10::DeviceType kDevice>
-Tensor autocast(const LinearCrossEntropyArguments& given) {
+template <c10::DeviceType kDevice, class Result, auto kOp>
+Result autocast(const LinearCrossEntropyArguments& given) {
   const Autocast autocast(kDevice);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
   LinearCrossEntropyArguments a = given;
@@ -122,27 +198,34 @@ Tensor autocast(const LinearCrossEntropyArguments& given) {
   a.linear_bias = autocast.cast(given.linear_bias, dtype);
   a.weight = autocast.cast(given.weight);
   a.unrounded = true;
-  static const LinearForwardOp op("charlm::linear_cross_entropy");
-  return op(a);
+  return kOp(a);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(charlm, Autograd, m) {
   m.impl("linear_cross_entropy", FlatLinear<&autograd>::call);
+  m.impl("linear_cross_entropy_with_metrics", FlatLinear<&with_metrics_autograd>::call);
   for (const char* name : {"_linear_cross_entropy_gradients", "linear_cross_entropy_metrics"}) {
     m.impl(name, torch::autograd::autogradNotImplementedFallback());
   }
 }
 
-TORCH_LIBRARY_IMPL(charlm, FuncTorchBatched, m) { m.impl("linear_cross_entropy", FlatLinear<&formula>::call); }
+TORCH_LIBRARY_IMPL(charlm, FuncTorchBatched, m) {
+  m.impl("linear_cross_entropy", FlatLinear<&formula>::call);
+  m.impl("linear_cross_entropy_with_metrics", FlatLinear<&with_metrics_by_formula>::call);
+}
 
 TORCH_LIBRARY_IMPL(charlm, AutocastCPU, m) {
-  m.impl("linear_cross_entropy", FlatLinear<&autocast<c10::DeviceType::CPU>>::call);
+  m.impl("linear_cross_entropy", FlatLinear<&autocast<c10::DeviceType::CPU, Tensor, &call_forward>>::call);
+  m.impl("linear_cross_entropy_with_metrics",
+         FlatLinear<&autocast<c10::DeviceType::CPU, LossAndMetrics, &call_with_metrics>>::call);
 }
 
 TORCH_LIBRARY_IMPL(charlm, AutocastCUDA, m) {
-  m.impl("linear_cross_entropy", FlatLinear<&autocast<c10::DeviceType::CUDA>>::call);
+  m.impl("linear_cross_entropy", FlatLinear<&autocast<c10::DeviceType::CUDA, Tensor, &call_forward>>::call);
+  m.impl("linear_cross_entropy_with_metrics",
+         FlatLinear<&autocast<c10::DeviceType::CUDA, LossAndMetrics, &call_with_metrics>>::call);
 }
 
 }  // namespace charlm

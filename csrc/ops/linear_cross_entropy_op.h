@@ -38,19 +38,20 @@ struct FlatLinear<kFunction> {
                      const OptionalTensor& linear_bias, const OptionalTensor& weight,
                      const OptionalTensor& token_weight, bool unrounded, int64_t block_rows, int64_t gemm,
                      int64_t reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-                     double softcap, double logit_scale, bool zero_if_all_ignored) {
-    return kFunction(
-        {input,
-         linear_weight,
-         target,
-         linear_bias,
-         weight,
-         token_weight,
-         unrounded,
-         block_rows,
-         gemm,
-         {reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, zero_if_all_ignored}},
-        before...);
+                     double softcap, double logit_scale, bool zero_if_all_ignored,
+                     std::optional<at::ScalarType> loss_dtype) {
+    return kFunction({input,
+                      linear_weight,
+                      target,
+                      linear_bias,
+                      weight,
+                      token_weight,
+                      unrounded,
+                      block_rows,
+                      gemm,
+                      {reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale,
+                       zero_if_all_ignored, loss_dtype}},
+                     before...);
   }
 };
 
@@ -59,7 +60,7 @@ template <class Result, class... Before>
 class LinearCrossEntropyOp {
   using Signature = Result(Before..., const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                            const OptionalTensor&, const OptionalTensor&, bool, int64_t, int64_t, int64_t, int64_t,
-                           double, double, double, double, bool);
+                           double, double, double, double, bool, std::optional<at::ScalarType>);
 
  public:
   explicit LinearCrossEntropyOp(const char* name)
@@ -69,7 +70,7 @@ class LinearCrossEntropyOp {
     const CrossEntropyOptions& o = a.options;
     return handle_.call(before..., a.input, a.linear_weight, a.target, a.linear_bias, a.weight, a.token_weight,
                         a.unrounded, a.block_rows, a.gemm, o.reduction, o.ignore_index, o.label_smoothing,
-                        o.lse_square_scale, o.softcap, o.logit_scale, o.zero_if_all_ignored);
+                        o.lse_square_scale, o.softcap, o.logit_scale, o.zero_if_all_ignored, o.loss_dtype);
   }
 
  private:
@@ -80,7 +81,10 @@ using OutputMask = std::array<bool, 3>;  // which gradients: of input, linear_we
 // (loss, gradients); a gradient that is not in the mask is an empty tensor.
 using LossAndGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using LinearForwardOp = LinearCrossEntropyOp<Tensor>;
-using LinearGradientsOp = LinearCrossEntropyOp<LossAndGradients, const OptionalTensor&, OutputMask>;
+using LinearGradientsOp = LinearCrossEntropyOp<LossAndGradients, const OptionalTensor&, const OptionalTensor&,
+                                               const OptionalTensor&, const OptionalTensor&, OutputMask>;
+// (loss, lse, entropy, predicted tokens, token accuracy)
+using LossAndMetrics = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Raises torch's error types for shapes and dtypes that do not fit. The values of targets are not checked here.
 void check_linear_cross_entropy(const LinearCrossEntropyArguments& arguments);
@@ -89,7 +93,7 @@ void check_linear_cross_entropy(const LinearCrossEntropyArguments& arguments);
 Tensor like_logits(const LinearCrossEntropyArguments& arguments);
 
 inline at::ScalarType loss_dtype(const LinearCrossEntropyArguments& arguments) {
-  return arguments.unrounded ? compute_dtype(arguments.input) : arguments.input.scalar_type();
+  return arguments.unrounded ? compute_dtype(arguments.input) : loss_dtype_of(arguments.options, arguments.input);
 }
 
 // linear_cross_entropy over few classes on the CPU, or nothing where it is no faster: many classes or logits, half

@@ -1,0 +1,259 @@
+"""The gradients of the returned lse and entropy, and the dtype of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from charlm import functional, reference
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "none": {"reduction": "none"},
+    "all_extras": {
+        "label_smoothing": 0.1,
+        "lse_square_scale": 0.01,
+        "softcap": 3.0,
+        "logit_scale": 1.5,
+        "ignore_index": 2,
+        "weight": torch.linspace(0.5, 2, 27),
+    },
+    "sum_with_token_weight": {"reduction": "sum", "token_weight": torch.linspace(0, 2, 40)},
+}
+RETURNS = {"return_lse": True, "return_entropy": True}
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "all": lambda loss, lse, entropy: loss.sum() + (0.3 * lse.square() - 0.7 * entropy * entropy.exp()).sum(),
+    "lse": lambda loss, lse, entropy: lse.square().mean(),
+    "entropy": lambda loss, lse, entropy: entropy.square().sum(),
+    "loss": lambda loss, lse, entropy: loss.sum(),
+}
+
+
+def logits_and_target(n: int = 40, v: int = 27) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return 2 * torch.randn(n, v), torch.arange(n) * 7 % v
+
+
+def gradient(f: Callable[..., Any], objective: str, x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    x = x.detach().requires_grad_()
+    loss, lse, entropy, *_ = f(x, *arguments, **RETURNS, **options)
+    (grad,) = torch.autograd.grad(OBJECTIVES[objective](loss, lse, entropy), x)
+    return grad
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_gradients_are_those_of_the_formula(name: str, objective: str, isa: str) -> None:
+    x, target = logits_and_target()
+    options = OPTIONS[name]
+    double = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    expected = gradient(reference.cross_entropy, objective, x.double(), target, **double)
+    torch.testing.assert_close(gradient(functional.cross_entropy, objective, x.double(), target, **double), expected)
+    ours = gradient(functional.cross_entropy, objective, x, target, **options)
+    theirs = gradient(reference.cross_entropy, objective, x, target, **options)
+    scale = expected.abs().max()
+    assert (ours - expected).abs().max() <= 2 * (theirs - expected).abs().max() + 4e-7 * scale
+
+
+@pytest.mark.parametrize("v", [3, 27, 300, 5000])
+def test_many_classes_and_probabilities(v: int) -> None:
+    x, target = logits_and_target(12, v)
+    for y in (target, torch.rand(12, v, dtype=torch.float64).softmax(1)):
+        expected = gradient(reference.cross_entropy, "all", x.double(), y)
+        torch.testing.assert_close(gradient(functional.cross_entropy, "all", x.double(), y), expected)
+
+
+def test_ignored_rows_have_an_lse_with_a_gradient() -> None:
+    x, target = logits_and_target()
+    target[::3] = -100
+    for objective in OBJECTIVES:
+        expected = gradient(reference.cross_entropy, objective, x.double(), target)
+        torch.testing.assert_close(gradient(functional.cross_entropy, objective, x.double(), target), expected)
+    (grad,) = torch.autograd.grad(
+        functional.cross_entropy(x.requires_grad_(), target, return_lse=True).lse[0], x, retain_graph=True
+    )
+    torch.testing.assert_close(grad[0], x[0].softmax(0).detach())
+
+
+def test_a_class_of_probability_zero_adds_nothing_to_the_gradient_of_the_entropy() -> None:
+    x = torch.tensor([[0.0, 1.0, -torch.inf]], requires_grad=True)
+    output = functional.cross_entropy(x, torch.tensor([1]), return_entropy=True)
+    (grad,) = torch.autograd.grad(output.entropy.sum(), x)
+    (expected,) = torch.autograd.grad(functional.entropy(x).sum(), x)
+    torch.testing.assert_close(grad, expected)
+    assert grad[0, 2] == 0
+
+
+@pytest.mark.parametrize("shape", [(27,), (4, 27, 5), (2, 27, 3, 2)])
+def test_other_shapes(shape: tuple[int, ...]) -> None:
+    x = torch.randn(*shape, dtype=torch.float64)
+    target = torch.randint(27, shape[:1] + shape[2:] if len(shape) > 1 else ())
+    expected = gradient(reference.cross_entropy, "all", x, target)
+    torch.testing.assert_close(gradient(functional.cross_entropy, "all", x, target), expected)
+
+
+@pytest.mark.parametrize("block_rows", [None, 7])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_linear_cross_entropy(name: str, block_rows: int | None) -> None:
+    if block_rows is not None and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("torch has had LinearCrossEntropyOptions since 2.13")
+    x, target = logits_and_target(40, 6)
+    target = torch.arange(40) * 7 % 27
+    target[::5] = -100
+    x, weight, bias = x.double(), torch.randn(27, 6, dtype=torch.float64), torch.randn(27, dtype=torch.float64)
+    options = {k: v.double() if isinstance(v, Tensor) else v for k, v in OPTIONS[name].items()}
+    if options.get("ignore_index"):
+        target[::5] = options["ignore_index"]
+    if block_rows is not None:
+        options["options"] = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=block_rows)
+    results = []
+    for f in (functional, reference):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        loss, lse, entropy, *_ = f.linear_cross_entropy(
+            leaves[0], leaves[1], target, linear_bias=leaves[2], **options, **RETURNS
+        )
+        grads = [torch.autograd.grad(g(loss, lse, entropy), leaves, retain_graph=True) for g in OBJECTIVES.values()]
+        results.append((loss, lse, entropy, grads))
+    torch.testing.assert_close(*results)
+
+
+def test_half_types_stay_close_to_float32() -> None:
+    x, target = logits_and_target()
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x.to(dtype)
+        expected = gradient(functional.cross_entropy, "all", half.float(), target)
+        torch.testing.assert_close(
+            gradient(functional.cross_entropy, "all", half, target), expected.to(dtype), rtol=2e-2, atol=1e-4
+        )
+
+
+def test_double_backward_of_lse_and_entropy() -> None:
+    x, target = logits_and_target(5, 7)
+
+    def f(x: Tensor) -> Tensor:
+        loss, lse, entropy, *_ = functional.cross_entropy(x, target, **RETURNS)
+        return OBJECTIVES["all"](loss, lse, entropy)
+
+    assert torch.autograd.gradgradcheck(f, (x.double().requires_grad_(),))
+
+
+def test_under_torch_func() -> None:
+    x, target = logits_and_target()
+
+    def f(x: Tensor) -> Tensor:
+        loss, lse, entropy, *_ = functional.cross_entropy(x, target, **RETURNS)
+        return OBJECTIVES["all"](loss, lse, entropy)
+
+    expected = gradient(reference.cross_entropy, "all", x.double(), target)
+    torch.testing.assert_close(torch.func.grad(f)(x.double()), expected)
+    torch.testing.assert_close(torch.func.jacrev(f)(x.double()), expected)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_compiled(objective: str) -> None:
+    x, target = logits_and_target()
+    compiled = torch.compile(functional.cross_entropy, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        gradient(compiled, objective, x, target), gradient(functional.cross_entropy, objective, x, target)
+    )
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_compiled_autograd(objective: str) -> None:
+    x, target = logits_and_target()
+    expected = gradient(functional.cross_entropy, objective, x, target)
+    leaf = x.detach().requires_grad_()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss, lse, entropy, *_ = functional.cross_entropy(leaf, target, **RETURNS)
+        OBJECTIVES[objective](loss, lse, entropy).backward()
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_without_grad_and_in_place() -> None:
+    x, target = logits_and_target()
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(ValueError, match=r'inplace="forward" overwrites the logits, which the gradients of lse'):
+        functional.cross_entropy(leaf * 1, target, inplace="forward", return_lse=True)
+    with torch.no_grad():
+        output = functional.cross_entropy(x, target, inplace="forward", return_lse=True)
+    torch.testing.assert_close(output.lse, x.logsumexp(1))
+    output = functional.cross_entropy(leaf * 1, target, inplace="backward", return_lse=True)
+    (output.loss + output.lse.sum()).backward()
+    expected = gradient(reference.cross_entropy, "loss", x, target) + x.softmax(1)
+    torch.testing.assert_close(leaf.grad, expected)
+    output = functional.cross_entropy(leaf, target, return_predicted_tokens=True)
+    assert output.loss.requires_grad
+    assert not output.predicted_tokens.requires_grad
+
+
+# --------------------------------------------------------------------------------------- loss_dtype, weight, shift
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_float32_loss_of_half_logits_is_not_rounded(reduction: str, dtype: torch.dtype) -> None:
+    x, target = logits_and_target(2000)
+    half, weight = x.to(dtype).requires_grad_(), torch.randn(27, 27).to(dtype)
+    loss = functional.cross_entropy(half, target, reduction=reduction, loss_dtype=torch.float32)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(half.float(), target, reduction=reduction))
+    (ours,) = torch.autograd.grad(loss.sum(), half)
+    (theirs,) = torch.autograd.grad(F.cross_entropy(half.float(), target, reduction=reduction).sum(), half)
+    torch.testing.assert_close(ours, theirs)
+    linear = functional.linear_cross_entropy(half, weight, target, reduction=reduction, loss_dtype=torch.float32)
+    assert linear.dtype == torch.float32
+    expected = F.cross_entropy(half.float() @ weight.float().T, target, reduction=reduction)
+    torch.testing.assert_close(linear, expected, rtol=2e-2, atol=2e-2)
+    (ours,) = torch.autograd.grad(linear.sum(), half)
+    assert ours.dtype == dtype
+
+
+def test_a_loss_dtype_that_is_refused() -> None:
+    x, target = logits_and_target()
+    with pytest.raises(ValueError, match=r"loss_dtype must be the dtype of the logits, Float, .* got Double"):
+        functional.cross_entropy(x, target, loss_dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"loss_dtype must be a torch\.dtype or None, not str"):
+        functional.cross_entropy(x, target, loss_dtype="float32")
+    with pytest.raises(ValueError, match="loss_dtype"):
+        reference.cross_entropy(x, target, loss_dtype=torch.float64)
+
+
+def test_a_float32_class_weight_of_half_logits() -> None:
+    x, target = logits_and_target()
+    half, weight = x.bfloat16().requires_grad_(), torch.linspace(0.5, 2, 27)
+    loss = functional.cross_entropy(half, target, weight)
+    assert loss.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, F.cross_entropy(half.float(), target, weight).bfloat16())
+    (ours,) = torch.autograd.grad(loss, half)
+    (theirs,) = torch.autograd.grad(F.cross_entropy(half.float(), target, weight), half)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-5)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        functional.cross_entropy(x, target, weight.bfloat16())
+
+
+@pytest.mark.parametrize("shift", [True, 1, 3])
+def test_shift_scores_each_input_with_a_later_target(shift: bool | int) -> None:
+    torch.manual_seed(0)
+    x, weight, target = torch.randn(2, 9, 6), torch.randn(27, 6), torch.randint(27, (2, 9))
+    n = int(shift)
+    rows, later = x[:, :-n].reshape(-1, 6), target[:, n:].reshape(-1)
+    ours = functional.linear_cross_entropy(x, weight, target, shift=shift, reduction="none", return_lse=True)
+    theirs = functional.linear_cross_entropy(rows, weight, later, reduction="none", return_lse=True)
+    torch.testing.assert_close(ours.loss, theirs.loss.view(2, 9 - n))
+    torch.testing.assert_close(ours.lse, theirs.lse.view(2, 9 - n))
+    for f in (functional, reference):
+        one = f.linear_cross_entropy(x[0], weight, target[0], shift=shift)
+        torch.testing.assert_close(one, F.cross_entropy(x[0, :-n] @ weight.T, target[0, n:]))
+
+
+def test_a_shift_that_is_refused() -> None:
+    x, weight, target = torch.randn(2, 9, 6), torch.randn(27, 6), torch.randint(27, (2, 9))
+    with pytest.raises(ValueError, match=r"shift must be in \[0, T\) for sequences of length T = 9, got 9"):
+        functional.linear_cross_entropy(x, weight, target, shift=9)
+    with pytest.raises(RuntimeError, match=r"with shift, input must have shape \(\.\.\., T, D\)"):
+        functional.linear_cross_entropy(x, weight, target[0], shift=1)
