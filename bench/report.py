@@ -1,7 +1,7 @@
 """Tables and the chart, from records. Nothing here needs torch or charlm, so a failed build has its table too.
 
 python -m bench.report show FILE        every case of a record
-python -m bench.report table FILE       the README's table of it, in Markdown
+python -m bench.report table FILE       its table in docs/benchmarks.md, in Markdown
 python -m bench.report compare A B      how charlm's times changed; exit code 1 on a regression of more than 10 %
 python -m bench.report gpu              writes docs/gpu/MEASURED.md from bench/results/h100.json
 python -m bench.report chart            writes docs/speed.svg from bench/results
@@ -217,10 +217,10 @@ def _environment(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# --- the README's tables ------------------------------------------------------------------------------------
+# --- the tables of docs/benchmarks.md -----------------------------------------------------------------------
 
 LARGE = "2048x32000"
-HEADLINES = (  # the README's rows: op and variant, then the shapes
+HEADLINES = (  # the rows: op and variant, then the shapes
     ("cross_entropy/default", f"32x27 4096x27 65536x65 65536x256 {LARGE} 1024x128256 {LARGE}/bfloat16"),
     ("cross_entropy/inplace_forward", f"65536x256 {LARGE}"),
     ("cross_entropy/inplace_backward", LARGE),
@@ -235,7 +235,7 @@ HEADLINES = (  # the README's rows: op and variant, then the shapes
 PRODUCTS = {"embedding_linear", "linear_cross_entropy", "train_step"}  # bounded by matrix products, not by a copy
 
 
-def readme_table(content: dict[str, Any]) -> str:
+def benchmarks_table(content: dict[str, Any]) -> str:
     cases = {case["name"]: case for case in content["cases"]}
     layers = not PRODUCTS.isdisjoint(case["op"] for case in cases.values())
     bounds, title = (("gemms",), "products") if layers else (("copy", "fresh_copy", "read_write"), "copy")
@@ -377,7 +377,7 @@ def _machine(content: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and the chart, from records.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("show", "every case of a record"), ("table", "the README's table, in Markdown")):
+    for name, text in (("show", "every case of a record"), ("table", "its table in docs/benchmarks.md")):
         commands.add_parser(name, help=text).add_argument("files", nargs=1, type=Path, metavar="FILE")
     comparing = commands.add_parser("compare", help="how times changed; exit code 1 on a regression of over 10 %%")
     comparing.add_argument("files", nargs=2, type=Path, metavar="FILE")
@@ -393,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif given.command == "show":
             print(render_gpu(contents[0]) if "steps" in contents[0] else render_run(contents[0]))
         elif given.command == "table":
-            print(readme_table(contents[0]))
+            print(benchmarks_table(contents[0]))
         else:
             rows = record.changes(*contents)
             if not rows:

@@ -21,8 +21,8 @@ from bench.timer import Timer
 from charlm import functional
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-README_RECORDS = [record.RESULTS / f"cpu_{name}.json" for name in ("ops", "layers", "information")]
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+CPU_RECORDS = [record.RESULTS / f"cpu_{name}.json" for name in ("ops", "layers", "information")]
 quiet = bench_support.quiet  # a fixture
 SMALL = Case("cross_entropy", "default", (33, 27))
 
@@ -319,11 +319,11 @@ def test_compare_and_table_say_what_is_wrong_with_a_file(quick_record: Path, tmp
             assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("file", README_RECORDS, ids=lambda path: path.stem)
-def test_the_readmes_tables_of_speed_are_the_recorded_ones(file: Path) -> None:
+@pytest.mark.parametrize("file", CPU_RECORDS, ids=lambda path: path.stem)
+def test_the_tables_of_speed_are_the_recorded_ones(file: Path) -> None:
     result = bench_support.run("table", file, main=report.main)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.strip() in README
+    assert result.stdout.strip() in BENCHMARKS
 
 
 def test_the_chart_is_the_recorded_one_and_has_a_bar_for_each_of_its_cases() -> None:
@@ -335,7 +335,7 @@ def test_the_chart_is_the_recorded_one_and_has_a_bar_for_each_of_its_cases() -> 
 
 
 def test_the_records_hold_every_case_and_every_peer() -> None:
-    recorded = {case["name"]: case for file in README_RECORDS for case in record.read(file)["cases"]}
+    recorded = {case["name"]: case for file in CPU_RECORDS for case in record.read(file)["cases"]}
     assert recorded.keys() == {case.name for case in cases.CASES["cpu"]}
     for case in recorded.values():
         assert case["error"] is None

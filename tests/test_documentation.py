@@ -1,25 +1,38 @@
-"""What the documentation shows is run: the Python of README.md and docs/, and the examples in the docstrings."""
+"""The documentation is true: its Python runs, its figures are the recorded ones, its links and commands exist."""
 
 import contextlib
 import doctest
 import importlib
 import inspect
 import io
+import json
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+import typer
 
+import bench.__main__
 import charlm
+from bench import record, report
 from charlm import functional, nn, patching, reference
+from charlm.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 130
 
 
 def test_the_readmes_python_runs_in_its_order() -> None:
@@ -31,7 +44,12 @@ def test_the_readmes_python_runs_in_its_order() -> None:
     assert torch.nn.functional.cross_entropy is not functional.cross_entropy  # the patch of the last block has ended
 
 
-DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
+NOT_RUN = {"migrating.md"}  # its options are not implemented yet
+DOCUMENTS = [
+    path
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    if path.name not in NOT_RUN and "```python" in path.read_text(encoding="utf-8")
+]
 DRAWING = " matplotlib"  # behind "python": the block only draws, with a library that the tests do without
 
 
@@ -99,12 +117,51 @@ def test_a_document_draws_the_picture_that_it_shows(
     assert drawn.read_bytes()[header] == (path.parent / drawn.name).read_bytes()[header]
 
 
-def test_links_of_the_documentation_lead_to_files() -> None:
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-            assert "://" in target or (path.parent / target).is_file(), f"{path.name}: {target}"
-    for path in (ROOT / "docs").glob("*.md"):
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_of_the_documentation_lead_to_files_and_headings(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", path.read_text(encoding="utf-8"))
+    for target, anchor in links:
+        if "://" in target:
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+    if path.parent.name == "docs":
         assert f"](docs/{path.name})" in README
+
+
+def commands(start: str) -> list[list[str]]:
+    """The arguments of the commands in the pages that begin with `start`: in code blocks without a language."""
+    blocks = [
+        block
+        for path in PAGES
+        for language, block in re.findall(r"^```(.*)\n([^`]*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        if not language
+    ]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith(start)]
+    return [shlex.split(line, comments=True)[len(start.split()) :] for line in lines]
+
+
+def test_commands_of_charlm_in_the_documentation_have_options_that_exist() -> None:
+    found = commands("charlm ")
+    assert len(found) >= 10
+    group = typer.main.get_command(app)
+    for name, *arguments in found:
+        options = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("-")} <= options, (name, arguments)
+
+
+def test_commands_of_the_benchmark_in_the_documentation_can_be_parsed() -> None:
+    found = commands("python -m bench ")
+    assert len(found) >= 8
+    for arguments in found:
+        bench.__main__.parser().parse_args(arguments)
 
 
 OPS = [
@@ -122,12 +179,13 @@ def test_examples_in_docstrings_print_what_they_say(module: ModuleType) -> None:
     assert result.failed == 0
 
 
-def test_the_readme_names_every_environment_variable_that_the_code_reads() -> None:
+def test_one_table_names_every_environment_variable_that_the_code_reads() -> None:
     sources = [ROOT / "setup.py", *(ROOT / "charlm").rglob("*.py")]
     read = {name for path in sources for name in re.findall(r"CHARLM_[A-Z_]+", path.read_text(encoding="utf-8"))}
     read -= {name for name in read if name.startswith("CHARLM_HAVE") or name == "CHARLM_ISA"}
     assert read
-    assert {name for name in read if name not in README} == set()
+    for name in read:
+        assert [path.name for path in PAGES if f"| `{name}` |" in path.read_text(encoding="utf-8")] == ["install.md"]
 
 
 def test_every_public_op_stands_in_the_readme() -> None:
@@ -142,7 +200,66 @@ def test_every_public_op_stands_in_the_readme() -> None:
     assert set(charlm.__all__) >= {"functional", "nn", "reference", "patch_torch", "patch_model", "build_info"}
 
 
-def test_the_readmes_table_of_models_is_the_recorded_one() -> None:
+def test_the_table_of_models_is_the_recorded_one() -> None:
     command = [sys.executable, "-m", "bench.studies.models"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() in README
+    assert printed.stdout.strip() in BENCHMARKS
+
+
+def recorded_case(file: str, name: str) -> dict[str, Any]:
+    content = record.read(record.RESULTS / f"{file}.json")
+    return {case["name"]: case for case in content.get("bench", content)["cases"]}[name]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("cpu_ops", "cross_entropy/default/4096x27/float32"),
+        ("cpu_ops", "cross_entropy/default/2048x32000/float32"),
+        ("cpu_layers", "linear_cross_entropy/default/1024x512x32000/float32"),
+        ("cpu_layers", "train_step/default/4096x8x24x200x27/float32"),
+        ("h100", "cross_entropy/default/8192x32000/bfloat16"),
+        ("h100", "embedding_backward/default/262144x256x768/float32"),
+    ],
+)
+def test_the_readmes_rows_of_speed_are_recorded(file: str, name: str) -> None:
+    case = recorded_case(file, name)
+    waited = 2 * case.get("late", {}).get("ours", 0) > case["times"]["ours"]["samples"]  # the GPU for Python: a bound
+    time = "≤ " * waited + report.duration(case["times"]["ours"]["median"])
+    ratios = ["≥ " * waited + report.ratio(case["figures"][peer]) for peer in ("eager", "compile")]
+    label = report._work(case).replace("its gradient", "embedding gradient")
+    row = [label, "H100" if file == "h100" else "CPU", time, *ratios]
+    assert f"| {' | '.join(row)} |" in README
+
+
+PEERS = json.loads((record.RESULTS / "h200_peers.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", PEERS["linear_cross_entropy"], ids=lambda case: f"{case['shape'][-1]}")
+def test_times_of_linear_cross_entropy_beside_other_libraries_are_recorded(case: dict[str, Any]) -> None:
+    n, d, v = case["shape"]
+    time = {library: report.duration(ms / 1e3) for library, ms in case["ms"].items()}
+    cells = [f"{time[library]}, {report.size(mb * 1e6)}" for library, mb in case["mb"].items()]
+    assert f"| {n} × {d} → {v} | {' | '.join(cells)} |" in BENCHMARKS
+    if v > 10_000:
+        row = [time["torch"], time["Liger"], time["CCE"], "not measured", time["charlm"]]
+        assert f"| H200: linear, {n} × {d} → {v} | {' | '.join(row)} |" in README
+
+
+@pytest.mark.parametrize("case", PEERS["cross_entropy"], ids=lambda case: f"{case['shape'][-1]}")
+def test_times_of_cross_entropy_beside_other_libraries_are_recorded(case: dict[str, Any]) -> None:
+    n, v = case["shape"]
+    ours = case["charlm_us"] / 1e6
+    ratios = [report.ratio(ratio) for ratio in case["ratio"].values()]
+    assert f"| {n} × {v} | {report.duration(ours)} | {' | '.join(ratios)} |" in BENCHMARKS
+    if v == 32000:
+        torchs, ligers = (report.duration(case["ratio"][library] * ours) for library in ("torch", "Liger"))
+        row = f"| {torchs} | {ligers} | – | not measured | {report.duration(ours)} |"
+        assert f"| H200: cross_entropy, {n} × {v} {row}" in README
+
+
+def test_the_readmes_time_of_cross_entropy_on_the_cpu_is_recorded() -> None:
+    times = recorded_case("cpu_ops", "cross_entropy/default/65536x256/float32")["times"]
+    torchs, ours = (report.duration(times[name]["median"]) for name in ("eager", "ours"))
+    row = f"| CPU: cross_entropy, 65536 × 256, float32 | {torchs} | no kernel | – | no kernel | {ours} |"
+    assert row in README

@@ -1,8 +1,8 @@
-"""What the README says of the models, from recorded runs of the command line.
+"""What docs/benchmarks.md says of the models, from recorded runs of the command line.
 
     python -m bench.studies.models NAMES    trains the configurations that bench/results/models.json lacks (an hour
                                             for all of them, without that file), and adds them to it
-    python -m bench.studies.models          prints the README's table from that file
+    python -m bench.studies.models          prints the table of docs/benchmarks.md from that file
 
 NAMES is makemore's names.txt (32,033 names, sha256 0a30b555…8cc4d), with which others have published results. The
 running text is all of Python's standard library, which every machine has: its .py files, by path.
@@ -120,7 +120,7 @@ def _run(data: str, flags: str, file: Path | None) -> dict[str, Any]:
 
 
 def table() -> str:
-    """The README's table, in Markdown, from the record."""
+    """The table of docs/benchmarks.md, in Markdown, from the record."""
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     lines = [
         "| data | `charlm train` with | parameters | dev nats | ± | bits per character | whole command |",
