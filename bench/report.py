@@ -256,7 +256,7 @@ def benchmarks_table(content: dict[str, Any]) -> str:
     peers = "torch eager, torch.compile" + (f" and JAX {made['jax']}" if made["jax"] else "")
     explained = (
         "× products: ours / the three bare products x Wᵀ, g W and gᵀ x (in float32 where the machine has no "
-        "instructions for bfloat16: torch's own then take minutes, and no part)"
+        "instructions for bfloat16: torch's products take minutes there and were not timed)"
         if layers
         else "× copy: ours / one copy of the logits, for an embedding of its output, for its gradient one read and one "
         "write"
