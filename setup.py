@@ -1,10 +1,10 @@
-"""Builds charlm._C with torch's BuildExtension and ninja; everything static stands in pyproject.toml.
+"""Builds charlm._C with torch's BuildExtension and ninja; static metadata is in pyproject.toml.
 
-Every .cpp under csrc/ is one object, except csrc/cpu/kernels.cpp: it is compiled once for each
-instruction set, so that one portable binary holds a fast loop for every machine (DESIGN: no -march=native).
-With a torch and a toolkit for CUDA, csrc/cuda/ is built too: its .cpp by the C++ compiler, and every .cu
-by nvcc, for GPUs that need not be here. Beside the module goes charlm/_build_config.json, which says
-what it was built with: `import charlm` compares it with the torch that is running before it loads anything.
+Each .cpp under csrc/ is compiled once, except csrc/cpu/kernels.cpp: it is compiled once per instruction set, so
+that one portable binary has fast loops for every machine (no -march=native). If torch was built for CUDA and a
+toolkit is found, csrc/cuda/ is built too: its .cpp by the C++ compiler and each .cu by nvcc, whether or not the
+machine has a GPU. The build writes charlm/_build_config.json beside the module; `import charlm` compares it with
+the installed torch before it loads the module.
 
 Environment: CXX (compiler), MAX_JOBS (compilers at once; at most 4 unless set), FORCE_CUDA (1: fail where CUDA
 cannot be built, 0: do not build it), CUDA_HOME (the toolkit), TORCH_CUDA_ARCH_LIST.
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 CSRC = ROOT / "csrc"
 ISA_SOURCE = "csrc/cpu/kernels.cpp"
 MIN_TORCH = "2.11"
-RUNTIME_REQUIREMENTS = ["numpy"]  # and torch; the extras stand in pyproject.toml
+RUNTIME_REQUIREMENTS = ["numpy"]  # in addition to torch; the extras are in pyproject.toml
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden"]
 NVCC_FLAGS = ["-O3", "-Xcompiler", "-fvisibility=hidden"]
-# Named by its file, the C++ runtime is the shared one, torch's, where a toolchain would link a static one
-# (-static-libstdc++, or a libstdc++.so that is a dangling link): what that throws, torch cannot catch, and an
-# IndexError ends the process. The -lstdc++ that GCC and Clang add behind it finds no symbol left to define.
+# Named by its file, the C++ runtime is the shared one that torch uses, even where the toolchain would link a static
+# one (-static-libstdc++, or a libstdc++.so that is a dangling link). torch cannot catch what a static runtime throws,
+# so that an IndexError would end the process. The -lstdc++ that GCC and Clang append then resolves no symbol.
 CXX_RUNTIME = "libstdc++.so.6"
 LINK_FLAGS = [f"-l:{CXX_RUNTIME}"] if sys.platform == "linux" else []
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
@@ -58,24 +58,24 @@ AVX512_FLAGS = [
     "-Wno-uninitialized",  # GCC 12 warns of its own avx512fintrin.h (GCC bug 105593)
 ]
 
-# Commands that neither compile nor write a wheel's metadata: the only ones that do without torch.
+# Commands that need no torch: they neither compile nor write the metadata of a wheel.
 TORCH_FREE_COMMANDS = {"sdist", "egg_info", "clean", "--name", "--version", "--help", "--help-commands"}
 
 
 class BuildError(SystemExit):
-    """Ends the build with a sentence that says what is wrong, then what to do about it."""
+    """Ends the build with a message: the problem, then its cure."""
 
     def __init__(self, problem: str, cure: str) -> None:
         super().__init__(f"\ncharlm cannot be built: {problem}\n  {cure}\n")
 
 
 def first_command(argv: list[str]) -> str:
-    """The command of a setup.py call, or its first option where there is none."""
+    """The command of a setup.py call, or its first option if there is no command."""
     return next((argument for argument in argv if not argument.startswith("-")), argv[0] if argv else "")
 
 
 def isa_flags(machine: str) -> dict[str, list[str]]:
-    """The instruction sets compiled for `machine` (as platform.machine() says it), slowest first."""
+    """The instruction sets compiled for `machine` (from platform.machine()), slowest first, with their flags."""
     if machine.lower() in ("x86_64", "amd64"):
         return {"baseline": [], "avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS}
     return {"baseline": []}  # on Arm the baseline is NEON
@@ -92,7 +92,7 @@ def max_jobs(env: Mapping[str, str], cpus: int | None) -> int:
 
 
 def import_torch() -> ModuleType:
-    """torch, at least MIN_TORCH."""
+    """Imports torch, at least MIN_TORCH."""
     try:
         import torch
     except ImportError as error:
@@ -112,7 +112,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def public_version(version: str) -> str:
-    """A version without its local part, as a package index knows it: 2.13.0+cpu → 2.13.0."""
+    """The version as on a package index, without its local part: 2.13.0+cpu → 2.13.0."""
     return version.partition("+")[0]
 
 
@@ -121,7 +121,7 @@ def find_compiler(command: str) -> str:
     arguments = shlex.split(command)
     if not arguments or shutil.which(arguments[0]) is None:
         raise BuildError(
-            f"the C++ compiler {command!r} is not there.",
+            f"the C++ compiler {command!r} was not found.",
             "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or set CXX to it.",
         )
     printed = subprocess.run([*arguments, "--version"], capture_output=True, text=True, check=False).stdout
@@ -129,7 +129,7 @@ def find_compiler(command: str) -> str:
 
 
 class Flags(NamedTuple):
-    """What the compiler is given for csrc/cpu/kernels.cpp, for all other sources, and for linking."""
+    """The compiler's flags for csrc/cpu/kernels.cpp, for all other sources, and for linking."""
 
     kernels: list[str]
     sources: list[str]
@@ -137,9 +137,9 @@ class Flags(NamedTuple):
 
 
 def compiler_flags(clang: bool) -> Flags:
-    """Flags with which at::parallel_for starts the threads of torch's OpenMP runtime, libgomp.
+    """Flags with which at::parallel_for uses torch's OpenMP runtime, libgomp.
 
-    GCC's -fopenmp does. Clang's starts those of another runtime: csrc/cpu/gomp.h takes its place.
+    GCC's -fopenmp uses it. Clang's uses another runtime, so csrc/cpu/gomp.h replaces it.
     """
     if not (clang and sys.platform == "linux"):
         return Flags(CXX_FLAGS, CXX_FLAGS, ["-fopenmp", *LINK_FLAGS])
@@ -149,86 +149,86 @@ def compiler_flags(clang: bool) -> Flags:
 
 def is_clang(command: str) -> bool:
     """Whether the C++ compiler is Clang, whatever its name is."""
-    ask = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
-    return "#define __clang__ " in subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+    macros = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
+    return "#define __clang__ " in subprocess.run(macros, capture_output=True, text=True, check=False).stdout
 
 
 def name_compiler(command: str, folder: Path, env: MutableMapping[str, str]) -> None:
-    """Makes CXX one word, as which torch 2.13 quotes it: the name of a script in `folder` where it has arguments."""
+    """Sets CXX to one word, since torch 2.13 quotes it: a command with arguments becomes a script in `folder`."""
     words = shlex.split(command)
     if words == [command]:
         return
-    script = folder / f"cxx-{zlib.crc32(command.encode()):08x}"  # ninja compiles again when the name changes
+    script = folder / f"cxx-{zlib.crc32(command.encode()):08x}"  # a new name makes ninja recompile
     folder.mkdir(parents=True, exist_ok=True)
     script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
     script.chmod(0o755)
     env["PATH"] = os.pathsep.join([str(folder), env.get("PATH", "")])
     env["CXX"] = script.name
-    env["TORCH_NO_COMPILER_WRAPPER"] = "1"  # torch would put ccache before the script, and before a ccache in it
+    env["TORCH_NO_COMPILER_WRAPPER"] = "1"  # torch would prepend ccache to the script, which may call ccache itself
 
 
 def check_cxx_runtime(module: Path) -> None:
-    """Removes the linked module and ends the build unless it throws through the shared C++ runtime."""
+    """Checks that the linked module throws through the shared C++ runtime; otherwise removes it and ends the build."""
     linked = elf.read_dynamic_section(module)
     if CXX_RUNTIME in linked.needed and "__cxa_throw" in linked.undefined:
         return
     module.unlink()
     raise BuildError(
-        f"the linker put a C++ runtime into {module.name}, which must need {CXX_RUNTIME} and take __cxa_throw from it. "
-        "Every error that such a module raises ends the process, so it was removed.",
+        f"the linker put a static C++ runtime into {module.name}, which must take __cxa_throw from {CXX_RUNTIME}. "
+        "Every error that such a module raises would end the process, so it was removed.",
         "Remove -static-libstdc++ and -nostdlib++ from CXX, CXXFLAGS and LDFLAGS, or set CXX to a compiler that links "
         "the shared runtime (CXX=/usr/bin/g++), then build again.",
     )
 
 
 def find_python_headers(include: str) -> None:
-    """Checks that Python.h is there: distributions ship it in a package of its own."""
+    """Checks that Python.h is installed: distributions ship it in a separate package."""
     if not Path(include, "Python.h").exists():
         raise BuildError(
-            f"python's headers are not in {include}.",
+            f"Python's headers are not in {include}.",
             "Install them (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel).",
         )
 
 
 def find_ninja(env: MutableMapping[str, str]) -> None:
-    """Puts ninja on PATH: an environment that was not activated has it only beside its python."""
+    """Puts ninja on PATH: without activation of the environment it is only beside the python executable."""
     if shutil.which("ninja", path=env.get("PATH")) is None:
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])
     if shutil.which("ninja", path=env["PATH"]) is None:
-        raise BuildError("ninja is not there.", "Install it: pip install ninja")
+        raise BuildError("ninja was not found.", "Install it: pip install ninja")
 
 
 class Cuda(NamedTuple):
-    """What is built for CUDA, or why nothing is."""
+    """The CUDA build: its toolkit and architectures, or the reason why there is none."""
 
     toolkit: Path | None
     nvcc: str | None  # its release
-    architectures: list[str]  # "8.0", "12.0+PTX": as TORCH_CUDA_ARCH_LIST has them
+    architectures: list[str]  # "8.0", "12.0+PTX": as in TORCH_CUDA_ARCH_LIST
     why_not: str | None
 
 
 def choose_cuda(env: Mapping[str, str], torch: ModuleType) -> Cuda:
-    """Whether to build for CUDA, and for which architectures. Whether there is a GPU here does not matter."""
+    """Whether to build for CUDA, and for which architectures; the machine need not have a GPU."""
     toolkit = cuda_toolkit.find_toolkit(env)
     nvcc = cuda_toolkit.nvcc_release(toolkit)
     why_not = why_no_cuda(env, torch.__version__, torch.version.cuda, nvcc)
     if why_not:
         return Cuda(None, None, [], why_not)
-    asked = env.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    requested = env.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     known = cuda_toolkit.known_architectures(toolkit)
-    return Cuda(toolkit, nvcc, asked or cuda_toolkit.default_architectures(known), None)
+    return Cuda(toolkit, nvcc, requested or cuda_toolkit.default_architectures(known), None)
 
 
 def why_no_cuda(env: Mapping[str, str], torch_version: str, torch_cuda: str | None, nvcc: str | None) -> str | None:
-    """Why no CUDA kernels are built, None where they are; a BuildError where FORCE_CUDA=1 asks for them.
+    """The reason why no CUDA kernels are built, or None if they are; BuildError if FORCE_CUDA=1 requires them.
 
-    torch_cuda is torch.version.cuda (None in a CPU build), nvcc the toolkit's release.
+    torch_cuda is torch.version.cuda (None in a CPU build); nvcc is the release of the toolkit.
     """
     forced = env.get("FORCE_CUDA", "")
     if forced not in ("", "0", "1"):
         raise BuildError(
             f"FORCE_CUDA={forced!r} is neither 0 nor 1.",
-            "Set it to 1 (build for CUDA, or fail) or 0 (build for the CPU alone), or unset it.",
+            "Set it to 1 (build for CUDA or fail) or 0 (build for the CPU only), or unset it.",
         )
     if forced == "0":
         return "FORCE_CUDA=0"
@@ -252,9 +252,9 @@ def why_no_cuda(env: Mapping[str, str], torch_version: str, torch_cuda: str | No
 
 
 def extension(isas: Mapping[str, list[str]], cuda: Cuda) -> Extension:
-    """charlm._C: every .cpp and .cu of csrc/ but the per-instruction-set one, with macros for the sets and CUDA."""
+    """charlm._C: all sources of csrc/ except kernels.cpp, with macros for the instruction sets and CUDA."""
     if cuda.toolkit:
-        # Else torch takes the folder of a script called nvcc for a toolkit, and compiles for the GPUs that it sees.
+        # Otherwise torch takes the folder of a script called nvcc for the toolkit, and compiles for visible GPUs only.
         os.environ.update(CUDA_HOME=str(cuda.toolkit), TORCH_CUDA_ARCH_LIST=" ".join(cuda.architectures))
     from torch.utils import cpp_extension
 
@@ -278,7 +278,7 @@ def extension(isas: Mapping[str, list[str]], cuda: Cuda) -> Extension:
 
 
 def longest_first(sources: list[str]) -> list[str]:
-    """Kernels, for all their architectures, then module.cpp (torch/extension.h): nothing waits for them at the end."""
+    """Orders the slowest sources first, so that none runs alone at the end: .cu files, then module.cpp."""
     return sorted(sources, key=lambda source: (not source.endswith(".cu"), source != "csrc/module.cpp", source))
 
 
@@ -291,8 +291,8 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) 
 
         def finalize_options(self) -> None:
             super().finalize_options()
-            # One folder for every way to build (pip gives each run of -e a temporary one), so that ninja
-            # finds its objects again; apart for each python, torch and nvcc, whose headers differ.
+            # One folder for all front ends (pip gives each run of -e a temporary one), so that ninja finds its
+            # objects again; separate for each python, torch and nvcc, whose headers differ.
             tag = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
             if cuda.nvcc:
                 tag += f"-nvcc-{cuda.nvcc}"
@@ -303,8 +303,8 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) 
             find_python_headers(sysconfig.get_paths()["include"])
             jobs = max_jobs(os.environ, os.cpu_count())
             os.environ["MAX_JOBS"] = str(jobs)
-            # One nvcc compiles for several architectures at once. Not among the flags of the extension: ninja would
-            # compile everything again when MAX_JOBS changes.
+            # --threads: each nvcc compiles for several architectures at once. The flag is not among the flags of the
+            # extension, where a change of MAX_JOBS would make ninja recompile everything.
             appended = os.environ.get("NVCC_APPEND_FLAGS", "")
             os.environ["NVCC_APPEND_FLAGS"] = f"{appended} --threads {jobs}".strip()
             compiler = cpp_extension.get_cxx_compiler()
@@ -341,10 +341,10 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) 
                     extra_postargs={"cxx": [*self.flags.kernels, *isas[isa]]},
                 )
 
-            # Each set is a ninja run of its own with one object in it: side by side they use the cores.
+            # A separate ninja run for each instruction set, all at once.
             with ThreadPoolExecutor(self.jobs) as pool:
                 ext.extra_objects += [obj for objects in pool.map(compile_isa, isas) for obj in objects]
-            compile_sources = self.compiler.compile  # is given them sorted by name
+            compile_sources = self.compiler.compile  # receives the sources sorted by name
             self.compiler.compile = lambda sources, **options: compile_sources(longest_first(sources), **options)
             ext.extra_compile_args["cxx"] += self.flags.sources
             ext.extra_link_args += self.flags.link
@@ -356,7 +356,7 @@ def build_command(torch: ModuleType, isas: Mapping[str, list[str]], cuda: Cuda) 
 
 
 def print_configuration(config: Mapping[str, Any], nvcc: str | None, jobs: int) -> None:
-    """One block that says what is about to be built."""
+    """Prints what is about to be built, as one block."""
     architectures = ", ".join(config["cuda_architectures"])
     lines = {
         "charlm": config["charlm"],

@@ -16,7 +16,7 @@
 
 namespace charlm {
 
-void bind_ngrams(pybind11::module_& m);  // ngrams/ngrams_binding.cpp
+void bind_ngrams(pybind11::module_& m);  // ngrams/ngrams.cpp
 
 namespace {
 

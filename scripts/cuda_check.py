@@ -1,12 +1,12 @@
-"""Builds charlm for CUDA and tests what needs no GPU, in an environment of its own: what `make cuda-check` runs.
+"""Builds charlm for CUDA and tests what needs no GPU, in a separate environment; run by `make cuda-check`.
 
 With the nvcc of this machine and a torch that was built with CUDA (.venv-cuda, requirements-cuda.txt: several GB), it
-builds the whole extension, imports it, and runs the tests of the ops: on the CPU, with the kernels of this build, and
-tests/test_cuda_build.py, which looks at what is registered for CUDA. No GPU is shown to any of it. charlm is installed
-into that environment, and the tests run from a copy that has no charlm beside it: what is built in the source folder
-for another torch stays as it is.
+builds the whole extension, imports it, and tests the ops on the CPU with the kernels of this build.
+tests/test_cuda_build.py checks the registrations for CUDA. All GPUs are hidden. charlm is installed into that
+environment, and the tests run from a copy of the sources without charlm, so that a build in the source folder for
+another torch is neither used nor changed.
 
-Ends with 0, with 1 where a step fails, or with 77 (automake's "skipped") where there is no nvcc.
+Exit status: 0, 1 if a step fails, or 77 (automake's "skipped") without nvcc.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ print(f"charlm {info['charlm']} for {', '.join(info['cuda_architectures'])}, tor
 
 
 class StepError(Exception):
-    """A step that failed; its output has been printed."""
+    """A step failed; its output has been printed."""
 
 
 def step(what: str, *command: str | Path, cwd: Path = ROOT, **env: str) -> list[str]:
-    """Says what is done, does it, and returns the lines that it printed."""
+    """Prints the name of a step, runs its command, and returns the lines of its output."""
     print(f"cuda-check: {what}", flush=True)
     settings = ("CHARLM_BACKEND", "CHARLM_CPU_ISA", "PYTHONPATH")
     clean = {name: value for name, value in os.environ.items() if name not in settings}
@@ -75,7 +75,7 @@ def step(what: str, *command: str | Path, cwd: Path = ROOT, **env: str) -> list[
 
 
 def make_environment() -> None:
-    """.venv-cuda with the requirements; nothing where it has them already."""
+    """Creates .venv-cuda with the requirements, unless it has them already."""
     installed = ENVIRONMENT / "installed.txt"
     wanted = REQUIREMENTS.read_text(encoding="utf-8")
     if installed.exists() and installed.read_text(encoding="utf-8") == wanted:
@@ -91,7 +91,7 @@ def pip(*arguments: str | Path) -> list[str | Path]:
 
 
 def check(toolkit: Path) -> str:
-    """Every step; the line that sums them up."""
+    """Runs every step and returns a one-line summary."""
     start = time.perf_counter()
     make_environment()
     step(

@@ -1,17 +1,17 @@
 """Compiles every CUDA kernel for every architecture, and writes its registers and accesses to docs/gpu/RESOURCES.md.
 
-    python scripts/cuda_resources.py            write the file
-    python scripts/cuda_resources.py --check    compare with it; fails where it is stale, or a rule is broken
+    python scripts/cuda_resources.py            writes the file
+    python scripts/cuda_resources.py --check    compares with it; fails if it is stale or a rule is broken
 
-Needs nvcc and no GPU. nvcc (its warnings are errors) makes one cubin per source and architecture. ptxas prints the
-registers and the memory of a kernel; nvdisasm (of the Python package nvidia-cuda-nvdisasm) prints its machine code,
-which shows how it moves data. The rules:
+Needs nvcc and no GPU. nvcc (with warnings as errors) makes one cubin per source and architecture. ptxas prints the
+registers and the memory of a kernel; nvdisasm (from the Python package nvidia-cuda-nvdisasm) prints its machine code,
+which shows its memory accesses. The rules:
 
-    a kernel declares the threads of a block (__launch_bounds__), so that its registers are enough for every launch;
+    a kernel declares the threads of a block (__launch_bounds__), so that the registers suffice for every launch;
     no register is spilled, and no kernel uses local memory;
     a kernel loads and stores 128 bits at once, except those in READ_ONLY and NARROW, and never stores them in pieces.
 
-Ends with 0, with 1 where something is wrong, or with 77 where there is no nvcc.
+Exit status: 0, 1 if there is a problem, or 77 without nvcc.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
 TABLES = ROOT / "docs" / "gpu" / "RESOURCES.md"
 SKIPPED = 77  # as in automake
-REGISTER_STEP = 8  # the hardware gives a thread registers by eights
-NVCC_FLAGS = ("-O3", "-std=c++20", "-Werror", "all-warnings", "-Xptxas", "-v")
+REGISTER_STEP = 8  # the hardware allocates registers to a thread in multiples of 8
+NVCC_FLAGS = ("-O3", "-std=c++20", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}")
 
-# Kernels that read whole rows and write a number of each; patterns for their names.
+# Patterns for the names of kernels that read whole rows and write one number for each.
 READ_ONLY = (r"cross_entropy_(block|tile)<\w+, kForward,", r"cross_entropy_chunk_softmax<")
 
 # Kernels that need not move 128 bits at once, and why.
@@ -53,16 +53,16 @@ NARROW = {
     r"embedding_copy_rows<unsigned ": "rows that do not start at multiples of 16 bytes",
     r"embedding_(sum|join)_chunks<\w+, 1>": "the same",
     r"embedding_linear_(sum_rows|differentiate)<\w+, 1>": "the same",
-    r"(entropy|kl_div)_(forward|backward)_rows<": "a warp reads 32 neighbours of a row",
-    r"pointwise_kl_div_(values|gradients)<": "a warp reads 32 neighbours, at any alignment",
-    r"pointwise_kl_div_total<": "a few numbers of each block",
+    r"(entropy|kl_divergence)_(forward|backward)_rows<": "a warp reads 32 neighbours of a row",
+    r"kl_div_(values|gradients)<": "a warp reads 32 neighbours, at any alignment",
+    r"kl_div_total<": "a few numbers of each block",
     r"embedding_fill_tables<": "a thread sums a column: a warp reads 32 neighbours",
 }
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a multiprocessor has: the CUDA programming guide, "Technical specifications per compute capability"."""
+    """Resources of a multiprocessor: CUDA programming guide, "Technical specifications per compute capability"."""
 
     threads: int
     blocks: int
@@ -82,13 +82,13 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What a kernel takes on one architecture."""
+    """Resources that a kernel uses on one architecture."""
 
     registers: int
     shared: int  # bytes, static
     stack: int  # bytes, in local memory
     spilled: int  # bytes, stored and loaded
-    threads: int = 0  # of a block, from __launch_bounds__; 0: it has none
+    threads: int = 0  # of a block, from __launch_bounds__; 0 without it
     # "LDG", "STG", "LDS", "STS": of 128 bits; "pieces": 128 bits stored in pieces; "local"
     accesses: Mapping[str, int] = field(default_factory=Counter)
 
@@ -96,11 +96,11 @@ class Figures:
 Kernels = dict[str, dict[str, Figures]]  # by name, then by architecture
 
 
-# --- what a kernel takes ------------------------------------------------------------------------------------
+# --- resources of a kernel -----------------------------------------------------------------------------------
 
 
 def parse_ptxas(text: str) -> dict[str, Figures]:
-    """What `ptxas -v` says of each kernel, by mangled name."""
+    """Parses the output of `ptxas -v`: the figures of each kernel, by mangled name."""
     pattern = (
         r"Compiling entry function '(\w+)'.*?Function properties for \1\s+"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
@@ -114,7 +114,7 @@ def parse_ptxas(text: str) -> dict[str, Figures]:
 
 
 def parse_machine_code(text: str) -> dict[str, tuple[int, Counter[str]]]:
-    """Of each kernel in what nvdisasm prints: the threads of a block, and how often it accesses memory."""
+    """Parses the output of nvdisasm: for each kernel, the threads of a block and its memory accesses by kind."""
     threads: dict[str, int] = {}
     accesses: dict[str, Counter[str]] = {}
     for section in re.split(r"^\s*\.section\s+\.", text, flags=re.MULTILINE):
@@ -131,7 +131,7 @@ def parse_machine_code(text: str) -> dict[str, tuple[int, Counter[str]]]:
 
 
 def kind_of_access(instruction: str) -> str | None:
-    """ "LDG" for LDG.E.128, and so on; "local" for any access to local memory; None for all that is not counted."""
+    """Returns "LDG" for LDG.E.128, etc.; "local" for accesses to local memory; None for what is not counted."""
     operation, *modifiers = instruction.split(".")
     if operation in ("LDL", "STL"):
         return "local"
@@ -141,9 +141,9 @@ def kind_of_access(instruction: str) -> str | None:
 
 
 def stores_in_pieces(body: str) -> int:
-    """How often narrower instructions without a branch between them store 16 neighbouring bytes of global memory.
+    """Counts 16-byte runs of global memory that narrower instructions store without a branch between them.
 
-    What the record of a bad index writes is not counted: it ends with a store for the whole system to see.
+    The record of a bad index is not counted; it ends with a store of system scope.
     """
     found = 0
     for block in re.split(r"^\s*\.L_\w+:|\bBRA\b", body, flags=re.MULTILINE):
@@ -161,12 +161,12 @@ def stores_in_pieces(body: str) -> int:
 
 
 def occupancy(figures: Figures, architecture: str) -> int:
-    """Percent of a multiprocessor's threads that can be resident; dynamic shared memory not counted."""
+    """Percent of a multiprocessor's threads that can be resident; dynamic shared memory is not counted."""
     limits = LIMITS[architecture]
     warps = -(-figures.threads // 32)
-    by_warp = -(-figures.registers * 32 // 256) * 256  # registers are given to warps, by 256,
+    by_warp = -(-figures.registers * 32 // 256) * 256  # registers are allocated to warps in multiples of 256,
     resident = limits.registers // 4 // by_warp * 4  # by four schedulers, each with a quarter of them
-    reserved = 1024  # bytes of each block's shared memory that CUDA keeps for itself
+    reserved = 1024  # bytes of each block's shared memory that CUDA reserves
     by_block = -(-(figures.shared + reserved) // 128) * 128
     blocks = min(limits.blocks, limits.threads // (warps * 32), resident // warps, limits.shared // by_block)
     return 100 * blocks * warps * 32 // limits.threads
@@ -182,7 +182,7 @@ def enumerators(sources: Iterable[str]) -> dict[str, list[str]]:
 
 
 def short_name(demangled: str, enums: Mapping[str, list[str]]) -> str:
-    """cross_entropy_block<float, kForward, true>: what c++filt says, without namespaces, result and arguments."""
+    """The name of a kernel without namespaces, result and arguments: cross_entropy_block<float, kForward, true>."""
 
     def value(match: re.Match[str]) -> str:
         names = enums.get(match[1].rpartition("::")[2], [])
@@ -198,7 +198,7 @@ def short_name(demangled: str, enums: Mapping[str, list[str]]) -> str:
 
 
 def compile_kernels(toolkit: Path, nvdisasm: str, source: Path, architecture: str) -> dict[str, Figures]:
-    """Figures of every kernel of a source on one architecture, by mangled name; SystemExit where nvcc complains."""
+    """Figures of every kernel of a source on one architecture, by mangled name; SystemExit if nvcc fails."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernels.cubin")
@@ -217,13 +217,14 @@ def compile_kernels(toolkit: Path, nvdisasm: str, source: Path, architecture: st
 
 
 def measure(toolkit: Path, nvdisasm: str, sources: Iterable[Path]) -> dict[str, Kernels]:
-    """Figures of every kernel, by the name of its source, its own, and the architecture."""
+    """Figures of every kernel, by the name of its source, its own name, and the architecture."""
     jobs = [(source, architecture) for source in sources for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(lambda job: compile_kernels(toolkit, nvdisasm, *job), jobs))
     mangled = sorted({name for result in results for name in result})
     filtered = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    enums = enumerators(path.read_text(encoding="utf-8") for path in sorted(KERNELS.glob("*.*h")))
+    headers = [*sorted(KERNELS.glob("*.cuh")), *sorted((ROOT / "csrc" / "ops").glob("*.h"))]
+    enums = enumerators(path.read_text(encoding="utf-8") for path in headers)
     names = {name: short_name(demangled, enums) for name, demangled in zip(mangled, filtered.splitlines(), strict=True)}
     measured: dict[str, Kernels] = {}
     for (source, architecture), result in zip(jobs, results, strict=True):
@@ -234,7 +235,7 @@ def measure(toolkit: Path, nvdisasm: str, sources: Iterable[Path]) -> dict[str, 
 
 
 def broken_rules(measured: Mapping[str, Kernels]) -> list[str]:
-    """A sentence for each kernel, architecture and rule that it breaks."""
+    """A sentence for each rule that a kernel breaks on an architecture."""
     broken = []
     for kernels in measured.values():
         for name, by_architecture in kernels.items():
@@ -253,7 +254,7 @@ def broken_rules(measured: Mapping[str, Kernels]) -> list[str]:
 
 
 def wide(name: str) -> tuple[str, ...]:
-    """The accesses to global memory that a kernel of this name makes by 128 bits."""
+    """The kinds of accesses to global memory that a kernel of this name must make with 128 bits."""
     if any(re.match(pattern, name) for pattern in NARROW):
         return ()
     return ("LDG",) if any(re.match(pattern, name) for pattern in READ_ONLY) else ("LDG", "STG")
@@ -278,7 +279,7 @@ No kernel spills a register or uses local memory.
 
 
 def render(measured: Mapping[str, Kernels], release: str) -> str:
-    """The file: a table for each source."""
+    """The text of the file: a table for each source."""
     lines = [HEADER.format(release=release)]
     for source, kernels in sorted(measured.items()):
         lines += [f"## {source}", "", "| kernel | " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * len(COLUMNS) + "|"]
@@ -316,9 +317,9 @@ def read_tables(text: str) -> dict[str, list[str]]:
 
 
 def stale_rows(committed: str, fresh: str) -> list[str]:
-    """A sentence for each kernel of which the committed file says something else than the fresh one.
+    """A sentence for each kernel whose row in the committed file differs from the fresh one.
 
-    Registers may differ by a step; of accesses it counts whether there are any.
+    Registers may differ by a step; counts of accesses may differ unless one of them is zero.
     """
     old, new = read_tables(committed), read_tables(fresh)
     stale = [f"{name} is not in the file" for name in new if name not in old]
@@ -340,7 +341,7 @@ def stale_rows(committed: str, fresh: str) -> list[str]:
 
 
 def find_nvdisasm() -> str | None:
-    """nvdisasm on PATH, or where its Python package puts it."""
+    """nvdisasm on PATH, or in its Python package."""
     site = Path(sysconfig.get_paths()["purelib"], "nvidia")
     folders = [os.environ.get("PATH", ""), *map(str, sorted(site.glob("*/bin")))]
     return shutil.which("nvdisasm", path=os.pathsep.join(folders))
@@ -357,7 +358,7 @@ def main() -> int:
         return SKIPPED
     nvdisasm = find_nvdisasm()
     if nvdisasm is None:
-        print("nvdisasm is not there. Install it: pip install nvidia-cuda-nvdisasm")
+        print("nvdisasm was not found. Install it: pip install nvidia-cuda-nvdisasm")
         return 1
 
     start = time.perf_counter()

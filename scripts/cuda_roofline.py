@@ -1,10 +1,10 @@
-"""Writes docs/gpu/ROOFLINE.md: the bytes that each CUDA kernel moves beside the fewest possible, and a predicted time.
+"""Writes docs/gpu/ROOFLINE.md: the bytes that each CUDA kernel moves, the fewest possible, and a predicted time.
 
     python scripts/cuda_roofline.py
 
-Bytes are those between a GPU's memory and its multiprocessors, counted from what the kernels do. The sizes at which a
-launch takes another path are read from the sources. The predicted time is bytes over the nominal bandwidth of an H100,
-a lower bound; MEASURED.md beside it holds what was measured. A test compares the file with the output of this script.
+Bytes between a GPU's memory and its multiprocessors are derived from the algorithms of the kernels. The sizes at which
+a launch chooses another path are read from the sources. The predicted time is bytes divided by the nominal bandwidth of
+an H100, a lower bound; MEASURED.md has the measurements. A test compares the file with the output of this script.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ KERNELS = ROOT / "csrc" / "cuda"
 OUTPUT = ROOT / "docs" / "gpu" / "ROOFLINE.md"
 H100_BYTES_PER_SECOND = 3.35e12  # nominal
 H100_SHARED_BYTES = 227 << 10  # of a block
-SOFTMAX_SHARED_BYTES = 512  # of which a row's parts take so much
+SOFTMAX_SHARED_BYTES = 512  # of these, used by the partial results of a row
 TARGET, PARTIAL_SOFTMAX = 8, 16  # bytes; a float32 row's softmax is stored as a maximum and a sum
+LAUNCHES = "cross_entropy.cu"
 DTYPES = {"float32": 4, "bfloat16": 2}
 
 HEADER = """<!-- Written by scripts/cuda_roofline.py; do not edit. -->
@@ -47,7 +48,7 @@ class Row:
 
 
 def constant(file: str, name: str) -> int:
-    """The value of a constexpr in a kernel file: a product or a shift of numbers."""
+    """Reads the value of a constexpr in a kernel file: a product or a shift of numbers."""
     text = (KERNELS / file).read_text(encoding="utf-8")
     found = re.search(rf"\b{name} = ([\d <*]+)[;,]", text)
     if found is None:
@@ -59,16 +60,16 @@ def cross_entropy(call: str, n: int, v: int, dtype: str) -> Row:
     size = DTYPES[dtype]
     row = v * size
     both = call != "forward"
-    # The targets are read twice: a mean must know how many count before a gradient is written.
+    # The targets are read twice: the divisor of a mean is needed before a gradient is written.
     moved = row * (2 if both else 1) + 2 * TARGET + 8
     path = "block"
     if v <= constant("cross_entropy_tile.cuh", "kTileClasses") * 32:
         path = "tile"
     elif call == "backward":
         path = "chunks"
-    elif n < constant("cross_entropy.cu", "kFewRows") and v > constant("cross_entropy.cu", "kLongRow"):
+    elif n < constant(LAUNCHES, "kChunksBelowRows") and v > constant(LAUNCHES, "kChunksAboveClasses"):
         path = "chunks"
-        chunk = constant("cross_entropy_chunks.cuh", "kChunkPacks") * 16
+        chunk = constant("cross_entropy_block.cuh", "kChunkPacks") * 16
         moved += 2 * PARTIAL_SOFTMAX * -(-row // chunk) + (row if both else 0)
     elif both:
         moved += max(0, row - (H100_SHARED_BYTES - SOFTMAX_SHARED_BYTES))
@@ -94,19 +95,19 @@ def embedding(call: str, n: int, v: int, d: int, dtype: str) -> Row:
         return Row(
             "embedding backward", f"{n} of {v} × {d}", dtype, "tables", fewest + tables_workspace(n, v, d, size), fewest
         )
-    # torch's sort: about four passes of 8 + 8 bytes, in and out; then zeros, sums of chunks, and the joining of parts.
-    chunk = constant("embedding_sorted.cuh", "kChunk")
+    # torch's sort: about four passes of 8 + 8 bytes, in and out; then zeros, sums of chunks, and joining the parts.
+    chunk = constant("embedding_sorted.cuh", "kChunkRows")
     moved = fewest + n * (4 * 32 + 8) + table + 2 * (2 * n / chunk * d * 4)
     return Row("embedding backward", f"{n} of {v} × {d}", dtype, "sorted", moved, fewest)
 
 
 def tables_workspace(n: int, v: int, d: int, size: int) -> float:
-    """Bytes in and out of the workspace: the plan of embedding_tables.cuh."""
+    """Bytes in and out of the workspace, from the plan of embedding_tables.cuh."""
     tiles = -(-d // constant("embedding_tables.cuh", "kTableColumns"))
     tile = -(-d // tiles)
     threads = constant("embedding_tables.cuh", "kTableThreads")
     a_column = min(constant("embedding_tables.cuh", "kTableBytes") // ((v + 1) * tile * 4), threads // tile)
-    few = constant("embedding_tables.cuh", "kFewBlocks")
+    few = constant("embedding_tables.cuh", "kMinTableBlocks")
     parts = max(min(n * size // (8 * v * 4), -(-3 * few // tiles)), -(-few // tiles))
     parts = min(parts, -(-n // (a_column * (64 // size))))
     return 2 * parts * v * d * 4 if parts > 1 else 0

@@ -1,4 +1,4 @@
-"""Every op on its sample inputs, on a device and without pytest: forward, backward, and a bad index.
+"""Runs every op on its sample inputs on a device, without pytest: forward, backward, and a bad index.
 
     compute-sanitizer --tool memcheck python scripts/cuda_samples.py --small
     python scripts/cuda_samples.py --compare
@@ -29,7 +29,7 @@ OPS = (
     "surprisal",
 )
 
-# One of each path through the kernels: options, layouts, and sizes of vocabulary and table.
+# One sample for each path through the kernels: options, layouts, and sizes of vocabulary and table.
 SMALL = {
     "one_class", "names_batch", "many_rows", "bytes", "uint8_targets", "thousand_classes", "odd_large_vocabulary",
     "empty_batch_mean", "sliced_columns", "transposed", "minus_infinity_logits", "class_weight", "all_extras",
@@ -43,7 +43,7 @@ Op = Callable[..., Any]
 
 
 def samples(device: str, small: bool) -> Iterator[tuple[Op, Op, SampleInput]]:
-    """Each sample with its op and the reference."""
+    """Each sample with its op and the reference op."""
     for dtype in SMALL_DTYPES if small else FLOAT_DTYPES:
         for name in OPS:
             made = list(getattr(testing, f"sample_inputs_{name}")(dtype, device))
@@ -54,7 +54,7 @@ def samples(device: str, small: bool) -> Iterator[tuple[Op, Op, SampleInput]]:
 
 
 def past_64k_classes(dtype: torch.dtype, device: str) -> SampleInput:
-    """Rows longer than any in the tests on the CPU."""
+    """A sample with longer rows than any in the CPU tests."""
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn((3, 70_001), generator=generator, device=device).to(dtype)
     target = torch.randint(70_001, (3,), generator=generator, device=device)
@@ -62,7 +62,7 @@ def past_64k_classes(dtype: torch.dtype, device: str) -> SampleInput:
 
 
 def run_inplace(device: str) -> None:
-    """The ways that `evaluate` cannot take: a leaf must not be written over."""
+    """The in-place modes, which `evaluate` cannot test: they must not overwrite a leaf."""
     for dtype in SMALL_DTYPES:
         for mode in ("forward", "backward"):
             logits = torch.randn((33, 27), device=device).to(dtype).requires_grad_()
@@ -71,7 +71,7 @@ def run_inplace(device: str) -> None:
 
 
 def run_bad_indices(device: str) -> None:
-    """Neither writes anywhere that it should not, and both are reported."""
+    """Bad indices: the ops report them, and write nothing out of bounds."""
     weight = torch.zeros((27, 10), device=device, requires_grad=True)
     bad = torch.tensor([0, 27, -1], device=device)
     for call in (

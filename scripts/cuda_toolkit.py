@@ -1,4 +1,4 @@
-"""Finds a CUDA toolkit and the architectures that its nvcc knows, without torch: for setup.py, bench and scripts."""
+"""Finds a CUDA toolkit and the architectures that its nvcc supports, without torch. For setup.py, bench, scripts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-# From A100 to the consumer Blackwells; a later GPU takes the newest one's PTX.
+# From A100 to consumer Blackwell; later GPUs use the PTX of the newest.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 USUAL_HOME = Path("/usr/local/cuda")
 
@@ -20,7 +20,7 @@ def named_home(env: Mapping[str, str]) -> str | None:
 
 
 def find_toolkit(env: Mapping[str, str]) -> Path | None:
-    """The folder of a toolkit: the one that the environment names, else that of nvcc on PATH, else the usual one."""
+    """The folder of a toolkit: that of CUDA_HOME or CUDA_PATH, else that of nvcc on PATH, else USUAL_HOME."""
     named = named_home(env)
     nvcc = shutil.which(os.path.join(named, "bin", "nvcc") if named else "nvcc", path=env.get("PATH"))
     folders = _folders_of(nvcc) if nvcc else []
@@ -42,7 +42,7 @@ def known_architectures(toolkit: Path) -> set[str]:
 
 
 def default_architectures(known: Iterable[str]) -> list[str]:
-    """ARCHITECTURES, as far as nvcc knows them; the newest with its PTX."""
+    """The ARCHITECTURES that nvcc supports; the newest with its PTX."""
     chosen = [architecture for architecture in ARCHITECTURES if architecture in set(known)]
     return [*chosen[:-1], f"{chosen[-1]}+PTX"]
 
@@ -52,7 +52,7 @@ def _is_toolkit(folder: Path) -> bool:
 
 
 def _folders_of(nvcc: str) -> list[Path]:
-    """Where an nvcc's toolkit may be: around it, or, where it is a script that calls another, where that one says."""
+    """Candidate folders of an nvcc's toolkit: its parent, and the one that --dryrun prints if it is a wrapper."""
     says = re.findall(r"^#\$ TOP=(.+)$", _output(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     return [Path(nvcc).parent.parent, *(Path(top.strip()).resolve() for top in says)]
 

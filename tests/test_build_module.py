@@ -166,7 +166,7 @@ def test_setup_leaves_no_module_that_has_a_cxx_runtime_of_its_own(small_tree, tm
     script.chmod(0o755)
     built = build_in(small_tree, str(script))
     assert built.returncode == 1
-    assert "charlm cannot be built: the linker put a C++ runtime into _C." in built.stderr
+    assert "charlm cannot be built: the linker put a static C++ runtime into _C." in built.stderr
     assert not list(small_tree.rglob("_C.*.so"))
     assert not list(small_tree.rglob("_build_config.json"))
 

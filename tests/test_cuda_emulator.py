@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="the CUDA emulator needs x86-64 Linux"
 )
 
+DEFECTS = [build.EMULATOR / "defects.cpp"]
+INCLUDE_DIRS = [build.ROOT / "csrc"]
 SCHEDULES = [("forward", 0), ("reverse", 0), ("random", 1), ("random", 2), ("random", 3)]
 
 # Reported by the emulator itself, in every flavour.
@@ -36,7 +38,7 @@ REPORTED_BY_EMULATOR = {
     "shuffle_past_its_width": r"__shfl_xor_sync at .* with distance 16 and width 16",
     "different_masks": r"divergent warp collective: .* mask 0x0000ffff|names lanes that have exited|exited while",
     "too_much_static_shared": r"more than 48 KiB of static shared memory",
-    "static_beside_dynamic_shared": r"more than 48 KiB of static and dynamic shared memory, and none was asked for",
+    "static_beside_dynamic_shared": r"more than 48 KiB of static and dynamic shared memory, and none was requested",
     "too_much_dynamic_shared": r"invalid launch configuration: 232449 bytes of dynamic shared memory",
     "block_of_1025_threads": r"invalid launch configuration: a block of \(1025,1,1\) threads",
     "grid_of_no_blocks": r"invalid launch configuration: a grid of \(0,1,1\) blocks",
@@ -82,7 +84,7 @@ CORRECT, WRONG_RESULT, ERROR = 0, 1, 3  # statuses of charlm_run_defect()
 @pytest.fixture(scope="session")
 def executables() -> dict[str, Path]:
     def make(flavour: str) -> Path:
-        return build.build([build.EMULATOR / "defects.cpp"], flavour, executable=True, flags=["-Werror"])
+        return build.build(DEFECTS, flavour, executable=True, flags=["-Werror"], include_dirs=INCLUDE_DIRS)
 
     with ThreadPoolExecutor(len(build.FLAVOURS)) as pool:
         return dict(zip(build.FLAVOURS, pool.map(make, build.FLAVOURS), strict=True))
@@ -196,7 +198,7 @@ CLEAN_OUTPUT = [
 
 
 def run_python(flavour: str, defect: str) -> tuple[list[str], str]:
-    library = build.build([build.EMULATOR / "defects.cpp"], flavour, flags=["-Werror"])
+    library = build.build(DEFECTS, flavour, flags=["-Werror"], include_dirs=INCLUDE_DIRS)
     done = subprocess.run(
         build.command(flavour, sys.executable, "-c", PYTHON_PROCESS, library, defect),
         env=build.environment(flavour),

@@ -398,7 +398,7 @@ def test_sources_are_cxx17_which_torch_before_2_13_compiles_as(source):
 def test_missing_compiler_is_named_with_its_cure(source_tree):
     result = run(sys.executable, "setup.py", "build_ext", cwd=source_tree, check=False, CXX="/nowhere/g++")
     assert result.returncode == 1
-    assert "the C++ compiler '/nowhere/g++' is not there" in result.stderr
+    assert "the C++ compiler '/nowhere/g++' was not found" in result.stderr
     assert "apt install g++" in result.stderr
     assert "set CXX" in result.stderr
 
@@ -426,13 +426,13 @@ def test_an_old_torch_is_refused(source_tree, fake_torch):
 
 
 def test_missing_python_headers_are_named_with_their_cure(tmp_path):
-    with pytest.raises(build.BuildError, match=r"python's headers are not in .*\n.*apt install python3-dev"):
+    with pytest.raises(build.BuildError, match=r"Python's headers are not in .*\n.*apt install python3-dev"):
         build.find_python_headers(str(tmp_path))
 
 
 def test_missing_ninja_is_named_with_its_cure(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(build.BuildError, match=r"ninja is not there.*\n.*pip install ninja"):
+    with pytest.raises(build.BuildError, match=r"ninja was not found.*\n.*pip install ninja"):
         build.find_ninja({"PATH": str(tmp_path)})
 
 

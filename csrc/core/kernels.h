@@ -2,7 +2,6 @@
 // (cpu/kernels.cpp) and one for a GPU (the .cu files; tests/cuda_emulator).
 #pragma once
 
-#include "cpu/gemm/gemm_arguments.h"
 #include "ops/cross_entropy.h"
 #include "ops/embedding.h"
 #include "ops/embedding_linear.h"
@@ -11,6 +10,23 @@
 #include "ops/kl_divergence.h"
 
 namespace charlm {
+
+// A matrix product c[M, N] = start + a[M, K] b[K, N]. Rows of b and c are contiguous.
+template <class C>
+struct GemmParams {
+  const C* a = nullptr;
+  int64_t a_row_stride = 0, a_column_stride = 0;
+  const C* b = nullptr;
+  int64_t b_row_stride = 0;
+  const C* start = nullptr;  // [N], optional
+  bool adds = false;         // adds to c instead of `start`
+  C* c = nullptr;
+  int64_t c_row_stride = 0;
+  int64_t n_rows = 0, n_columns = 0, n_inner = 0;  // M, N, K
+};
+
+template <class C>
+using GemmKernel = void (*)(const GemmParams<C>&);
 
 template <class T>
 struct TypedKernels {

@@ -1,4 +1,4 @@
-// New memory on the CPU, and parallel loops over fixed blocks of rows.
+// Allocation of outputs on the CPU, and parallel loops over fixed blocks of rows.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -12,34 +12,35 @@
 
 namespace charlm {
 
-// Memory for an output, in huge pages if it is large and the system grants them: first-touch page faults of ordinary
-// pages take longer than the arithmetic (bench/NOTES.md). The memory is the allocator's own.
+// Allocates an output, in huge pages if it is large and the system grants them: first-touch page faults of ordinary
+// pages take longer than the arithmetic (bench/NOTES.md). The memory comes from torch's allocator.
 inline at::Tensor new_output(at::IntArrayRef shape, const at::TensorOptions& options) {
   at::Tensor output = at::empty(shape, options);
 #ifdef __linux__
-  constexpr uintptr_t kPage = 4096;
-  constexpr size_t kWorthIt = 4 << 20;  // two huge pages
-  if (output.nbytes() >= kWorthIt) {
+  constexpr uintptr_t kPageBytes = 4096;
+  constexpr size_t kMinBytes = 4 << 20;  // two huge pages
+  if (output.nbytes() >= kMinBytes) {
     const auto begin = reinterpret_cast<uintptr_t>(output.mutable_data_ptr());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + output.nbytes()) / kPage * kPage;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+    const uintptr_t first = (begin + kPageBytes - 1) / kPageBytes * kPageBytes,
+                    last = (begin + output.nbytes()) / kPageBytes * kPageBytes;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice, so a failure is harmless
   }
 #endif
   return output;
 }
 
-// Blocks of rows. Their size depends on the work in a row only, so that a sum over each block, and then over the blocks
-// in order, has the same bits for any number of threads.
+// Blocks of rows. Their size depends only on the work in a row, so that a sum over each block and then over the blocks
+// in order has the same bits for any number of threads.
 class Blocks {
  public:
   Blocks(int64_t n_rows, int64_t elements_per_row) : n_rows_(n_rows) {
-    rows_per_block_ = std::max<int64_t>(1, kElements / std::max<int64_t>(1, elements_per_row));
-    if (rows_per_block_ > kMultiple) rows_per_block_ -= rows_per_block_ % kMultiple;
+    rows_per_block_ = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, elements_per_row));
+    if (rows_per_block_ > kRowMultiple) rows_per_block_ -= rows_per_block_ % kRowMultiple;
   }
 
   int64_t count() const { return (n_rows_ + rows_per_block_ - 1) / rows_per_block_; }
 
-  // Calls worker(block, begin, end) for each block of rows, on torch's threads; each thread makes a worker of its own.
+  // Calls worker(block, begin, end) for each block of rows on torch's threads, with one worker per thread.
   template <class MakeWorker>
   void parallel_for_workers(MakeWorker&& make_worker) const {
     at::parallel_for(0, count(), 1, [&](int64_t first, int64_t last) {
@@ -55,7 +56,7 @@ class Blocks {
     parallel_for_workers([&] { return [&](int64_t block, int64_t begin, int64_t end) { f(block, begin, end); }; });
   }
 
-  // The sum of worker(begin, end) over the blocks, in their order.
+  // The sum of worker(begin, end) over the blocks, in order.
   template <class MakeWorker>
   double parallel_sum(MakeWorker&& make_worker) const {
     c10::SmallVector<double, 64> sums(count());
@@ -70,9 +71,9 @@ class Blocks {
   }
 
  private:
-  // 64 KiB of float: enough to amortize the start of a thread, and few enough to stay in a second-level cache.
-  static constexpr int64_t kElements = 16384;
-  static constexpr int64_t kMultiple = 16;  // the rows of a tile (cpu/cross_entropy_tiles.h)
+  // 64 KiB of float: enough work to amortize the start of a thread, and few enough to stay in a second-level cache.
+  static constexpr int64_t kBlockElements = 16384;
+  static constexpr int64_t kRowMultiple = 16;  // the rows of a tile (cpu/cross_entropy_tiles.h)
   int64_t n_rows_;
   int64_t rows_per_block_;
 };

@@ -1,5 +1,5 @@
-// cross_entropy on the CPU, a row of logits at a time. After its first pass a row is in cache, so a second one is
-// cheap. The formulas stand in ops/cross_entropy.h.
+// cross_entropy on the CPU, one row of logits at a time. After the first pass the row is in cache, so a second pass is
+// cheap. The formulas are in ops/cross_entropy.h.
 #pragma once
 
 #include "cpu/functions.h"
@@ -43,11 +43,11 @@ class CrossEntropyRow {
     return loss(sums<false>(nullptr, nullptr));
   }
 
-  // Loss and gradient in one pass over the logits. exp(z_c - M), M the largest logit so far, is stored in the
-  // gradient's own memory, or for half types in `scratch` [V]. Then each chunk is multiplied by a factor that corrects
+  // Loss and gradient in one pass over the logits. It stores exp(z_c - M), where M is the largest logit so far, in the
+  // memory of the gradient, or in `scratch` [V] for half types. Then each chunk is multiplied by a factor that corrects
   // its M and contains 1 / S and the coefficients of the loss.
   CHARLM_NOINLINE C forward_backward(C* scratch) const {
-    if constexpr (kTransformed) {  // the gradient needs z_c, which it would have written over
+    if constexpr (kTransformed) {  // the gradient needs z_c, which the exponentials may overwrite
       const C loss = forward();
       backward();
       return loss;
@@ -63,7 +63,7 @@ class CrossEntropyRow {
     C chunk_max[kMaxChunks];
     const Sums w = sums<true>(e, chunk_max);
     const C row_loss = loss(w, target_logit), g = grad_loss();
-    // A row of nothing but -inf has no softmax: NaN, as in torch.
+    // A row of only -inf has no softmax: NaN, as in torch.
     const C softmax_factor = w.max == -INFINITY ? C(NAN) : (sparse() + dense_factor(w)) / w.sum;
     const C at_target = gradient_at_target(target_logit, w, g);
     for_each_chunk([&](int64_t chunk, int64_t begin, int64_t size) {
@@ -85,7 +85,7 @@ class CrossEntropyRow {
     const Sums w{params_.row_max[n_], params_.row_sum[n_], 0,
                  is_probability(kDense) ? params_.row_dense_sum[n_] : C(0)};
     const C m = w.max, g = grad_loss(), softmax_factor = (sparse() + dense_factor(w)) / w.sum;
-    // The gradient may be written over the logits: the target's entry is computed first, and stored last.
+    // The gradient may overwrite the logits: the entry of the target is computed first and stored last.
     const C at_target = is_probability(kDense) ? C(0) : gradient_at_target(logit(target_), w, g);
     for_each_vectors<C, 2>(params_.n_classes, [&]<int K>(int64_t begin, auto width, Count<K>) {
       V z[K], e[K];
@@ -147,7 +147,7 @@ class CrossEntropyRow {
     for_each_vector<C>(params_.n_classes, [&](int64_t c, auto width) {
       const V z = logits(c, width), e = exp(z - m);
       sum += e;
-      spread += e == 0 ? V{} : e * (m - z);  // a class of probability 0 adds nothing, even where z = -inf
+      spread += e == 0 ? V{} : e * (m - z);  // a class of probability 0 adds nothing, even if z = -inf
     });
     const C total = reduce_sum<C>(sum), log_sum = log(total);
     params_.lse[n_] = m == INFINITY || m == -INFINITY ? m : m + log_sum;
@@ -160,14 +160,13 @@ class CrossEntropyRow {
   }
 
  private:
-  // A row is read in chunks that stay in a first-level cache, and the sums of the chunks are added up: the rounding
-  // error of a sum grows with the length of its chain.
-  static constexpr int64_t kChunk = 8192 / sizeof(C), kMaxChunks = 64;
+  // As for_each_chunk of cpu/rows.h, with larger chunks for a long row, so that there are at most kMaxChunks.
+  static constexpr int64_t kChunkClasses = 8192 / sizeof(C), kMaxChunks = 64;
 
   template <class F>
   void for_each_chunk(F&& f) const {
     const int64_t n = params_.n_classes;
-    const int64_t size = n <= kChunk * kMaxChunks ? kChunk : (n / kMaxChunks / kLanes<C> + 1) * kLanes<C>;
+    const int64_t size = n <= kChunkClasses * kMaxChunks ? kChunkClasses : (n / kMaxChunks / kLanes<C> + 1) * kLanes<C>;
     for (int64_t chunk = 0, begin = 0; begin < n; chunk++, begin += size) {
       f(chunk, begin, n - begin < size ? n - begin : size);
     }
@@ -181,8 +180,8 @@ class CrossEntropyRow {
     C dense_sum;   // sum_c d_c
   };
 
-  // The exponentials of a chunk are relative to the largest logit so far, which `chunk_max` keeps if they are stored in
-  // `e`. Sums relative to a smaller maximum are rescaled when a chunk has a larger one.
+  // The exponentials of a chunk are relative to the largest logit so far. With kStore they are written to `e`, and that
+  // logit to `chunk_max`. If a chunk has a larger maximum, the sums so far are rescaled to it.
   template <bool kStore>
   Sums sums(C* e, C* chunk_max) const {
     Sums w{-INFINITY, 0, 0, 0};
@@ -205,8 +204,8 @@ class CrossEntropyRow {
         for (int k = 0; k < K; k++) chains[k] += ez[k];
         for (int k = 0; kStore && k < K; k++) store(e + c + k * kLanes<C>, ez[k], width);
         for (int k = 0; kDense != Dense::kNone && k < K; k++) {
-          const V d = only(width, dense(c + k * kLanes<C>, width));
-          dense_loss += only(width, d * (reference - z[k]));
+          const V d = masked(width, dense(c + k * kLanes<C>, width));
+          dense_loss += masked(width, d * (reference - z[k]));
           dense_sum += d;
         }
       };
@@ -224,7 +223,7 @@ class CrossEntropyRow {
         w.dense_sum += reduce_sum<C>(dense_sum);
       }
     });
-    if (w.sum == 0) w.sum = 1;  // a row of -inf: its sum tells, for a NaN too can leave -inf as the maximum
+    if (w.sum == 0) w.sum = 1;  // a row of -inf; the maximum is -inf for some rows with NaN too
     params_.row_max[n_] = w.max;
     params_.row_sum[n_] = w.sum;
     if constexpr (is_probability(kDense)) params_.row_dense_sum[n_] = w.dense_sum;
@@ -251,21 +250,21 @@ class CrossEntropyRow {
     for_each_vector<C>(params_.n_classes, [&](int64_t c, auto width) { store(grad + c, V{}, width); });
   }
 
-  // d loss / d z_c, the target's own coefficient left out, from e = exp(z_c - ...).
+  // d loss / d z_c without the coefficient of the target, from e = exp(z_c - ...).
   template <class Width>
   V gradient(V e, C softmax_factor, C g, int64_t c, Width width) const {
     if constexpr (kDense == Dense::kNone) return e * (softmax_factor * g);
     return fma<C>(e, broadcast(softmax_factor), -dense(c, width)) * g;
   }
 
-  // Coefficient of softmax(z) in dL/dz: smoothing plus z-loss terms.
+  // The coefficient of softmax(z) in dL/dz from smoothing and z-loss.
   C dense_factor(const Sums& w) const {
     const C factor = known_dense_sum(w.dense_sum);
     if (params_.lse_square_scale == 0) return factor;
     return factor + 2 * params_.lse_square_scale * target_weight_ * (w.max + log(w.sum));
   }
 
-  // The coefficient of the target class is subtracted from its own share of the softmax: little is cancelled.
+  // The coefficient of the target class is subtracted from its own share of the softmax, which avoids cancellation.
   C gradient_at_target(C target_logit, const Sums& w, C g) const {
     if constexpr (is_probability(kDense)) return 0;
     const V z = broadcast<C>(target_logit), p = exp(z - w.max) / w.sum;
@@ -291,13 +290,13 @@ class CrossEntropyRow {
   template <class Width>
   V logits(int64_t c, Width width) const {
     if constexpr (!kTransformed || Width::kIsWhole) return transformed(load(logits_ + c, width, C(-INFINITY)));
-    return only(width, transformed(load(logits_ + c, width, C(0))), -INFINITY);
+    return masked(width, transformed(load(logits_ + c, width, C(0))), -INFINITY);
   }
 
   C logit(int64_t c) const { return transformed(broadcast<C>(load_one(logits_ + c)))[0]; }
 
-  static V only(Whole, V v, C = 0) { return v; }
-  static V only(Part part, V v, C fill = 0) { return select<C>(first_lanes<C>(part.n), v, broadcast<C>(fill)); }
+  static V masked(Whole, V v, C = 0) { return v; }
+  static V masked(Part part, V v, C fill = 0) { return select<C>(first_lanes<C>(part.n), v, broadcast<C>(fill)); }
 
   template <class Width>
   V dense(int64_t c, Width width) const {
@@ -309,7 +308,7 @@ class CrossEntropyRow {
 
   C dense_at(int64_t c) const { return is_weighted(kDense) ? smoothed_ * params_.weight[c] : smoothed_; }
 
-  // sum_c d_c: of probabilities it must be summed, else it is the same for each row.
+  // sum_c d_c: `summed` for probabilities; for class indices it is the same for each row.
   C known_dense_sum(C summed) const {
     if constexpr (kDense == Dense::kNone) return 0;
     return is_probability(kDense)
@@ -317,7 +316,7 @@ class CrossEntropyRow {
                : smoothed_ * (params_.weight ? *params_.weight_sum : static_cast<C>(params_.n_classes));
   }
 
-  // The coefficient of the target class alone: (1 - e) w_y, or nothing.
+  // The coefficient of the target class: (1 - e) w_y, or 0 for probabilities.
   C sparse() const { return is_probability(kDense) ? C(0) : (1 - params_.label_smoothing) * target_weight_; }
 
   C grad_loss() const {

@@ -1,13 +1,13 @@
-// Cross-entropy of a small vocabulary, a tile of 16 rows at a time. Row by row (cross_entropy_rows.h, the reference
-// that this file is tested against), 27 classes leave lanes of their last vector empty, and each row waits for its
-// maximum before its first exponential. Here
-//   - 16 rows of V contiguous classes are V * 16 / lanes whole vectors: no lane is wasted on exponentials;
-//   - no maximum is subtracted: the exponentials of the logits themselves are summed. Where a row's sum or its target's
-//     exponential leaves the range in which that is as exact, the tile is done row by row after all;
-//   - the loss is log(S / exp(z_y)), and a gradient's factor g / S: for a vector of rows at once, as are their sums and
-//     targets, without a branch for a row that is ignored;
+// Cross-entropy of a small vocabulary, in tiles of 16 rows. Row by row (cross_entropy_rows.h, the reference of the
+// tests), 27 classes leave lanes of the last vector empty, and each row waits for its maximum before its first
+// exponential. In a tile
+//   - 16 rows of V contiguous classes are V * 16 / lanes whole vectors, so that no lane is wasted on exponentials;
+//   - no maximum is subtracted: the exponentials of the logits themselves are summed. If the sum of a row or the
+//     exponential of its target leaves the range in which this is as exact, the tile is computed row by row;
+//   - the loss log(S / exp(z_y)), the factor g / S of the gradient, sums and targets are computed for a vector of rows
+//     at once, without a branch for ignored rows;
 //   - rows of up to kTileMaxFixed vectors are summed and written by loops of fixed length.
-// Only for class indices without smoothing, z-loss, softcap or scale, of contiguous params.
+// Only for contiguous rows and class indices without smoothing, z-loss, softcap or logit_scale.
 #pragma once
 
 #include "cpu/cross_entropy_rows.h"
@@ -16,7 +16,7 @@ namespace charlm::CHARLM_ISA {
 
 constexpr int kTileRows = 16;  // a multiple of every number of lanes
 constexpr int kTileMaxClasses = 256;
-constexpr int kTileMaxFixed = 9;  // vectors in a row; 65 classes take nine of eight
+constexpr int kTileMaxFixed = 9;  // vectors in a row; 65 classes take nine vectors of eight lanes
 
 template <class T>
 bool is_tiled(const CrossEntropyParams<T>& params, bool with_gradient) {
@@ -25,8 +25,6 @@ bool is_tiled(const CrossEntropyParams<T>& params, bool with_gradient) {
          params.lse_square_scale == 0 && params.logit_scale == 1 && params.softcap == 0 && !params.grad_lse &&
          !params.grad_entropy;
 }
-
-enum class CrossEntropyPass { kForward, kForwardBackward, kBackward };
 
 template <class T, CrossEntropyPass kPass>
 class CrossEntropyTile {
@@ -39,7 +37,7 @@ class CrossEntropyTile {
   explicit CrossEntropyTile(const CrossEntropyParams<T>& params)
       : params_(params), v_(params.n_classes), common_grad_loss_(kGradient ? scaled(*params.grad_loss) : C(0)) {}
 
-  // Rows [n, n + 16). False, and nothing is written, if they must go row by row.
+  // Rows [n, n + 16). Returns false and writes nothing if they must be computed row by row.
   bool operator()(int64_t n) {
     exponentials(params_.logits + n * v_, kGradient ? params_.grad + n * v_ : nullptr);
     PerRow sum, factor, difference, loss;
@@ -47,14 +45,14 @@ class CrossEntropyTile {
     targets(n);
     Mask<C> good = ~Mask<C>{};
     for (int r = 0; r < kTileRows; r += kLanes<C>) {
-      const auto at = [r](const PerRow& x) { return load(x + r, Whole{}); };
-      const Mask<C> counted = at(counted_) != 0;
-      const V s = at(sum), p = select<C>(counted, at(at_target_) / s, broadcast<C>(1));
-      const V w = is_weighted() ? at(weight_) : at(counted_);
+      const auto of_tile = [r](const PerRow& x) { return load(x + r, Whole{}); };
+      const Mask<C> counted = of_tile(counted_) != 0;
+      const V s = of_tile(sum), p = select<C>(counted, of_tile(at_target_) / s, broadcast<C>(1));
+      const V w = is_weighted() ? of_tile(weight_) : of_tile(counted_);
       good &= (s > kSmallestSum) & (s < kLargestSum) & (p > kSmallestProbability);
       store(loss + r, V(w * (V{} - log<C>(p))), Whole{});  // +0 where p is 1
       if constexpr (kGradient) {
-        const V outer = params_.grad_loss_stride == 0 ? broadcast<C>(common_grad_loss_) : at(grad_loss_);
+        const V outer = params_.grad_loss_stride == 0 ? broadcast<C>(common_grad_loss_) : of_tile(grad_loss_);
         const V g = select<C>(counted, outer * w, V{});
         store(factor + r, V(g / s), Whole{});
         store(difference + r, V(g * (p - 1)), Whole{});
@@ -82,9 +80,9 @@ class CrossEntropyTile {
   }
 
  private:
-  // exp(80) and the sum of 256 of them are finite; a term below exp(-87), which exp may lose, is less than 2^-105 of
-  // the smallest sum; g / S is a normal number for any g above 1e-28. Beyond these bounds the maximum is needed, and so
-  // it is for a target so improbable that its logarithm would be one of a subnormal number.
+  // The range of a tile. exp(80) and the sum of 256 of them are finite; a term below exp(-87), which exp may flush to
+  // 0, is less than 2^-105 of the smallest sum; g / S is a normal number for any g above 1e-28. Outside these bounds
+  // the maximum must be subtracted, as it must for a target whose probability is subnormal.
   static constexpr C kLargestLogit = 80, kSmallestSum = C(0x1p-20), kLargestSum = C(0x1p32),
                      kSmallestProbability = C(0x1p-100);
 
@@ -110,8 +108,8 @@ class CrossEntropyTile {
     for (; i < size; i += kLanes<C>) step(i, Count<1>{});
   }
 
-  // Calls f(Count<K>) with the number of vectors that a row takes, for loops of fixed length; Count<0> if it takes
-  // many.
+  // Calls f(Count<K>) with the number of vectors of a row, for loops of fixed length, or f(Count<0>) if it exceeds
+  // kTileMaxFixed.
   template <int K = 1, class F>
   void with_row_vectors(F&& f) const {
     if constexpr (K > kTileMaxFixed) {
@@ -131,9 +129,9 @@ class CrossEntropyTile {
       V s[kLanes<C>];
       for (int i = 0; i < kLanes<C>; i++) {
         const C* e = e_ + (r + i) * v_;
-        // What lies behind the row is another row, or padding.
+        // The lanes past the end of the row belong to the next row or to padding.
         V chain[4] = {select<C>(last, load(e + whole, Whole{}), V{})};
-        // Four chains: each addition to a long one rounds again.
+        // Four chains, since a shorter chain of additions rounds less.
         int64_t c = 0;
         for (; c + 4 * kLanes<C> <= whole; c += 4 * kLanes<C>) {
           for (int k = 0; k < 4; k++) chain[k] += load(e + c + k * kLanes<C>, Whole{});
@@ -149,11 +147,11 @@ class CrossEntropyTile {
 
   bool is_weighted() const { return params_.weight || params_.token_weight; }
 
-  // An ignored row weighs nothing and, for the logarithm's sake, has probability 1; its gradient is zero even where the
-  // loss's own is not a number: 1 / 0, if every row is ignored.
+  // An ignored row has weight 0, probability 1 in the logarithm, and gradient 0 even if the gradient of the loss is not
+  // finite (1 / 0 if every row is ignored).
   void targets(int64_t n) {
     const int64_t* const target = params_.target.as_int64();
-    for (int r = 0; r < kTileRows; r++) {  // vector code
+    for (int r = 0; r < kTileRows; r++) {  // vectorized by the compiler
       const int64_t y = target[n + r];
       target_[r] = static_cast<int>(y == params_.ignore_index ? 0 : y);
       counted_[r] = y == params_.ignore_index ? C(0) : C(1);
@@ -169,8 +167,8 @@ class CrossEntropyTile {
     }
   }
 
-  // Whole vectors that reach into the next row, which is written after this one. The tile's last vector begins earlier
-  // instead, in the same row if that is long enough.
+  // Writes whole vectors, which may reach into the next row, written later. The last vector of the tile begins earlier
+  // instead, within its row if that is long enough.
   template <int K>
   void gradients(Count<K>, T* grad, const PerRow& factor, const PerRow& difference) const {
     const int64_t size = K > 0 ? K * kLanes<C> : (v_ + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
@@ -196,18 +194,18 @@ class CrossEntropyTile {
   int target_[kTileRows];  // 0 where it is ignored
   PerRow counted_;         // 1, or 0 where the target is ignored
   PerRow at_target_, weight_, grad_loss_;
-  double total_[kLanes<C>] = {};  // of the rows whose number has this remainder: additions that need not wait
+  double total_[kLanes<C>] = {};  // by row % kLanes: independent chains of additions
 };
 
 // -------------------------------------------------------------------------------------------------------- passes
-// cross_entropy on the CPU: the choice of the row type or of tiles, and the loops over params.
+// The choice of row type or tiles, and the loops over rows.
 
 template <class T>
 bool is_transformed(const CrossEntropyParams<T>& params) {
   return params.logit_scale != 1 || params.softcap > 0;
 }
 
-// Calls f.template operator()<Row>() with the row type that these options need.
+// Calls f.template operator()<Row>() with the row type for these options.
 template <Dense kDense, class T, class F>
 auto with_row_type_of(const CrossEntropyParams<T>& params, F f) {
   return is_transformed(params) ? f.template operator()<CrossEntropyRow<T, true, kDense>>()
@@ -227,7 +225,7 @@ auto with_row_type(const CrossEntropyParams<T>& params, F f) {
   return params.weight ? with_row_type_of<Dense::kWeight>(params, f) : with_row_type_of<Dense::kUniform>(params, f);
 }
 
-// Rows [begin, end) one by one; returns the sum of their losses.
+// Computes rows [begin, end) one by one; returns the sum of their losses.
 template <class T, CrossEntropyPass kPass>
 double pass_over_rows(const CrossEntropyParams<T>& params, Compute<T>* scratch, int64_t begin, int64_t end) {
   return with_row_type(params, [&]<class Row>() {
@@ -246,7 +244,7 @@ double pass_over_rows(const CrossEntropyParams<T>& params, Compute<T>* scratch, 
   });
 }
 
-// In tiles where possible; the remaining rows one by one. Returns the sum of the losses.
+// Computes rows [begin, end), in tiles where possible; returns the sum of their losses.
 template <class T, CrossEntropyPass kPass>
 double pass_over_tiles_and_rows(const CrossEntropyParams<T>& params, Compute<T>* scratch, int64_t begin, int64_t end) {
   double sum = 0;
@@ -261,43 +259,44 @@ double pass_over_tiles_and_rows(const CrossEntropyParams<T>& params, Compute<T>*
 }
 
 template <class T>
-int cross_entropy_forward(const CrossEntropyParams<T>& params, Launch& at) {
-  at.sum = pass_over_tiles_and_rows<T, CrossEntropyPass::kForward>(params, nullptr, at.begin, at.end);
+int cross_entropy_forward(const CrossEntropyParams<T>& params, Launch& launch) {
+  launch.sum = pass_over_tiles_and_rows<T, CrossEntropyPass::kForward>(params, nullptr, launch.begin, launch.end);
   return 0;
 }
 
 template <class T>
-int cross_entropy_forward_backward(const CrossEntropyParams<T>& params, Launch& at) {
-  auto* const scratch = static_cast<Compute<T>*>(at.scratch);
-  at.sum = pass_over_tiles_and_rows<T, CrossEntropyPass::kForwardBackward>(params, scratch, at.begin, at.end);
+int cross_entropy_forward_backward(const CrossEntropyParams<T>& params, Launch& launch) {
+  auto* const scratch = static_cast<Compute<T>*>(launch.scratch);
+  launch.sum =
+      pass_over_tiles_and_rows<T, CrossEntropyPass::kForwardBackward>(params, scratch, launch.begin, launch.end);
   return 0;
 }
 
 template <class T>
-int cross_entropy_backward(const CrossEntropyParams<T>& params, Launch& at) {
-  pass_over_tiles_and_rows<T, CrossEntropyPass::kBackward>(params, nullptr, at.begin, at.end);
+int cross_entropy_backward(const CrossEntropyParams<T>& params, Launch& launch) {
+  pass_over_tiles_and_rows<T, CrossEntropyPass::kBackward>(params, nullptr, launch.begin, launch.end);
   return 0;
 }
 
 template <class T>
-int cross_entropy_target_backward(const CrossEntropyParams<T>& params, Launch& at) {
+int cross_entropy_target_backward(const CrossEntropyParams<T>& params, Launch& launch) {
   with_probability_row_type(params, [&]<class Row>() {
-    for (int64_t n = at.begin; n < at.end; n++) Row(params, n).target_backward();
+    for (int64_t n = launch.begin; n < launch.end; n++) Row(params, n).target_backward();
   });
   return 0;
 }
 
 // The metrics do not depend on the targets, so the row type of probabilities serves for all.
 template <class T>
-int cross_entropy_metrics(const CrossEntropyParams<T>& params, Launch& at) {
+int cross_entropy_metrics(const CrossEntropyParams<T>& params, Launch& launch) {
   with_row_type_of<Dense::kProbability>(params, [&]<class Row>() {
-    for (int64_t n = at.begin; n < at.end; n++) Row(params, n).metrics();
+    for (int64_t n = launch.begin; n < launch.end; n++) Row(params, n).metrics();
   });
   return 0;
 }
 
-// The number of targets in [begin, end) that are to be ignored, or -1 if one is neither that nor a class. Written
-// without a branch per target, so that it becomes vector code.
+// The number of ignored targets in [begin, end), or -1 if one is neither ignored nor a class. Written without a branch
+// per target, so that the compiler vectorizes it.
 inline int64_t count_ignored(const int64_t* target, int64_t begin, int64_t end, int64_t n_classes, bool may_ignore,
                              int64_t ignore_index) {
   int64_t ignored = 0, bad = 0;

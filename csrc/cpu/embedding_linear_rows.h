@@ -1,4 +1,5 @@
-// The folded first layer: rows of a table summed in registers, and their gradients added to the table's.
+// embedding_linear on the CPU. Folded: rows of a table are summed in registers, and their gradients are added to that
+// of the table.
 #pragma once
 
 #include "cpu/functions.h"
@@ -7,9 +8,9 @@
 namespace charlm::CHARLM_ISA {
 
 // --------------------------------------------------------------------------------------------------- activations
-// The activations of a linear layer, of vectors of numbers, and their derivatives.
+// Activations of vectors of numbers, and their derivatives.
 
-// erf(x): an odd rational function, minimax on [-3.95, 3.95] with relative error 2.1e-8; beyond, it is 1 in float.
+// erf(x): an odd rational function, minimax on [-3.95, 3.95] with relative error 2.1e-8; outside, |erf| rounds to 1.
 CHARLM_INLINE Vec<float> erf(Vec<float> x) {
   constexpr float kBound = 3.95f;
   x = x > kBound ? broadcast<float>(kBound) : x < -kBound ? broadcast<float>(-kBound) : x;
@@ -28,7 +29,7 @@ CHARLM_INLINE Vec<float> erf(Vec<float> x) {
   return result > 1 ? broadcast<float>(1) : result < -1 ? broadcast<float>(-1) : result;
 }
 
-// In double, which is for checking others, the C library's, one number after the other.
+// double serves as a reference, so this calls the C library for each number.
 CHARLM_INLINE Vec<double> erf(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; i++) x[i] = ::erf(x[i]);
   return x;
@@ -46,7 +47,7 @@ CHARLM_INLINE void activate(Vec<C> (&x)[K]) {
   }
 }
 
-// The derivative of the activation, from what is kept of the forward: its output, for gelu its input.
+// The derivative of the activation, from the value that forward kept: its output, or its input for gelu.
 template <Activation kActivation, class C>
 CHARLM_INLINE Vec<C> activation_derivative(Vec<C> kept) {
   if constexpr (kActivation == Activation::kTanh) return 1 - kept * kept;
@@ -58,23 +59,23 @@ CHARLM_INLINE Vec<C> activation_derivative(Vec<C> kept) {
   return broadcast<C>(1);
 }
 
-// Vectors of a slab: a row of it is summed in registers, which its gradient and the bias's have to share. Too few, and
-// the offsets are read more often than they need be.
-constexpr int kMaxSlabVectors = 6, kFewSlabVectors = 3;
+// Vectors of a slab. A row of a slab is summed in registers, and in backward its gradient and that of the bias share
+// them. Narrow slabs read the offsets more often.
+constexpr int kMaxSlabVectors = 6, kMinSlabVectors = 3;
 
-// Whole vectors that cover `hidden` with the least padding; of equals, the widest slabs.
+// The width of the slabs that cover `hidden` with the least padding, and among those the widest.
 template <class C>
 int64_t folded_slab(int64_t hidden) {
   const int64_t vectors = (hidden + kLanes<C> - 1) / kLanes<C>;
   if (vectors <= kMaxSlabVectors) return (vectors > 0 ? vectors : 1) * kLanes<C>;
   int64_t best = kMaxSlabVectors;
-  for (int64_t width = kMaxSlabVectors; width >= kFewSlabVectors; width--) {
+  for (int64_t width = kMaxSlabVectors; width >= kMinSlabVectors; width--) {
     if ((vectors + width - 1) / width * width < (vectors + best - 1) / best * best) best = width;
   }
   return best * kLanes<C>;
 }
 
-// Calls f(Count<vectors of a slab>).
+// Calls f(Count<kVectors>) with the number of vectors in a slab.
 template <class C, int kVectors = 1, class F>
 CHARLM_INLINE void with_slab(int64_t slab, F&& f) {
   if constexpr (kVectors <= kMaxSlabVectors) {
@@ -99,7 +100,7 @@ CHARLM_INLINE void with_activation(Activation activation, F&& f) {
 
 // ------------------------------------------------------------------------------------------------------- weights
 
-// Where weight[h, t * D] lies in packed[n_slabs, T, slab, D].
+// The position of weight[h, t * D] in packed[n_slabs, T, slab, D].
 CHARLM_INLINE int64_t packed_position(const FoldedLayout& layout, int64_t h, int64_t t) {
   return ((h / layout.slab * layout.n_places + t) * layout.slab + h % layout.slab) * layout.embedding_dim;
 }
@@ -152,7 +153,8 @@ void folded_pack_columns(const FoldedLayout& layout, const T* weight, Compute<T>
 
 // -------------------------------------------------------------------------------------------------------- forward
 
-// The columns of one slab that H has, in rows of H numbers. By value, as a store might change what a pointer leads to.
+// The columns of one slab that exist, in rows of H numbers. Passed by value, since stores may alias what a pointer
+// refers to.
 struct SlabColumns {
   int64_t first, count, slab, hidden;
 
@@ -163,8 +165,8 @@ struct SlabColumns {
         hidden(layout.hidden) {}
 };
 
-// One slab in rows that are needed next: asked for, row by row, while others are summed. Pieces of rows are too short
-// for the processor to foresee.
+// One slab of the rows that are needed next. They are prefetched row by row while the current rows are summed, since
+// the pieces of rows are too short for the hardware prefetcher.
 struct NextRows {
   const char* data;
   int64_t stride;  // bytes
@@ -179,7 +181,7 @@ struct NextRows {
   }
 };
 
-// sums[n, :] = bias + sum_t table[offsets[n, t]], a slab of kVectors vectors, n_rows rows.
+// sums[n, :] = bias + sum_t table[offsets[n, t]] for one slab of kVectors vectors and n_rows rows.
 template <class C, int kVectors>
 CHARLM_NOINLINE void folded_sum(C* sums, const C* table, const C* bias, const int32_t* offsets, int64_t n_places,
                                 int64_t n_rows, NextRows out) {
@@ -197,7 +199,7 @@ CHARLM_NOINLINE void folded_sum(C* sums, const C* table, const C* bias, const in
   }
 }
 
-// x = activation(x) for n numbers, whole vectors of them.
+// x = activation(x) for n numbers, a multiple of the lanes of a vector.
 template <Activation kActivation, class C>
 CHARLM_NOINLINE void activate_all(C* x, int64_t n) {
   if constexpr (kActivation == Activation::kNone) return;
@@ -213,8 +215,9 @@ CHARLM_NOINLINE void activate_all(C* x, int64_t n) {
   while (i < n) next(Count<1>{});
 }
 
-// Calls f(c, width) for the vectors of a slab's columns in each row. Where H has them all, their number is a constant:
-// then each load and store of the loop over rows walks through memory in equal strides, which the processor prefetches.
+// Calls f(n, c, width) for each row and each vector of the columns of a slab. If the slab is complete, the number of
+// vectors is a constant: each load and store of the loop over rows then has a constant stride, which the hardware
+// prefetches.
 template <class C, class F>
 CHARLM_INLINE void for_each_row(const SlabColumns columns, int64_t n_rows, F f) {
   if (columns.count == columns.slab) {
@@ -240,31 +243,32 @@ CHARLM_NOINLINE void store_slab(const SlabColumns columns, const C* in, T* out, 
 }
 
 template <class T>
-void embedding_linear_forward(const FoldedParams<T>& rows, Compute<T>* scratch, int64_t begin, int64_t end) {
+void embedding_linear_forward(const FoldedParams<T>& params, Compute<T>* scratch, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const FoldedLayout& layout = rows.layout;
+  const FoldedLayout& layout = params.layout;
   for (; begin < end; begin += kFoldedRows) {
     const int64_t n_rows = end - begin < kFoldedRows ? end - begin : kFoldedRows;
     for (int64_t s = 0; s < layout.n_slabs; s++) {
       const SlabColumns columns(layout, s);
       const int64_t first = columns.first;
       with_slab<C>(layout.slab, [&]<int kVectors>(Count<kVectors>) {
-        folded_sum<C, kVectors>(scratch, rows.table + first * layout.n_places, rows.bias + first,
-                                rows.offsets + begin * layout.n_places, layout.n_places, n_rows,
-                                NextRows(rows.output + begin * layout.hidden, columns));
+        folded_sum<C, kVectors>(scratch, params.table + first * layout.n_places, params.bias + first,
+                                params.offsets + begin * layout.n_places, layout.n_places, n_rows,
+                                NextRows(params.output + begin * layout.hidden, columns));
       });
-      if (rows.before) store_slab(columns, scratch, rows.before + begin * layout.hidden, n_rows);
-      with_activation(rows.activation,
+      if (params.before) store_slab(columns, scratch, params.before + begin * layout.hidden, n_rows);
+      with_activation(params.activation,
                       [&]<Activation kActivation>() { activate_all<kActivation>(scratch, n_rows * layout.slab); });
-      store_slab(columns, scratch, rows.output + begin * layout.hidden, n_rows);
+      store_slab(columns, scratch, params.output + begin * layout.hidden, n_rows);
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------------------- backward
 
-// table[offsets[n, t]] += grads[n, :] for every place, and bias += sum_n grads[n, :]: a slab of kVectors vectors. The
-// bias's sum starts from zero each time: one long sum of N numbers would round worse than torch's.
+// table[offsets[n, t]] += grads[n, :] for every place t, and bias += sum_n grads[n, :], for one slab of kVectors
+// vectors. The sum for the bias starts from zero in each call: one long sum of N numbers would round worse than
+// torch's.
 template <class C, int kVectors>
 CHARLM_NOINLINE void folded_scatter(C* table, C* bias, const C* grads, const int32_t* offsets, int64_t n_places,
                                     int64_t n_rows, NextRows next_grads, NextRows next_kept) {
@@ -284,8 +288,8 @@ CHARLM_NOINLINE void folded_scatter(C* table, C* bias, const C* grads, const int
     }
   }
   for (int k = 0; k < kVectors; k++) {
-    C* const at = bias + k * kLanes<C>;
-    store(at, Vec<C>(load(at, Whole{}) + sum[k]), Whole{});
+    C* const to = bias + k * kLanes<C>;
+    store(to, Vec<C>(load(to, Whole{}) + sum[k]), Whole{});
   }
 }
 
@@ -294,30 +298,30 @@ template <Activation kActivation, class T, class C = Compute<T>>
 CHARLM_NOINLINE void slab_gradients(const SlabColumns columns, C* out, const T* grad_output, const T* kept,
                                     int64_t n_rows) {
   for_each_row<C>(columns, n_rows, [=](int64_t n, int64_t c, auto width) {
-    const int64_t at = n * columns.hidden + columns.first + c;
-    const Vec<C> derivative = activation_derivative<kActivation, C>(load(kept + at, width, C(0)));
-    store(out + n * columns.slab + c, Vec<C>(load(grad_output + at, width, C(0)) * derivative), Whole{});
+    const int64_t i = n * columns.hidden + columns.first + c;
+    const Vec<C> derivative = activation_derivative<kActivation, C>(load(kept + i, width, C(0)));
+    store(out + n * columns.slab + c, Vec<C>(load(grad_output + i, width, C(0)) * derivative), Whole{});
   });
 }
 
 template <class T>
-void embedding_linear_backward(const FoldedParams<T>& rows, Compute<T>* grad_table, Compute<T>* grad_bias,
+void embedding_linear_backward(const FoldedParams<T>& params, Compute<T>* grad_table, Compute<T>* grad_bias,
                                Compute<T>* scratch, int64_t slab, int64_t begin, int64_t end) {
   using C = Compute<T>;
-  const FoldedLayout& layout = rows.layout;
+  const FoldedLayout& layout = params.layout;
   const SlabColumns columns(layout, slab);
   if (columns.count < layout.slab) memset(scratch, 0, kFoldedRows * layout.slab * sizeof(C));
   for (; begin < end; begin += kFoldedRows) {
     const int64_t n_rows = end - begin < kFoldedRows ? end - begin : kFoldedRows;
-    with_activation(rows.activation, [&]<Activation kActivation>() {
-      slab_gradients<kActivation>(columns, scratch, rows.grad_output + begin * layout.hidden,
-                                  rows.kept + begin * layout.hidden, n_rows);
+    with_activation(params.activation, [&]<Activation kActivation>() {
+      slab_gradients<kActivation>(columns, scratch, params.grad_output + begin * layout.hidden,
+                                  params.kept + begin * layout.hidden, n_rows);
     });
     const int64_t next = (begin + kFoldedRows) * layout.hidden;
     with_slab<C>(layout.slab, [&]<int kVectors>(Count<kVectors>) {
       folded_scatter<C, kVectors>(grad_table + columns.first * layout.n_places, grad_bias, scratch,
-                                  rows.offsets + begin * layout.n_places, layout.n_places, n_rows,
-                                  NextRows(rows.grad_output + next, columns), NextRows(rows.kept + next, columns));
+                                  params.offsets + begin * layout.n_places, layout.n_places, n_rows,
+                                  NextRows(params.grad_output + next, columns), NextRows(params.kept + next, columns));
     });
   }
 }
@@ -345,10 +349,10 @@ void embedding_linear_activation_backward(Activation activation, const T* grad_o
   with_activation(activation, [=]<Activation kActivation>() {
     for (int64_t n = 0; n < n_rows; n++) {
       for_each_vector<C>(hidden, [=](int64_t c, auto width) {
-        const int64_t at = n * hidden + c;
-        const Vec<C> derivative = activation_derivative<kActivation, C>(load(kept + at, width, C(0)));
-        const Vec<C> product = load(grad_output + at, width, C(0)) * derivative;
-        store(grad + at, product, width);
+        const int64_t i = n * hidden + c;
+        const Vec<C> derivative = activation_derivative<kActivation, C>(load(kept + i, width, C(0)));
+        const Vec<C> product = load(grad_output + i, width, C(0)) * derivative;
+        store(grad + i, product, width);
         store(sum + c, Vec<C>(load(sum + c, width, C(0)) + product), width);
       });
     }

@@ -6,7 +6,8 @@
 
 namespace charlm::CHARLM_ISA {
 
-// Whether every index in [begin, end) is in [0, n). Written without a branch per index, so that it becomes vector code.
+// Whether every index in [begin, end) is in [0, n). Written without a branch per index, so that the compiler vectorizes
+// it.
 template <class Index>
 bool all_in_range(const Index* index, int64_t begin, int64_t end, int64_t n) {
   if constexpr (sizeof(Index) < sizeof(int64_t)) {
@@ -16,7 +17,7 @@ bool all_in_range(const Index* index, int64_t begin, int64_t end, int64_t n) {
       largest = index[i] > largest ? index[i] : largest;
     }
     return smallest >= 0 && static_cast<int64_t>(largest) < n;
-  } else {  // i and n - 1 - i are both without sign, or i is outside; 2^63 and more is negative as int64_t
+  } else {  // i is in range if neither i nor n - 1 - i has its sign bit set; 2^63 and more is negative as int64_t
     uint64_t signs = 0;
     for (int64_t i = begin; i < end; i++) {
       const auto value = static_cast<uint64_t>(index[i]);
@@ -35,8 +36,8 @@ int64_t first_out_of_range(const Index* index, int64_t begin, int64_t end, int64
   return i;
 }
 
-// Copies a row of n bytes as kWords words, the last of which may overlap the one before: for a short row, a call of
-// memcpy or a loop of unknown length would cost more than the copy.
+// Copies a row of n bytes as kWords words, the last of which may overlap the previous one. For a short row, a call of
+// memcpy or a loop of variable length would take longer than the copy.
 template <class Word, int kWords>
 struct ShortRow {
   static CHARLM_INLINE void copy(char* out, const char* in, int64_t n) {
@@ -51,8 +52,8 @@ struct LongRow {
   static CHARLM_INLINE void copy(char* out, const char* in, int64_t n) { memcpy(out, in, n); }
 };
 
-// Calls f.template operator()<Row>() for rows of n bytes, with kWords or more words of this type; false if they are
-// more than kMaxWords.
+// Calls f.template operator()<Row>() for rows of n bytes that take from kWords to kMaxWords words; returns false if
+// they take more.
 template <class Word, int kMaxWords, int kWords = 1, class F>
 bool with_words(int64_t n, F f) {
   if constexpr (kWords > kMaxWords) {
@@ -76,8 +77,8 @@ void with_row_copy(int64_t n, F f) {
   if (!is_short) f.template operator()<LongRow>();
 }
 
-// A long row of a large table comes from memory: it is prefetched while the two rows before it are copied.
-constexpr int64_t kLongRow = 512, kLargeTable = 1 << 20;
+// A long row of a large table is not in cache: it is prefetched while the two rows before it are copied.
+constexpr int64_t kLongRowBytes = 512, kLargeTableBytes = 1 << 20;
 
 CHARLM_INLINE void prefetch_row(const char* row, int64_t n) {
   for (int64_t i = 0; i < n; i += 64) __builtin_prefetch(row + i);
@@ -85,15 +86,16 @@ CHARLM_INLINE void prefetch_row(const char* row, int64_t n) {
 
 // Copies the rows of index[begin, end) and returns -1, or returns the position of the first index out of range.
 template <class Index>
-int64_t gather_rows(const EmbeddingParams& table, const Index* index, int64_t begin, int64_t end) {
-  const int64_t bad = first_out_of_range(index, begin, end, table.num_embeddings);
+int64_t gather_rows(const EmbeddingParams& params, const Index* index, int64_t begin, int64_t end) {
+  const int64_t bad = first_out_of_range(index, begin, end, params.num_embeddings);
   if (bad >= 0) return bad;
-  const int64_t row_bytes = table.embedding_dim * table.element_size, stride = table.row_stride;
-  const char* const weight = table.weight;
-  char* const output = table.output;
-  if (table.column_stride == table.element_size) {
-    const bool from_memory = row_bytes > kLongRow && table.num_embeddings * stride > kLargeTable;
-    with_row_copy(row_bytes, [=]<class Row>() {  // by value: writing bytes may change anything that has an address
+  const int64_t row_bytes = params.embedding_dim * params.element_size, stride = params.row_stride;
+  const char* const weight = params.weight;
+  char* const output = params.output;
+  if (params.column_stride == params.element_size) {
+    const bool from_memory = row_bytes > kLongRowBytes && params.num_embeddings * stride > kLargeTableBytes;
+    // Captured by value, since stores of bytes may alias anything with an address.
+    with_row_copy(row_bytes, [=]<class Row>() {
       for (int64_t n = begin; n < end; n++) {
         if (from_memory && n + 2 < end) prefetch_row(weight + static_cast<int64_t>(index[n + 2]) * stride, row_bytes);
         Row::copy(output + n * row_bytes, weight + static_cast<int64_t>(index[n]) * stride, row_bytes);
@@ -104,47 +106,48 @@ int64_t gather_rows(const EmbeddingParams& table, const Index* index, int64_t be
   for (int64_t n = begin; n < end; n++) {
     const char* row = weight + static_cast<int64_t>(index[n]) * stride;
     char* out = output + n * row_bytes;
-    for (int64_t d = 0; d < table.embedding_dim; d++) {
-      memcpy(out + d * table.element_size, row + d * table.column_stride, table.element_size);
+    for (int64_t d = 0; d < params.embedding_dim; d++) {
+      memcpy(out + d * params.element_size, row + d * params.column_stride, params.element_size);
     }
   }
   return -1;
 }
 
-inline int embedding_forward(const EmbeddingParams& params, Launch& at) {
+inline int embedding_forward(const EmbeddingParams& params, Launch& launch) {
   const auto gather = [&]<class Index>(Index) {
-    return gather_rows(params, static_cast<const Index*>(params.indices.data), at.begin, at.end);
+    return gather_rows(params, static_cast<const Index*>(params.indices.data), launch.begin, launch.end);
   };
   switch (params.indices.against.type) {
     case IndexType::kInt8:
-      at.first_bad = gather(int8_t{});
+      launch.first_bad = gather(int8_t{});
       break;
     case IndexType::kInt16:
-      at.first_bad = gather(int16_t{});
+      launch.first_bad = gather(int16_t{});
       break;
     case IndexType::kInt32:
-      at.first_bad = gather(int32_t{});
+      launch.first_bad = gather(int32_t{});
       break;
     case IndexType::kInt64:
-      at.first_bad = gather(int64_t{});
+      launch.first_bad = gather(int64_t{});
       break;
     case IndexType::kUInt8:
-      at.first_bad = gather(uint8_t{});
+      launch.first_bad = gather(uint8_t{});
       break;
     case IndexType::kUInt16:
-      at.first_bad = gather(uint16_t{});
+      launch.first_bad = gather(uint16_t{});
       break;
     case IndexType::kUInt32:
-      at.first_bad = gather(uint32_t{});
+      launch.first_bad = gather(uint32_t{});
       break;
     case IndexType::kUInt64:
-      at.first_bad = gather(uint64_t{});
+      launch.first_bad = gather(uint64_t{});
       break;
   }
   return 0;
 }
 
-// kVectors whole vectors a row, where the gradient's rows may be read past their ends: the table's rows are padded.
+// Adds kVectors whole vectors for each row. The rows of the table are padded. The vectors of a row of grad_output may
+// reach into the next row, but not past the end of grad_output.
 template <class T, int kVectors>
 void accumulate_padded(Compute<T>* table, int64_t table_stride, const int64_t* index, const T* grad_output,
                        int64_t embedding_dim, int64_t padding_idx, int64_t begin, int64_t end) {
@@ -161,7 +164,7 @@ void accumulate_padded(Compute<T>* table, int64_t table_stride, const int64_t* i
   }
 }
 
-// Prefetch distance in bytes of the gradient, which is read in order: the processor's own prefetch stops at each page.
+// Prefetch distance in the gradient, which is read in order. The hardware prefetcher stops at each page.
 constexpr int kGradientPrefetchBytes = 1024;
 
 template <class T>
@@ -170,7 +173,7 @@ void embedding_accumulate(Compute<T>* table, int64_t table_stride, const int64_t
   using C = Compute<T>;
   const int64_t vectors = (embedding_dim + kLanes<C> - 1) / kLanes<C>, padded = vectors * kLanes<C>;
   if (vectors >= 1 && vectors <= 4 && padded <= table_stride) {
-    // The rows whose last vector ends within the gradient.
+    // Ends at the first row whose last vector would end outside the gradient.
     const int64_t last_start = n_rows * embedding_dim - padded;
     int64_t padded_end = last_start < 0 ? 0 : last_start / embedding_dim + 1;
     padded_end = padded_end < begin ? begin : padded_end > end ? end : padded_end;
@@ -201,7 +204,7 @@ template <class T>
 void embedding_sum_rows(T* out, Compute<T>* sum, const T* grad_output, const int64_t* positions, int64_t n,
                         int64_t embedding_dim, Compute<T> scale) {
   using C = Compute<T>;
-  // The last row is added on the way out; for a word that occurs once, it is the only one.
+  // The last row is added when the sum is written; a word that occurs once has no other.
   const T* last = grad_output + positions[n - 1] * embedding_dim;
   memset(sum, 0, n > 1 ? embedding_dim * sizeof(C) : 0);
   for (int64_t k = 0; k < n - 1; k++) {

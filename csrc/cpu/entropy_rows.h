@@ -1,5 +1,5 @@
-// entropy on the CPU: rows of logits with many classes one by one, rows with few classes a vector of rows at a time.
-// The formulas stand in ops/entropy.h.
+// entropy on the CPU: rows with many classes one by one, rows with few classes a vector of rows at a time (cpu/rows.h).
+// The formulas are in ops/entropy.h.
 #pragma once
 
 #include "cpu/rows.h"
@@ -7,8 +7,8 @@
 
 namespace charlm::CHARLM_ISA {
 
-// m, S and sum_c exp(z_c - m) (m - z_c) of one row, in one pass over its chunks. Sums relative to a smaller maximum are
-// rescaled when a chunk has a larger one.
+// m, S and sum_c exp(z_c - m) (m - z_c) of one row, in one pass over its chunks. If a chunk has a larger maximum, the
+// sums so far are rescaled to it.
 template <class T>
 CHARLM_NOINLINE void entropy_sums_of_row(const EntropyParams<T>& params, int64_t n) {
   using C = Compute<T>;
@@ -51,7 +51,7 @@ CHARLM_NOINLINE void entropy_sums_of_row(const EntropyParams<T>& params, int64_t
   params.row_distance[n] = distance;
 }
 
-// The same of as many rows of few classes as a vector has lanes.
+// The same for the kLanes rows from row n on.
 template <class T>
 CHARLM_NOINLINE void entropy_sums_of_columns(const EntropyParams<T>& params, int64_t n, Columns<T>& z) {
   using C = Compute<T>;
@@ -74,14 +74,14 @@ CHARLM_NOINLINE void entropy_sums_of_columns(const EntropyParams<T>& params, int
 }
 
 template <class T>
-int entropy_forward(const EntropyParams<T>& params, Launch& at) {
+int entropy_forward(const EntropyParams<T>& params, Launch& launch) {
   using C = Compute<T>;
-  const int64_t begin = at.begin, end = at.end;
+  const int64_t begin = launch.begin, end = launch.end;
   Columns<T> z(params.n_classes);
   for_rows<C>(
       begin, end, params.n_classes, [&](int64_t n) { entropy_sums_of_columns(params, n, z); },
       [&](int64_t n) { entropy_sums_of_row(params, n); });
-  // The logarithms of a vector of rows at once. 0 / 0 is the NaN of a row without a softmax.
+  // Logarithms for a vector of rows at once. A row without a softmax becomes NaN by 0 / 0.
   for_each_vector<C>(end - begin, [&](int64_t i, auto width) {
     const int64_t n = begin + i;
     const Vec<C> sum = load(params.row_sum + n, width, C(1));
@@ -92,7 +92,7 @@ int entropy_forward(const EntropyParams<T>& params, Launch& at) {
   return 0;
 }
 
-// dH / dz of a vector of logits t = z - m.
+// t[k] = dH / dz from t[k] = z - m, K vectors at once; factor = grad_output / S.
 template <class C, int K>
 CHARLM_INLINE void entropy_gradients(Vec<C> (&t)[K], Vec<C> distance, Vec<C> factor) {
   Vec<C> e[K];
@@ -137,10 +137,10 @@ CHARLM_NOINLINE void entropy_backward_columns(const EntropyParams<T>& params, in
 }
 
 template <class T>
-int entropy_backward(const EntropyParams<T>& params, Launch& at) {
+int entropy_backward(const EntropyParams<T>& params, Launch& launch) {
   Columns<T> z(params.n_classes);
   for_rows<Compute<T>>(
-      at.begin, at.end, params.n_classes, [&](int64_t n) { entropy_backward_columns(params, n, z); },
+      launch.begin, launch.end, params.n_classes, [&](int64_t n) { entropy_backward_columns(params, n, z); },
       [&](int64_t n) { entropy_backward_row(params, n); });
   return 0;
 }

@@ -1,4 +1,4 @@
-// exp, log and tanh of a vector of numbers, from published polynomials; their errors are a few units in the last place.
+// exp, log and tanh of vectors, from published polynomials, with errors of a few units in the last place.
 #pragma once
 
 #include <math.h>
@@ -17,10 +17,10 @@ struct Constants<float> {
   typedef VecU32 Bits;
   static constexpr int kFractionBits = 23;
   static constexpr uint32_t kOne = 0x3f800000, kSqrtHalf = 0x3f3504f3, kFraction = 0x007fffff, kSign = 0x80000000;
-  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, which the low bits then hold
+  static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer, in the low bits of the sum
   static constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945f;
-  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // an integer times the first is exact
-  static constexpr float kSmallestExponent = -87.33654f;                      // exp of less is subnormal
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // integer * kLn2High is exact
+  static constexpr float kSmallestExponent = -87.33654f;                      // exp of a smaller number is subnormal
   // exp(r) = 1 + r + r^2 (...) on [-ln(2)/2, ln(2)/2]: minimax, relative error 3.1e-9. Highest power first.
   static constexpr float kExp[] = {1.38146102283e-3f, 8.36870979734e-3f, 4.16683874113e-2f, 1.66665206902e-1f,
                                    4.99999934516e-1f};
@@ -50,9 +50,9 @@ struct Constants<double> {
 };
 
 #ifdef CHARLM_HAS_LOOKUP
-// exp in float, below, with n in eighths: a table holds 2^0 … 2^(7/8), and for |r| <= ln(2)/16 two coefficients do.
-// ln 2 is not split: its rounding adds 2.7e-9 |x| to the relative error, a twentieth of what x was rounded by. From
-// -127 ln 2 down, the table's number is 0; a result between 0 and 2^-126 is inexact.
+// exp() below for float, with n a multiple of 1/8: a table holds 2^0 … 2^(7/8), and for |r| <= ln(2)/16 two
+// coefficients suffice. ln 2 is not split: its rounding adds 2.7e-9 |x| to the relative error, a twentieth of the
+// rounding error of x. For x <= -127 ln 2 the number from the table is 0; results between 0 and 2^-126 are inexact.
 template <int K>
 CHARLM_INLINE void exp_by_table(Vec<float> (&x)[K]) {
   using Constant = Constants<float>;
@@ -62,7 +62,7 @@ CHARLM_INLINE void exp_by_table(Vec<float> (&x)[K]) {
   constexpr float kExp[] = {1.66668584084e-1f, 5.00064472013e-1f};
   constexpr float kPowers[] = {1.000000000f, 1.090507733f, 1.189207115f, 1.296839555f,
                                1.414213562f, 1.542210825f, 1.681792831f, 1.834008086f};
-  VecU32 table;  // n is added to the exponent's bits with its eighths, which are taken away here
+  VecU32 table;  // n, with its fraction, is added to the bits of the exponent; the fraction is subtracted here
   for (int i = 0; i < kLanes<float>; i++) {
     table[i] = bit_cast<uint32_t>(kPowers[i % kTableSize]) - (uint32_t(i % kTableSize) << kExponent);
   }
@@ -80,9 +80,9 @@ CHARLM_INLINE void exp_by_table(Vec<float> (&x)[K]) {
 }
 #endif
 
-// exp(x) for x <= 88 (float) or 709 (double), of K vectors at once, so that their chains of dependent operations fill
-// each other's latencies: x = n ln 2 + r with an integer n, and exp(x) = 2^n exp(r). exp(-inf) = 0, and what would be
-// subnormal is 0 or subnormal too; NaN stays.
+// exp(x) for x <= 88 (float) or 709 (double): x = n ln 2 + r with an integer n, and exp(x) = 2^n exp(r). K vectors at
+// once, so that their chains of dependent operations overlap. exp(-inf) = 0; a subnormal result may be 0; NaN stays
+// NaN.
 template <class C, int K>
 CHARLM_INLINE void exp(Vec<C> (&x)[K]) {
 #ifdef CHARLM_HAS_LOOKUP
@@ -102,7 +102,7 @@ CHARLM_INLINE void exp(Vec<C> (&x)[K]) {
   for (int i = 0; i < K; i++) p[i] = p[i] * (r[i] * r[i]) + r[i];
   for (int i = 0; i < K; i++) p[i] = p[i] + 1;
   using Bits = typename Constant::Bits;
-  for (int i = 0; i < K; i++) {  // 2^n: n is added to the exponent's bits
+  for (int i = 0; i < K; i++) {  // multiplies by 2^n: adds n to the bits of the exponent
     const Bits bits = bit_cast<Bits>(p[i]) + (bit_cast<Bits>(shifted[i]) << Constant::kFractionBits);
     x[i] = x[i] < Constant::kSmallestExponent ? Vec<C>{} : bit_cast<Vec<C>>(bits);
   }
@@ -120,7 +120,7 @@ CHARLM_INLINE Vec<double> exp(Vec<double> x) {
   return one[0];
 }
 
-// log(x) of positive normal numbers: x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), s = f / (2 + f), and
+// log(x) for positive normal x = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): with s = f / (2 + f),
 // log(1 + f) = f - f^2/2 + s (f^2/2 + R(s^2)), as in fdlibm.
 template <class C>
 CHARLM_INLINE Vec<C> log(Vec<C> x) {
@@ -128,7 +128,7 @@ CHARLM_INLINE Vec<C> log(Vec<C> x) {
   using Bits = typename Constant::Bits;
   const Bits shifted = bit_cast<Bits>(x) + (Constant::kOne - Constant::kSqrtHalf);
   const Vec<C> f = bit_cast<Vec<C>>((shifted & Constant::kFraction) + Constant::kSqrtHalf) - 1;
-  // k, biased, becomes a number by way of the low bits of kRound.
+  // Converts the biased k to a number through the low bits of kRound.
   const Bits biased = (shifted >> Constant::kFractionBits) + bit_cast<Bits>(broadcast<C>(Constant::kRound));
   const Vec<C> k = bit_cast<Vec<C>>(biased) - (Constant::kRound + C(Constant::kOne >> Constant::kFractionBits));
   const Vec<C> s = f / (f + 2), z = s * s, half_square = f * f * C(0.5);
@@ -140,8 +140,8 @@ CHARLM_INLINE Vec<C> log(Vec<C> x) {
 CHARLM_INLINE float log(float x) { return ::logf(x); }
 CHARLM_INLINE double log(double x) { return ::log(x); }
 
-// tanh(x) = t / (t + 2) with t = exp(2 |x|) - 1, which does not cancel near 0: as in exp above, with y = n ln 2 + r,
-// exp(y) - 1 = 2^n (exp(r) - 1) + (2^n - 1). At most 3 units in the last place.
+// tanh(|x|) = t / (t + 2) with t = exp(2 |x|) - 1 = 2^n (exp(r) - 1) + (2^n - 1), where 2 |x| = n ln 2 + r as in exp().
+// Nothing cancels near 0. The error is at most 3 units in the last place.
 template <class C, int K>
 CHARLM_INLINE void tanh(Vec<C> (&x)[K]) {
   using Constant = Constants<C>;
@@ -149,11 +149,11 @@ CHARLM_INLINE void tanh(Vec<C> (&x)[K]) {
   Vec<C> y[K], shifted[K], r[K], p[K];
   for (int i = 0; i < K; i++) {
     const Vec<C> magnitude = bit_cast<Vec<C>>(bit_cast<Bits>(x[i]) & ~Constant::kSign);
-    y[i] = 2 * min<C>(broadcast<C>(20), magnitude);  // past 20, tanh is 1 in float and in double; NaN stays
+    y[i] = 2 * min<C>(broadcast<C>(20), magnitude);  // tanh(20) rounds to 1 in float and double; NaN stays
   }
   for (int i = 0; i < K; i++) shifted[i] = y[i] * Constant::kLog2E + Constant::kRound;
   for (int i = 0; i < K; i++) p[i] = shifted[i] - Constant::kRound;  // n
-  if constexpr (std::is_same_v<C, float>) {  // ln 2 not split adds 3e-9 |x| to the relative error of t: nothing
+  if constexpr (std::is_same_v<C, float>) {  // an unsplit ln 2 adds a negligible 3e-9 |x| to the relative error of t
     for (int i = 0; i < K; i++) r[i] = y[i] - p[i] * Constant::kLn2;
   } else {
     for (int i = 0; i < K; i++) r[i] = y[i] - p[i] * Constant::kLn2High;
@@ -180,9 +180,9 @@ CHARLM_INLINE Vec<C> tanh(Vec<C> x) {
 }
 
 // ------------------------------------------------------------------------------------------------- probabilities
-// Logarithms of probabilities and back, at the ends of their range too.
+// Conversions between probabilities and log-probabilities, over their whole range.
 
-// log(x) of any x >= 0: subnormal numbers are scaled to normal ones. NaN below 0.
+// log(x) for any x >= 0: subnormal numbers are scaled to normal ones. NaN for x < 0.
 template <class C>
 CHARLM_INLINE Vec<C> log_of_probability(Vec<C> x) {
   constexpr bool kFloat = sizeof(C) == sizeof(float);
@@ -193,8 +193,8 @@ CHARLM_INLINE Vec<C> log_of_probability(Vec<C> x) {
   return select<C>(x > 0, y, select<C>(x == 0, broadcast<C>(-INFINITY), broadcast<C>(NAN)));
 }
 
-// exp(x) of log-probabilities. x > 0 is none; above 88 (709) the result is infinity, slightly before torch's exp
-// overflows.
+// exp(x) for log-probabilities. An x > 0 is not one, but has an exponential; above 88 (709) the result is infinity,
+// slightly before torch's exp overflows.
 template <class C, int K>
 CHARLM_INLINE void exp_of_log_probabilities(Vec<C> (&x)[K]) {
   constexpr C kLargestExponent = sizeof(C) == sizeof(float) ? C(88) : C(709);

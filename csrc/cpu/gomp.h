@@ -1,7 +1,7 @@
-// at::parallel_for on libgomp for a compiler without -fopenmp. setup.py includes this file first into every source
-// (-include) where the compiler is Clang: its -fopenmp calls libomp, a second OpenMP runtime beside torch's libgomp,
-// which torch.set_num_threads does not reach, and its -fopenmp=libgomp ignores every pragma. So torch's loop stands
-// here again, with a call of GOMP_parallel in place of the pragma; GCC compiles the pragma to the same call.
+// at::parallel_for on libgomp, for Clang. Clang's -fopenmp calls libomp, a second OpenMP runtime beside torch's libgomp
+// that torch.set_num_threads does not control, and its -fopenmp=libgomp ignores every pragma. setup.py therefore
+// compiles without -fopenmp and includes this file first into every source (-include). It defines torch's parallel loop
+// with a call of GOMP_parallel, to which GCC compiles the OpenMP pragma.
 #pragma once
 
 #include <ATen/Config.h>
@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 namespace at::internal {
-// Declared before ATen/Parallel.h, whose templates look it up where they are defined.
+// Declared before ATen/Parallel.h, whose templates look it up at their definition.
 template <class F>
 void invoke_parallel(int64_t begin, int64_t end, int64_t grain_size, const F& f);
 }  // namespace at::internal
@@ -32,7 +32,7 @@ int omp_get_thread_num();
 
 namespace at::internal {
 
-// ATen/ParallelOpenMP.h's: f(begin, end) once for each thread's part; the first exception is thrown again.
+// As in ATen/ParallelOpenMP.h: calls f(begin, end) on each thread for its part, and rethrows the first exception.
 template <class F>
 void invoke_parallel(int64_t begin, int64_t end, int64_t grain_size, const F& f) {
   struct Loop {
@@ -56,7 +56,7 @@ void invoke_parallel(int64_t begin, int64_t end, int64_t grain_size, const F& f)
       if (!loop.failed.test_and_set()) loop.error = std::current_exception();
     }
   };
-  GOMP_parallel(run_part, &loop, 0, 0);  // 0 threads: as many as torch.set_num_threads said
+  GOMP_parallel(run_part, &loop, 0, 0);  // 0 threads: the number set by torch.set_num_threads
   if (loop.error) std::rethrow_exception(loop.error);
 }
 

@@ -13,7 +13,8 @@ namespace charlm {
 namespace {
 
 #ifdef CHARLM_HAVE_AVX2
-// For __builtin_cpu_supports("f16c"), which Clang 14 does not know. That the system saves vectors, "avx2" says.
+// Replaces __builtin_cpu_supports("f16c"), which Clang 14 lacks. Support by the operating system is checked with
+// "avx2".
 bool supports_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);

@@ -1,4 +1,4 @@
-// The instruction set in use: the fastest that this machine can run, unless another is set.
+// The instruction set in use: by default the fastest one that this machine supports.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 namespace charlm {
 
 std::vector<std::string> compiled_isas();   // slowest first
-std::vector<std::string> supported_isas();  // those of them that this machine can run
+std::vector<std::string> supported_isas();  // compiled, and supported by this machine
 std::string cpu_isa();                      // the one in use
 void set_cpu_isa(const std::string& name);  // ValueError for a name that is not supported
 
@@ -21,7 +21,7 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
 
-// The table of the instruction set in use.
+// The kernels of the instruction set in use.
 const Kernels& cpu_kernels();
 
 }  // namespace charlm

@@ -1,7 +1,7 @@
-// The table of CPU kernels (core/kernels.h) of one instruction set: setup.py compiles this file once for each, with
-// -DCHARLM_ISA=<name>. No torch or STL header may be included here: an inline function of theirs, compiled for AVX-512,
-// could be the copy that the linker keeps for all callers. The table is constant, so that loading the module runs no
-// code of an instruction set that the machine may lack.
+// The table of CPU kernels (core/kernels.h) for one instruction set. setup.py compiles this file once for each set,
+// with -DCHARLM_ISA=<name>. No torch or STL header may be included here: of an inline function compiled for several
+// sets, the linker keeps one copy for all callers, which could be the AVX-512 one. The table is a constant, so that
+// loading the module runs no code of an instruction set that the machine may lack.
 #include "core/kernels.h"
 
 #include "cpu/cross_entropy_tiles.h"

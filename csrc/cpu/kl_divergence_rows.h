@@ -1,4 +1,5 @@
-// kl_divergence on the CPU, a row at a time. The formulas stand in ops/kl_divergence.h.
+// kl_divergence on the CPU. Rows with few classes are processed a vector of rows at a time (cpu/rows.h), all others one
+// by one. The formulas are in ops/kl_divergence.h.
 #pragma once
 
 #include "cpu/functions.h"
@@ -9,17 +10,17 @@ namespace charlm::CHARLM_ISA {
 
 // One of the two rows, or a vector of rows in transposed layout, read as u and w.
 template <class T, Distribution kKind>
-class KlDivSide {
+class KlDivergenceSide {
   using C = Compute<T>;
   using V = Vec<C>;
 
  public:
   static constexpr bool kIsLogits = kKind == Distribution::kLogits;
 
-  // `max`: of logits; else 0.
-  KlDivSide(const T* x, V max) : x_(x), reference_(select<C>(max == -INFINITY, V{}, max)) {}
+  // `max`: the largest logit, or 0 for other kinds.
+  KlDivergenceSide(const T* x, V max) : x_(x), reference_(select<C>(max == -INFINITY, V{}, max)) {}
 
-  // u and w of K vectors from class c on; past the end of a row -inf and 0.
+  // u and w of K vectors from class c on; -inf and 0 past the end of a row.
   template <int K, class Width>
   void read(int64_t c, Width width, V (&u)[K], V (&w)[K]) const {
     if constexpr (kKind == Distribution::kProbs) {
@@ -43,25 +44,25 @@ class KlDivSide {
 
 template <class C>
 CHARLM_INLINE Vec<C> finite(Vec<C> u) {
-  return max<C>(broadcast<C>(-kHuge<C>), u);  // NaN stays
+  return max<C>(broadcast<C>(-kHuge<C>), u);  // NaN stays NaN
 }
 
-// D_c of the most probable class, where it is a number, of u^q_c: u^p_c is 0.
+// D_c of the most probable class from its u^q_c, since its u^p_c is 0; 0 if that is not finite.
 template <class C>
 CHARLM_INLINE Vec<C> centre_of(Vec<C> u_q) {
   const Mask<C> above = u_q > -kHuge<C>, below = u_q < INFINITY;
   return select<C>(above & below, Vec<C>{} - u_q, Vec<C>{});
 }
 
-// The numbers of a row in the gradients of its classes.
+// The values of a row that the gradients of its classes share.
 template <class C, Distribution kP, Distribution kQ>
-struct KlDivFactors {
+struct KlDivergenceFactors {
   using V = Vec<C>;
   static constexpr bool kOfLogits = kP == Distribution::kLogits;
 
   V g, centre, offset, mass, p_factor, q_factor, ratio;
 
-  KlDivFactors(V grad_output, V p_sum, V q_sum, V row_mass, V row_centre, V row_offset)
+  KlDivergenceFactors(V grad_output, V p_sum, V q_sum, V row_mass, V row_centre, V row_offset)
       : g(grad_output),
         centre(row_centre),
         offset(row_offset),
@@ -79,7 +80,7 @@ struct KlDivFactors {
   }
 
   V of_q(V w, V w_q) const {
-    // Exactly 0 where p = q, however it is contracted.
+    // Exactly 0 if p = q, however the compiler contracts it.
     if constexpr (kQ == Distribution::kLogits) return (w_q * mass - w * ratio) * q_factor;
     const V value = V{} - w * p_factor;
     if constexpr (kQ == Distribution::kProbs) return select<C>(w_q == 0, V{}, value / w_q);
@@ -88,18 +89,18 @@ struct KlDivFactors {
 };
 
 template <class T, Distribution kP, Distribution kQ>
-class KlDivRow {
+class KlDivergenceRow {
   using C = Compute<T>;
   using V = Vec<C>;
-  using P = KlDivSide<T, kP>;
-  using Q = KlDivSide<T, kQ>;
+  using P = KlDivergenceSide<T, kP>;
+  using Q = KlDivergenceSide<T, kQ>;
 
  public:
-  KlDivRow(const KlDivergenceParams<T>& params, int64_t n)
+  KlDivergenceRow(const KlDivergenceParams<T>& params, int64_t n)
       : params_(params), n_(n), p_(params.p + n * params.p_stride), q_(params.q + n * params.q_stride) {}
 
-  // Two passes over both rows; in the second they are in a near cache. Writes p_max, p_sum, q_max, q_sum, mass, centre,
-  // and as `offset` W / S_p, or infinity.
+  // Two passes over both rows; the second reads them from a cache. Writes p_max, p_sum, q_max, q_sum, mass, centre, and
+  // W / S_p or infinity as `offset`.
   CHARLM_NOINLINE void forward() const {
     const int64_t n_classes = params_.n_classes;
     Largest<T> p_largest{0, 0};
@@ -146,8 +147,9 @@ class KlDivRow {
 
   CHARLM_NOINLINE void backward() const {
     const auto of_row = [this](const C* x) { return broadcast(x[n_]); };
-    const KlDivFactors<C, kP, kQ> factors(of_row(params_.grad_output), of_row(params_.p_sum), of_row(params_.q_sum),
-                                          of_row(params_.mass), of_row(params_.centre), of_row(params_.offset));
+    const KlDivergenceFactors<C, kP, kQ> factors(of_row(params_.grad_output), of_row(params_.p_sum),
+                                                 of_row(params_.q_sum), of_row(params_.mass), of_row(params_.centre),
+                                                 of_row(params_.offset));
     T* const p_grad = params_.p_grad ? params_.p_grad + n_ * params_.n_classes : nullptr;
     T* const q_grad = params_.q_grad ? params_.q_grad + n_ * params_.n_classes : nullptr;
     const P p(p_, of_row(params_.p_max));
@@ -173,22 +175,19 @@ class KlDivRow {
 };
 
 // ---------------------------------------------------------------------------------------------------- transposed
-// kl_divergence on the CPU. Rows with few classes are handled a vector of rows at a time (cpu/rows.h), all others
-// and the remaining rows one by one.
-
-// As many rows of few classes as a vector has lanes.
+// kLanes rows with few classes.
 template <class T, Distribution kP, Distribution kQ>
-class KlDivColumns {
+class KlDivergenceColumns {
   using C = Compute<T>;
   using V = Vec<C>;
-  using P = KlDivSide<T, kP>;
-  using Q = KlDivSide<T, kQ>;
+  using P = KlDivergenceSide<T, kP>;
+  using Q = KlDivergenceSide<T, kQ>;
 
  public:
-  explicit KlDivColumns(const KlDivergenceParams<T>& params)
+  explicit KlDivergenceColumns(const KlDivergenceParams<T>& params)
       : params_(params), p_(params.n_classes), q_(params.n_classes) {}
 
-  // KlDivRow::forward of the rows [n, n + kLanes).
+  // KlDivergenceRow::forward for the rows [n, n + kLanes).
   CHARLM_NOINLINE void forward(int64_t n) {
     read(n);
     V p_max{}, q_max{}, centre{};
@@ -197,7 +196,7 @@ class KlDivColumns {
     const P p(p_.data(), p_max);
     const Q q(q_.data(), q_max);
     if constexpr (P::kIsLogits) centre = centre_at(p_max, q_max);
-    V p_sums[4] = {}, q_sums[4] = {}, crosses[4] = {}, far{};  // four chains: each addition to a long one rounds again
+    V p_sums[4] = {}, q_sums[4] = {}, crosses[4] = {}, far{};  // four chains: shorter sums round less
     int chain = 0;
     for_each_classes<2>(params_.n_classes, [&]<int K>(int64_t c, Count<K>) {
       V u[K], w[K], u_q[K], w_q[K];
@@ -228,8 +227,9 @@ class KlDivColumns {
   CHARLM_NOINLINE void backward(int64_t n) {
     read(n);
     const auto of_rows = [n](const C* x) { return load(x + n, Whole{}); };
-    const KlDivFactors<C, kP, kQ> factors(of_rows(params_.grad_output), of_rows(params_.p_sum), of_rows(params_.q_sum),
-                                          of_rows(params_.mass), of_rows(params_.centre), of_rows(params_.offset));
+    const KlDivergenceFactors<C, kP, kQ> factors(of_rows(params_.grad_output), of_rows(params_.p_sum),
+                                                 of_rows(params_.q_sum), of_rows(params_.mass), of_rows(params_.centre),
+                                                 of_rows(params_.offset));
     const P p(p_.data(), of_rows(params_.p_max));
     const Q q(q_.data(), of_rows(params_.q_max));
     for_each_classes<2>(params_.n_classes, [&]<int K>(int64_t c, Count<K>) {
@@ -264,11 +264,11 @@ class KlDivColumns {
   Columns<T> p_, q_;
 };
 
-// Calls f.template operator()<Row, TransposedRows>() with the types that these kinds need.
+// Calls f.template operator()<Row, Columns>() with the types for these kinds of distributions.
 template <class T, class F>
-void with_kl_div_kinds(const KlDivergenceParams<T>& params, F&& f) {
+void with_kl_divergence_kinds(const KlDivergenceParams<T>& params, F&& f) {
   const auto with_both = [&]<Distribution kP, Distribution kQ>() {
-    f.template operator()<KlDivRow<T, kP, kQ>, KlDivColumns<T, kP, kQ>>();
+    f.template operator()<KlDivergenceRow<T, kP, kQ>, KlDivergenceColumns<T, kP, kQ>>();
   };
   const auto with_q = [&]<Distribution kP>() {
     switch (params.q_kind) {
@@ -291,27 +291,27 @@ void with_kl_div_kinds(const KlDivergenceParams<T>& params, F&& f) {
 }
 
 template <class T>
-int kl_divergence_forward(const KlDivergenceParams<T>& params, Launch& at) {
-  const int64_t begin = at.begin, end = at.end;
+int kl_divergence_forward(const KlDivergenceParams<T>& params, Launch& launch) {
+  const int64_t begin = launch.begin, end = launch.end;
   using C = Compute<T>;
   using V = Vec<C>;
-  with_kl_div_kinds(params, [&]<class Row, class TransposedRows>() {
-    TransposedRows columns(params);
+  with_kl_divergence_kinds(params, [&]<class Row, class RowColumns>() {
+    RowColumns columns(params);
     for_rows<C>(
         begin, end, params.n_classes, [&](int64_t n) { columns.forward(n); },
         [&](int64_t n) { Row(params, n).forward(); });
   });
   const bool p_is_logits = params.p_kind == Distribution::kLogits;
-  // The logarithms of a vector of rows at once.
+  // Logarithms for a vector of rows at once.
   for_each_vector<C>(end - begin, [&](int64_t i, auto width) {
     const int64_t n = begin + i;
     const V p_sum = load(params.p_sum + n, width, C(1)), q_sum = load(params.q_sum + n, width, C(1));
     const V mean = load(params.offset + n, width, C(0));
-    const Mask<C> known = (p_sum == p_sum) & (q_sum == q_sum);  // log is of numbers only
+    const Mask<C> known = (p_sum == p_sum) & (q_sum == q_sum);  // log() does not propagate NaN
     const V shift = select<C>(known, V(log<C>(q_sum) - log<C>(p_sum)), broadcast<C>(NAN));
     const V outer = load(params.centre + n, width, C(0)) + load(params.mass + n, width, C(0)) * shift;
     V divergence = mean + outer;
-    divergence = select<C>(divergence < 0, V{}, divergence);                             // of rounding
+    divergence = select<C>(divergence < 0, V{}, divergence);                             // from rounding
     divergence = select<C>((p_sum == 0) | (q_sum == 0), broadcast<C>(NAN), divergence);  // a row of -inf
     store(params.offset + n, p_is_logits ? V(V{} - mean) : V(shift + 1), width);
     store(params.output + n, divergence, width);
@@ -320,11 +320,11 @@ int kl_divergence_forward(const KlDivergenceParams<T>& params, Launch& at) {
 }
 
 template <class T>
-int kl_divergence_backward(const KlDivergenceParams<T>& params, Launch& at) {
-  with_kl_div_kinds(params, [&]<class Row, class TransposedRows>() {
-    TransposedRows columns(params);
+int kl_divergence_backward(const KlDivergenceParams<T>& params, Launch& launch) {
+  with_kl_divergence_kinds(params, [&]<class Row, class RowColumns>() {
+    RowColumns columns(params);
     for_rows<Compute<T>>(
-        at.begin, at.end, params.n_classes, [&](int64_t n) { columns.backward(n); },
+        launch.begin, launch.end, params.n_classes, [&](int64_t n) { columns.backward(n); },
         [&](int64_t n) { Row(params, n).backward(); });
   });
   return 0;

@@ -1,5 +1,5 @@
-// Long rows in chunks that stay in a first-level cache for a second pass. The sums of the chunks are added up: the
-// rounding error of a sum grows with the length of its chain.
+// Loops over rows of classes. Long rows are processed in chunks that stay in a first-level cache for a second pass.
+// Sums are taken over each chunk and then over the chunks, since the rounding error of a sum grows with its length.
 #pragma once
 
 #include "cpu/functions.h"
@@ -9,15 +9,16 @@ namespace charlm::CHARLM_ISA {
 // Calls f(begin, size) for each chunk of n elements of C.
 template <class C, class F>
 CHARLM_INLINE void for_each_chunk(int64_t n, F&& f) {
-  constexpr int64_t kChunk = 8192 / sizeof(C);
-  for (int64_t begin = 0; begin < n; begin += kChunk) f(begin, n - begin < kChunk ? n - begin : kChunk);
+  constexpr int64_t kChunkElements = 8192 / sizeof(C);
+  for (int64_t begin = 0; begin < n; begin += kChunkElements)
+    f(begin, n - begin < kChunkElements ? n - begin : kChunkElements);
 }
 
-// Prefetch distance in elements: the processor's own prefetch stops at each page.
+// Prefetch distance in elements. The hardware prefetcher stops at each page.
 template <class T>
 constexpr int64_t kPrefetchDistance = 4096 / sizeof(T);
 
-// The largest of x[0 .. n); -inf of nothing. A NaN may be dropped.
+// The largest of x[0 .. n), or -inf if n is 0. NaN may be ignored.
 template <class T, class C = Compute<T>>
 CHARLM_INLINE C max_of(const T* x, int64_t n) {
   Vec<C> largest[4];
@@ -29,7 +30,7 @@ CHARLM_INLINE C max_of(const T* x, int64_t n) {
   return reduce_max<C>(max<C>(max<C>(largest[0], largest[1]), max<C>(largest[2], largest[3])));
 }
 
-// The largest value, and the first place where it is.
+// The largest value and the first index at which it occurs.
 template <class T>
 struct Largest {
   Compute<T> value = -INFINITY;
@@ -44,7 +45,7 @@ CHARLM_INLINE Largest<T> largest_of(const T* x, int64_t n) {
     if (of_chunk > largest.value) largest = {of_chunk, begin};
   });
   if (largest.value == -INFINITY) return largest;
-  int64_t& c = largest.index;  // in its chunk, which is in cache
+  int64_t& c = largest.index;  // the beginning of its chunk, which is in cache
   while (c + kLanes<C> <= n && !any<C>(load(x + c, Whole{}) == largest.value)) c += kLanes<C>;
   while (load_one(x + c) != largest.value) c++;
   return largest;
@@ -61,13 +62,13 @@ template <class C>
 constexpr C kHuge = sizeof(C) == sizeof(float) ? C(0x1p126f) : C(0x1p1022);
 
 // ---------------------------------------------------------------------------------------------------- transposed
-// Transposed layout for rows with few classes: vector c holds class c of as many rows as a vector has lanes. Maxima and
-// sums need no operation across lanes, and no lane is idle. Row by row, which is the reference in the tests, 27 classes
-// take one full vector and a part of another, and each row waits for its maximum before its first exponential.
+// Transposed layout for rows with few classes: vector c holds class c of kLanes rows. Maxima and sums need no operation
+// across lanes, and no lane is idle. Row by row, the reference in the tests, 27 classes take one full vector and part
+// of another, and each row waits for its maximum before its first exponential.
 
-constexpr int64_t kFewClasses = 128;  // both sides of a divergence, 16 KiB at most, stay in a first-level cache
+constexpr int64_t kMaxTransposedClasses = 128;  // both rows of a divergence, at most 16 KiB, fit in L1
 
-// Four numbers of so many bytes, as bits.
+// Four numbers of kBytes bytes, as bits.
 template <int kBytes>
 struct FourOf;
 template <>
@@ -89,7 +90,7 @@ struct FourOf<8> {
 #define CHARLM_FOUR(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
 #endif
 
-// to[j, i] = from[i, j] for i, j < 4: four loads and four stores in place of sixteen.
+// to[j, i] = from[i, j] for i, j < 4, with four loads and four stores instead of sixteen each.
 template <class T>
 CHARLM_INLINE void transpose_four(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
   using Four = typename FourOf<sizeof(T)>::type;
@@ -123,6 +124,7 @@ CHARLM_INLINE void transpose(const T* from, int64_t from_stride, int64_t n_rows,
   }
 }
 
+// kLanes rows with few classes in transposed layout.
 template <class T>
 class Columns {
   using C = Compute<T>;
@@ -150,11 +152,11 @@ class Columns {
 
  private:
   const int64_t n_classes_;
-  alignas(64) T x_[kFewClasses * kRows];
+  alignas(64) T x_[kMaxTransposedClasses * kRows];
 };
 
-// Calls f(c, Count<K>) for classes c, …, c + K - 1, K of them at once and one at a time for the rest: two exponentials
-// at once fill each other's latencies.
+// Calls f(c, Count<K>) for K classes c, …, c + K - 1 at a time, and f(c, Count<1>) for each remaining class. Two
+// exponentials at once hide each other's latency.
 template <int K, class F>
 CHARLM_INLINE void for_each_classes(int64_t n_classes, F&& f) {
   int64_t c = 0;
@@ -162,12 +164,12 @@ CHARLM_INLINE void for_each_classes(int64_t n_classes, F&& f) {
   for (; c < n_classes; c++) f(c, Count<1>{});
 }
 
-// Calls by_columns(n) for as many rows n, …, n + kLanes - 1 of [begin, end) as fill vectors, if classes are few, and
-// by_row(n) for the others.
+// If there are few classes, calls by_columns(n) for each group of rows n, …, n + kLanes - 1 in [begin, end). Calls
+// by_row(n) for all other rows.
 template <class C, class ByColumns, class ByRow>
 CHARLM_INLINE void for_rows(int64_t begin, int64_t end, int64_t n_classes, ByColumns&& by_columns, ByRow&& by_row) {
   int64_t n = begin;
-  for (; n_classes <= kFewClasses && n + kLanes<C> <= end; n += kLanes<C>) by_columns(n);
+  for (; n_classes <= kMaxTransposedClasses && n + kLanes<C> <= end; n += kLanes<C>) by_columns(n);
   for (; n < end; n++) by_row(n);
 }
 

@@ -1,6 +1,6 @@
-// One vector register of the instruction set that this object is compiled for, as GCC's and Clang's vector types:
-// arithmetic is written with operators and compiles to SSE2, AVX2, AVX-512 or NEON. Loads widen half types to float,
-// stores round to nearest even.
+// Vec<C>: one vector register of the instruction set that this object is compiled for, as a vector type of GCC and
+// Clang. Arithmetic operators compile to SSE2, AVX2, AVX-512 or NEON. Loads widen half types to float; stores round to
+// nearest even.
 #pragma once
 
 #include <string.h>
@@ -30,7 +30,7 @@ constexpr int kVectorRegisters = 16;
 #endif
 
 #define CHARLM_INLINE inline __attribute__((always_inline))
-#define CHARLM_NOINLINE __attribute__((noinline))  // compiled once, however many loops call it
+#define CHARLM_NOINLINE __attribute__((noinline))  // for code that many loops call
 
 template <class C>
 struct VecOf;
@@ -50,7 +50,7 @@ struct VecOf<double> {
 template <class C>
 using Vec = typename VecOf<C>::type;
 template <class C>
-using Mask = typename VecOf<C>::mask;  // a lane is 0 or -1, as a comparison of two Vec<C> gives it
+using Mask = typename VecOf<C>::mask;  // each lane is 0 or -1: the result of comparing two Vec<C>
 
 template <class C>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(C));
@@ -65,7 +65,7 @@ CHARLM_INLINE Vec<C> select(Mask<C> mask, Vec<C> yes, Vec<C> no) {
   return mask ? yes : no;
 }
 
-// b where either is NaN.
+// max and min return b in lanes where a or b is NaN.
 template <class C>
 CHARLM_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
   return a > b ? a : b;
@@ -76,7 +76,7 @@ CHARLM_INLINE Vec<C> min(Vec<C> a, Vec<C> b) {
   return a < b ? a : b;
 }
 
-// The same: of a constant, GCC would make a comparison and a blend.
+// The same by intrinsics, since GCC compiles a comparison with a constant to two instructions.
 #if defined(__AVX512F__)
 template <>
 CHARLM_INLINE Vec<float> max<float>(Vec<float> a, Vec<float> b) {
@@ -97,8 +97,8 @@ CHARLM_INLINE Vec<float> min<float>(Vec<float> a, Vec<float> b) {
 }
 #endif
 
-// a * b + c, rounded once where there is an instruction for it. The compiler makes such ones of operators too, but of
-// two products in a sum it takes either, and the last bit differs from loop to loop.
+// a * b + c, rounded once if the instruction set has FMA. The compiler also contracts operators, but in a sum of two
+// products it may fuse either one, so that the last bit would differ from loop to loop.
 template <class C>
 CHARLM_INLINE Vec<C> fma(Vec<C> a, Vec<C> b, Vec<C> c) {
 #if defined(__AVX512F__)
@@ -112,7 +112,7 @@ CHARLM_INLINE Vec<C> fma(Vec<C> a, Vec<C> b, Vec<C> c) {
 #endif
 }
 
-// The first n lanes.
+// The mask of the first n lanes.
 template <class C>
 CHARLM_INLINE Mask<C> first_lanes(int64_t n) {
   Mask<C> lane;
@@ -128,7 +128,7 @@ CHARLM_INLINE To bit_cast(const From& from) {
   return to;
 }
 
-// The lanes as one number, by halves: op takes two vectors, and at the end two numbers.
+// Reduces the lanes to one number by halving: op takes two vectors, and finally two numbers.
 template <class C, int kBytes = kVectorBytes, class Op>
 CHARLM_INLINE C reduce(Op op, const C* lanes) {
   typedef C Half __attribute__((vector_size(kBytes / 2)));
@@ -154,12 +154,12 @@ CHARLM_INLINE C reduce_sum(Vec<C> v) {
 
 #ifdef __clang__
 #define CHARLM_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else  // GCC has that from version 12 on only
+#else  // GCC before 12 lacks __builtin_shufflevector
 #define CHARLM_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Mask<C>{__VA_ARGS__})
 #endif
 
-// Adds neighbouring elements of kElement lanes, of a for the first half of each block of kBlock lanes, of b for the
-// second: [a0 + a1, a2 + a3, b0 + b1, b2 + b3], if a block is four elements.
+// Adds neighbouring elements of kElement lanes. In each block of kBlock lanes, the first half of the result is from a
+// and the second from b: with four elements in a block, [a0 + a1, a2 + a3, b0 + b1, b2 + b3].
 template <class C, int kElement, int kBlock, int... lane>
 CHARLM_INLINE Vec<C> add_neighbours(Vec<C> a, Vec<C> b, std::integer_sequence<int, lane...>) {
   constexpr int kHalf = kBlock / kElement / 2;
@@ -170,17 +170,17 @@ CHARLM_INLINE Vec<C> add_neighbours(Vec<C> a, Vec<C> b, std::integer_sequence<in
   return CHARLM_SHUFFLE(a, b, first(lane)...) + CHARLM_SHUFFLE(a, b, (first(lane) + kElement)...);
 }
 
-// The sums of the lanes of as many vectors as one has lanes: [sum(v[0]), sum(v[1]), …]. Within 16 bytes first, where
-// shuffles are fastest.
+// The sums of the lanes of kLanes vectors: [sum(v[0]), sum(v[1]), …]. Sums within 16 bytes first, where shuffles are
+// fastest.
 template <class C, int kCount = kLanes<C>>
 CHARLM_INLINE Vec<C> reduce_sums(const Vec<C>* v) {
   if constexpr (kCount == 1) return *v;
   if constexpr (kCount > 1) {
-    constexpr int kFew = 16 / sizeof(C);
+    constexpr int kLanesIn16Bytes = 16 / sizeof(C);
     const Vec<C> a = reduce_sums<C, kCount / 2>(v), b = reduce_sums<C, kCount / 2>(v + kCount / 2);
     constexpr std::make_integer_sequence<int, kLanes<C>> lanes;
-    if constexpr (kCount <= kFew) return add_neighbours<C, 1, kFew>(a, b, lanes);
-    if constexpr (kCount > kFew) return add_neighbours<C, kFew, kLanes<C>>(a, b, lanes);
+    if constexpr (kCount <= kLanesIn16Bytes) return add_neighbours<C, 1, kLanesIn16Bytes>(a, b, lanes);
+    if constexpr (kCount > kLanesIn16Bytes) return add_neighbours<C, kLanesIn16Bytes, kLanes<C>>(a, b, lanes);
   }
 }
 
@@ -204,7 +204,7 @@ CHARLM_INLINE bool any(Mask<C> mask) {
 
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 
-// table[i % lanes] for each lane i of `index`, where that is one instruction.
+// Returns table[i % kLanes] for each lane i of `index`, if the instruction set can do this with one instruction.
 #if defined(__AVX512F__)
 #define CHARLM_HAS_LOOKUP 1
 CHARLM_INLINE VecU32 lookup(VecU32 table, VecU32 index) {
@@ -228,7 +228,7 @@ CHARLM_INLINE Vec<float> widen(BFloat16, HalfVecU16 bits) {
 CHARLM_INLINE HalfVecU16 narrow(BFloat16, Vec<float> x) {
   const VecU32 u = bit_cast<VecU32>(x);
   const VecU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const VecU32 quiet_nan = (u >> 16) | 0x40;  // rounding could carry a NaN's last bits into infinity
+  const VecU32 quiet_nan = (u >> 16) | 0x40;  // rounding the bits of a NaN could give infinity
   return __builtin_convertvector(x == x ? rounded : quiet_nan, HalfVecU16);
 }
 
@@ -245,8 +245,8 @@ CHARLM_INLINE HalfVecU16 narrow(Float16, Vec<float> x) {
 #else
 CHARLM_INLINE Vec<float> widen(Float16, HalfVecU16 bits) {
   const VecU32 u = __builtin_convertvector(bits, VecU32);
-  // Ten bits of fraction and five of exponent, moved into place; the multiplication by 2^112 mends the bias and
-  // turns subnormal numbers into normal ones.
+  // Moves the 10 bits of fraction and 5 bits of exponent into place. The multiplication by 2^112 corrects the bias and
+  // normalizes subnormal numbers.
   const Vec<float> finite = bit_cast<Vec<float>>((u & 0x7fff) << 13) * 0x1p112f;
   const VecU32 special = ((u & 0x7fff) << 13) | 0x7f800000;  // infinity, NaN
   const VecU32 magnitude = (u & 0x7c00) == 0x7c00 ? special : bit_cast<VecU32>(finite);
@@ -256,9 +256,9 @@ CHARLM_INLINE Vec<float> widen(Float16, HalfVecU16 bits) {
 CHARLM_INLINE HalfVecU16 narrow(Float16, Vec<float> x) {
   const VecU32 u = bit_cast<VecU32>(x);
   const VecU32 magnitude = u & 0x7fffffff;
-  // From 2^-14 on: change the bias, round to nearest even; what reaches 2^16 becomes infinity.
+  // From 2^-14 on: change the bias and round to nearest even; results of 2^16 and more become infinity.
   const VecU32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Below: an addition to 0.5 lines the bits up, since a unit in its last place is 2^-24, and rounds them.
+  // Below 2^-14: adding 0.5, whose unit in the last place is 2^-24, aligns and rounds the bits.
   const VecU32 subnormal =
       bit_cast<VecU32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - bit_cast<VecU32>(broadcast<float>(0.5f));
   VecU32 half = magnitude < VecU32{} + (113u << 23) ? subnormal : normal;
@@ -268,7 +268,8 @@ CHARLM_INLINE HalfVecU16 narrow(Float16, Vec<float> x) {
 }
 #endif
 
-// A whole vector, or the first n lanes of one at the end of a row; the other lanes are `fill`.
+// The width of a load or store: a whole vector, or the first n lanes at the end of a row. A load sets the other lanes
+// to `fill`.
 struct Whole {
   static constexpr bool kIsWhole = true;
 };
@@ -359,7 +360,7 @@ CHARLM_INLINE void store(double* p, Vec<double> v, Part part) {
 }
 #endif
 
-// One number, as a vector kernel would read or round it.
+// Reads or rounds one number exactly as the vector versions do.
 CHARLM_INLINE float load_one(const float* p) { return *p; }
 CHARLM_INLINE double load_one(const double* p) { return *p; }
 CHARLM_INLINE void store_one(float* p, float x) { *p = x; }
@@ -375,7 +376,7 @@ CHARLM_INLINE void store_one(Half* p, float x) {
   p->bits = narrow(Half{}, broadcast<float>(x))[0];
 }
 
-// Calls body(c, Whole) for c = 0, W, 2 W … and body(c, Part) for what is left of n elements.
+// Calls body(c, Whole) for c = 0, W, 2 W, … and body(c, Part) for the remaining elements of n.
 template <class C, class Body>
 CHARLM_INLINE void for_each_vector(int64_t n, Body&& body) {
   int64_t c = 0;
@@ -383,7 +384,7 @@ CHARLM_INLINE void for_each_vector(int64_t n, Body&& body) {
   if (c < n) body(c, Part{n - c});
 }
 
-// Asks for kBytes from p on; p may lie outside of any tensor.
+// Prefetches kBytes from p on; p may be outside any tensor.
 template <int kBytes>
 CHARLM_INLINE void prefetch(const void* p) {
   for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
@@ -392,7 +393,7 @@ CHARLM_INLINE void prefetch(const void* p) {
 template <int K>
 struct Count {};
 
-// The same with K vectors at a time, and one at a time for the rest: body(c, width, Count<K>) or (c, width, Count<1>).
+// The same with K vectors at a time: body(c, width, Count<K>), and body(c, width, Count<1>) for the remaining vectors.
 template <class C, int K, class Body>
 CHARLM_INLINE void for_each_vectors(int64_t n, Body&& body) {
   int64_t c = 0;

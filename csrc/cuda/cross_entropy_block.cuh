@@ -1,15 +1,15 @@
-// Many classes: a block for each row. Its threads walk over the row once and join their softmaxes; where the gradient
-// is wanted with the loss, what they read stays in shared memory as far as there is room (227 KiB a block on an H100),
-// and only the rest of a longer row is read a second time.
+// Many classes: one block for each row, or several. The threads of a block pass over the row once and join their
+// softmaxes. A pass that also computes the gradient keeps the row in shared memory, as far as it fits (227 KiB a block
+// on an H100), and reads only the rest of a longer row a second time.
 #pragma once
 
-#include "cuda/cross_entropy_totals.cuh"
+#include "cuda/cross_entropy_row.cuh"
 
 namespace charlm::cuda {
 namespace {
 
-// Positions [0, n) of rows x and y as 16-byte packs, with single elements before the first and after the last multiple
-// of 16 bytes; all of them are single where the two are not aligned alike.
+// Positions [0, n) of rows x and y, divided into 16-byte packs and single elements before the first and after the last
+// multiple of 16 bytes. If x and y differ in alignment, all elements are single.
 template <class T>
 struct Span {
   int64_t n, head, n_packs;
@@ -22,7 +22,7 @@ struct Span {
 
   __device__ __forceinline__ int64_t pack(int64_t p) const { return head + p * kPackSize<T>; }
 
-  // use(i, pack of elements i ...) for this thread's packs. kBatch of them are loaded before the first is used.
+  // Calls use(p, load(p)) for the packs of this thread. kBatch packs are loaded before the first is used.
   template <int kBatch, class Load, class Use>
   __device__ __forceinline__ void for_each_pack(Load load, Use use) const {
     for (int64_t first = threadIdx.x; first < n_packs; first += kBatch * blockDim.x) {
@@ -38,7 +38,7 @@ struct Span {
     }
   }
 
-  // use(i) for this thread's single elements.
+  // Calls use(i) for the single elements of this thread.
   template <class Use>
   __device__ __forceinline__ void for_each_single(Use use) const {
     for (int64_t i = threadIdx.x; i < head; i += blockDim.x) use(i);
@@ -48,8 +48,8 @@ struct Span {
 
 constexpr int kLoadsInFlight = 4;
 
-// This thread's part of the softmax of classes [begin, begin + span.n) of a row; x is the first of them.
-// `keep(p, pack)` is called with each pack.
+// This thread's part of the softmax of classes [begin, begin + span.n) of a row, whose logits start at x. Calls
+// keep(p, pack) for each pack.
 template <class T, bool kPlain, class Keep>
 __device__ __forceinline__ typename CrossEntropyRow<T, kPlain>::RowSoftmax softmax_of(
     const CrossEntropyRow<T, kPlain>& row, const Span<T>& span, const T* x, int64_t begin, Keep keep) {
@@ -73,8 +73,8 @@ __device__ __forceinline__ typename CrossEntropyRow<T, kPlain>::RowSoftmax softm
   return softmax;
 }
 
-// Writes the gradient of the same classes to y; `load(p)` gives their packs.
-template <GpuPass kPass, int kBatch, class T, bool kPlain, class Load>
+// Writes the gradient of these classes to y; load(p) returns their packs.
+template <CrossEntropyPass kPass, int kBatch, class T, bool kPlain, class Load>
 __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>& row, const Span<T>& span, const T* x,
                                                T* y, int64_t begin, Load load) {
   if (!row.template has_gradient<kPass>()) {
@@ -86,8 +86,8 @@ __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>&
   }
   const auto gradient = [&](T value, int64_t i) {
     const Compute<T> z = row.transformed(value);
-    return kPass == GpuPass::kTargetBackward ? row.target_gradient(z, begin + i)
-                                             : row.template gradient<kPass>(z, begin + i);
+    return kPass == CrossEntropyPass::kTargetBackward ? row.target_gradient(z, begin + i)
+                                                      : row.template gradient<kPass>(z, begin + i);
   };
   span.for_each_single([&](int64_t i) { y[i] = gradient(x[i], i); });
   span.template for_each_pack<kBatch>(load, [&](int64_t p, Pack<T> pack) {
@@ -97,32 +97,32 @@ __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>&
   });
 }
 
-// The registers of a multiprocessor are enough for so many threads, and none are spilled.
+// Threads of a block for which the registers of a multiprocessor suffice without spilling.
 template <class T, bool kPlain>
 constexpr int kBlockThreads = kPlain && sizeof(Compute<T>) == sizeof(float) ? kMaxThreads : kMaxThreads / 2;
 
-template <class T, GpuPass kPass, bool kPlain>
+template <class T, CrossEntropyPass kPass, bool kPlain>
 __global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
-    cross_entropy_block(const __grid_constant__ CrossEntropyParams<T> rows, int64_t n_kept, const Totals* totals,
+    cross_entropy_block(const __grid_constant__ CrossEntropyParams<T> params, int64_t n_kept, const Totals* totals,
                         int n_totals, double* losses) {
   using Row = CrossEntropyRow<T, kPlain>;
   using RowSoftmax = typename Row::RowSoftmax;
   CHARLM_SHARED(RowSoftmax, parts, kMaxWarps);
-  CHARLM_DYNAMIC_SHARED(Pack<T>, kept);  // [n_kept]: each is read by the thread that wrote it
-  const double scale = kPass == GpuPass::kForward ? 1 : 1 / divisor(rows, totals, n_totals);
+  CHARLM_DYNAMIC_SHARED(Pack<T>, kept);  // [n_kept], each read by the thread that wrote it
+  const double scale = kPass == CrossEntropyPass::kForward ? 1 : 1 / divisor(params, totals, n_totals);
   double loss_sum = 0;
-  for (int64_t n = blockIdx.x; n < rows.n_rows; n += gridDim.x) {
-    Row row(rows, n);
+  for (int64_t n = blockIdx.x; n < params.n_rows; n += gridDim.x) {
+    Row row(params, n);
     const T* const x = row.logits();
-    T* const y = kPass == GpuPass::kForward ? nullptr : row.grad();
-    const Span<T> span(x, kPass == GpuPass::kForward ? x : y, rows.n_classes);
+    T* const y = kPass == CrossEntropyPass::kForward ? nullptr : row.grad();
+    const Span<T> span(x, kPass == CrossEntropyPass::kForward ? x : y, params.n_classes);
     if (threadIdx.x == 0 && row.is_bad()) row.record_bad();
     if (row.is_counted()) {
       const Compute<T> target_logit = row.target_logit(x);
       auto softmax = softmax_of(row, span, x, 0, [&](int64_t p, const Pack<T>& pack) {
-        if (kPass == GpuPass::kForwardBackward && p < n_kept) kept[p] = pack;
+        if (kPass == CrossEntropyPass::kForwardBackward && p < n_kept) kept[p] = pack;
       });
-      __syncthreads();  // the parts of the row before have been read
+      __syncthreads();  // the parts of the previous row have been read
       softmax = softmax.over_block(parts);
       row.finish(softmax);
       if (threadIdx.x == 0) {
@@ -130,11 +130,11 @@ __global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
         loss_sum += loss;
         row.store(softmax, loss);
       }
-      if constexpr (kPass == GpuPass::kForwardBackward) row.set_softmax(softmax, scale);
+      if constexpr (kPass == CrossEntropyPass::kForwardBackward) row.set_softmax(softmax, scale);
     } else if (threadIdx.x == 0) {
       row.store_uncounted();
     }
-    if constexpr (kPass == GpuPass::kForwardBackward) {
+    if constexpr (kPass == CrossEntropyPass::kForwardBackward) {
       write_gradient<kPass, 1>(row, span, x, y, 0,
                                [&](int64_t p) { return p < n_kept ? kept[p] : load_pack(x + span.pack(p)); });
     }
@@ -143,17 +143,111 @@ __global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
 }
 
 template <class T>
-int block_blocks(const CrossEntropyParams<T>& rows) {
-  return static_cast<int>(rows.n_rows < 1 ? 1 : rows.n_rows < kMaxBlocks ? rows.n_rows : kMaxBlocks);
+int block_blocks(const CrossEntropyParams<T>& params) {
+  return blocks_for(params.n_rows);
 }
 
-// At most `most` threads for a walk over n elements: each has kLoadsInFlight packs in the first round, if there are so
-// many.
+// Threads for a pass over n elements, at most `most`: each loads kLoadsInFlight packs in its first iteration, if n is
+// large enough.
 template <class T>
 int pass_threads(int64_t n, int most) {
   int threads = 2 * kWarp;
   while (threads < most && threads * kLoadsInFlight * kPackSize<T> < n) threads *= 2;
   return threads;
+}
+
+// ----------------------------------------------------------------------------------------- several blocks for each row
+// Each block handles a chunk of the row. The gradients of logits and probabilities need only the stored softmax of the
+// row, so chunks are independent. A forward pass uses chunks where there are too few long rows to occupy the GPU with
+// one block each: it stores the softmax of each chunk and joins them, and a second read computes the gradient.
+
+constexpr int kChunkPacks = 1024;
+constexpr int kChunkThreads = kChunkPacks / kLoadsInFlight;
+
+template <class T>
+constexpr int64_t kChunkClasses = kChunkPacks * kPackSize<T>;
+
+template <class T>
+__host__ __device__ int64_t chunks_of(int64_t n_classes) {
+  return (n_classes + kChunkClasses<T> - 1) / kChunkClasses<T>;
+}
+
+template <class T>
+int chunk_blocks(const CrossEntropyParams<T>& params) {
+  return blocks_for(params.n_rows * chunks_of<T>(params.n_classes));
+}
+
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kChunkThreads, kMinResidentBlocks)
+    cross_entropy_chunk_softmax(const __grid_constant__ CrossEntropyParams<T> params, Softmax<T, !kPlain>* softmaxes) {
+  using RowSoftmax = Softmax<T, !kPlain>;
+  CHARLM_SHARED(RowSoftmax, parts, kMaxWarps);
+  const int64_t n_chunks = chunks_of<T>(params.n_classes);
+  for (int64_t i = blockIdx.x; i < params.n_rows * n_chunks; i += gridDim.x) {
+    const int64_t n = i / n_chunks, begin = (i - n * n_chunks) * kChunkClasses<T>;
+    const CrossEntropyRow<T, kPlain> row(params, n);
+    if (!row.is_counted()) continue;
+    const int64_t left = params.n_classes - begin;
+    const T* const x = row.logits() + begin;
+    const Span<T> span(x, x, left < kChunkClasses<T> ? left : kChunkClasses<T>);
+    auto softmax = softmax_of(row, span, x, begin, [](int64_t, const Pack<T>&) {});
+    __syncthreads();  // the parts of the previous chunk have been read
+    softmax = softmax.over_block(parts);
+    if (threadIdx.x == 0) softmaxes[i] = softmax;
+  }
+}
+
+// One warp for each row.
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kWarp)
+    cross_entropy_join_chunks(const __grid_constant__ CrossEntropyParams<T> params,
+                              const Softmax<T, !kPlain>* softmaxes, double* losses) {
+  using RowSoftmax = Softmax<T, !kPlain>;
+  CHARLM_SHARED(RowSoftmax, parts, kMaxWarps);
+  const int64_t n_chunks = chunks_of<T>(params.n_classes);
+  double loss_sum = 0;
+  for (int64_t n = blockIdx.x; n < params.n_rows; n += gridDim.x) {
+    const CrossEntropyRow<T, kPlain> row(params, n);
+    if (row.is_counted()) {
+      RowSoftmax softmax;
+      for (int64_t i = threadIdx.x; i < n_chunks; i += kWarp) {
+        softmax = RowSoftmax::join(softmax, softmaxes[n * n_chunks + i]);
+      }
+      __syncthreads();  // the parts of the previous row have been read
+      softmax = softmax.over_block(parts);
+      row.finish(softmax);
+      if (threadIdx.x == 0) {
+        const Compute<T> loss = row.loss(softmax, row.target_logit(row.logits()));
+        loss_sum += loss;
+        row.store(softmax, loss);
+      }
+    } else if (threadIdx.x == 0) {
+      row.store_uncounted();
+      if (row.is_bad()) row.record_bad();
+    }
+  }
+  if (threadIdx.x == 0) losses[blockIdx.x] = loss_sum;
+}
+
+template <class T, CrossEntropyPass kPass, bool kPlain>
+__global__ void __launch_bounds__(kChunkThreads, kMinResidentBlocks)
+    cross_entropy_chunk_gradient(const __grid_constant__ CrossEntropyParams<T> params, const Totals* totals,
+                                 int n_totals) {
+  if (kPass == CrossEntropyPass::kBackward && params.grad_is_precomputed && *params.grad_loss == 1) return;
+  const double scale = 1 / divisor(params, totals, n_totals);
+  const int64_t n_chunks = chunks_of<T>(params.n_classes);
+  for (int64_t i = blockIdx.x; i < params.n_rows * n_chunks; i += gridDim.x) {
+    const int64_t n = i / n_chunks, begin = (i - n * n_chunks) * kChunkClasses<T>;
+    CrossEntropyRow<T, kPlain> row(params, n);
+    if (threadIdx.x == 0 && begin == 0 && row.is_bad()) row.record_bad();
+    if (row.template has_gradient<kPass>()) row.set_softmax(row.stored(), scale);
+    const int64_t left = params.n_classes - begin;
+    const T* const x = row.logits() + begin;
+    T* const y = row.grad() + begin;
+    const Span<T> span(x, y, left < kChunkClasses<T> ? left : kChunkClasses<T>);
+    write_gradient<kPass, kLoadsInFlight>(row, span, x, y, begin,
+                                          [&](int64_t p) { return load_pack(x + span.pack(p)); });
+  }
 }
 
 }  // namespace

@@ -1,22 +1,18 @@
-// One row of cross_entropy, for any number of threads that share it. The formulas stand in ops/cross_entropy.h. A plain
-// row has class indices and none of smoothing, z-loss, softcap and logit_scale: all d_c are 0, and z = x.
+// One row of cross_entropy, for any number of threads that share it, and the reduction of the losses. The formulas are
+// in ops/cross_entropy.h. A plain row has class indices and no smoothing, z-loss, softcap or logit_scale: all d_c are
+// 0, and z = x.
 #pragma once
 
-#include "cuda/convert.cuh"
-#include "cuda/index.cuh"
-#include "cuda/softmax.cuh"
+#include "cuda/rows.cuh"
 #include "ops/cross_entropy.h"
 
 namespace charlm::cuda {
 namespace {
 
-// kBackwardWithMetrics: the gradient of the loss and those of lse and entropy, which ignored rows have too.
-enum class GpuPass { kForward, kForwardBackward, kBackward, kTargetBackward, kBackwardWithMetrics };
-
 template <class T>
-bool is_plain(const CrossEntropyParams<T>& rows) {
-  return rows.has_target && rows.label_smoothing == 0 && rows.lse_square_scale == 0 && rows.logit_scale == 1 &&
-         rows.softcap == 0;
+bool is_plain(const CrossEntropyParams<T>& params) {
+  return params.has_target && params.label_smoothing == 0 && params.lse_square_scale == 0 && params.logit_scale == 1 &&
+         params.softcap == 0;
 }
 
 template <class T, bool kPlain>
@@ -26,49 +22,50 @@ class CrossEntropyRow {
  public:
   using RowSoftmax = Softmax<T, !kPlain>;
 
-  __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& rows, int64_t n)
-      : rows_(rows), n_(n), token_weight_(rows.token_weight ? rows.token_weight[n] : C(1)) {
+  __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& params, int64_t n)
+      : params_(params), n_(n), token_weight_(params.token_weight ? params.token_weight[n] : C(1)) {
     if (!has_target()) return;
-    target_ = load_index(rows.target, n);
-    is_ignored_ = rows.may_ignore && target_ == rows.ignore_index;
-    is_bad_ = !is_ignored_ && !in_range(rows.target, target_);
-    if (rows.weight && is_counted()) target_weight_ = rows.weight[target_];
+    target_ = load_index(params.target, n);
+    is_ignored_ = params.may_ignore && target_ == params.ignore_index;
+    is_bad_ = !is_ignored_ && !in_range(params.target, target_);
+    if (params.weight && is_counted()) target_weight_ = params.weight[target_];
   }
 
   __device__ __forceinline__ bool is_ignored() const { return is_ignored_; }
   __device__ __forceinline__ bool is_bad() const { return is_bad_; }
   __device__ __forceinline__ bool is_counted() const { return !is_ignored_ && !is_bad_; }
-  // A row with a bad target has the loss 0 and no gradient, until its IndexError is raised; if the gradient is to be
-  // written over the logits, these stay.
-  template <GpuPass kPass>
+  // Until its IndexError is raised, a row with a bad target has loss 0 and gradient 0. If the gradient overwrites the
+  // logits, they are left unchanged.
+  template <CrossEntropyPass kPass>
   __device__ __forceinline__ bool has_zero_gradient() const {
-    if constexpr (kPass == GpuPass::kBackwardWithMetrics) return is_bad_ && rows_.grad != rows_.logits;
-    return is_ignored_ || (is_bad_ && rows_.grad != rows_.logits);
+    if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) return is_bad_ && params_.grad != params_.logits;
+    return is_ignored_ || (is_bad_ && params_.grad != params_.logits);
   }
-  template <GpuPass kPass>
+  template <CrossEntropyPass kPass>
   __device__ __forceinline__ bool has_gradient() const {
-    if constexpr (kPass == GpuPass::kBackwardWithMetrics) return !is_bad_;
+    if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) return !is_bad_;
     return is_counted();
   }
-  __device__ __forceinline__ void record_bad() const { record_index_error(rows_.target, n_, target_); }
+  __device__ __forceinline__ void record_bad() const { record_index_error(params_.target, n_, target_); }
 
-  __device__ __forceinline__ const T* logits() const { return rows_.logits + n_ * rows_.logits_stride; }
-  __device__ __forceinline__ T* grad() const { return rows_.grad + n_ * rows_.grad_stride; }
+  __device__ __forceinline__ const T* logits() const { return params_.logits + n_ * params_.logits_stride; }
+  __device__ __forceinline__ T* grad() const { return params_.grad + n_ * params_.grad_stride; }
 
-  // x as z.
+  // z from a logit x.
   __device__ __forceinline__ C transformed(T given) const {
     C x = to_compute(given);
     if constexpr (kPlain) return x;
-    x *= rows_.logit_scale;
-    return rows_.softcap > 0 ? rows_.softcap * tanh(x / rows_.softcap) : x;
+    x *= params_.logit_scale;
+    return params_.softcap > 0 ? params_.softcap * tanh(x / params_.softcap) : x;
   }
 
-  // The target's z: of `x`, the row's logits. 0 where there is no target.
+  // z of the target class, where `x` are the logits of the row; 0 without a target.
   __device__ __forceinline__ C target_logit(const T* x) const {
     return has_target() && is_counted() ? transformed(x[target_]) : C(0);
   }
 
-  // Adds classes c, c + step, ... with logits z to `softmax`; those from `end` on, whose z must be -inf, add nothing.
+  // Adds the classes c + k * step with logits z[k] to `softmax`. Classes from `end` on, whose z must be -inf, add
+  // nothing.
   template <int K>
   __device__ __forceinline__ void add(RowSoftmax& softmax, const C (&z)[K], int64_t c, int step, int64_t end) const {
     softmax.template add<K>(z);
@@ -81,14 +78,14 @@ class CrossEntropyRow {
     }
   }
 
-  // After all classes were added. What is the same for every row is not taken from the sum, whose last bit depends on
-  // who added it: a gradient made with the loss and one made later are the same bits.
+  // Call after all classes have been added. A dense sum that is the same for all rows replaces the one that was added
+  // up, whose last bit depends on the number of threads: backward then gives the same bits as forward_backward.
   __device__ __forceinline__ void finish(RowSoftmax& softmax) const {
-    if (softmax.sum == 0) softmax.sum = 1;  // a row of -inf; the sum tells, for a NaN too can leave -inf as the maximum
+    if (softmax.sum == 0) softmax.sum = 1;  // a row of -inf; the maximum is -inf for some rows with NaN too
     if (!kPlain && has_target()) softmax.dense_sum = known_dense_sum();
   }
 
-  // Of a finished softmax.
+  // The loss from a finished softmax.
   __device__ __forceinline__ C loss(const RowSoftmax& softmax, C target_logit) const {
     const C log_sum = log(softmax.sum);
     C loss = 0;
@@ -96,17 +93,17 @@ class CrossEntropyRow {
     if (has_target()) loss += sparse() * ((softmax.max - target_logit) + log_sum);
     if constexpr (!kPlain) {
       const C lse = softmax.max + log_sum;
-      if (rows_.lse_square_scale != 0) loss += rows_.lse_square_scale * target_weight_ * lse * lse;
+      if (params_.lse_square_scale != 0) loss += params_.lse_square_scale * target_weight_ * lse * lse;
     }
     return token_weight_ * loss;
   }
 
-  // Keeps what the gradients need, and the loss where each row's is wanted.
+  // Stores the values that the gradients need and, if requested, the loss of the row.
   __device__ __forceinline__ void store(const RowSoftmax& softmax, C loss) const {
-    rows_.row_max[n_] = softmax.max;
-    rows_.row_sum[n_] = softmax.sum;
-    if (rows_.row_dense_sum) rows_.row_dense_sum[n_] = softmax.dense_sum;
-    if (rows_.loss) rows_.loss[n_] = loss;
+    params_.row_max[n_] = softmax.max;
+    params_.row_sum[n_] = softmax.sum;
+    if (params_.row_dense_sum) params_.row_dense_sum[n_] = softmax.dense_sum;
+    if (params_.loss) params_.loss[n_] = loss;
   }
 
   __device__ __forceinline__ void store_uncounted() const {
@@ -119,33 +116,33 @@ class CrossEntropyRow {
   // The softmax that forward stored.
   __device__ __forceinline__ RowSoftmax stored() const {
     RowSoftmax softmax;
-    softmax.max = rows_.row_max[n_];
-    softmax.sum = rows_.row_sum[n_];
+    softmax.max = params_.row_max[n_];
+    softmax.sum = params_.row_sum[n_];
     if constexpr (!kPlain) {
-      softmax.dense_sum = has_target() ? known_dense_sum() : rows_.row_dense_sum[n_];
+      softmax.dense_sum = has_target() ? known_dense_sum() : params_.row_dense_sum[n_];
     }
     return softmax;
   }
 
-  // Must precede gradient(). `scale` is what the reduction multiplies each row with.
+  // Call before gradient(). `scale`: the factor of each row in the reduction.
   __device__ __forceinline__ void set_softmax(const RowSoftmax& softmax, double scale) {
     max_ = softmax.max;
     sum_ = softmax.sum;
-    const C grad_loss = rows_.grad_loss ? rows_.grad_loss[n_ * rows_.grad_loss_stride] : C(1);
+    const C grad_loss = params_.grad_loss ? params_.grad_loss[n_ * params_.grad_loss_stride] : C(1);
     g_ = static_cast<C>(grad_loss * scale * token_weight_);
     if constexpr (!kPlain) {
       dense_factor_ = softmax.dense_sum;
-      if (rows_.lse_square_scale != 0) {
-        dense_factor_ += 2 * rows_.lse_square_scale * target_weight_ * (max_ + log(sum_));
+      if (params_.lse_square_scale != 0) {
+        dense_factor_ += 2 * params_.lse_square_scale * target_weight_ * (max_ + log(sum_));
       }
     }
     softmax_factor_ = (sparse() + dense_factor_) / sum_;
     log_sum_ = log(sum_);
   }
 
-  // d loss / d x_c, from z_c. The coefficient of the target class is subtracted from its own share of the softmax:
-  // little is cancelled.
-  template <GpuPass kPass>
+  // d loss / d x_c, from z_c. For the target class, its coefficient is subtracted from its own share of the softmax,
+  // which avoids cancellation.
+  template <CrossEntropyPass kPass>
   __device__ __forceinline__ T gradient(C z, int64_t c) const {
     const C e = exp_of<T>(z - max_);
     C value;
@@ -159,7 +156,7 @@ class CrossEntropyRow {
       } else {
         value = (e * softmax_factor_ - d) * g_;
       }
-      if constexpr (kPass == GpuPass::kBackwardWithMetrics) {
+      if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) {
         value = (is_ignored_ ? C(0) : value) + (e / sum_) * metrics_factor(z);
       }
       value *= slope(z);
@@ -167,55 +164,57 @@ class CrossEntropyRow {
     return from_compute<T>(value);
   }
 
-  // d loss / d p_c, from z_c.
+  // d loss / d p_c for a probability target, from z_c.
   __device__ __forceinline__ T target_gradient(C z, int64_t c) const {
-    const C value = g_ * (1 - rows_.label_smoothing) * ((max_ - z) + log_sum_);
-    return from_compute<T>(rows_.weight ? value * rows_.weight[c] : value);
+    const C value = g_ * (1 - params_.label_smoothing) * ((max_ - z) + log_sum_);
+    return from_compute<T>(params_.weight ? value * params_.weight[c] : value);
   }
 
  private:
-  __device__ __forceinline__ bool has_target() const { return kPlain || rows_.has_target; }
+  __device__ __forceinline__ bool has_target() const { return kPlain || params_.has_target; }
 
   __device__ __forceinline__ bool has_dense() const {
-    return !kPlain && (!rows_.has_target || rows_.label_smoothing > 0);
+    return !kPlain && (!params_.has_target || params_.label_smoothing > 0);
   }
 
-  __device__ __forceinline__ C n_classes() const { return static_cast<C>(rows_.n_classes); }
+  __device__ __forceinline__ C n_classes() const { return static_cast<C>(params_.n_classes); }
 
-  // sum_c d_c of class indices.
+  // sum_c d_c for class indices, the same for all rows.
   __device__ __forceinline__ C known_dense_sum() const {
-    return rows_.weight ? rows_.label_smoothing / n_classes() * *rows_.weight_sum : rows_.label_smoothing;
+    return params_.weight ? params_.label_smoothing / n_classes() * *params_.weight_sum : params_.label_smoothing;
   }
 
   // d_c
   __device__ __forceinline__ C dense(int64_t c) const {
-    C d = rows_.label_smoothing / n_classes();
+    C d = params_.label_smoothing / n_classes();
     if (!has_target()) {
-      d += (1 - rows_.label_smoothing) * to_compute(rows_.probabilities[n_ * rows_.probabilities_stride + c]);
+      d += (1 - params_.label_smoothing) * to_compute(params_.probabilities[n_ * params_.probabilities_stride + c]);
     }
-    return rows_.weight ? d * rows_.weight[c] : d;
+    return params_.weight ? d * params_.weight[c] : d;
   }
 
-  // The coefficient of the target class alone: (1 - e) w_y, or nothing.
+  // The coefficient of the target class: (1 - e) w_y, or 0 for probabilities.
   __device__ __forceinline__ C sparse() const {
-    return has_target() ? (1 - rows_.label_smoothing) * target_weight_ : C(0);
+    return has_target() ? (1 - params_.label_smoothing) * target_weight_ : C(0);
   }
 
   // grad_lse - grad_entropy (log p_c + H)
   __device__ __forceinline__ C metrics_factor(C z) const {
-    C factor = rows_.grad_lse ? rows_.grad_lse[n_] : C(0);
-    if (rows_.grad_entropy) factor -= rows_.grad_entropy[n_] * (finite(z - max_) - log_sum_ + rows_.entropy[n_]);
+    C factor = params_.grad_lse ? params_.grad_lse[n_] : C(0);
+    if (params_.grad_entropy) {
+      factor -= params_.grad_entropy[n_] * (finite(z - max_) - log_sum_ + params_.entropy[n_]);
+    }
     return factor;
   }
 
   // dz/dx at z.
   __device__ __forceinline__ C slope(C z) const {
-    if (!(rows_.softcap > 0)) return rows_.logit_scale;
-    const C t = z / rows_.softcap;
-    return rows_.logit_scale * (1 - t * t);
+    if (!(params_.softcap > 0)) return params_.logit_scale;
+    const C t = z / params_.softcap;
+    return params_.logit_scale * (1 - t * t);
   }
 
-  const CrossEntropyParams<T>& rows_;
+  const CrossEntropyParams<T>& params_;
   const int64_t n_;
   const C token_weight_;
   C target_weight_ = 1;
@@ -223,6 +222,96 @@ class CrossEntropyRow {
   bool is_ignored_ = false, is_bad_ = false;
   C max_ = 0, sum_ = 1, log_sum_ = 0, g_ = 0, softmax_factor_ = 0, dense_factor_ = 0;
 };
+
+// ----------------------------------------------------------------------------------------------------------- reduction
+// The divisor of a mean, and the reduction of the losses. Each block writes a partial result to the workspace, and the
+// kernel that needs the result adds the partial results in order: no block waits for another, and every run gives the
+// same bits.
+
+// Of the targets that are not ignored.
+struct Totals {
+  double weight;
+  int64_t count;
+};
+
+// At most kMaxTotals blocks count the targets, so that each lane of a warp adds up kTotalsPerLane of their totals.
+constexpr int kTotalsPerLane = 4;
+constexpr int kMaxTotals = kTotalsPerLane * kWarp;
+constexpr int kTotalsThreads = 256;
+constexpr int kTargetsInFlight = 4;  // targets that a thread loads at once
+
+template <class T>
+bool needs_totals(const CrossEntropyParams<T>& params) {
+  return params.mean && (params.has_target || params.token_weight);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kTotalsThreads, kMinResidentBlocks)
+    cross_entropy_totals(const __grid_constant__ CrossEntropyParams<T> params, Totals* totals) {
+  if (params.grad_is_precomputed && *params.grad_loss == 1) return;  // the next kernel does nothing either
+  CHARLM_SHARED(double, weights, kMaxWarps);
+  CHARLM_SHARED(int64_t, counts, kMaxWarps);
+  double weight = 0;
+  int64_t count = 0;
+  const int64_t step = int64_t(gridDim.x) * kTotalsThreads;
+  for (int64_t first = blockIdx.x * kTotalsThreads + threadIdx.x; first < params.n_rows;
+       first += kTargetsInFlight * step) {
+    int64_t targets[kTargetsInFlight];
+    if (params.has_target) load_indices(params.target, first, step, params.n_rows, targets);
+#pragma unroll
+    for (int k = 0; k < kTargetsInFlight; k++) {
+      const int64_t n = first + k * step;
+      if (n >= params.n_rows) break;
+      double w = params.token_weight ? params.token_weight[n] : 1;
+      if (params.has_target) {
+        if ((params.may_ignore && targets[k] == params.ignore_index) || !in_range(params.target, targets[k])) continue;
+        if (params.weight) w *= params.weight[targets[k]];
+      }
+      weight += w;
+      count++;
+    }
+  }
+  weight = sum_over_block(weight, weights);
+  count = sum_over_block(count, counts);
+  if (threadIdx.x == 0) totals[blockIdx.x] = {weight, count};
+}
+
+// The divisor of the sum of the losses. All lanes of a warp must call it.
+template <class T>
+__device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Totals* totals, int n_totals) {
+  if (!params.mean) return 1;
+  if (n_totals == 0) return params.zero_if_all_ignored && params.n_rows == 0 ? 1 : static_cast<double>(params.n_rows);
+  double weight = 0;
+  int64_t count = 0;
+#pragma unroll
+  for (int k = 0; k < kTotalsPerLane; k++) {
+    const int i = k * kWarp + threadIdx.x % kWarp;
+    weight += i < n_totals ? totals[i].weight : 0;
+    count += i < n_totals ? totals[i].count : 0;
+  }
+  weight = sum_over_lanes(weight);
+  return params.zero_if_all_ignored && sum_over_lanes(count) == 0 ? 1 : weight;
+}
+
+// One block. The sum or mean of the losses, from the sums that the blocks of a kernel wrote.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    cross_entropy_reduce(const __grid_constant__ CrossEntropyParams<T> params, const Totals* totals, int n_totals,
+                         const double* losses, int n_losses) {
+  CHARLM_SHARED(double, sums, kMaxWarps);
+  double sum = 0;
+  for (int i = threadIdx.x; i < n_losses; i += blockDim.x) sum += losses[i];
+  sum = sum_over_block(sum, sums);
+  const double total_weight = divisor(params, totals, n_totals);
+  if (threadIdx.x != 0) return;
+  const bool none = params.mean && !params.zero_if_all_ignored && (params.n_rows == 0 || params.n_classes == 0);
+  const auto loss = static_cast<Compute<T>>(none ? double(NAN) : sum / total_weight);
+  if (params.is_loss_unrounded) {
+    *static_cast<Compute<T>*>(params.reduced_loss) = loss;
+  } else {
+    *static_cast<T*>(params.reduced_loss) = from_compute<T>(loss);
+  }
+}
 
 }  // namespace
 }  // namespace charlm::cuda

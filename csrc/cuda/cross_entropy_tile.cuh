@@ -1,47 +1,47 @@
-// Few classes: a block copies a tile of whole rows to shared memory, 16 bytes at a time whatever V is, and each row is
-// shared by as many lanes as leave at most 8 classes to each. A gradient goes back the same way. Every byte of the
-// logits is read once, every byte of the gradient written once.
+// Few classes: a block copies a tile of whole rows to shared memory, 16 bytes at a time for any V. Several lanes share
+// a row, each with at most 8 classes. The gradient is copied back in the same way. Each byte of the logits is read
+// once, and each byte of the gradient is written once.
 #pragma once
 
-#include "cuda/cross_entropy_totals.cuh"
+#include "cuda/cross_entropy_row.cuh"
 
 namespace charlm::cuda {
 namespace {
 
 constexpr int kTileThreads = 256;
-constexpr int kTileClasses = 8;  // of a row that a lane holds
+constexpr int kTileClasses = 8;  // classes of a row in each lane
 constexpr int kTileMaxClasses = kWarp * kTileClasses;
 
-// Blocks that a multiprocessor is to hold at once: what this leaves of its registers is enough, and none are spilled.
+// Blocks that must fit in a multiprocessor, few enough that no registers are spilled.
 template <class T, bool kPlain>
-constexpr int kTileBlocks = kPlain && sizeof(Compute<T>) == sizeof(float) ? 4 : 2;
+constexpr int kTileResidentBlocks = kPlain && sizeof(Compute<T>) == sizeof(float) ? 4 : 2;
 
-// Lanes that share a row of V <= kTileMaxClasses classes: a power of two.
+// Lanes that share a row of at most kTileMaxClasses classes: a power of two.
 inline int tile_lanes(int64_t n_classes) {
   int lanes = 1;
   while (lanes * kTileClasses < n_classes) lanes *= 2;
   return lanes;
 }
 
-// Copies n elements between global and shared memory, `at` and `shared` being equally far from a multiple of 16 bytes.
+// Copies n elements between global and shared memory. Both pointers must have the same alignment mod 16 bytes.
 template <bool kToShared, class T>
-__device__ __forceinline__ void copy_tile(T* shared, T* at, int n) {
-  const int first = elements_to_alignment(at), head = first < n ? first : n;
+__device__ __forceinline__ void copy_tile(T* shared, T* global, int n) {
+  const int first = elements_to_alignment(global), head = first < n ? first : n;
   const int n_packs = (n - head) / kPackSize<T>;
   const auto copy = [&](int i) {
     if constexpr (kToShared) {
-      shared[i] = at[i];
+      shared[i] = global[i];
     } else {
-      at[i] = shared[i];
+      global[i] = shared[i];
     }
   };
   for (int i = threadIdx.x; i < head; i += kTileThreads) copy(i);
 #pragma unroll 4
   for (int p = threadIdx.x; p < n_packs; p += kTileThreads) {
     const int i = head + p * kPackSize<T>;
-    // As they are, not as T: else ptxas stores the numbers of a pack one by one for some architectures.
+    // Copied as uint4: as Pack<T>, ptxas stores the numbers one by one on some architectures.
     auto* const in_shared = reinterpret_cast<uint4*>(shared + i);
-    auto* const in_global = reinterpret_cast<uint4*>(at + i);
+    auto* const in_global = reinterpret_cast<uint4*>(global + i);
     if constexpr (kToShared) {
       *in_shared = *in_global;
     } else {
@@ -51,13 +51,14 @@ __device__ __forceinline__ void copy_tile(T* shared, T* at, int n) {
   for (int i = head + n_packs * kPackSize<T> + threadIdx.x; i < n; i += kTileThreads) copy(i);
 }
 
-// Copies `n_rows` rows of V, a row every `stride` elements in global memory.
+// Copies `n_rows` rows of V elements; a row starts every `stride` elements in global memory. `alike`: the alignments
+// are the same.
 template <bool kToShared, class T>
-__device__ __forceinline__ void copy_tile(T* shared, T* at, int64_t stride, int n_rows, int n_classes, bool alike) {
-  if (stride == n_classes && alike) return copy_tile<kToShared>(shared, at, n_rows * n_classes);
+__device__ __forceinline__ void copy_tile(T* shared, T* global, int64_t stride, int n_rows, int n_classes, bool alike) {
+  if (stride == n_classes && alike) return copy_tile<kToShared>(shared, global, n_rows * n_classes);
   for (int i = threadIdx.x; i < n_rows * n_classes; i += kTileThreads) {
     const int row = i / n_classes;
-    T* const element = at + row * stride + (i - row * n_classes);
+    T* const element = global + row * stride + (i - row * n_classes);
     if constexpr (kToShared) {
       shared[i] = *element;
     } else {
@@ -66,30 +67,31 @@ __device__ __forceinline__ void copy_tile(T* shared, T* at, int64_t stride, int 
   }
 }
 
-template <class T, GpuPass kPass, bool kPlain>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kPlain>)
-    cross_entropy_tile(const __grid_constant__ CrossEntropyParams<T> rows, int lanes, const Totals* totals,
+template <class T, CrossEntropyPass kPass, bool kPlain>
+__global__ void __launch_bounds__(kTileThreads, kTileResidentBlocks<T, kPlain>)
+    cross_entropy_tile(const __grid_constant__ CrossEntropyParams<T> params, int lanes, const Totals* totals,
                        int n_totals, double* losses) {
   using C = Compute<T>;
-  constexpr bool kWritesLoss = kPass == GpuPass::kForward || kPass == GpuPass::kForwardBackward;
-  if (kPass == GpuPass::kBackward && rows.grad_is_precomputed && *rows.grad_loss == 1) return;
-  CHARLM_DYNAMIC_SHARED(Pack<T>, room);  // for the tile, and a pack to shift it by
-  const double scale = kPass == GpuPass::kForward ? 1 : 1 / divisor(rows, totals, n_totals);
-  const int n_classes = static_cast<int>(rows.n_classes), tile_rows = kTileThreads / lanes;
+  constexpr bool kWritesLoss = kPass == CrossEntropyPass::kForward || kPass == CrossEntropyPass::kForwardBackward;
+  if (kPass == CrossEntropyPass::kBackward && params.grad_is_precomputed && *params.grad_loss == 1) return;
+  CHARLM_DYNAMIC_SHARED(Pack<T>, buffer);  // the tile, and a pack more to align it like the logits
+  const double scale = kPass == CrossEntropyPass::kForward ? 1 : 1 / divisor(params, totals, n_totals);
+  const int n_classes = static_cast<int>(params.n_classes), tile_rows = kTileThreads / lanes;
   const int lane = threadIdx.x % lanes, row_in_tile = threadIdx.x / lanes;
   double loss_sum = 0;
 
-  for (int64_t first = int64_t(blockIdx.x) * tile_rows; first < rows.n_rows; first += int64_t(gridDim.x) * tile_rows) {
-    const int64_t left = rows.n_rows - first;
+  for (int64_t first = int64_t(blockIdx.x) * tile_rows; first < params.n_rows;
+       first += int64_t(gridDim.x) * tile_rows) {
+    const int64_t left = params.n_rows - first;
     const int n_rows = left < tile_rows ? static_cast<int>(left) : tile_rows;
-    const T* const from = rows.logits + first * rows.logits_stride;
-    T* const tile = room->values + (kPackSize<T> - elements_to_alignment(from)) % kPackSize<T>;
-    copy_tile<true>(tile, const_cast<T*>(from), rows.logits_stride, n_rows, n_classes, true);
+    const T* const from = params.logits + first * params.logits_stride;
+    T* const tile = buffer->values + (kPackSize<T> - elements_to_alignment(from)) % kPackSize<T>;
+    copy_tile<true>(tile, const_cast<T*>(from), params.logits_stride, n_rows, n_classes, true);
     __syncthreads();
 
-    // Threads without a row take part in the sums, as every lane must, with nothing to add.
+    // All lanes must take part in the reductions; threads without a row add nothing.
     const bool has_row = row_in_tile < n_rows;
-    CrossEntropyRow<T, kPlain> row(rows, first + (has_row ? row_in_tile : 0));
+    CrossEntropyRow<T, kPlain> row(params, first + (has_row ? row_in_tile : 0));
     T* const x = tile + row_in_tile * n_classes;
     const int end = has_row ? n_classes : 0;
     C z[kTileClasses];
@@ -122,8 +124,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kPlain>)
     }
     if (has_row && lane == 0 && row.is_bad()) row.record_bad();
 
-    if constexpr (kPass != GpuPass::kForward) {
-      if constexpr (kWritesLoss) __syncwarp();  // the row's other lanes have read its target's logit
+    if constexpr (kPass != CrossEntropyPass::kForward) {
+      if constexpr (kWritesLoss) __syncwarp();  // the other lanes of the row have read the logit of the target
       if (row.template has_gradient<kPass>()) row.set_softmax(softmax, scale);
 #pragma unroll
       for (int k = 0; k < kTileClasses; k++) {
@@ -131,16 +133,16 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kPlain>)
         if (c >= end) continue;
         if (row.template has_zero_gradient<kPass>()) x[c] = from_compute<T>(C(0));
         if (row.template has_gradient<kPass>()) {
-          x[c] =
-              kPass == GpuPass::kTargetBackward ? row.target_gradient(z[k], c) : row.template gradient<kPass>(z[k], c);
+          x[c] = kPass == CrossEntropyPass::kTargetBackward ? row.target_gradient(z[k], c)
+                                                            : row.template gradient<kPass>(z[k], c);
         }
       }
       __syncthreads();
-      T* const to = rows.grad + first * rows.grad_stride;
+      T* const to = params.grad + first * params.grad_stride;
       const bool alike = elements_to_alignment(to) == elements_to_alignment(from);
-      copy_tile<false>(tile, to, rows.grad_stride, n_rows, n_classes, alike);
+      copy_tile<false>(tile, to, params.grad_stride, n_rows, n_classes, alike);
     }
-    __syncthreads();  // before the next tile is written over this one
+    __syncthreads();  // before the next tile overwrites this one
   }
   if constexpr (kWritesLoss) {
     CHARLM_SHARED(double, sums, kMaxWarps);
@@ -150,10 +152,9 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<T, kPlain>)
 }
 
 template <class T>
-int tile_blocks(const CrossEntropyParams<T>& rows) {
-  const int64_t tile_rows = kTileThreads / tile_lanes(rows.n_classes);
-  const int64_t tiles = (rows.n_rows + tile_rows - 1) / tile_rows;
-  return static_cast<int>(tiles < 1 ? 1 : tiles < kMaxBlocks ? tiles : kMaxBlocks);
+int tile_blocks(const CrossEntropyParams<T>& params) {
+  const int64_t tile_rows = kTileThreads / tile_lanes(params.n_classes);
+  return blocks_for(ceil_div(params.n_rows, tile_rows));
 }
 
 }  // namespace

@@ -1,38 +1,41 @@
-// What a kernel file needs of CUDA. The same source has two compilers: nvcc, and any C++20 compiler with
-// tests/cuda_emulator on its include path, which runs the kernels on the CPU and watches them.
+// Declarations that every kernel file needs. Two compilers accept the same source: nvcc, and any C++20 compiler with
+// tests/cuda_emulator on its include path, which runs the kernels on the CPU and checks them.
 //
 //   CHARLM_SHARED(T, name, n)         T name[n] in shared memory, uninitialised
 //   CHARLM_DYNAMIC_SHARED(T, name)    T* name: the bytes of shared memory that the launch requested, 16-byte aligned
-//   launch(kernel, grid, block, shared_bytes, stream, arguments...)    returns CUDA's error code
+//   launch_kernel(kernel, grid, block, shared_bytes, stream, arguments...)    returns CUDA's error code
 #pragma once
 
 #include "core/kernels.h"
 
 namespace charlm::cuda {
 
-// Bytes of dynamic shared memory that a launch need not request: 48 KiB are granted to a kernel's static and dynamic
-// shared memory together, and static memory stays below the rest.
-constexpr int64_t kMostUnrequestedShared = 32 << 10;
+// Dynamic shared memory beyond this needs an opt-in: by default a kernel has 48 KiB of static and dynamic shared memory
+// together, and the static part of every kernel fits in the rest.
+constexpr int64_t kMaxUnrequestedSharedBytes = 32 << 10;
 
-// The most blocks of a launch; a loop over more work uses these blocks again. Enough to fill any GPU several times.
+// Most blocks of a launch, enough to fill any GPU several times. Blocks loop over any further work.
 constexpr int kMaxBlocks = 8192;
 
-// The second argument of __launch_bounds__: that many blocks must fit into a multiprocessor. Left to itself, ptxas
-// spills registers, or loads less at a time, to fit in more.
-constexpr int kMinBlocks = 2;
+// Second argument of __launch_bounds__: blocks that must fit in a multiprocessor. Without it ptxas aims at more blocks,
+// and spills registers or loads fewer elements at a time.
+constexpr int kMinResidentBlocks = 2;
 
 constexpr int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// The smallest power of two that is not smaller than n.
+// The smallest power of two >= n.
 constexpr int power_of_two(int64_t n) {
   int power = 1;
   while (power < n) power *= 2;
   return power;
 }
 
-// The table of GPU kernels, which CHARLM_REGISTER_KERNELS fills when the library is loaded.
+// Number of blocks for a loop over n pieces of work, n >= 0.
+constexpr int blocks_for(int64_t n, int most = kMaxBlocks) { return static_cast<int>(n < 1 ? 1 : n < most ? n : most); }
+
+// The table of GPU kernels. CHARLM_REGISTER_KERNELS fills it when the library is loaded.
 Kernels& kernels();
 
 }  // namespace charlm::cuda
@@ -54,7 +57,7 @@ Kernels& kernels();
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-// As bytes: shared memory has no constructors.
+// Declared as bytes, since objects in shared memory must not have constructors.
 #define CHARLM_SHARED(T, name, n)                                               \
   __shared__ __align__(alignof(T)) unsigned char name##_bytes[sizeof(T) * (n)]; \
   T* const name = reinterpret_cast<T*>(name##_bytes)
@@ -64,8 +67,8 @@ Kernels& kernels();
 
 namespace charlm::cuda {
 
-// Lets a kernel have all the shared memory of a block. What is set is the function's, not a launch's: always the same
-// number, so that no thread takes away what another is about to launch with.
+// Allows a kernel all the shared memory of a block. This is an attribute of the function, not of a launch. Its value is
+// always the same, so that no host thread lowers it while another is about to launch.
 inline cudaError_t allow_all_shared(const void* kernel) {
   int device = 0, most = 0;
   cudaFuncAttributes attributes;
@@ -78,9 +81,9 @@ inline cudaError_t allow_all_shared(const void* kernel) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  if (shared_bytes > kMostUnrequestedShared) {
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
+                          cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > kMaxUnrequestedSharedBytes) {
     const cudaError_t error = allow_all_shared(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return error;
   }

@@ -1,29 +1,29 @@
-// The gradient of a table of any size: segmented sums over sorted indices, in two kernels. The first cuts the sorted
-// rows into chunks of a fixed number; a segment (the rows of one index) that lies inside its chunk is summed and
-// written at once, and of one that reaches beyond, each chunk's part goes to the workspace. The second adds up these
-// parts: a block for each segment that crosses the end of the chunk it starts in. A hot index is one long segment, so
-// its parts are first summed in groups beside each other, then the groups in order.
+// The gradient of a table of any size: segmented sums over sorted indices, in two kernels. The first divides the sorted
+// rows into chunks of a fixed size. A segment (the rows of one index) inside one chunk is summed and written directly;
+// of a longer segment, the partial sum of each chunk goes to the workspace. The second kernel adds up these partial
+// sums, with one block for each segment that crosses the end of its first chunk. A frequent index is one long segment,
+// so its parts are first summed in groups in parallel, then the groups in order.
 //
-// Moves N * D elements, N indices and N positions in, the rows that occur out, and at most 2 * N / kChunk * D numbers
-// through the workspace, twice.
+// Reads N * D elements, N indices and N positions, writes the rows that occur, and writes and reads at most
+// 2 * N / kChunkRows * D numbers of workspace.
 #pragma once
 
-#include "cuda/convert.cuh"
-#include "cuda/index.cuh"
+#include "cuda/load_store.cuh"
 #include "ops/embedding.h"
 
 namespace charlm::cuda {
 namespace {
 
-constexpr int kChunk = 64;  // rows
+constexpr int kChunkRows = 64;
 constexpr int kSegmentThreads = 256;
-constexpr int kMinLanes = 16, kMaxLanes = 32;  // threads side by side on the columns of a chunk
+constexpr int kMinLanes = 16, kMaxLanes = 32;  // threads that share the columns of a chunk
 
-// kWidth: the columns that each thread owns, one, or a pack where rows begin at multiples of 16 bytes.
+// Rows that a thread loads before it adds them. kWidth: the columns of a thread, one, or a pack if rows start at
+// multiples of 16 bytes.
 template <int kWidth>
-constexpr int kRowLoads = kWidth == 1 ? 8 : 4;  // rows that a thread loads before it adds the first
+constexpr int kRowLoads = kWidth == 1 ? 8 : 4;
 
-// Where a thread works: n_tiles blocks stand side by side on the columns.
+// The rows and columns of a thread: n_tiles blocks divide the columns among them.
 struct SegmentPlace {
   int64_t block;  // of rows
   int tile;       // of columns
@@ -35,24 +35,24 @@ struct SegmentPlace {
         column((static_cast<int64_t>(tile) * blockDim.x + threadIdx.x) * width) {}
 };
 
-// The parts of segments in the workspace: [n_chunks, 2, D], first that of a segment which began in a chunk before, then
-// that of one which goes on in the next chunk.
+// The partial sums of segments in the workspace, [n_chunks, 2, D]: first that of a segment that began in an earlier
+// chunk, then that of a segment that begins here and continues in the next chunk.
 template <class C>
 __device__ __forceinline__ C* segment_part(C* workspace, int64_t chunk, bool began_before, int64_t d, int64_t column) {
   return workspace + (chunk * 2 + (began_before ? 0 : 1)) * d + column;
 }
 
-// Loads sorted indices [begin - 1, begin + n] and positions [begin, begin + n) as far as there are any. The position of
-// a row that does not count is -1. `records`: whether this block says so if an index is out of range.
+// Loads sorted indices [begin - 1, begin + n] and positions [begin, begin + n), as far as they exist. The position of a
+// row that does not count is -1. `records`: whether this block records an index out of range.
 template <class T>
-__device__ __forceinline__ void load_sorted(const EmbeddingGradientParams<T>& gradient, const int64_t* positions,
+__device__ __forceinline__ void load_sorted(const EmbeddingGradientParams<T>& params, const int64_t* positions,
                                             int64_t begin, int n, bool records, int64_t* index, int64_t* position) {
   constexpr int kCount = 4;
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   BadIndex bad;
   for (int first = thread; first < n; first += kCount * kSegmentThreads) {
     int64_t loaded[kCount], from[kCount];
-    load_indices(gradient.indices, begin + first, kSegmentThreads, begin + n, loaded);
+    load_indices(params.indices, begin + first, kSegmentThreads, begin + n, loaded);
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
       const int i = first + k * kSegmentThreads;
@@ -62,38 +62,38 @@ __device__ __forceinline__ void load_sorted(const EmbeddingGradientParams<T>& gr
     for (int k = 0; k < kCount; k++) {
       const int i = first + k * kSegmentThreads;
       if (i >= n) break;
-      const bool valid = bad.check(gradient.indices, from[k], loaded[k]);
+      const bool valid = bad.check(params.indices, from[k], loaded[k]);
       index[1 + i] = loaded[k];
-      position[i] = valid && loaded[k] != gradient.padding_idx ? from[k] : -1;
+      position[i] = valid && loaded[k] != params.padding_idx ? from[k] : -1;
     }
   }
-  if (records) bad.record(gradient.indices);
-  if (thread == 0 && begin > 0) index[0] = load_index(gradient.indices, begin - 1);
-  if (thread == 1 && begin + n < gradient.n_indices) index[1 + n] = load_index(gradient.indices, begin + n);
+  if (records) bad.record(params.indices);
+  if (thread == 0 && begin > 0) index[0] = load_index(params.indices, begin - 1);
+  if (thread == 1 && begin + n < params.n_indices) index[1 + n] = load_index(params.indices, begin + n);
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kSegmentThreads, kMinBlocks)
-    embedding_sum_chunks(EmbeddingGradientParams<T> gradient, const int64_t* positions, bool scale_grad_by_freq,
+__global__ void __launch_bounds__(kSegmentThreads, kMinResidentBlocks)
+    embedding_sum_chunks(EmbeddingGradientParams<T> params, const int64_t* positions, bool scale_grad_by_freq,
                          int n_tiles, Compute<T>* workspace) {
   using C = Compute<T>;
   constexpr int kLoads = kRowLoads<kWidth>;
   CHARLM_DYNAMIC_SHARED(int64_t, shared);
-  int64_t* const index = shared;                              // [1 + blockDim.y * kChunk + 1]
-  int64_t* const position = index + blockDim.y * kChunk + 2;  // [blockDim.y * kChunk]
+  int64_t* const index = shared;                                  // [1 + blockDim.y * kChunkRows + 1]
+  int64_t* const position = index + blockDim.y * kChunkRows + 2;  // [blockDim.y * kChunkRows]
   const SegmentPlace place(n_tiles, kWidth);
-  const int64_t d = gradient.embedding_dim, n_indices = gradient.n_indices;
-  const int block_rows = blockDim.y * kChunk;
+  const int64_t d = params.embedding_dim, n_indices = params.n_indices;
+  const int block_rows = blockDim.y * kChunkRows;
   const int64_t block_begin = place.block * block_rows;
   const int block_n = static_cast<int>(n_indices - block_begin < block_rows ? n_indices - block_begin : block_rows);
-  load_sorted(gradient, positions, block_begin, block_n, place.tile == 0, index, position);
+  load_sorted(params, positions, block_begin, block_n, place.tile == 0, index, position);
   __syncthreads();
 
-  const int64_t chunk = place.block * blockDim.y + threadIdx.y, begin = chunk * kChunk;
+  const int64_t chunk = place.block * blockDim.y + threadIdx.y, begin = chunk * kChunkRows;
   if (begin >= n_indices || place.column >= d) return;
-  const int n = static_cast<int>(n_indices - begin < kChunk ? n_indices - begin : kChunk);
-  const int64_t* const index_of = index + 1 + threadIdx.y * kChunk;  // [-1, n], where there are such rows
-  const int64_t* const position_of = position + threadIdx.y * kChunk;
+  const int n = static_cast<int>(n_indices - begin < kChunkRows ? n_indices - begin : kChunkRows);
+  const int64_t* const index_of = index + 1 + threadIdx.y * kChunkRows;  // [-1, n], as far as there are rows
+  const int64_t* const position_of = position + threadIdx.y * kChunkRows;
   const bool first_goes_on = begin > 0 && index_of[-1] == index_of[0];
   const bool last_goes_on = begin + n < n_indices && index_of[n] == index_of[n - 1];
 
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kMinBlocks)
 #pragma unroll
     for (int k = 0; k < kLoads; k++) {
       const int64_t from = first + k < n ? position_of[first + k] : -1;
-      if (from >= 0) load_numbers(gradient.grad_output + from * d + place.column, loaded[k]);
+      if (from >= 0) load_numbers(params.grad_output + from * d + place.column, loaded[k]);
     }
 #pragma unroll
     for (int k = 0; k < kLoads; k++) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kSegmentThreads, kMinBlocks)
           const C factor = scale_grad_by_freq ? C(1) / static_cast<C>(row + 1 - segment_begin) : C(1);
 #pragma unroll
           for (int i = 0; i < kWidth; i++) sum[i] *= factor;
-          store_numbers(gradient.grad + index_of[row] * d + place.column, sum);
+          store_numbers(params.grad + index_of[row] * d + place.column, sum);
         }
       }
 #pragma unroll
@@ -131,44 +131,45 @@ __global__ void __launch_bounds__(kSegmentThreads, kMinBlocks)
   }
 }
 
-// How many of a chunk's rows have this index. All threads of the block must call.
+// The number of rows in a chunk that have this index. All threads of the block must call it.
 __device__ __forceinline__ int count_rows(const Indices& indices, int64_t n_indices, int64_t chunk, int64_t index) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  const int64_t n = chunk * kChunk + thread;
-  return __syncthreads_count(thread < kChunk && n < n_indices && load_index(indices, n) == index);
+  const int64_t n = chunk * kChunkRows + thread;
+  return __syncthreads_count(thread < kChunkRows && n < n_indices && load_index(indices, n) == index);
 }
 
-// A block for each chunk but the last: joins the parts of the segment that starts in it and goes on, if there is one.
+// One block for each chunk except the last: joins the parts of the segment that begins in the chunk and continues, if
+// any.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kSegmentThreads, kMinBlocks)
-    embedding_join_chunks(EmbeddingGradientParams<T> gradient, bool scale_grad_by_freq, int n_tiles,
+__global__ void __launch_bounds__(kSegmentThreads, kMinResidentBlocks)
+    embedding_join_chunks(EmbeddingGradientParams<T> params, bool scale_grad_by_freq, int n_tiles,
                           const Compute<T>* workspace) {
   using C = Compute<T>;
   CHARLM_SHARED(C, shared, kWidth * kSegmentThreads);  // [group, element, lane]
   const SegmentPlace place(n_tiles, kWidth);
-  const Indices& indices = gradient.indices;
-  const int64_t d = gradient.embedding_dim, n_indices = gradient.n_indices;
-  const int64_t chunk = place.block, next = (chunk + 1) * kChunk;
+  const Indices& indices = params.indices;
+  const int64_t d = params.embedding_dim, n_indices = params.n_indices;
+  const int64_t chunk = place.block, next = (chunk + 1) * kChunkRows;
   const int64_t index = load_index(indices, next);
   if (load_index(indices, next - 1) != index) return;
-  if (chunk > 0 && load_index(indices, chunk * kChunk - 1) == index) return;  // it began before
-  if (!in_range(indices, index) || index == gradient.padding_idx) return;
+  if (chunk > 0 && load_index(indices, chunk * kChunkRows - 1) == index) return;  // the segment began earlier
+  if (!in_range(indices, index) || index == params.padding_idx) return;
 
-  // The chunks that begin with this index are neighbours: as many as there are, kSegmentThreads at a time.
+  // Counts the following chunks that begin with this index, kSegmentThreads at a time.
   const int lane = threadIdx.x, n_lanes = blockDim.x, group = threadIdx.y, n_groups = blockDim.y;
   int64_t last = chunk;
   for (int found = kSegmentThreads; found == kSegmentThreads; last += found) {
-    const int64_t row = (last + 1 + group * n_lanes + lane) * kChunk;
+    const int64_t row = (last + 1 + group * n_lanes + lane) * kChunkRows;
     found = __syncthreads_count(row < n_indices && load_index(indices, row) == index);
   }
   C factor = 1;
   if (scale_grad_by_freq) {
     const int in_first = count_rows(indices, n_indices, chunk, index);
     const int in_last = count_rows(indices, n_indices, last, index);
-    factor = C(1) / static_cast<C>(in_first + (last - chunk - 1) * kChunk + in_last);
+    factor = C(1) / static_cast<C>(in_first + (last - chunk - 1) * kChunkRows + in_last);
   }
 
-  // Part 0 is that of `chunk`, part i that of chunk + i.
+  // Part i is the partial sum of chunk + i.
   const int64_t n_parts = last - chunk + 1, parts_a_group = (n_parts + n_groups - 1) / n_groups;
   C sum[kWidth] = {};
   if (place.column < d) {
@@ -192,37 +193,37 @@ __global__ void __launch_bounds__(kSegmentThreads, kMinBlocks)
   }
 #pragma unroll
   for (int i = 0; i < kWidth; i++) sum[i] *= factor;
-  store_numbers(gradient.grad + index * d + place.column, sum);
+  store_numbers(params.grad + index * d + place.column, sum);
 }
 
 template <class T, int kWidth>
-int sum_sorted(const EmbeddingGradientParams<T>& gradient, const Launch& at) {
-  auto* const workspace = static_cast<Compute<T>*>(at.workspace);
-  const int64_t n_chunks = ceil_div(gradient.n_indices, kChunk), d = gradient.embedding_dim;
+int sum_sorted(const EmbeddingGradientParams<T>& params, const Launch& launch) {
+  auto* const workspace = static_cast<Compute<T>*>(launch.workspace);
+  const int64_t n_chunks = ceil_div(params.n_indices, kChunkRows), d = params.embedding_dim;
   int lanes = power_of_two(ceil_div(d, kWidth));
   lanes = lanes < kMinLanes ? kMinLanes : lanes > kMaxLanes ? kMaxLanes : lanes;
   const int rows = kSegmentThreads / lanes, n_tiles = static_cast<int>(ceil_div(d, lanes * kWidth));
   const dim3 block(lanes, rows);
-  const int64_t shared_bytes = (2 * rows * kChunk + 2) * sizeof(int64_t);
-  // A grid reaches 2^31 blocks, which is never too few: each of them reads half a kilobyte of its own, or more.
-  int error =
-      launch(&embedding_sum_chunks<T, kWidth>, dim3(static_cast<unsigned>(ceil_div(n_chunks, rows) * n_tiles)), block,
-             shared_bytes, at.stream, gradient, gradient.positions, gradient.scale_grad_by_freq, n_tiles, workspace);
+  const int64_t shared_bytes = (2 * rows * kChunkRows + 2) * sizeof(int64_t);
+  // The grid cannot exceed 2^31 blocks, since each block reads at least half a kilobyte of its own.
+  int error = launch_kernel(&embedding_sum_chunks<T, kWidth>,
+                            dim3(static_cast<unsigned>(ceil_div(n_chunks, rows) * n_tiles)), block, shared_bytes,
+                            launch.stream, params, params.positions, params.scale_grad_by_freq, n_tiles, workspace);
   if (error != 0 || n_chunks == 1) return error;
-  return launch(&embedding_join_chunks<T, kWidth>, dim3(static_cast<unsigned>((n_chunks - 1) * n_tiles)), block, 0,
-                at.stream, gradient, gradient.scale_grad_by_freq, n_tiles, workspace);
+  return launch_kernel(&embedding_join_chunks<T, kWidth>, dim3(static_cast<unsigned>((n_chunks - 1) * n_tiles)), block,
+                       0, launch.stream, params, params.scale_grad_by_freq, n_tiles, workspace);
 }
 
 template <class T>
 int64_t sorted_workspace(int64_t n_indices, int64_t embedding_dim) {
-  return ceil_div(n_indices, kChunk) * 2 * embedding_dim;
+  return ceil_div(n_indices, kChunkRows) * 2 * embedding_dim;
 }
 
 template <class T>
-int backward_by_sort(const EmbeddingGradientParams<T>& gradient, Launch& at) {
+int backward_by_sort(const EmbeddingGradientParams<T>& params, Launch& launch) {
   const bool packs =
-      gradient.embedding_dim % kPackSize<T> == 0 && reinterpret_cast<uintptr_t>(gradient.grad_output) % kPackBytes == 0;
-  return packs ? sum_sorted<T, kPackSize<T>>(gradient, at) : sum_sorted<T, 1>(gradient, at);
+      params.embedding_dim % kPackSize<T> == 0 && reinterpret_cast<uintptr_t>(params.grad_output) % kPackBytes == 0;
+  return packs ? sum_sorted<T, kPackSize<T>>(params, launch) : sum_sorted<T, 1>(params, launch);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the ops need of CUDA's runtime (charlm::Gpu in core/device.h).
+// charlm::Gpu (core/device.h) for CUDA: streams, waiting, pinned memory and errors.
 #include <ATen/core/CachingHostAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -29,9 +29,9 @@ void wait_for_stream(Stream stream) { c10::cuda::stream_synchronize(stream); }
 
 void wait_for_device(const at::Device&) { c10::cuda::device_synchronize(); }  // the current one
 
-// Pinned memory of torch's allocator, which kernels write and the host reads without waiting.
+// Pinned memory from torch's allocator: kernels write it, and the host reads it without waiting.
 IndexError* allocate_index_error() {
-  // Another stream may be captured at this moment, and a strict capture forbids allocation.
+  // Another stream may be capturing, and a strict capture forbids allocation.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   at::DataPtr memory = at::getHostAllocator(at::kCUDA)->allocate(sizeof(IndexError));
   memory.release_context();

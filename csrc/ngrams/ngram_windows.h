@@ -1,5 +1,5 @@
-// The windows of ngrams.h as sorted keys: how they are packed, how the range of keys is cut into parts that fit a
-// buffer, and how a part is collected and sorted.
+// The windows of ngrams.cpp as sorted keys: packing them, dividing the range of keys into parts that fit in a buffer,
+// and collecting and sorting a part.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +12,14 @@
 
 namespace charlm::ngrams {
 
-inline constexpr int kDigitBits = 16;  // of the histograms that cut the range of keys
+inline constexpr int kDigitBits = 16;  // of the histograms that divide the range of keys
 inline constexpr uint64_t kAllOnes = ~uint64_t{0};
 
 // ---- keys
 
-// How a window becomes `words` words: `per_word` ids of `bits` bits each, the first one highest, the rest of the word
-// 0. Ids begin at 1: where the window has ended stands 0, which sorts a gram before those that it is a prefix of.
+// The packing of a window into `words` words: `per_word` ids of `bits` bits each, the first id in the highest bits, and
+// 0 in the remaining bits. Ids start at 1. After the end of a window the ids are 0, which sorts a gram before the grams
+// of which it is a prefix.
 struct Layout {
   Layout(int64_t distinct, int64_t max_length)
       : length(max_length),
@@ -47,7 +48,7 @@ struct Layout {
   }
 
   int64_t length, bits, per_word, words;
-  uint64_t full, last;  // the bits in use of a word, and of the last one
+  uint64_t full, last;  // masks of the bits in use, of a word and of the last word
 };
 
 // The tokens as ids 1, 2, …, in the order of their values.
@@ -55,25 +56,25 @@ template <class Id>
 struct Sequence {
   std::vector<Id> ids;
   size_t starts;
-  Id boundary;  // 0, which is no id, where there is none
+  Id boundary;  // 0, which is no id, if there is none
 };
 
-// Calls visit(key) for each window, from the last one to the first: so each is the one behind it, shifted by an id.
+// Calls visit(key) for each window, from the last to the first, so that a key is the previous one shifted by one id.
 // kOneWord: layout.words is 1.
 template <bool kOneWord, class Id, class Visit>
 void for_each_window(const Sequence<Id>& sequence, const Layout& layout, Visit visit) {
-  // Copies, so that no write of visit's can be taken for one to them.
+  // Local copies, so that the stores of visit() cannot alias them.
   const Id* const ids = sequence.ids.data();
   const Id boundary = sequence.boundary;
   const size_t starts = sequence.starts;
   const int64_t words = layout.words, bits = layout.bits, top = 64 - bits, bottom = 64 - bits * layout.per_word;
   const uint64_t mask = (uint64_t{1} << bits) - 1, full = layout.full, last = layout.last;
   if constexpr (kOneWord) {
-    uint64_t behind = 0;  // the window behind, as far as this one reaches into it
+    uint64_t next = 0;  // the window that starts at the next token, up to a boundary there
     for (size_t i = sequence.ids.size(); i-- > 0;) {
       const uint64_t first = uint64_t{ids[i]} << top;
-      const uint64_t key = (behind >> bits | first) & last;
-      behind = ids[i] == boundary ? first : key;
+      const uint64_t key = (next >> bits | first) & last;
+      next = ids[i] == boundary ? first : key;
       if (i < starts) visit(&key);
     }
   } else {
@@ -96,11 +97,11 @@ void for_each_window(const Sequence<Id>& sequence, const Layout& layout, Visit v
 
 // ---- parts of the range of keys
 
-// The keys whose first words are `prefix` and whose next one lies in [low, high].
+// The keys whose first words are `prefix` and whose next word is in [low, high].
 struct Part {
   std::vector<uint64_t> prefix;
   uint64_t low, high;
-  uint64_t windows;  // how many have such a key
+  uint64_t windows;  // number of windows with such a key
 
   bool holds(const uint64_t* key) const {
     for (const uint64_t word : prefix) {
@@ -110,7 +111,7 @@ struct Part {
   }
 };
 
-// Cuts keys into parts of at most `capacity` windows, or of one key.
+// Divides the range of keys into parts of at most `capacity` windows, or of one key.
 template <bool kOneWord, class Id>
 class Cutter {
  public:
@@ -134,7 +135,7 @@ class Cutter {
     }
     const int shift = 64 - kDigitBits - fixed;
     const std::vector<uint64_t> histogram = count_digits(part, shift);
-    Part group{part.prefix, part.low, part.low, 0};  // neighbours that fit together
+    Part group{part.prefix, part.low, part.low, 0};  // adjacent digits whose windows fit in the buffer together
     for (uint64_t digit = 0; digit < histogram.size(); ++digit) {
       const uint64_t low = part.low + (digit << shift);
       const uint64_t high = low + ((uint64_t{1} << shift) - 1);
@@ -170,7 +171,8 @@ class Cutter {
 
 // ---- sorting
 
-// Least significant digit first, by bytes; a byte that all keys share is skipped. Returns where the sorted keys are.
+// Sorts by bytes, least significant first; a byte that all keys share is skipped. Returns the array with the sorted
+// keys.
 inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, size_t size) {
   constexpr int kBytes = 8;
   size_t counts[kBytes][256] = {};
@@ -187,7 +189,7 @@ inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, size_t size) {
   return keys;
 }
 
-// Collects and sorts the keys of one part, in a buffer that is kept from part to part.
+// Collects and sorts the keys of one part, in a buffer that all parts share.
 template <bool kOneWord, class Id>
 class Sorter {
  public:
@@ -218,7 +220,8 @@ class Sorter {
   }
 
  private:
-  // Writes every key and keeps those of the part: a branch would be mispredicted as often as it is taken.
+  // For keys of one word: writes every key, but advances only past those of the part, which avoids mispredicted
+  // branches.
   void collect(const Part& part) {
     uint64_t* out = keys_.get();
     if constexpr (kOneWord) {
@@ -238,7 +241,7 @@ class Sorter {
 
   const Sequence<Id>& sequence_;
   const Layout& layout_;
-  std::unique_ptr<uint64_t[]> keys_;  // one more than the capacity, where a key that is not kept is written
+  std::unique_ptr<uint64_t[]> keys_;  // capacity + 1: a key that is not kept may be written to the last one
   std::unique_ptr<uint64_t[]> scratch_;
   uint64_t* sorted_ = nullptr;
 };

@@ -1,29 +1,77 @@
-#include "ngrams/ngrams.h"
+// Counts the n-grams of a sequence of tokens, for every length up to max_length, in one pass over sorted windows.
+//
+// A window is a run of at most max_length tokens from a starting token on. It ends at the end of the sequence or, if
+// there is a boundary token, after the first boundary that follows its first token. In sorted order, all windows that
+// start with a gram are adjacent, for any length of the gram: the number of windows with a common prefix is the count
+// of that gram. The grams of all lengths are the nodes of a trie, visited in order in one pass over the sorted windows.
+//
+// The windows are never all in memory. A window is packed into 64-bit words, with as many tokens in each as fit.
+// Histograms of 16 bits at a time divide the range of these keys into parts whose windows fit in a buffer; each part is
+// collected, sorted and counted. Threads process the parts, and their counts are consumed in the order of the keys, so
+// that the result does not depend on the number of threads.
+//
+// Time: O(n) for each part and n tokens; sorting is a radix sort if a window fits in one word, otherwise O(n log n).
+// Memory: 1, 2 or 4 bytes per token for up to 255, 65,535 or more distinct tokens, 4 bytes for each value up to the
+// largest token, buffer_bytes, and the result.
+#include <pybind11/numpy.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "ngrams/ngram_windows.h"
 
-namespace charlm::ngrams {
+namespace charlm {
+namespace ngrams {
 namespace {
+
+// Tokens are smaller than this, since counting uses a table of all values.
+constexpr int64_t kMaxTokens = int64_t{1} << 24;
+
+struct Options {
+  int64_t max_length;   // of a gram, at least 1
+  int64_t starts;       // windows start at tokens 0 … starts - 1; at most the number of tokens
+  int64_t boundary;     // a token, or -1
+  int64_t threads;      // at least 1
+  size_t buffer_bytes;  // of all threads together
+};
+
+// The grams of one length, sorted. A gram is its prefix, given by the index in the previous level, and its last token.
+struct Level {
+  std::vector<int64_t> parent;  // 0 in the first level
+  std::vector<int32_t> token;
+  std::vector<int64_t> count;
+};
+
+// The number of grams with each count.
+using Spectrum = std::map<int64_t, int64_t>;
+
+struct Spectra {
+  std::vector<Spectrum> grams;     // of length 1 … max_length
+  std::vector<Spectrum> contexts;  // of length 0 … max_length - 1, counted if another token follows in the window
+};
 
 // ---- counting
 
-// Keeps the grams that the keys at hand are in, one of each length, and closes each when a key comes that is not.
+// Receives keys in sorted order. Holds the prefixes of the current key, one gram of each length, and closes a gram at
+// the first key that does not start with it.
 class Grams {
  public:
   explicit Grams(const Layout& layout)
       : layout_(layout), previous_(layout.words), count_(layout.length + 1), followed_(layout.length + 1) {}
   virtual ~Grams() = default;
 
-  // `windows` windows have this key, which is above the one before.
+  // Adds `windows` windows with this key, which must be larger than the previous key.
   void add(const uint64_t* key, int64_t windows) {
     const int64_t shared = open_ ? layout_.shared(key, previous_.data()) : 0;
     close_to(shared);
@@ -50,7 +98,7 @@ class Grams {
   }
 
   virtual void opened(int64_t length, uint64_t id) = 0;
-  // followed: how many of the windows that are counted go on.
+  // followed: how many of the counted windows are longer than the gram.
   virtual void closed(int64_t length, int64_t count, int64_t followed) = 0;
 
   const Layout& layout_;
@@ -110,7 +158,7 @@ class SpectraGrams final : public Grams {
     }
 
    private:
-    static constexpr int64_t kSmall = 1024;  // nearly all counts
+    static constexpr int64_t kSmall = 1024;  // most counts are smaller
     std::vector<int64_t> small_ = std::vector<int64_t>(kSmall);
     Spectrum large_;
   };
@@ -127,7 +175,7 @@ class SpectraGrams final : public Grams {
 
 // ---- threads
 
-// Runs prepare(thread, task) on many threads, and then consume(thread, task), one at a time in the order of tasks.
+// Runs prepare(thread, task) for the tasks in parallel, then consume(thread, task), one task at a time and in order.
 void run_in_order(int64_t threads, size_t tasks, const std::function<void(int64_t, size_t)>& prepare,
                   const std::function<void(int64_t, size_t)>& consume) {
   std::atomic<size_t> next = 0;
@@ -146,7 +194,7 @@ void run_in_order(int64_t threads, size_t tasks, const std::function<void(int64_
       std::unique_lock lock(mutex);
       turned.wait(lock, [&] { return turn == task; });
       if (!own && !error) {
-        lock.unlock();  // nobody else's turn comes before this one ends
+        lock.unlock();  // no other thread takes a turn until this one ends
         try {
           consume(thread, task);
         } catch (...) {
@@ -199,7 +247,7 @@ void count_sequence(const Sequence<Id>& sequence, const Layout& layout, const Op
 
 // ---- tokens
 
-// The token of each id; the token of 0, which is no id, is -1.
+// The token of each id. Entry 0 is -1, since ids start at 1.
 template <class Token>
 std::vector<int32_t> distinct_tokens(const Token* tokens, size_t size) {
   std::vector<bool> seen(size ? size_t{*std::max_element(tokens, tokens + size)} + 1 : 0);
@@ -224,9 +272,9 @@ void count_as(const Token* tokens, size_t size, const std::vector<int32_t>& dist
   count(sequence, layout, options, grams);
 }
 
-// The result of Kind, a class of Grams; the ids take the smallest type that holds them.
+// Counts into a Kind, a subclass of Grams, and returns its result. Ids have the smallest type that holds them.
 template <class Kind, class Token>
-auto count_tokens(const Token* tokens, size_t size, const Options& options) {
+auto count(const Token* tokens, size_t size, const Options& options) {
   const std::vector<int32_t> distinct = distinct_tokens(tokens, size);
   const Layout layout(std::max<int64_t>(distinct.size() - 1, 1), options.max_length);
   Kind grams(layout, distinct);
@@ -239,23 +287,84 @@ auto count_tokens(const Token* tokens, size_t size, const Options& options) {
   return grams.result();
 }
 
+// ---- Python: functions of numpy arrays; charlm/ngrams.py checks the arguments
+
+namespace py = pybind11;
+
+// A one-dimensional array that takes ownership of the vector.
+template <class T>
+py::array_t<T> as_array(std::vector<T>&& values) {
+  auto owned = std::make_unique<std::vector<T>>(std::move(values));
+  const std::vector<T>& kept = *owned;
+  const py::capsule owner(owned.get(), [](void* vector) { delete static_cast<std::vector<T>*>(vector); });
+  owned.release();
+  return py::array_t<T>(kept.size(), kept.data(), owner);
+}
+
+// (counts, the number of grams with each count).
+py::tuple as_arrays(const Spectrum& spectrum) {
+  std::vector<int64_t> counts, grams;
+  for (const auto& [count, number] : spectrum) {
+    counts.push_back(count);
+    grams.push_back(number);
+  }
+  return py::make_tuple(as_array(std::move(counts)), as_array(std::move(grams)));
+}
+
+py::list as_arrays(const std::vector<Spectrum>& spectra) {
+  py::list list;
+  for (const Spectrum& spectrum : spectra) list.append(as_arrays(spectrum));
+  return list;
+}
+
+template <class Token>
+using Tokens = py::array_t<Token, py::array::c_style>;
+
+template <class Token>
+py::list count_ngrams(const Tokens<Token>& tokens, int64_t max_length, int64_t starts, int64_t boundary,
+                      int64_t threads, size_t buffer_bytes) {
+  std::vector<Level> levels;
+  {
+    const py::gil_scoped_release release;
+    levels = count<LevelGrams>(tokens.data(), tokens.size(), {max_length, starts, boundary, threads, buffer_bytes});
+  }
+  py::list list;
+  for (Level& level : levels) {
+    list.append(py::make_tuple(as_array(std::move(level.parent)), as_array(std::move(level.token)),
+                               as_array(std::move(level.count))));
+  }
+  return list;
+}
+
+template <class Token>
+py::tuple count_spectra(const Tokens<Token>& tokens, int64_t max_length, int64_t threads, size_t buffer_bytes) {
+  Spectra spectra;
+  {
+    const py::gil_scoped_release release;
+    spectra = count<SpectraGrams>(tokens.data(), tokens.size(),
+                                  {max_length, tokens.size(), /*boundary=*/-1, threads, buffer_bytes});
+  }
+  return py::make_tuple(as_arrays(spectra.grams), as_arrays(spectra.contexts));
+}
+
+template <class Token>
+void bind_for(py::module_& m) {
+  using py::arg;
+  m.def("count_ngrams", &count_ngrams<Token>, arg("tokens").noconvert(), arg("max_length"), arg("starts"),
+        arg("boundary"), arg("threads"), arg("buffer_bytes"));
+  m.def("count_spectra", &count_spectra<Token>, arg("tokens").noconvert(), arg("max_length"), arg("threads"),
+        arg("buffer_bytes"));
+}
+
 }  // namespace
+}  // namespace ngrams
 
-template <class Token>
-std::vector<Level> count(const Token* tokens, size_t size, const Options& options) {
-  return count_tokens<LevelGrams>(tokens, size, options);
+void bind_ngrams(pybind11::module_& m) {
+  using namespace ngrams;
+  bind_for<uint8_t>(m);
+  bind_for<uint16_t>(m);
+  bind_for<uint32_t>(m);
+  m.attr("max_ngram_tokens") = kMaxTokens;
 }
 
-template <class Token>
-Spectra count_spectra(const Token* tokens, size_t size, const Options& options) {
-  return count_tokens<SpectraGrams>(tokens, size, options);
-}
-
-template std::vector<Level> count(const uint8_t*, size_t, const Options&);
-template std::vector<Level> count(const uint16_t*, size_t, const Options&);
-template std::vector<Level> count(const uint32_t*, size_t, const Options&);
-template Spectra count_spectra(const uint8_t*, size_t, const Options&);
-template Spectra count_spectra(const uint16_t*, size_t, const Options&);
-template Spectra count_spectra(const uint32_t*, size_t, const Options&);
-
-}  // namespace charlm::ngrams
+}  // namespace charlm

@@ -15,6 +15,9 @@
 
 namespace charlm {
 
+// kBackwardWithMetrics (GPU): the gradient of the loss and those of lse and entropy, which ignored rows have too.
+enum class CrossEntropyPass { kForward, kForwardBackward, kBackward, kTargetBackward, kBackwardWithMetrics };
+
 // A row is one target. C = Compute<T>. Pointers marked optional may be null.
 template <class T>
 struct CrossEntropyParams {

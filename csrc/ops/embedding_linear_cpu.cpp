@@ -47,7 +47,7 @@ struct Work {
   }
 
   // Whether gather and GEMM is a product with a short side, which our own loops run (gemm.h).
-  bool has_short_product() const { return n_rows >= 16 && (n_rows <= kShort || inner <= kShort); }
+  bool has_short_product() const { return n_rows >= 16 && (n_rows <= kMaxShortSide || inner <= kMaxShortSide); }
 
   // Of a number of a row, wherever the table lies.
   double per_sum(double second_level, double third_level, double memory) const {

@@ -18,7 +18,7 @@ bool pays(const LinearCrossEntropyArguments& a) {
     return false;
   const int64_t n_rows = a.input.size(0), n_features = a.input.size(1), n_classes = a.linear_weight.size(0);
   return a.input.scalar_type() == compute_dtype(a.input) && n_rows > 0 && n_features > 0 && n_classes > 0 &&
-         n_classes <= kShort && n_classes * n_features <= kL1Numbers && n_rows * (n_classes + 3) <= kFewNumbers;
+         n_classes <= kMaxShortSide && n_classes * n_features <= kL1Numbers && n_rows * (n_classes + 3) <= kFewNumbers;
 }
 
 template <class C>
@@ -30,7 +30,7 @@ class FewClasses {
         n_rows_(a.input.size(0)),
         n_features_(a.input.size(1)),
         n_classes_(a.linear_weight.size(0)),
-        n_parts_(std::clamp<int64_t>(n_rows_ / kPart, 1, kMaxParts)),
+        n_parts_(std::clamp<int64_t>(n_rows_ / kMinPartProducts, 1, kMaxParts)),
         input_(with_contiguous_rows<C>(a.input)),
         weight_(with_contiguous_rows<C>(a.linear_weight)),
         columns_(with_contiguous_rows<C>(a.linear_weight.t())),
@@ -91,7 +91,7 @@ class FewClasses {
   C* logits_row(int64_t row) const { return mutable_data<C>(logits_) + row * n_classes_; }
 
   void make_logits(int64_t begin, int64_t end) const {
-    GemmArguments<C> g;
+    GemmParams<C> g;
     g.a = input_row(begin);
     g.a_row_stride = input_.stride(0);
     g.a_column_stride = 1;
@@ -106,7 +106,7 @@ class FewClasses {
   }
 
   void make_input_gradient(int64_t begin, int64_t end) const {
-    GemmArguments<C> g;
+    GemmParams<C> g;
     g.a = logits_row(begin);
     g.a_row_stride = n_classes_;
     g.a_column_stride = 1;
@@ -120,7 +120,7 @@ class FewClasses {
   }
 
   void add_weight_gradient(int64_t part, int64_t begin, int64_t end) const {
-    GemmArguments<C> g;
+    GemmParams<C> g;
     g.a = logits_row(begin);
     g.a_row_stride = 1;
     g.a_column_stride = n_classes_;
@@ -136,7 +136,7 @@ class FewClasses {
 
   void add_bias_gradient(int64_t part, int64_t begin, int64_t end) const {
     static constexpr C kOne = 1;
-    GemmArguments<C> g;
+    GemmParams<C> g;
     g.a = &kOne;  // [1, n] ones: strides of 0
     g.b = logits_row(begin);
     g.b_row_stride = n_classes_;

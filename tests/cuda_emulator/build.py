@@ -1,8 +1,8 @@
-"""Compiles emulated kernels, plain or with sanitizers, and says how to run what came out.
+"""Compiles emulated kernels, plain or with sanitizers, and gives the command and environment that run them.
 
-A flavour is "plain", "address" (AddressSanitizer and UndefinedBehaviorSanitizer) or "thread" (ThreadSanitizer). What
-was built once is kept in build/cuda_emulator under the hash of everything that went into it, so that tests, processes
-and later runs share it.
+A flavour is "plain", "address" (AddressSanitizer and UndefinedBehaviorSanitizer) or "thread" (ThreadSanitizer).
+Results are cached in build/cuda_emulator under a hash of all their inputs, so that tests, processes and later runs
+share them.
 
     library = build(["kernels.cu"], "address", uninstrumented=["adapter.cpp"], flags=torch_flags)
     subprocess.run(command("address", sys.executable, "script.py", library), env=environment("address"))
@@ -27,7 +27,7 @@ EMULATOR = Path(__file__).resolve().parent
 ROOT = EMULATOR.parents[1]
 CACHE = ROOT / "build" / "cuda_emulator"
 
-# Where a sanitizer ends a process, it does so with this status.
+# The exit status of a process that a sanitizer ends.
 SANITIZER_EXIT_STATUS = 66
 
 # -Og compiles in half the time of -O1, and small kernels run nearly as fast.
@@ -59,11 +59,11 @@ def build(
     uninstrumented: Sequence[PathLike] = (),
     link_flags: Sequence[str] = (),
 ) -> Path:
-    """A shared library, or an executable, of `sources` in a flavour and of `uninstrumented` sources in none.
+    """Builds a shared library or an executable from `sources`, compiled in a flavour, and plain `uninstrumented` ones.
 
-    Adapters full of torch's headers belong to the latter: they are compiled once for all flavours. `flags` go to every
-    compilation and are part of what the result is kept under; so are the contents, not the names, of the sources and
-    of what they include by quotes, from their own directory, `include_dirs` or the emulator's.
+    Sources that include torch's headers should be uninstrumented: they are then compiled once for all flavours. The key
+    of the cache covers `flags`, which go to every compilation, and the contents (not the names) of the sources and of
+    the files that they include by quotes, from their own directory, `include_dirs` or the emulator's.
     """
     includes = [*map(Path, include_dirs), EMULATOR]
     jobs = [(Path(source), [*FLAGS, *FLAVOURS[flavour], *flags]) for source in sources]
@@ -76,12 +76,12 @@ def build(
 
 
 def environment(flavour: str, **variables: str) -> dict[str, str]:
-    """The environment for a process of that flavour: this one's, one OS thread, sanitizers' options, `variables`."""
+    """The environment of a process of that flavour: this one's, one OS thread, sanitizer options and `variables`."""
     options = {
         "address": {
             "ASAN_OPTIONS": {
                 "detect_leaks": 0,  # Python's own
-                "malloc_fill_byte": 255,  # NaN: a number that nobody wrote shows in the result
+                "malloc_fill_byte": 255,  # NaN: a number that was never written shows in the result
                 "max_malloc_fill_size": 1 << 26,
                 "exitcode": SANITIZER_EXIT_STATUS,
             },
@@ -103,7 +103,7 @@ def environment(flavour: str, **variables: str) -> dict[str, str]:
 
 
 def command(flavour: str, *arguments: PathLike) -> list[str]:
-    """`arguments` as a command for a program that was not built in that flavour but loads a library that was."""
+    """The command for a program that was not built in that flavour but loads a library that was."""
     if flavour == "plain":
         return [*map(str, arguments)]
     # AddressSanitizer looks for __cxa_throw when it starts, before Python has loaded the C++ library.
@@ -113,7 +113,7 @@ def command(flavour: str, *arguments: PathLike) -> list[str]:
 
 @functools.cache
 def command_prefix(flavour: str) -> tuple[str, ...]:
-    """What stands before a command: ThreadSanitizer wants addresses that are not randomised."""
+    """The prefix of a command: ThreadSanitizer needs addresses that are not randomised."""
     prefix = ("setarch", platform.machine(), "-R")
     if flavour != "thread":
         return ()
@@ -152,7 +152,7 @@ def _hash(*parts: str | bytes) -> str:
 
 
 def _with_includes(path: Path, include_dirs: Sequence[Path], seen: set[Path]) -> Iterator[bytes]:
-    """The contents of a file and, each once, of the files that it includes by quotes."""
+    """The contents of a file and of the files that it includes by quotes, each once."""
     path = path.resolve()
     if path in seen:
         return

@@ -1,5 +1,5 @@
-// Where threads wait for each other: barriers of a block, and shuffles, votes, reductions and barriers of a warp. Each
-// checks that those who meet there are the ones who should.
+// The operations in which threads wait for each other: barriers of a block, and shuffles, votes, reductions and
+// barriers of a warp. Each checks that the right threads take part.
 #pragma once
 
 #include <cstring>
@@ -14,7 +14,7 @@ using Location = std::source_location;
 CHARLM_EMULATOR_CODE inline int current_lane() { return static_cast<int>(emulator.current->index % kWarpSize); }
 
 CHARLM_EMULATOR_CODE inline bool same_place(const Location& a, const Location& b) {
-  if (__builtin_memcmp(&a, &b, sizeof(a)) == 0) return true;  // the quick answer, and nearly always the right one
+  if (__builtin_memcmp(&a, &b, sizeof(a)) == 0) return true;  // fast path, nearly always taken
   return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
@@ -100,7 +100,7 @@ CHARLM_EMULATOR_CODE inline void check_mask(const Thread& me) {
   }
 }
 
-// Waits for the lanes in `mask`; of these functions only __syncwarp() orders what the lanes do in memory.
+// Waits for the lanes in `mask`. Of the warp functions only __syncwarp() orders the lanes' memory accesses.
 CHARLM_EMULATOR_CODE inline void wait_for_warp(const char* function, unsigned mask, bool orders_memory,
                                                void (*combine)(Thread* warp, unsigned lanes),
                                                const Location& location) {
@@ -114,7 +114,7 @@ CHARLM_EMULATOR_CODE inline void wait_for_warp(const char* function, unsigned ma
   unsigned& phase = warp.phase[__builtin_ctz(mask)];
   SyncObject& order = warp.order[emulator.side][__builtin_ctz(mask)][phase];
   if (orders_memory) release(order);
-  if ((mask & ~warp.waiting) == 0) {  // all are here
+  if ((mask & ~warp.waiting) == 0) {  // all lanes have arrived
     if (combine) combine(&me - me.index % kWarpSize, mask);
     warp.waiting &= ~mask;
     phase ^= 1;
@@ -124,7 +124,7 @@ CHARLM_EMULATOR_CODE inline void wait_for_warp(const char* function, unsigned ma
   if (orders_memory) acquire(order);
 }
 
-// What a thread that returns from the kernel means for those who wait for it.
+// A thread has returned from the kernel: opens a barrier, or reports an error, where other threads wait for it.
 CHARLM_EMULATOR_CODE inline void check_exit(const Thread& me) {
   open_barrier_if_all_wait();
   const unsigned lane = me.index % kWarpSize;
@@ -183,7 +183,7 @@ CHARLM_EMULATOR_CODE T reduce_warp(const char* function, unsigned mask, T value,
   return value;
 }
 
-// The lanes whose predicate is true.
+// The mask of the lanes whose predicate is true.
 CHARLM_EMULATOR_CODE inline unsigned vote(const char* function, unsigned mask, bool predicate,
                                           const Location& location) {
   const unsigned mine = unsigned{predicate} << emulator.current->index % kWarpSize;

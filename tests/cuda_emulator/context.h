@@ -1,4 +1,4 @@
-// Stacks, and the switch from one to another. swapcontext() would do, but makes a system call each time.
+// Stacks, and the switch between them. Unlike swapcontext(), this switch makes no system call.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,7 +10,7 @@
 #include "sanitizers.h"
 
 #if !defined(__x86_64__) || !defined(__linux__)
-#error "the CUDA emulator knows how to switch stacks on x86-64 Linux only"
+#error "the CUDA emulator can switch stacks on x86-64 Linux only"
 #endif
 
 // Saves the registers that a function must preserve and the stack pointer to *from, and continues where `to` was saved.
@@ -42,7 +42,7 @@ charlm_cuda_emulator_switch:
 
 namespace charlm::cuda_emulator {
 
-// A flow of control that can be left and continued.
+// A flow of control that can be suspended and resumed.
 struct Context {
   void* stack_pointer = nullptr;
   Stack stack;
@@ -50,7 +50,7 @@ struct Context {
   void* identity = nullptr;    // ThreadSanitizer's
 };
 
-// A page that cannot be touched lies below each stack.
+// A guard page lies below each stack.
 CHARLM_EMULATOR_CODE inline Stack allocate_stack() {
   constexpr size_t kBytes = 128 << 10;
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -68,7 +68,7 @@ CHARLM_EMULATOR_CODE inline void prepare(Context& context, void (*entry)(), size
   context.stack_pointer = top;
 }
 
-// Returns when something continues `from`; never, if it `ends`.
+// Returns when `from` is resumed; never, if it `ends`.
 CHARLM_EMULATOR_CODE inline void switch_context(Context& from, Context& to, bool ends) {
   leave_stack(ends ? nullptr : &from.fake_stack, to.stack);
   switch_identity(to.identity);

@@ -1,5 +1,5 @@
-// The words and types of CUDA that kernels use, as far as a C++ compiler lacks them. `__shared__` is not one of them:
-// kernels say CHARLM_SHARED, so that the emulator can watch the memory.
+// CUDA's keywords and types that kernels use. `__shared__` is not among them: kernels use CHARLM_SHARED, so that the
+// emulator can check accesses to the memory.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,10 @@
-// Kernels with one seeded defect each, and correct ones: what defects.cpp runs. They are written as kernels under
-// csrc/cuda/kernels are, and the defects are ones that such kernels could have.
+// The kernels that defects.cpp runs: some with one seeded defect each, and correct ones. They are written like the
+// kernels of csrc/cuda, and have defects that those could have.
 #pragma once
 
 #include <cmath>
 
-#include "../../csrc/cuda/kernels/cuda.cuh"
+#include "cuda/cuda.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -15,7 +15,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int global_thread() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
 
-// ---- what the emulator itself reports
+// ---- defects that the emulator itself reports
 
 __global__ void barrier_in_branch(float* out) {
   if (threadIdx.x < 32) __syncthreads();
@@ -97,7 +97,7 @@ __global__ void fill(float* out, int n) {
   if (global_thread() < n) out[global_thread()] = 1;
 }
 
-// ---- what AddressSanitizer and UndefinedBehaviorSanitizer report
+// ---- defects that AddressSanitizer and UndefinedBehaviorSanitizer report
 
 __global__ void write_past_end(float* out, int n) {
   if (global_thread() <= n) out[global_thread()] = 1;
@@ -159,7 +159,7 @@ __global__ void offset_of_32_bits(float* out, int row_stride) {
   out[row * row_stride] = 1;
 }
 
-// ---- what ThreadSanitizer reports; a wrong result shows some of it, under some schedules
+// ---- defects that ThreadSanitizer reports; some also give a wrong result, under some schedules
 
 __global__ void missing_barrier(float* out) {
   CHARLM_SHARED(float, buffer, kThreads);
@@ -213,8 +213,8 @@ __global__ void overlapping_vector_stores(float* out) {
   reinterpret_cast<float4*>(out)[threadIdx.x / 2] = make_float4(1, 1, 1, 1);
 }
 
-// Each block leaves a number; the last one to come adds them up. `out`: [0] the ticket's bits, [1] the sum,
-// [2 + b] the number of block b.
+// Each block writes a number, and the last block to finish adds them up. `out`: [0] the bits of the ticket, [1] the
+// sum, [2 + b] the number of block b.
 template <bool kFence>
 __global__ void last_block_sums(float* out) {
   unsigned* const ticket = reinterpret_cast<unsigned*>(out);
@@ -228,7 +228,7 @@ __global__ void last_block_sums(float* out) {
   out[1] = sum;
 }
 
-// ---- what only a wrong result shows
+// ---- defects that only a wrong result shows
 
 __global__ void shared_never_written(float* out) {
   CHARLM_SHARED(float, buffer, kThreads);

@@ -1,4 +1,4 @@
-// What CUDA gives kernels beside barriers and the standard library: atomics, fences, cached loads, bits, arithmetic.
+// CUDA's device functions other than barriers: atomics, fences, cached loads, bits, arithmetic.
 #pragma once
 
 #include <cmath>
@@ -7,13 +7,12 @@
 
 #include "state.h"
 
-// The math functions that CUDA has in the global namespace come from here.
+// For the math functions, which CUDA has in the global namespace.
 #include <math.h>
 
 namespace charlm::cuda_emulator {
 
-// Atomics are relaxed, as CUDA's are: ThreadSanitizer knows that they do not race with each other, and that they order
-// nothing else.
+// Atomics are relaxed, as in CUDA: for ThreadSanitizer they do not race with each other, and order no other access.
 template <class T, class Update>
 T update_atomically(T* address, Update update) {
   T old, desired;
@@ -30,13 +29,13 @@ concept OneOf = (std::same_as<T, Ts> || ...);
 template <class T>
 concept Atomic = OneOf<T, int, unsigned, unsigned long long>;
 
-// A fence orders what came before it in one thread with what follows a later fence in another.
+// A fence orders the accesses before it in one thread with the accesses after a later fence in another thread.
 CHARLM_EMULATOR_CODE inline void fence() {
   acquire(emulator.fences);
   release(emulator.fences);
 }
 
-// Reads all of *address, as the GPU does, though the kernel may use a part of it: sanitizers then check all of it.
+// Reads all of *address, as the GPU does, even if the kernel uses only a part of it: sanitizers then check all of it.
 template <class T>
 T load(const T* address) {
   T value = *address;
@@ -126,7 +125,7 @@ inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
 
-// Both of one type, as an argument of another type would hide a conversion.
+// Both arguments have the same type: otherwise a conversion would go unnoticed.
 template <class T>
   requires std::integral<T>
 T min(T a, T b) {

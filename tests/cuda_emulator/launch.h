@@ -1,4 +1,4 @@
-// A launch: its checks, its blocks one after another, and the threads of a block from their start to their end.
+// A launch: the checks of its configuration, the loop over blocks, and the start and end of the threads of a block.
 #pragma once
 
 #include <numeric>
@@ -18,8 +18,8 @@ CHARLM_EMULATOR_CODE inline void end_thread(Thread& me) {
   if (!emulator.failed) check_exit(me);
 }
 
-// Runs the current thread to its end, on a stack made for it. That stack then serves the next thread that has not
-// started yet: a kernel in which nobody waits needs one stack and no switch.
+// Runs the current thread to its end on its own stack, which the next thread that has not started yet then reuses: a
+// kernel without barriers needs one stack and no switch.
 CHARLM_EMULATOR_CODE inline void run_threads() {
   Stack previous;
   enter_stack(nullptr, previous);
@@ -59,8 +59,8 @@ inline std::string describe_deadlock() {
   return text;
 }
 
-// ThreadSanitizer's names of the block's threads. The host makes them all before the block begins, because what the
-// maker has done happens before what the thread does.
+// Creates ThreadSanitizer's identities of the threads of a block. The host creates them all before the block begins,
+// because the actions of the creator happen before those of the thread.
 CHARLM_EMULATOR_CODE inline void create_identities() {
   for (unsigned i = 0; kThreadSanitizer && i < emulator.n_threads; ++i) {
     void*& identity = emulator.threads[i].identity[emulator.side];
@@ -68,8 +68,8 @@ CHARLM_EMULATOR_CODE inline void create_identities() {
   }
 }
 
-// After a failure: takes back what threads had that will not go on. What any thread did happens before what the host
-// does next, such as freeing the memory that they used.
+// After a failure: releases the stacks and identities of threads that did not finish. The actions of all threads happen
+// before what the host does next, such as freeing the memory that they used.
 CHARLM_EMULATOR_CODE inline void give_up_threads() {
   for (unsigned i = 0; i < emulator.n_threads; ++i) {
     Thread& thread = emulator.threads[i];
@@ -151,7 +151,7 @@ inline void place_threads() {
   }
 }
 
-// Blocks in the order of the schedule; a random one is a walk round all blocks with a random stride.
+// Runs the blocks in the order of the schedule. A random order visits all blocks cyclically with a random stride.
 inline void run_blocks() {
   const uint64_t n_blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
   uint64_t first = 0, stride = 1;
@@ -166,8 +166,8 @@ inline void run_blocks() {
   for (uint64_t i = 0; i < n_blocks && !emulator.failed; ++i, block = (block + stride) % n_blocks) run_block(block);
 }
 
-// Launches may come from any OS thread. What one does happens before the next: a program that launches from several has
-// seen to that, but maybe in code that ThreadSanitizer does not see.
+// Launches may come from any OS thread, and each happens before the next. A program that launches from several threads
+// synchronizes them, but possibly in code that ThreadSanitizer does not instrument.
 inline void run_grid(dim3 grid, dim3 block, int64_t shared_bytes, void (*kernel)(const void*), const void* arguments) {
   check_configuration(grid, block, shared_bytes);
   const std::lock_guard<std::mutex> lock(emulator.mutex);
@@ -179,7 +179,7 @@ inline void run_grid(dim3 grid, dim3 block, int64_t shared_bytes, void (*kernel)
   emulator.kernel = kernel;
   emulator.arguments = arguments;
   emulator.shared.dynamic_bytes = static_cast<size_t>(shared_bytes);
-  emulator.host.stack = {};  // of this OS thread; the first thread that starts will know
+  emulator.host.stack = {};  // of this OS thread; the first CUDA thread sets it
   emulator.host.identity = current_identity();
   emulator.failed = false;
   for (auto& turns : emulator.order) {
@@ -195,7 +195,7 @@ inline void run_grid(dim3 grid, dim3 block, int64_t shared_bytes, void (*kernel)
   if (emulator.failed) throw Error("CUDA emulator: " + emulator.error);
 }
 
-// An argument as the kernel takes it, after a check that an integer keeps its value.
+// Converts an argument to the type of the kernel's parameter, and checks that an integer keeps its value.
 template <class Parameter, class Argument>
 Parameter convert_argument(const Argument& argument) {
   if constexpr (std::is_integral_v<Parameter> && std::is_integral_v<Argument> && !std::is_same_v<Parameter, bool> &&
@@ -212,8 +212,8 @@ Parameter convert_argument(const Argument& argument) {
 namespace charlm::cuda {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes, cudaStream_t /*stream*/,
-                   const Arguments&... arguments) {
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
+                          cudaStream_t /*stream*/, const Arguments&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;

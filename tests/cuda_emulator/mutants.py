@@ -1,6 +1,6 @@
-"""Defects put into our own kernels, one at a time: each must be caught by the tests that pass on the kernels today.
+"""Mutation tests of the CUDA kernels: the tests that pass on the kernels must catch each of these defects.
 
-A mutant replaces `old`, which stands once in a file of csrc/cuda, by `new`. It is compiled for float alone, in
+A mutant replaces `old`, which occurs once in a file of csrc/cuda, by `new`. It is compiled for float alone, in
 one flavour, and run with the samples of its op (or other `tests`) under one schedule.
 """
 
@@ -51,8 +51,8 @@ MUTANTS = (
         "dropped_barrier_after_loading_a_tile",
         "cross_entropy",
         "cross_entropy_tile.cuh",
-        "rows.logits_stride, n_rows, n_classes, true);\n    __syncthreads();",
-        "rows.logits_stride, n_rows, n_classes, true);",
+        "params.logits_stride, n_rows, n_classes, true);\n    __syncthreads();",
+        "params.logits_stride, n_rows, n_classes, true);",
     ),
     Mutant(
         "dropped_barrier_before_storing_a_tile",
@@ -73,14 +73,14 @@ MUTANTS = (
     Mutant(
         "dropped_barrier_in_the_reduction_of_a_block",
         "cross_entropy",
-        "reduce.cuh",
+        "rows.cuh",
         "  if (lane == 0) shared[threadIdx.x / kWarp] = value;\n  __syncthreads();",
         "  if (lane == 0) shared[threadIdx.x / kWarp] = value;",
     ),
     Mutant(
         "wrong_shuffle_width",
         "cross_entropy",
-        "reduce.cuh",
+        "rows.cuh",
         "for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync",
         "for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync",
     ),
@@ -111,8 +111,8 @@ MUTANTS = (
         "kept_pack_past_the_end",
         "cross_entropy",
         "cross_entropy.cu",
-        "n_kept * kPackBytes, rows_",
-        "(n_kept - 1) * kPackBytes, rows_",
+        "n_kept * kPackBytes, params_",
+        "(n_kept - 1) * kPackBytes, params_",
         flavour="address",
         tests=("tests/test_cross_entropy_inplace.py", "tests/test_cross_entropy_precomputed.py"),
     ),
@@ -120,28 +120,28 @@ MUTANTS = (
         "offset_of_32_bits",
         "cross_entropy",
         "cross_entropy_row.cuh",
-        "return rows_.logits + n_ * rows_.logits_stride;",
-        "return rows_.logits + static_cast<int>(n_ * rows_.logits_stride);",
+        "return params_.logits + n_ * params_.logits_stride;",
+        "return params_.logits + static_cast<int>(n_ * params_.logits_stride);",
         tests=(*OFFSETS, "-k", "logits"),
     ),
     Mutant(
         "sum_not_rescaled_for_a_larger_maximum",
         "cross_entropy",
-        "softmax.cuh",
+        "rows.cuh",
         "    sum *= exp_of<T>(max - larger);\n",
         "",
     ),
     Mutant(
         "only_the_first_block_counts_targets",
         "cross_entropy",
-        "cross_entropy_totals.cuh",
+        "cross_entropy_row.cuh",
         "weight += i < n_totals ? totals[i].weight : 0;",
         "weight += i < 1 ? totals[i].weight : 0;",
     ),
     Mutant(
         "index_as_large_as_the_number_of_rows",
         "embedding",
-        "index.cuh",
+        "load_store.cuh",
         "static_cast<uint64_t>(index) < static_cast<uint64_t>(indices.against.limit)",
         "static_cast<uint64_t>(index) <= static_cast<uint64_t>(indices.against.limit)",
         tests=("tests/test_embedding.py", "-k", "out_of_range"),
@@ -150,9 +150,9 @@ MUTANTS = (
         "sums_of_losses_added_without_an_atomic",
         "cross_entropy",
         "cross_entropy_block.cuh",
-        "if (threadIdx.x == 0) losses[blockIdx.x] = loss_sum;",
+        "if (threadIdx.x == 0) losses[blockIdx.x] = loss_sum;\n}\n\ntemplate <class T>\nint block_blocks",
         "if (threadIdx.x == 0) losses[0] = (blockIdx.x == 0 ? 0 : losses[0]) + loss_sum;\n"
-        "  if (threadIdx.x == 0 && blockIdx.x > 0) losses[blockIdx.x] = 0;",
+        "  if (threadIdx.x == 0 && blockIdx.x > 0) losses[blockIdx.x] = 0;\n}\n\ntemplate <class T>\nint block_blocks",
         flavour="thread",
     ),
     Mutant(
@@ -180,15 +180,15 @@ MUTANTS = (
         "weight_row_offset_of_32_bits",
         "embedding",
         "embedding.cu",
-        "table.weight + index[k] * table.row_stride",
-        "table.weight + static_cast<int>(index[k] * table.row_stride)",
+        "params.weight + index[k] * params.row_stride",
+        "params.weight + static_cast<int>(index[k] * params.row_stride)",
         tests=(*OFFSETS, "-k", "weight"),
     ),
     Mutant(
         "a_place_past_the_last_adds_a_row_of_its_own",
         "embedding_linear",
         "embedding_linear.cu",
-        "at + k < end && bad.check(",
+        "first + k < end && bad.check(",
         "bad.check(",
         flavour="address",
     ),
@@ -196,7 +196,7 @@ MUTANTS = (
         "columns_past_the_last_are_not_left_out",
         "embedding_linear",
         "embedding_linear.cu",
-        "  if (column >= rows.hidden) return;\n",
+        "  if (column >= params.hidden) return;\n",
         "",
         flavour="address",
     ),
@@ -204,17 +204,17 @@ MUTANTS = (
         "the_activations_argument_is_stored_after_it",
         "embedding_linear",
         "embedding_linear.cu",
-        "    if (rows.before) store_numbers(rows.before + n * rows.hidden + column, sum);\n"
-        "    activate(rows.activation, sum);\n",
-        "    activate(rows.activation, sum);\n"
-        "    if (rows.before) store_numbers(rows.before + n * rows.hidden + column, sum);\n",
+        "    if (params.before) store_numbers(params.before + n * params.hidden + column, sum);\n"
+        "    activate(params.activation, sum);\n",
+        "    activate(params.activation, sum);\n"
+        "    if (params.before) store_numbers(params.before + n * params.hidden + column, sum);\n",
     ),
     Mutant(
         "half_of_the_lanes_left_out",
         "entropy",
-        "reduce.cuh",
-        "for (int by = kWarp / 2; by > 0; by /= 2) value = Value::join",
-        "for (int by = kWarp / 4; by > 0; by /= 2) value = Value::join",
+        "rows.cuh",
+        "for (int step = kWarp / 2; step > 0; step /= 2) value = Value::join",
+        "for (int step = kWarp / 4; step > 0; step /= 2) value = Value::join",
     ),
     Mutant(
         "infinity_times_zero",

@@ -1,7 +1,7 @@
-"""The kernels of csrc/cuda as a library for the CPU, in which the emulator runs them.
+"""Builds the kernels of csrc/cuda as a library for the CPU, in which the emulator runs them.
 
-Its table of kernels replaces the CPU's, so that the tests of the ops are tests of csrc/cuda: tests/conftest.py does so
-in the process that `pytest_command` starts.
+The library's table of kernels replaces the CPU's, so that the tests of the ops test csrc/cuda: tests/conftest.py
+installs it in the process that `pytest_command` starts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLOAT = "f<float>()"
 
 
 def copy_csrc(folder: Path, *, float_only: bool) -> Path:
-    """A copy of csrc; its kernels compile in half the time for float alone."""
+    """Copies csrc. With `float_only` its kernels are compiled for float alone, which takes half the time."""
     csrc = shutil.copytree(CSRC, folder / "csrc")
     if float_only:
         header = csrc / "cuda" / "cuda.cuh"
@@ -38,7 +38,7 @@ def copy_csrc(folder: Path, *, float_only: bool) -> Path:
 
 
 def build_ops(flavour: str, csrc: Path = CSRC) -> Path:
-    """The library. Objects are kept under the hash of what they are made of, so that copies of csrc share them."""
+    """Builds the library. Objects are cached under a hash of their sources, so that copies of csrc share them."""
     flags = [
         "-Wno-unknown-pragmas",
         *(f"-isystem{path}" for path in include_paths()),
@@ -62,12 +62,12 @@ def run_cpu_ops_on_emulator(library: str) -> None:
 
 
 def pytest_command(flavour: str, *arguments: str) -> list[str]:
-    """pytest in a process of its own."""
+    """The command that runs pytest in a separate process."""
     return command(flavour, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
 
 
 def pytest_environment(flavour: str, library: Path, schedule: str, seed: int = 0) -> dict[str, str]:
-    """... in which the ops are those of `library`, and IndexErrors are raised at once, as the CPU raises them."""
+    """The environment of that process: its ops are those of `library`, and raise IndexError at once, as on the CPU."""
     return environment(
         flavour,
         CHARLM_CUDA_EMULATED=str(library),

@@ -1,5 +1,5 @@
-// charlm::Gpu for the emulated kernels: what csrc/cuda/runtime.cpp is for CUDA's. An emulated kernel has run when its
-// launch returns, so there is no stream to wait for.
+// charlm::Gpu for the emulated kernels, in place of csrc/cuda/runtime.cpp. An emulated kernel has run when its launch
+// returns, so there is no stream to wait for.
 #include <c10/util/Exception.h>
 
 #include "core/device.h"

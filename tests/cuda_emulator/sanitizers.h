@@ -1,5 +1,5 @@
-// What the sanitizers are told: which stack runs, which bytes are out of bounds, what happens before what. Every
-// function here is empty in a build without the sanitizer it speaks to.
+// Annotations for the sanitizers: which stack runs, which bytes are out of bounds, and which event happens before
+// which. Every function here is empty in a build without its sanitizer.
 #pragma once
 
 #include <cstddef>
@@ -12,8 +12,8 @@
 #include <sanitizer/tsan_interface.h>
 #endif
 
-// The emulator is no part of the program under test: instrumented, it would be slow, and ThreadSanitizer would take
-// its bookkeeping for races between CUDA threads. Inlined into a kernel it would be instrumented after all.
+// The emulator itself must not be instrumented: it would be slow, and ThreadSanitizer would report its bookkeeping as
+// races between CUDA threads. It must not be inlined into a kernel either, where it would be instrumented.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define CHARLM_EMULATOR_CODE __attribute__((noinline, no_sanitize("address", "thread", "undefined")))
 #else
@@ -29,8 +29,9 @@ inline constexpr bool kAddressSanitizer = true;
 inline constexpr bool kAddressSanitizer = false;
 #endif
 
-// Neighbouring blocks run beside each other on a GPU. ThreadSanitizer takes them for unordered if they have threads,
-// stacks, shared memory and barriers of their own: there are two sides, and blocks take turns.
+// Neighbouring blocks run concurrently on a GPU. ThreadSanitizer treats them as unordered if they have separate
+// threads, stacks, shared memory and barriers: so there are two sets of these, called sides, which the blocks use
+// alternately.
 #if defined(__SANITIZE_THREAD__)
 inline constexpr bool kThreadSanitizer = true;
 inline constexpr unsigned kSides = 2;
@@ -44,7 +45,7 @@ struct Stack {
   size_t size = 0;
 };
 
-// What happens before release() happens before what follows an acquire() of the same object.
+// Everything before release() happens before everything after a later acquire() of the same object.
 struct SyncObject {
   char address[8];
 };
@@ -89,7 +90,7 @@ CHARLM_EMULATOR_CODE inline void switch_identity([[maybe_unused]] void* identity
 #endif
 }
 
-// Before and after a switch of stacks. `fake_stack` is kept for the stack that is left; null: it has ended.
+// Before and after a switch of stacks. `fake_stack` is saved for the stack that is left; null: that stack has ended.
 CHARLM_EMULATOR_CODE inline void leave_stack([[maybe_unused]] void** fake_stack, [[maybe_unused]] const Stack& next) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(fake_stack, next.bottom, next.size);

@@ -1,5 +1,5 @@
-// Which thread runs next. A thread runs until it must wait for others, and the switch goes straight to the next one;
-// the host gets control back when no thread can run.
+// Chooses the thread that runs next. A thread runs until it must wait for others, then switches directly to the next
+// one; the host resumes when no thread can run.
 #pragma once
 
 #include "state.h"
@@ -35,7 +35,7 @@ CHARLM_EMULATOR_CODE inline Thread* take_runnable() {
     return nullptr;
   }
   const unsigned from = emulator.schedule == Schedule::kRandom ? next_random() % emulator.n_threads : 0;
-  for (int i = 0; i <= kWords; ++i) {  // from `from` on, and round: its word comes twice
+  for (int i = 0; i <= kWords; ++i) {  // cyclically from `from` on: its word is read twice
     const int word = (from / 64 + i) % kWords;
     const uint64_t wanted = i == 0 ? ~uint64_t{0} << from % 64 : ~uint64_t{0};
     if (const uint64_t bits = emulator.runnable[word] & wanted) return take(word, __builtin_ctzll(bits));
@@ -53,8 +53,8 @@ CHARLM_EMULATOR_CODE inline void mark_started(Thread& thread) {
   thread.context.identity = thread.identity[emulator.side];
 }
 
-// Gives a thread that has not run yet a stack of its own. ThreadSanitizer would take a stack that goes from thread to
-// thread for a race, so it gets one per thread.
+// Gives a thread that has not run yet a stack. With ThreadSanitizer each thread has its own stack, since a stack that
+// several threads use in turn would be reported as a race.
 CHARLM_EMULATOR_CODE inline void start(Thread& thread) {
   Stack* stacks = emulator.stacks[emulator.side];
   if (kThreadSanitizer) {
@@ -65,7 +65,7 @@ CHARLM_EMULATOR_CODE inline void start(Thread& thread) {
   }
   mark_started(thread);
   thread.context.fake_stack = nullptr;
-  // All stacks begin at the same place of a page; threads that did too would share a few sets of the cache.
+  // Stacks are page-aligned; the offset keeps the threads from sharing a few sets of the cache.
   prepare(thread.context, run_threads, thread.index % 8 * 512);
 }
 
@@ -77,14 +77,14 @@ CHARLM_EMULATOR_CODE inline void switch_to(Context& from, Thread* next, bool fro
   switch_context(from, next->context, from_ends);
 }
 
-// The current thread lets others run until it is runnable and its turn comes.
+// Suspends the current thread until it is runnable and the schedule chooses it.
 CHARLM_EMULATOR_CODE inline void yield() {
   Thread& me = *emulator.current;
   Thread* const next = take_runnable();
   if (next != &me) switch_to(me.context, next);
 }
 
-// Reports what the current thread did wrong, and never runs it again.
+// Reports an error of the current thread, which never runs again.
 [[noreturn]] CHARLM_EMULATOR_CODE inline void fail(const std::string& error) {
   set_error(error);
   for (;;) yield();

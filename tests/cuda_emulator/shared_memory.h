@@ -1,5 +1,5 @@
-// Shared memory: an arena in which every array has exact bounds. It is NaN in every byte (-1 as an integer) at the
-// start of each block, so that what nobody wrote shows in the result.
+// Shared memory: an arena in which every array has exact bounds. All its bits are set (NaN, or -1 as an integer) at the
+// start of each block, so that a number that was never written shows in the result.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 
 namespace charlm::cuda_emulator {
 
-inline constexpr size_t kGap = 1024;  // bytes between arrays, which AddressSanitizer watches
+inline constexpr size_t kGap = 1024;  // bytes between arrays, which AddressSanitizer checks
 
 inline constexpr size_t kArenaBytes = kMaxShared + (Shared::kMaxArrays + 2) * 2 * kGap;
 
@@ -35,7 +35,7 @@ CHARLM_EMULATOR_CODE inline void begin_shared() {
   shared.used = kGap;
   shared.n_arrays = 0;
   shared.static_bytes = 0;
-  // 16-byte aligned, as is promised, and no better.
+  // Exactly 16-byte aligned, as cuda.cuh promises.
   shared.dynamic = allocate_shared(shared.dynamic_bytes, 16);
 }
 
@@ -53,12 +53,12 @@ CHARLM_EMULATOR_CODE inline void* shared_array(const void* name, size_t bytes, s
     fail("more than 48 KiB of static shared memory, or more than 64 arrays");
   }
   if (shared.static_bytes + shared.dynamic_bytes > kMaxShared) fail("more than 227 KiB of shared memory");
-  if (shared.dynamic_bytes <= cuda::kMostUnrequestedShared &&
+  if (shared.dynamic_bytes <= cuda::kMaxUnrequestedSharedBytes &&
       shared.static_bytes + shared.dynamic_bytes > kMaxStaticShared) {
-    fail("more than 48 KiB of static and dynamic shared memory, and none was asked for");
+    fail("more than 48 KiB of static and dynamic shared memory, and none was requested");
   }
-  // Not 16-byte aligned unless the type is: UndefinedBehaviorSanitizer then sees a 128-bit access that only happens to
-  // be aligned. AddressSanitizer wants multiples of 8.
+  // 16-byte aligned only if the type is, so that UndefinedBehaviorSanitizer reports a 128-bit access to any other
+  // type. AddressSanitizer requires multiples of 8.
   char* const memory = allocate_shared(bytes, alignment < 16 ? 8 : 0);
   shared.arrays[shared.n_arrays++] = {name, memory};
   return memory;
@@ -69,7 +69,7 @@ using Array = T[n];
 
 template <class T, size_t n>
 Array<T, n>& shared_array(const void* name) {
-  static_assert(std::is_trivially_copyable_v<T>, "nothing constructs or destroys what is in shared memory");
+  static_assert(std::is_trivially_copyable_v<T>, "objects in shared memory are neither constructed nor destroyed");
   return *static_cast<Array<T, n>*>(shared_array(name, sizeof(T) * n, alignof(T)));
 }
 

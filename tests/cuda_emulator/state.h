@@ -1,4 +1,4 @@
-// All that the emulator knows: the threads of the block that runs, what they wait for, and the launch around them.
+// The state of the emulator: the launch, the threads of the block that runs, and the collectives in which they wait.
 #pragma once
 
 #include <mutex>
@@ -11,7 +11,7 @@
 
 namespace charlm::cuda_emulator {
 
-// What a kernel or a launch did wrong.
+// An error of a kernel or a launch.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -26,7 +26,7 @@ struct Thread {
   uint3 position;
   Context context;
   void* identity[kSides];
-  // The collective that it waits in, or has waited in last.
+  // The collective in which it waits, or waited last.
   const char* function;
   std::source_location location;
   unsigned mask;  // 0: the whole block
@@ -35,8 +35,8 @@ struct Thread {
   alignas(16) unsigned char operand[16], result[16];
 };
 
-// Barriers that follow each other take turns with two phases: a thread may arrive at the next one before another has
-// left this one, and must not be taken to have met it there.
+// Successive barriers alternate between two phases: a thread may arrive at the next barrier before another thread has
+// left this one, and the two must not be confused.
 struct Barrier {
   unsigned n_waiting;
   unsigned phase;
@@ -52,7 +52,7 @@ struct Warp {
   SyncObject order[kSides][kWarpSize][2];
 };
 
-// One array of shared memory; its address in the program is its name.
+// One array of shared memory. `name` is an address that is unique to its declaration.
 struct SharedArray {
   const void* name;
   char* memory;
@@ -79,8 +79,8 @@ struct Emulator {
   uint64_t random;
   unsigned n_threads;  // of each block
   Context host;
-  SyncObject order[kSides]
-                  [2];  // a block follows the launch and the block before on its side: two turns, as for barriers
+  // A block comes after the launch and the previous block of its side: two phases, as for barriers.
+  SyncObject order[kSides][2];
 
   // The block.
   uint64_t n_blocks;  // begun, in this launch and before
@@ -96,8 +96,8 @@ struct Emulator {
   bool failed;
   std::string error;
 
-  Stack stacks[kSides]
-              [kMaxThreads];  // the first n_free are free; with ThreadSanitizer, thread i has stack i of its side
+  // The first n_free are free; with ThreadSanitizer, thread i has stack i of its side.
+  Stack stacks[kSides][kMaxThreads];
   unsigned n_free;
 };
 inline Emulator emulator{};
@@ -122,7 +122,7 @@ inline std::string describe_mask(unsigned mask) {
   return digits;
 }
 
-// The collective that a thread has come to; mask 0 stands for the whole block.
+// The collective in which a thread waits.
 inline std::string describe_wait(const Thread& thread) {
   return std::string(thread.function) + (thread.mask ? " mask " + describe_mask(thread.mask) : "") + " at " +
          describe(thread.location);

@@ -1,5 +1,5 @@
-// Products by the kernels of cpu/gemm/gemm_tiles.h. What they stream through is cut into blocks that depend on nothing
-// but the sizes; a long sum of few numbers is made of parts, which are added up in their order.
+// Splits products into calls of the kernels of cpu/gemm/gemm_tiles.h. The blocks depend only on the sizes. A long sum
+// into few numbers is split into parts, which are added up in order.
 #include "cpu/gemm/gemm.h"
 
 #include <ATen/Context.h>
@@ -9,13 +9,13 @@
 namespace charlm {
 namespace {
 
-// Rows of the result for which b is worth copying into rows: a b of few numbers, and any.
-constexpr int64_t kFewNumbers = 1 << 16, kWorthCopyingFew = 16, kWorthCopyingAny = 256;
-constexpr int64_t kMostRead = 1 << 20;         // numbers of b that all rows read before others: a shared cache's
-constexpr int64_t kRows = 48, kColumns = 256;  // of a block of the result: whole tiles of every width
-constexpr int64_t kVector = 16;                // no vector of any instruction set holds more numbers
+// A b without contiguous rows is copied if the result has at least this many rows, for a small b and for any b.
+constexpr int64_t kSmallNumbers = 1 << 16, kMinRowsToCopySmall = 16, kMinRowsToCopy = 256;
+constexpr int64_t kSharedCacheNumbers = 1 << 20;         // numbers of b that fit in a shared cache
+constexpr int64_t kBlockRows = 48, kBlockColumns = 256;  // of a block of the result: whole tiles for every vector width
+constexpr int64_t kMaxLanes = 16;                        // of any instruction set
 
-// MKL keeps to AVX2 on AMD's processors, whatever they have (bench/NOTES.md).
+// MKL uses AVX2 on AMD processors even if they support AVX-512 (bench/NOTES.md).
 bool has_blas_half_our_vectors() {
 #ifdef __x86_64__
   static const bool keeps_to_avx2 = at::hasMKL() && __builtin_cpu_is("amd");
@@ -30,10 +30,10 @@ struct Sizes {
 
   Sizes(const Tensor& a, const Tensor& b) : n_rows(a.size(0)), n_columns(b.size(1)), n_inner(a.size(1)) {}
 
-  bool is_long_sum() const { return n_inner > 4 * kPart && 2 * n_rows * n_columns <= kL1Numbers; }
+  bool is_long_sum() const { return n_inner > 4 * kMinPartProducts && 2 * n_rows * n_columns <= kL1Numbers; }
   bool are_short() const {
-    return std::min({n_rows, n_columns, n_inner}) <= kShort &&
-           (n_inner * std::min(n_columns, kColumns) <= kL1Numbers || is_long_sum());
+    return std::min({n_rows, n_columns, n_inner}) <= kMaxShortSide &&
+           (n_inner * std::min(n_columns, kBlockColumns) <= kL1Numbers || is_long_sum());
   }
 };
 
@@ -41,42 +41,43 @@ bool is_ours(const Tensor& out, const Tensor& a, const Tensor& b) {
   const at::ScalarType dtype = out.scalar_type();
   return out.is_cpu() && (dtype == at::kFloat || dtype == at::kDouble) &&
          (Sizes(a, b).are_short() || has_blas_half_our_vectors()) &&
-         (b.stride(1) == 1 || out.size(0) >= (b.numel() <= kFewNumbers ? kWorthCopyingFew : kWorthCopyingAny));
+         (b.stride(1) == 1 || out.size(0) >= (b.numel() <= kSmallNumbers ? kMinRowsToCopySmall : kMinRowsToCopy));
 }
 
 template <class C>
-void by_blocks(const GemmArguments<C>& whole) {
-  // Few rows make few blocks: then there are more columns of them, of about equal width.
-  const int64_t most = whole.n_rows < 8 * kRows ? kColumns / 4 : kColumns;
-  const int64_t n_vectors = (whole.n_columns + kVector - 1) / kVector;
-  const int64_t row_blocks = (whole.n_rows + kRows - 1) / kRows, column_blocks = (whole.n_columns + most - 1) / most;
-  const int64_t products = std::min(whole.n_rows, kRows) * std::min(whole.n_columns, most) * whole.n_inner;
+void by_blocks(const GemmParams<C>& whole) {
+  // If there are few rows, the columns are divided into more blocks, of about equal width.
+  const int64_t most = whole.n_rows < 8 * kBlockRows ? kBlockColumns / 4 : kBlockColumns;
+  const int64_t n_vectors = (whole.n_columns + kMaxLanes - 1) / kMaxLanes;
+  const int64_t row_blocks = (whole.n_rows + kBlockRows - 1) / kBlockRows,
+                column_blocks = (whole.n_columns + most - 1) / most;
+  const int64_t products = std::min(whole.n_rows, kBlockRows) * std::min(whole.n_columns, most) * whole.n_inner;
   at::parallel_for(0, row_blocks * column_blocks, grain_of_products(products), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++) {
-      const int64_t row = block % row_blocks * kRows, i = block / row_blocks;
-      const int64_t column = n_vectors * i / column_blocks * kVector,
-                    last = std::min(whole.n_columns, n_vectors * (i + 1) / column_blocks * kVector);
-      GemmArguments<C> g = whole;
+      const int64_t row = block % row_blocks * kBlockRows, i = block / row_blocks;
+      const int64_t column = n_vectors * i / column_blocks * kMaxLanes,
+                    last = std::min(whole.n_columns, n_vectors * (i + 1) / column_blocks * kMaxLanes);
+      GemmParams<C> g = whole;
       g.a += row * g.a_row_stride;
       g.b += column;
       if (g.start) g.start += column;
       g.c += row * g.c_row_stride + column;
-      g.n_rows = std::min(kRows, whole.n_rows - row);
+      g.n_rows = std::min(kBlockRows, whole.n_rows - row);
       g.n_columns = last - column;
       multiply_here(g);
     }
   });
 }
 
-// A long sum into few numbers: parts of the sum, each with a result of its own.
+// A long sum into few numbers: each part of the sum has its own result.
 template <class C>
-void by_parts_of_sums(const GemmArguments<C>& whole) {
-  const int64_t n_parts = std::min(kMaxParts, whole.n_inner / kPart), size = whole.n_rows * whole.n_columns;
+void by_parts_of_sums(const GemmParams<C>& whole) {
+  const int64_t n_parts = std::min(kMaxParts, whole.n_inner / kMinPartProducts), size = whole.n_rows * whole.n_columns;
   std::vector<C> sums(n_parts * size);
   at::parallel_for(0, n_parts, grain_of_products(size * whole.n_inner / n_parts), [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; part++) {
       const int64_t first = whole.n_inner * part / n_parts;
-      GemmArguments<C> g = whole;
+      GemmParams<C> g = whole;
       g.a += first * g.a_column_stride;
       g.b += first * g.b_row_stride;
       g.start = nullptr;
@@ -98,11 +99,12 @@ void by_parts_of_sums(const GemmArguments<C>& whole) {
   }
 }
 
-// Of a large b, one part of the sums after the other.
+// A large b: one part of the sums after the other.
 template <class C>
-void by_parts_of_b(const GemmArguments<C>& whole) {
-  const int64_t most = std::max(kInner, kMostRead / std::max<int64_t>(1, whole.n_columns) / kInner * kInner);
-  GemmArguments<C> g = whole;
+void by_parts_of_b(const GemmParams<C>& whole) {
+  const int64_t most =
+      std::max(kInnerBlock, kSharedCacheNumbers / std::max<int64_t>(1, whole.n_columns) / kInnerBlock * kInnerBlock);
+  GemmParams<C> g = whole;
   for (int64_t k = 0; k == 0 || k < whole.n_inner; k += most) {
     g.a = whole.a + k * g.a_column_stride;
     g.b = whole.b + k * g.b_row_stride;
@@ -116,12 +118,13 @@ template <class C>
 void run(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& start, bool adds) {
   const Tensor whole_start = start ? start->contiguous() : Tensor();
   const Sizes sizes(a, b);
-  // A b that is to be copied into rows: so many of its columns at once.
-  const int64_t most = b.stride(1) == 1 ? sizes.n_columns : std::max(kColumns, kMostRead / (sizes.n_inner + 1));
+  // If b must be copied, at most this many of its columns at once.
+  const int64_t most =
+      b.stride(1) == 1 ? sizes.n_columns : std::max(kBlockColumns, kSharedCacheNumbers / (sizes.n_inner + 1));
   for (int64_t first = 0; first < sizes.n_columns; first += most) {
     const int64_t n = std::min(most, sizes.n_columns - first);
     const Tensor rows_of_b = with_contiguous_rows<C>(b.narrow(1, first, n));
-    GemmArguments<C> g;
+    GemmParams<C> g;
     g.a = const_data<C>(a);
     g.a_row_stride = a.stride(0);
     g.a_column_stride = a.stride(1);

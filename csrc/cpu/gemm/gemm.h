@@ -1,5 +1,5 @@
-// Matrix products on the CPU: by our own loops where a side is short or the BLAS has vectors of half our width, for
-// then they are about twice as fast (bench/NOTES.md), by torch's BLAS elsewhere.
+// Matrix products on the CPU. Our own loops (gemm_tiles.h) run a product if a side is short or the BLAS uses vectors of
+// half our width, where they are about twice as fast (bench/NOTES.md); torch's BLAS runs the others.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,34 +13,34 @@
 
 namespace charlm {
 
-constexpr int64_t kShort = 32;           // a side up to here is short
-constexpr int64_t kL1Numbers = 1 << 14;  // numbers of b that stay in a near cache
-// A long sum is made of so many parts at most, each of so many products at least, which are added up in their order.
-constexpr int64_t kPart = 256, kMaxParts = 16;
+constexpr int64_t kMaxShortSide = 32;    // the longest side that counts as short
+constexpr int64_t kL1Numbers = 1 << 14;  // numbers of b that fit in a first-level cache
+// A long sum is split into at most kMaxParts parts of at least kMinPartProducts products, which are added up in order.
+constexpr int64_t kMinPartProducts = 256, kMaxParts = 16;
 
-// How many pieces of work, of so many products each, are worth a thread.
+// Grain size of a parallel loop whose iterations take `products` multiplications each.
 inline int64_t grain_of_products(int64_t products) {
   return std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, products));
 }
 
-// Products of a sum that are added up in a register: as many rows of b stay in a first-level cache, and a longer sum
-// would round more.
-constexpr int64_t kInner = 64;
+// Products that are added up in a register before the sum goes to memory: kInnerBlock rows of b stay in a first-level
+// cache, and a longer sum would round more.
+constexpr int64_t kInnerBlock = 64;
 
-// One product, by our loops and on this thread.
+// Computes one product with our loops on this thread.
 template <class C>
-void multiply_here(const GemmArguments<C>& whole) {
-  GemmArguments<C> g = whole;
-  for (int64_t k = 0; k == 0 || k < whole.n_inner; k += kInner) {
+void multiply_here(const GemmParams<C>& whole) {
+  GemmParams<C> g = whole;
+  for (int64_t k = 0; k == 0 || k < whole.n_inner; k += kInnerBlock) {
     g.a = whole.a + k * g.a_column_stride;
     g.b = whole.b + k * g.b_row_stride;
-    g.n_inner = std::min(kInner, whole.n_inner - k);
+    g.n_inner = std::min(kInnerBlock, whole.n_inner - k);
     g.adds = whole.adds || k > 0;
     cpu_kernels().of<C>().gemm(g);
   }
 }
 
-// b with rows as the kernels read them.
+// b, or a copy of it, with contiguous rows as the kernels require.
 template <class C>
 at::Tensor with_contiguous_rows(const at::Tensor& b) {
   if (b.stride(1) == 1) return b;
@@ -48,9 +48,9 @@ at::Tensor with_contiguous_rows(const at::Tensor& b) {
   const at::Tensor result = at::empty({n_inner, n_columns}, b.options());
   const C* const from = const_data<C>(b);
   C* const to = mutable_data<C>(result);
-  constexpr int64_t kBlock = 16;  // the lines of either are used up while they are near
+  constexpr int64_t kBlock = 16;  // cache lines of both matrices are used completely while in cache
   const int64_t n_blocks = (n_inner + kBlock - 1) / kBlock;
-  constexpr int64_t kProducts = 32;  // that take as long as a number to copy
+  constexpr int64_t kProducts = 32;  // take as long as copying a number
   at::parallel_for(0, n_blocks, grain_of_products(kProducts * kBlock * n_columns), [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * kBlock; first < std::min(n_inner, end * kBlock); first += kBlock) {
       const int64_t last = std::min(n_inner, first + kBlock);
@@ -62,8 +62,8 @@ at::Tensor with_contiguous_rows(const at::Tensor& b) {
   return result;
 }
 
-// out[M, N] = a[M, K] b[K, N], and `start` [N] added to each row; the same bits for any number of threads, if the loops
-// are our own. Rows of `out` are contiguous.
+// out[M, N] = a[M, K] b[K, N], plus `start` [N] in each row. Rows of `out` must be contiguous. Our own loops give the
+// same bits for any number of threads.
 void multiply(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b,
               const std::optional<at::Tensor>& start = {});
 // out += a b

@@ -1,17 +1,17 @@
-// c = a b in tiles that are summed in registers. Nothing is packed: what is read of b in one call has to stay in a near
-// cache, which is the caller's care. Loops are unrolled by order: left to itself GCC keeps the sums of a tile whose
-// last vector is a part in memory, at a third of the speed.
+// c = a b in tiles that are summed in registers. Nothing is packed: the caller ensures that the part of b in one call
+// fits in a first-level cache. The pragmas unroll loops that GCC would not: it would keep the sums of a tile whose last
+// vector is partial in memory, at a third of the speed.
 #pragma once
 
-#include "cpu/gemm/gemm_arguments.h"
+#include "core/kernels.h"
 #include "cpu/vec.h"
 
 namespace charlm::CHARLM_ISA {
 
 constexpr int kMaxGemmVectors = 4;
 
-// 12 sums (a vector of b less for each row more), kVectors vectors of b and one of a: 16 registers. Twice the rows
-// where there are 32.
+// Rows of a tile: its kRows * kVectors sums, kVectors vectors of b and one of a fill 16 registers. Twice the rows with
+// 32 registers.
 template <int kVectors>
 constexpr int kGemmRows = (kVectors == 4   ? 3
                            : kVectors == 3 ? 4
@@ -19,9 +19,9 @@ constexpr int kGemmRows = (kVectors == 4   ? 3
                                            : 8) *
                           (kVectorRegisters / 16);
 
-// kRows rows and kVectors vectors of c, of which the last may be a part of one.
+// Computes kRows rows and kVectors vectors of c. The last vector may be partial.
 template <class C, int kRows, int kVectors, class Width>
-CHARLM_INLINE void gemm_tile(const GemmArguments<C>& g, int64_t row, int64_t column, Width width) {
+CHARLM_INLINE void gemm_tile(const GemmParams<C>& g, int64_t row, int64_t column, Width width) {
   const auto load_row = [=](Vec<C>* to, const C* from) {
     for (int v = 0; v < kVectors - 1; v++) to[v] = load(from + v * kLanes<C>, Whole{});
     to[kVectors - 1] = load(from + (kVectors - 1) * kLanes<C>, width, C(0));
@@ -53,16 +53,17 @@ CHARLM_INLINE void gemm_tile(const GemmArguments<C>& g, int64_t row, int64_t col
   }
 }
 
-// kVectors vectors of the rows from `row` on: tiles of kRows, and of half as many for those that are left.
+// Computes kVectors vectors of the rows from `row` on: tiles of kRows rows, then of half as many for the remaining
+// rows.
 template <class C, int kVectors, int kRows = kGemmRows<kVectors>, class Width>
-CHARLM_INLINE void gemm_rows(const GemmArguments<C>& g, int64_t row, int64_t column, Width width) {
+CHARLM_INLINE void gemm_rows(const GemmParams<C>& g, int64_t row, int64_t column, Width width) {
   for (; row + kRows <= g.n_rows; row += kRows) gemm_tile<C, kRows, kVectors>(g, row, column, width);
   if constexpr (kRows > 1) gemm_rows<C, kVectors, kRows / 2>(g, row, column, width);
 }
 
-// kVectors vectors of all rows.
+// Computes kVectors vectors of all rows.
 template <class C, int kVectors, class Width>
-CHARLM_NOINLINE void gemm_columns(const GemmArguments<C>& g, int64_t column, Width width) {
+CHARLM_NOINLINE void gemm_columns(const GemmParams<C>& g, int64_t column, Width width) {
   gemm_rows<C, kVectors>(g, 0, column, width);
 }
 
@@ -76,7 +77,7 @@ CHARLM_INLINE void with_gemm_vectors(int64_t n, F&& f) {
 }
 
 template <class C>
-void gemm(const GemmArguments<C>& g) {
+void gemm(const GemmParams<C>& g) {
   const int64_t n_vectors = (g.n_columns + kLanes<C> - 1) / kLanes<C>;
   const int64_t n_tiles = (n_vectors + kMaxGemmVectors - 1) / kMaxGemmVectors;  // of about equal width
   for (int64_t i = 0; i < n_tiles; i++) {
