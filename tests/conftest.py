@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from charlm import _C
+from tests.covering import mark_exhaustive
 from tests.cuda_emulator.ops import run_cpu_ops_on_emulator
 
 hypothesis.settings.register_profile(
@@ -34,6 +35,11 @@ BUILD = zlib.crc32(Path(_C.__file__).read_bytes())
 CACHE = Path(__file__).resolve().parents[1] / "build" / "torchinductor" / f"{BUILD:08x}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
 
+# One thread, here and in subprocesses: most tensors are tiny, and threads that wait for each other took up to 30 times
+# as long. A test of threads sets its own number.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
 collect_ignore = ["thirdparty"]  # `make thirdparty` runs these, with the libraries that they need
 
 EMULATED = os.environ.get("CHARLM_CUDA_EMULATED")
@@ -41,22 +47,14 @@ if EMULATED:
     run_cpu_ops_on_emulator(EMULATED)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects the exhaustive tests
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_exhaustive(items)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_for_small_models(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The language model's tests and their subprocesses use one thread: their models are too small to share work."""
-    if not request.path.name.startswith(("test_lm_", "test_cli")):
-        yield
-        return
-    found = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(found)
 
 
 @pytest.fixture(params=["emulated"] if EMULATED else _C.supported_isas())

@@ -22,6 +22,7 @@ SAMPLES = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
     assert_matches_reference(functional.cross_entropy, reference.cross_entropy, sample)

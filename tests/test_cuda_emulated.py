@@ -1,7 +1,8 @@
-"""csrc/cuda without a GPU: its adapters and kernels, run on the CPU by the emulator, under the tests of the ops.
+"""The kernels of csrc/cuda without a GPU: the emulator runs them on the CPU under the tests of the ops.
 
-Each run is a pytest of its own in which the emulated ops take the place of the CPU's; two go on at a time. What no run
-shows: the GPU's memory model, its speed, and what nvcc makes of the source (tests/test_cuda_build.py).
+Each run is a pytest process in which the emulated kernels replace the CPU's; two run at a time. No run covers the GPU's
+memory model, its speed, or nvcc's output (tests/test_cuda_build.py). `make test` has one run of the tests that depend
+on the kernels most, and a mutant of each kind; `make test-all` has all tests, schedules, sanitizers and mutants.
 """
 
 from __future__ import annotations
@@ -20,25 +21,34 @@ import pytest
 
 from tests.cuda_emulator.build import ROOT, SANITIZER_EXIT_STATUS
 from tests.cuda_emulator.mutants import MUTANTS, Mutant
-from tests.cuda_emulator.ops import build_ops, copy_csrc, pytest_command, pytest_environment
+from tests.cuda_emulator.ops import build_ops, pytest_command, pytest_environment
 
-OPS_TESTS = (
+KERNEL_TESTS = (
     *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cross_entropy*.py")),
     "tests/test_embedding.py",
     "tests/test_embedding_linear.py",
     "tests/test_entropy.py",
     "tests/test_kl_div.py",
+    "tests/test_kl_divergence.py",
     "tests/test_large_offsets.py",
+    "tests/test_surprisal.py",
+)
+OPS_TESTS = (
+    *KERNEL_TESTS,
+    "tests/test_few_classes.py",
     "tests/test_linear_cross_entropy.py",
     "tests/test_linear_cross_entropy_calls.py",
     "tests/test_many_rows.py",
     "tests/test_modules.py",
-    "tests/test_surprisal.py",
     "tests/test_torch_citizenship_compile.py",
     "tests/test_torch_citizenship_dispatch.py",
     "tests/test_torch_citizenship_functorch.py",
 )
-# Under another order another of several bad targets is the first to be found, as on a GPU.
+# Millions of rows, or torch.compile's time.
+SLOW = ("float16_gradients_survive", "first_of_equal_largest", "float16_waits", "loss_scale", "grad_scaler", "compile")
+FEW_TESTS = (*KERNEL_TESTS, "-k", " and ".join(f"not {name}" for name in SLOW))
+EVERY_CASE = ("-m", "")
+# In another order the kernels find another of several bad targets first, as on a GPU.
 FIRST_BAD_TARGET = "tests/test_cross_entropy_torch_parity.py::test_the_first_of_several_bad_targets_is_named"
 OPS_TESTS_IN_ANY_ORDER = (*OPS_TESTS, "--deselect", FIRST_BAD_TARGET)
 DEVICE_TESTS = ("tests/test_cuda.py",)
@@ -46,8 +56,8 @@ SAMPLE_TESTS = tuple(
     f"tests/test_{op}.py"
     for op in ("cross_entropy", "embedding", "embedding_linear", "entropy", "kl_div", "kl_divergence")
 )
-SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64")
-FLOAT_SAMPLES = (*SAMPLES[:-1], "as_close_to_float64 and float32")
+SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64", *EVERY_CASE)
+FLOAT_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and float32", *EVERY_CASE)
 TESTS_FAILED = 1  # pytest's exit status
 
 
@@ -60,22 +70,20 @@ class Run:
     schedule: str
     arguments: tuple[str, ...]
     seed: int = 0
-    float_only: bool = False
     exhaustive: bool = False
 
     def start(self) -> subprocess.CompletedProcess[str]:
-        return run(_library(self.flavour, self.float_only), self.flavour, self.schedule, self.seed, self.arguments)
+        return run(build_ops(self.flavour), self.flavour, self.schedule, self.seed, self.arguments)
 
 
 RUNS = (
-    Run("ops_forward", "plain", "forward", OPS_TESTS),
-    Run("samples_reverse", "plain", "reverse", SAMPLES),
-    *(Run(f"samples_random_{seed}", "plain", "random", SAMPLES, seed) for seed in (1, 2, 3)),
-    Run("float_samples_address", "address", "random", FLOAT_SAMPLES, 4, float_only=True),
-    Run("float_samples_thread", "thread", "random", FLOAT_SAMPLES, 5, float_only=True),
+    Run("kernels_forward", "plain", "forward", FEW_TESTS),
+    Run("ops_forward", "plain", "forward", (*OPS_TESTS, *EVERY_CASE), exhaustive=True),
     Run("ops_reverse", "plain", "reverse", OPS_TESTS_IN_ANY_ORDER, exhaustive=True),
     Run("ops_random", "plain", "random", OPS_TESTS_IN_ANY_ORDER, 6, exhaustive=True),
     Run("device_tests_forward", "plain", "forward", DEVICE_TESTS, exhaustive=True),
+    Run("samples_reverse", "plain", "reverse", SAMPLES, exhaustive=True),
+    *(Run(f"samples_random_{seed}", "plain", "random", SAMPLES, seed, exhaustive=True) for seed in (1, 2, 3)),
     *(
         Run(f"samples_{flavour}_{schedule}", flavour, schedule, SAMPLES, 7, exhaustive=True)
         for flavour in ("address", "thread")
@@ -89,7 +97,7 @@ FEW_MUTANTS = {"dropped_barrier_after_loading_a_tile", "wrong_shuffle_width", "m
 def run(
     library: Path, flavour: str, schedule: str, seed: int, arguments: tuple[str, ...]
 ) -> subprocess.CompletedProcess[str]:
-    captured = [] if flavour == "plain" else ["-s"]  # a sanitizer's last words must not be kept from us
+    captured = [] if flavour == "plain" else ["-s"]  # a sanitizer's report must reach us
     return subprocess.run(
         pytest_command(flavour, *captured, *arguments),
         env=pytest_environment(flavour, library, schedule, seed),
@@ -101,18 +109,10 @@ def run(
     )
 
 
-@functools.cache
-def _library(flavour: str, float_only: bool) -> Path:
-    if not float_only:
-        return build_ops(flavour)
-    with tempfile.TemporaryDirectory() as folder:
-        return build_ops(flavour, copy_csrc(Path(folder), float_only=True))
-
-
 def run_mutant(mutant: Mutant) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         library = build_ops(mutant.flavour, mutant.write(Path(folder)))
-        return run(library, mutant.flavour, mutant.schedule, 0, ("-x", *mutant.arguments))
+        return run(library, mutant.flavour, mutant.schedule, 0, ("-x", *EVERY_CASE, *mutant.arguments))
 
 
 JOBS: dict[str, Callable[[], subprocess.CompletedProcess[str]]] = {
@@ -128,7 +128,7 @@ def parameters(items: tuple[Run, ...] | tuple[Mutant, ...], exhaustive: set[str]
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """By name, what was asked for: started at once, two at a time, in the order of the tests."""
+    """By name, the selected jobs: all submitted at once, run two at a time, in the order of the tests."""
     here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     names = [item.callspec.params["job"].name for item in here if "job" in item.callspec.params]
     with ThreadPoolExecutor(2) as pool:
@@ -148,16 +148,16 @@ def test_the_tests_of_the_ops_pass_on_emulated_cuda_kernels(
 BAD_ROWS = """
 import sys
 import torch
-import charlm
+from tests.cuda_emulator.ops import run_cpu_ops_on_emulator
 
-torch.ops.load_library(sys.argv[1])
+run_cpu_ops_on_emulator(sys.argv[1])
 ops = torch.ops.charlm
 options = (-100, 0.0, 0.0, 0.0, 1.0, False)
 
 
 def then_raises(results):
     try:
-        ops.synchronize(torch.zeros(1))
+        ops._synchronize(torch.zeros(1))
     except IndexError:
         return results
     raise AssertionError("no IndexError")
@@ -167,16 +167,17 @@ target = torch.tensor([1, 700000, -1, 2])
 kept = [0, 3]
 for n_classes in (27, 1000, 70001):
     logits = torch.randn(4, n_classes)
-    right = ops.cross_entropy_forward_backward(logits[kept], target[kept], None, None, 2, *options)[2]
-    _, normalizer, grad = then_raises(
-        ops.cross_entropy_forward_backward(logits, target, None, None, 2, *options)
-    )
+    leaf = logits[kept].requires_grad_()
+    (right,) = torch.autograd.grad(ops.cross_entropy(leaf, target[kept], None, None, 2, *options)[0], leaf)
+    leaf = logits.clone().requires_grad_()
+    loss, normalizer = then_raises(ops.cross_entropy(leaf, target, None, None, 2, *options))
+    (grad,) = torch.autograd.grad(loss, leaf)
+    ops._synchronize(torch.zeros(1))  # raises nothing: the forward has computed the gradient
     assert not grad[1:3].any() and torch.allclose(grad[kept], right), grad
     losses, _ = then_raises(ops.cross_entropy(logits, target, None, None, 0, *options))
     assert not losses[1:3].any() and losses[kept].all(), losses
-    later = then_raises(
-        ops.cross_entropy_backward(torch.tensor(1.0), logits, target, None, None, normalizer, 2, *options)
-    )
+    of_loss = torch.tensor(1.0), logits, target, None, None, normalizer
+    later, _ = then_raises(ops._cross_entropy_backward(*of_loss, [True, False], 2, *options))
     assert torch.equal(later, grad)
     given = logits.requires_grad_() * 1
     then_raises(ops.cross_entropy_inplace_forward(given, target, None, None, 2, *options))
@@ -192,15 +193,15 @@ for width in (1, 10, 300):
         rows, _ = then_raises(ops.embedding_linear(*bad, None, -1, 0, plan))
         assert torch.allclose(rows[good], right, atol=1e-4)
     needs = [True, True, False]
-    right = ops.embedding_linear_backward(grad[good], index[good], table, weight, grad[good], -1, 0, 1, needs)
-    grads = then_raises(ops.embedding_linear_backward(grad, *bad, grad, -1, 0, 1, needs))
+    right = ops._embedding_linear_backward(grad[good], index[good], table, weight, grad[good], -1, 0, 1, needs)
+    grads = then_raises(ops._embedding_linear_backward(grad, *bad, grad, -1, 0, 1, needs))
     assert all(torch.allclose(ours, expected, atol=1e-4) for ours, expected in zip(grads[:2], right[:2], strict=True))
 """
 
 
 def test_a_bad_index_gets_zeros_and_leaves_logits_in_place_as_they_are() -> None:
-    environment = pytest_environment("plain", _library("plain", False), "random", 8) | {"CHARLM_CUDA_CHECK": "0"}
-    command = [sys.executable, "-c", BAD_ROWS, _library("plain", False)]
+    environment = pytest_environment("plain", build_ops("plain"), "random", 8) | {"CHARLM_CUDA_CHECK": "0"}
+    command = [sys.executable, "-c", BAD_ROWS, build_ops("plain")]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

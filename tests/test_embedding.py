@@ -30,11 +30,13 @@ SAMPLES = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
     assert_matches_reference(functional.embedding, reference.embedding, sample)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sample", [p for p in SAMPLES if "max_norm" not in p.values[0].arguments])
 def test_rows_are_copied_bit_by_bit(sample: SampleInput, isa: str) -> None:
     actual, expected = evaluate(functional.embedding, sample), evaluate(reference.embedding, sample)

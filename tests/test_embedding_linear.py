@@ -38,6 +38,7 @@ def _arguments(dtype: torch.dtype = torch.float64, n: int = 5) -> tuple[Tensor, 
     return index, *(p.requires_grad_() for p in parameters)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
     assert_matches_reference(functional.embedding_linear, reference.embedding_linear, sample)

@@ -26,6 +26,7 @@ def _with_gradient(logits: Tensor) -> tuple[Tensor, Tensor]:
     return result.detach(), torch.autograd.grad(result.sum(), leaf)[0]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
     assert_matches_reference(functional.entropy, reference.entropy, sample)

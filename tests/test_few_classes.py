@@ -57,6 +57,7 @@ def assert_each_row_is_what_it_is_alone(op: Callable[..., Tensor], *inputs: Tens
         torch.testing.assert_close(ours, torch.cat(expected), equal_nan=True)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("n_classes", CLASSES)
 @pytest.mark.parametrize("layout", EVERY_LAYOUT)
@@ -64,6 +65,7 @@ def test_entropy_of_many_rows_is_that_of_each(layout: str, n_classes: int, dtype
     assert_each_row_is_what_it_is_alone(functional.entropy, laid_out(rows(n_classes, "logits", 0).to(dtype), layout))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("n_classes", CLASSES)
 @pytest.mark.parametrize(("p_kind", "q_kind"), PAIRS)

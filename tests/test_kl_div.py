@@ -35,6 +35,7 @@ def gradients(op: Any, input: Tensor, target: Tensor, **options: Any) -> tuple[T
     return result.detach(), leaves[0].grad, leaves[1].grad
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("dtype", "sample"), SAMPLES)
 def test_every_sample_is_as_close_to_float64_as_torch(dtype: torch.dtype, sample: Any, isa: str) -> None:
     assert_matches_reference(functional.kl_div, reference.kl_div, sample)

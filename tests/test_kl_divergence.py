@@ -36,6 +36,7 @@ def _with_gradients(
     return result.detach(), *torch.autograd.grad(result.sum(), leaves)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
     assert_matches_reference(functional.kl_divergence, reference.kl_divergence, sample)

@@ -39,11 +39,13 @@ HALF = (torch.bfloat16, torch.float16)
 # --- results --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
     assert_matches_reference(functional.linear_cross_entropy, reference.linear_cross_entropy, sample)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("block_rows", [1, 3, 16, 5000])
 @pytest.mark.parametrize("sample", IN_BLOCKS)
 def test_blocks_of_any_size_are_as_close(sample: SampleInput, block_rows: int) -> None:
@@ -59,6 +61,7 @@ def _row_by_row(input: Tensor, linear_weight: Tensor, target: Tensor, **options:
     return torch.cat([reference.linear_cross_entropy(row, linear_weight, t, **options) for row, t in rows])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("gemm", [OWN, WIDENED])
 @pytest.mark.parametrize("block_rows", [0, 7])
 @pytest.mark.parametrize("sample", [p for p in IN_BLOCKS if p.values[0].arguments["input"].dtype in HALF])
@@ -90,6 +93,7 @@ def test_a_weight_of_several_parts_gives_the_same_gradients(gemm: int) -> None:
     assert_matches_reference(op_with(16, gemm), reference.linear_cross_entropy, sample)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     ("n_rows", "n_features", "n_classes"),

@@ -1,6 +1,8 @@
-"""More rows than a launch has blocks, on any backend: the same blocks, or threads, loop over the rest."""
+"""More rows than a CUDA launch has blocks, on any backend: the blocks, or two CPU threads, loop over all rows."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +12,14 @@ from charlm import functional
 
 CUDA_BLOCKS = 8192  # kMaxBlocks of csrc/cuda/cuda.cuh
 ROWS_OF_A_TILE = 256  # at most 8 classes
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    found = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(found)
 
 
 @pytest.mark.parametrize(("n_rows", "n_classes"), [(CUDA_BLOCKS * ROWS_OF_A_TILE + 3, 1), (CUDA_BLOCKS + 70, 300)])

@@ -19,6 +19,7 @@ SAMPLES = [
 ]
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
     assert_matches_reference(functional.surprisal, reference.surprisal, sample)
