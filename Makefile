@@ -1,5 +1,5 @@
 # make train    set up .venv, build charlm, train on the names that ship, print the table and samples
-# make test     the same set-up, then the tests
+# make test     the same set-up, then the tests, on as many processes as there are processors
 # make test-all the same with the exhaustive ones, which take long
 # make test-clang   build a copy with Clang (CLANGXX, default clang++) in build/clang, and run the tests of the ops there
 # make fuzz     random calls of every op against float64, ten minutes from a fresh seed
@@ -23,6 +23,8 @@ CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 CXX_FILES := $(shell find csrc $(CXX_NAMES))
 LINTED_CXX_FILES := $(CXX_FILES) $(shell find tests $(CXX_NAMES))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The tests of a file share what they build, so they run in one process.
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 
 # What the tests of the ops need, and those tests: `make test-clang` copies the first and runs the second.
 CLANG_TREE := build/clang
@@ -37,10 +39,10 @@ train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
 
 test: $(VENV)/dev $(VENV)/built
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/dev $(VENV)/built
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 fuzz: $(VENV)/dev $(VENV)/built
 	$(BIN)/python -W ignore -m tests.fuzz

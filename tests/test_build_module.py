@@ -147,7 +147,11 @@ def build_in(tree, compiler):
 
 
 @pytest.mark.parametrize(
-    "compiler", [*(name for name in ("g++", "clang++") if shutil.which(name)), "env LC_ALL=C c++ -O1"]
+    "compiler",
+    [
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("g++", "clang++") if shutil.which(name)),
+        "env LC_ALL=C c++ -O1",
+    ],
 )
 def test_a_folder_with_spaces_quotes_and_other_letters_builds(small_tree, compiler):
     built = build_in(small_tree, compiler)

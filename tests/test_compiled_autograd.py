@@ -97,7 +97,7 @@ def gradients(name, backend=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.exhaustive), "aot_eager"])
 def test_compiled_autograd_gives_the_gradients_of_eager_mode(name, backend):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -28,6 +28,7 @@ def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleI
     assert_matches_reference(functional.cross_entropy, reference.cross_entropy, sample)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", INDEX_DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_every_integer_dtype_of_targets_gives_the_int64_result(dtype: torch.dtype, reduction: str) -> None:
@@ -132,6 +133,7 @@ def test_bfloat16_mean_over_many_rows_is_rounded_once(isa: str) -> None:
     assert abs(loss.item() - exact.item()) <= exact.item() * 2**-8  # half a bfloat16 ulp is at most this
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("autocast", "scale"), [(True, 2.0**16), (False, 2.0**15)])
 def test_float16_gradients_survive_a_loss_scale(autocast: bool, scale: float, isa: str) -> None:
     # 1 / 65536 times a probability of 1 / 256 is 6e-8, the smallest float16: stored before it is scaled, most

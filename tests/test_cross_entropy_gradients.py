@@ -56,6 +56,7 @@ def _call(name: str, target_kind: str) -> tuple[Any, list[torch.Tensor]]:
     return lambda x, p, w: functional.cross_entropy(x, p, w, **options), leaves
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("name", "target_kind"), CALLS)
 def test_gradients_equal_finite_differences(name: str, target_kind: str, isa: str) -> None:
     f, leaves = _call(name, target_kind)

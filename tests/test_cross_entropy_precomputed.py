@@ -14,6 +14,7 @@ def _arguments(dtype: torch.dtype, vocab_size: int = 27) -> tuple[torch.Tensor, 
     return torch.randn(33, vocab_size, dtype=dtype, requires_grad=True), torch.randint(vocab_size, (33,))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("vocab_size", [27, 300])
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 0.5, -1.0, 1024.0, 1 / 3, 0.0, float("inf"), float("nan")])

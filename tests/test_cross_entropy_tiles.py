@@ -40,6 +40,7 @@ def _assert_equal_to_rounding(logits: Tensor, target: Tensor, **options: Any) ->
         torch.testing.assert_close(ours, reference, rtol=4 * ulp, atol=4 * ulp * scale, equal_nan=True, msg=name)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_tiles_give_what_rows_give(vocab_size: int, dtype: torch.dtype, isa: str) -> None:
@@ -78,6 +79,7 @@ def _special_logits() -> dict[str, Tensor]:
 SPECIAL = _special_logits()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", SPECIAL)
 def test_logits_that_need_their_maximum_get_it(name: str, dtype: torch.dtype, isa: str) -> None:

@@ -71,6 +71,7 @@ def test_output_at_padding_idx_is_the_row_and_its_gradient_is_zero() -> None:
     assert weight.grad.sum(1).tolist() == [0, 0, 0, 0, 0, 3.0, 0]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("index_dtype", [torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.5, torch.inf, 0.0, -1.0])
 def test_max_norm_scales_the_rows_that_are_looked_up_in_place_like_torch(
@@ -159,7 +160,7 @@ def test_first_derivatives_of_every_kind_equal_finite_differences(isa: str) -> N
         ({"scale_grad_by_freq": True}, torch.clone),
         ({"scale_grad_by_freq": True, "padding_idx": 2}, torch.clone),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_second_derivatives_equal_finite_differences(
     options: dict[str, Any], outer: Callable[[torch.Tensor], torch.Tensor]

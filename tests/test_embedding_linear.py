@@ -74,6 +74,7 @@ def test_one_gradient_alone_is_the_one_among_all(needed: int, plan: str) -> None
     assert torch.equal(grad, everything[needed])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_nan_and_infinity_come_out_as_torchs(plan: str, activation: str, isa: str) -> None:
@@ -184,25 +185,29 @@ def test_func_transforms_and_forward_mode_agree_with_torch() -> None:
     torch.testing.assert_close(vmapped, torch.stack([theirs(c, *parameters[1:]) for c in batch]))
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize("plan", [0, 1, 2])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_opcheck(activation: str) -> None:
+def test_opcheck(activation: str, plan: int) -> None:
     index, C, W, b = _arguments(torch.float32)
     number = ACTIVATIONS.index(activation)
-    for plan in (0, 1, 2):
-        torch.library.opcheck(torch.ops.charlm.embedding_linear.default, (index, C, W, b, 2, number, plan))
-        kept = torch.randn(5, 6)
-        torch.library.opcheck(
-            torch.ops.charlm._embedding_linear_backward.default,
-            (kept, index, C.detach(), W.detach(), kept, 2, number, plan, [True, False, True]),
-        )
+    torch.library.opcheck(torch.ops.charlm.embedding_linear.default, (index, C, W, b, 2, number, plan))
+    kept = torch.randn(5, 6)
+    torch.library.opcheck(
+        torch.ops.charlm._embedding_linear_backward.default,
+        (kept, index, C.detach(), W.detach(), kept, 2, number, plan, [True, False, True]),
+    )
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", True, marks=pytest.mark.exhaustive)],
+)
+def test_compiles_without_a_graph_break(backend: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     parameters = _arguments(torch.float32)[1:]
 
-    @torch.compile(fullgraph=True, dynamic=dynamic)
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend=backend)
     def step(index: Tensor, *parameters: Tensor) -> Tensor:
         return functional.embedding_linear(index, *parameters, activation="tanh").square().sum()
 

@@ -32,6 +32,7 @@ def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleI
     assert_matches_reference(functional.entropy, reference.entropy, sample)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("n_classes", [1, 2, 27, 256, 4099])
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e30])
 def test_equal_logits_have_the_log_of_their_number_and_no_gradient(n_classes: int, offset: float, isa: str) -> None:
@@ -49,6 +50,7 @@ def test_a_certain_row_has_entropy_and_gradient_zero(other: float, isa: str) -> 
     assert not gradient.any()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("n_classes", [5, 65, 4099])
 @pytest.mark.parametrize(
     ("place", "value"), [(0, torch.nan), (-1, torch.nan), (3, torch.inf), (slice(None), -torch.inf)], ids=str

@@ -36,21 +36,30 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["--help"], ["--version"], ["--show-completion"], *([command] for command in COMMANDS), ["train", "--help"]],
-    ids=" ".join,
-)
-def test_every_command_says_in_one_sentence_what_to_install(arguments: list[str]) -> None:
-    result = python(f"sys.argv = ['charlm', *{arguments}]\nfrom charlm.__main__ import main\nmain()")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert SENTENCE.fullmatch(result.stderr.removeprefix("charlm: ")), result.stderr
+def test_every_command_says_in_one_sentence_what_to_install() -> None:
+    options = [[], ["--help"], ["--version"], ["--show-completion"], ["train", "--help"]]
+    calls = [*options, *([command] for command in COMMANDS)]
+    result = python(f"""
+import runpy
 
+def check_status(call, *arguments):
+    sys.argv = ["charlm", *arguments]
+    try:
+        call()
+    except SystemExit as end:
+        assert end.code == 2, end
+    else:
+        raise AssertionError(arguments)
 
-def test_python_m_charlm_says_the_same() -> None:
-    result = python("import runpy\nrunpy.run_module('charlm', run_name='__main__')")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert SENTENCE.fullmatch(result.stderr.removeprefix("charlm: ")), result.stderr
+check_status(lambda: runpy.run_module("charlm", run_name="__main__"))  # python -m charlm
+from charlm.__main__ import main
+for arguments in {calls}:
+    check_status(main, *arguments)
+""")
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    lines = result.stderr.splitlines(keepends=True)
+    assert len(lines) == len(calls) + 1
+    assert all(SENTENCE.fullmatch(line.removeprefix("charlm: ")) for line in lines), result.stderr
 
 
 def test_what_needs_the_extra_raises_an_import_error_with_the_sentence_and_the_library_works() -> None:

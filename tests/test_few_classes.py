@@ -83,6 +83,7 @@ def test_kl_div_of_many_rows_is_that_of_each(
     assert_each_row_is_what_it_is_alone(op, p.roll(8, 0), q)  # what is special in one meets what is not
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("n_rows", [3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33])
 def test_rows_that_fill_vectors_or_do_not_are_all_written(n_rows: int, isa: str) -> None:
     p, q = torch.randn(n_rows, 27), torch.randn(n_rows, 27)

@@ -1,4 +1,4 @@
-"""The fuzz runs, and can fail."""
+"""The fuzz finds nothing in our ops, and finds an error that is put in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def threads():
 
 @pytest.mark.filterwarnings("ignore")
 def test_some_seconds_of_a_known_seed_find_nothing(capsys):
-    assert fuzz.main(["--seconds", "5", "--seed", "1"]) == 0
+    assert fuzz.main(["--seconds", "3", "--seed", "1"]) == 0
     assert " 0 failures" in capsys.readouterr().out
 
 

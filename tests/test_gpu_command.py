@@ -72,6 +72,7 @@ def test_what_is_missing_is_named(lacking: dict[str, Any], sentence: str | None)
 SLOW_PRODUCTS = "products of bfloat16 without instructions for them take minutes"
 
 
+@pytest.mark.exhaustive
 def test_a_dry_run_goes_through_every_step_and_writes_json_and_table(tmp_path: Path) -> None:
     sanitizer = tmp_path / "bin" / "compute-sanitizer"
     sanitizer.parent.mkdir()

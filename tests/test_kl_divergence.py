@@ -61,6 +61,7 @@ def test_it_is_torchs_kl_div_of_the_same_distributions() -> None:
     torch.testing.assert_close(functional.kl_divergence(p, q), expected)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("n_classes", [1, 27, 4099])
@@ -99,6 +100,7 @@ def test_a_common_offset_of_logits_changes_nothing(p_offset: float, q_offset: fl
         assert torch.equal(ours, at_zero)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("p_kind", "q_kind"), PAIRS)
 @pytest.mark.parametrize("n_classes", [3, 4101])
 def test_a_class_that_q_rules_out_gives_infinity_and_finite_gradients(
@@ -134,6 +136,7 @@ def test_a_probability_too_small_for_its_dtype_still_meets_the_support_of_q(isa:
         assert op(p, torch.tensor([[0.0, -1000.0]])).item() == 0
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", ["p", "q"])
 @pytest.mark.parametrize("place", [0, 26])

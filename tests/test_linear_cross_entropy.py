@@ -180,6 +180,7 @@ def test_the_returned_metrics_are_those_of_the_logits(reduction: str) -> None:
 # --- backward -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.5, 1 / 3, 0.0])
 def test_a_second_backward_gives_the_gradients_of_the_first(dtype: torch.dtype, scale: float) -> None:

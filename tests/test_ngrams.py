@@ -66,6 +66,7 @@ def test_counts_are_those_of_a_dict(tokens, max_length, share, boundary, buffer_
     assert_equal_levels(native, reference.count_ngrams(array, max_length, starts, boundary))
 
 
+@pytest.mark.covering(2)
 # One word a window, several; ids of 8, 16 and 32 bits; tokens of each width, and above what the kernels take.
 @pytest.mark.parametrize("buffer_bytes", BUFFERS[1:])
 @pytest.mark.parametrize("max_length", [1, 6, 40])

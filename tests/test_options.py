@@ -92,6 +92,7 @@ def test_a_tensor_that_could_carry_a_gradient_is_refused(call, option):
             run(**{option: dual})
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("call", "option"), CASES)
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (2,), (0,)])
 def test_a_tensor_of_any_other_shape_is_refused(call, option, shape):
@@ -100,6 +101,7 @@ def test_a_tensor_of_any_other_shape_is_refused(call, option, shape):
         CALLS[call](**{option: value})
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("call", "option"), CASES)
 @pytest.mark.parametrize("value", ["a", [1.0], object(), 1j])
 def test_what_is_no_number_is_refused_by_name(call, option, value):
@@ -107,6 +109,7 @@ def test_what_is_no_number_is_refused_by_name(call, option, value):
         CALLS[call](**{option: value})
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("call", "option"), [case for case in CASES if isinstance(value_of(*case), int)])
 @pytest.mark.parametrize(
     ("value", "error", "text"),
@@ -186,6 +189,7 @@ def test_the_reference_backend_accepts_and_refuses_the_same():
     subprocess.run([sys.executable, "-c", REFERENCE], env=os.environ | {"CHARLM_BACKEND": "reference"}, check=True)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("softcap", [1e-50, 1e-39, 1e-30, 3.0, 1e30, 1e38, 1e39, 1e300, math.inf])
 def test_any_positive_softcap_caps_at_its_value(dtype, softcap):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
@@ -25,17 +26,13 @@ from charlm.testing import (
     sample_inputs_surprisal,
 )
 
-CALLS = [
-    pytest.param(function, sample, id=f"{function.__name__}-{sample.name}")
-    for function, samples in (
-        (functional.cross_entropy, sample_inputs_cross_entropy(torch.float32)),
-        (functional.embedding, sample_inputs_embedding(torch.float32)),
-        (functional.entropy, sample_inputs_entropy(torch.float32)),
-        (functional.kl_divergence, sample_inputs_kl_divergence(torch.float32)),
-        (functional.surprisal, sample_inputs_surprisal(torch.float32)),
-    )
-    for sample in samples
-]
+SAMPLES = {
+    functional.cross_entropy: list(sample_inputs_cross_entropy(torch.float32)),
+    functional.embedding: list(sample_inputs_embedding(torch.float32)),
+    functional.entropy: list(sample_inputs_entropy(torch.float32)),
+    functional.kl_divergence: list(sample_inputs_kl_divergence(torch.float32)),
+    functional.surprisal: list(sample_inputs_surprisal(torch.float32)),
+}
 COMPILED_SAMPLES = {
     "names_batch",
     "all_extras",
@@ -51,7 +48,12 @@ COMPILED_SAMPLES = {
     "probs_logits",
     "outer",
 }
-CALLS_TO_COMPILE = [call for call in CALLS if call.values[1].name in COMPILED_SAMPLES]
+CALLS_TO_COMPILE = [
+    pytest.param(function, sample, id=f"{function.__name__}-{sample.name}")
+    for function, samples in SAMPLES.items()
+    for sample in samples
+    if sample.name in COMPILED_SAMPLES
+]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +61,7 @@ def _fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("function", "sample"), CALLS_TO_COMPILE)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_without_a_graph_break_results_equal_eager(
@@ -152,15 +155,12 @@ def test_an_exported_model_of_dynamic_batch_runs_our_ops_with_the_same_result() 
     }
 
 
-@pytest.mark.parametrize(("function", "sample"), CALLS)
-def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(
-    function: Callable[..., Any], sample: SampleInput
-) -> None:
+def _results_of_fake_and_real_tensors(function: Callable[..., Any], sample: SampleInput) -> tuple[list[Tensor], ...]:
     arguments = dict(sample.arguments)
     for name in sample.differentiable:
         arguments[name] = arguments[name].detach().requires_grad_()
 
-    def outputs(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    def outputs(arguments: dict[str, Any]) -> list[Tensor]:
         result = function(**arguments)
         results = [value for value in result if value is not None] if isinstance(result, tuple) else [result]
         if arguments.get("sparse"):
@@ -171,13 +171,19 @@ def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(
     expected = outputs(arguments)
     with FakeTensorMode() as mode:
         fake = {
-            name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value for name, value in arguments.items()
         }
         actual = outputs(fake)
-    assert len(actual) == len(expected)
-    for ours, real in zip(actual, expected, strict=True):
-        assert (ours.shape, ours.dtype, ours.stride()) == (real.shape, real.dtype, real.stride())
+    return actual, expected
+
+
+@pytest.mark.parametrize("function", SAMPLES, ids=lambda function: function.__name__)
+def test_fake_tensors_have_the_shape_dtype_and_strides_of_real_ones(function: Callable[..., Any]) -> None:
+    for sample in SAMPLES[function]:
+        actual, expected = _results_of_fake_and_real_tensors(function, sample)
+        assert len(actual) == len(expected), sample.name
+        for ours, real in zip(actual, expected, strict=True):
+            assert (ours.shape, ours.dtype, ours.stride()) == (real.shape, real.dtype, real.stride()), sample.name
 
 
 def test_meta_tensors_are_accepted() -> None:

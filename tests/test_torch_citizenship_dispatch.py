@@ -6,7 +6,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -75,50 +75,45 @@ CROSS_ENTROPY_SAMPLES = list(sample_inputs_cross_entropy(torch.float32))
 EMBEDDING_SAMPLES = list(sample_inputs_embedding(torch.float32))
 
 
-def _ids(sample: SampleInput) -> str:
-    return sample.name
+def test_every_cross_entropy_runs_our_kernels_forward_and_backward() -> None:
+    for sample in CROSS_ENTROPY_SAMPLES:
+        with _RecordOps() as record:
+            evaluate(functional.cross_entropy, sample)
+        forwards = {"charlm.cross_entropy.default", "charlm.cross_entropy_with_metrics.default"}
+        assert forwards & set(record.ours), sample.name
+        assert "charlm._cross_entropy_backward.default" in record.ours, sample.name
+        assert record.torchs == [], sample.name
 
 
-@pytest.mark.parametrize("sample", CROSS_ENTROPY_SAMPLES, ids=_ids)
-def test_an_ordinary_cross_entropy_runs_our_kernels_forward_and_backward(sample: SampleInput) -> None:
-    with _RecordOps() as record:
-        evaluate(functional.cross_entropy, sample)
-    assert {"charlm.cross_entropy.default", "charlm.cross_entropy_with_metrics.default"} & set(record.ours)
-    assert "charlm._cross_entropy_backward.default" in record.ours
-    assert record.torchs == []
+def test_every_embedding_runs_our_kernels_forward_and_backward() -> None:
+    for sample in EMBEDDING_SAMPLES:
+        with _RecordOps() as record:
+            evaluate(functional.embedding, sample)
+        assert "charlm.embedding.default" in record.ours, sample.name
+        if sample.arguments.get("sparse"):  # torch assembles the sparse gradient: rows are moved, nothing is summed
+            assert "aten.embedding_dense_backward.default" not in record.torchs, sample.name
+        else:
+            assert "charlm._embedding_backward.default" in record.ours, sample.name
+            assert record.torchs == [], sample.name
 
 
-@pytest.mark.parametrize("sample", EMBEDDING_SAMPLES, ids=_ids)
-def test_an_ordinary_embedding_runs_our_kernels_forward_and_backward(sample: SampleInput) -> None:
-    with _RecordOps() as record:
-        evaluate(functional.embedding, sample)
-    assert "charlm.embedding.default" in record.ours
-    if sample.arguments.get("sparse"):  # torch assembles the sparse gradient: rows are moved, nothing is summed
-        assert "aten.embedding_dense_backward.default" not in record.torchs
-    else:
-        assert "charlm._embedding_backward.default" in record.ours
-        assert record.torchs == []
-
-
-INFORMATION_CALLS = [
-    pytest.param(op, kernel, sample, id=f"{op.__name__}-{sample.name}")
-    for op, kernel, samples in (
-        (functional.entropy, "entropy", sample_inputs_entropy(torch.float32)),
-        (functional.kl_divergence, "kl_div", sample_inputs_kl_divergence(torch.float32)),
-        (functional.surprisal, "cross_entropy", sample_inputs_surprisal(torch.float32)),
-    )
-    for sample in samples
-]
-
-
-@pytest.mark.parametrize(("op", "kernel", "sample"), INFORMATION_CALLS)
-def test_an_ordinary_entropy_divergence_or_surprisal_runs_our_kernels_forward_and_backward(
-    op: Callable[..., torch.Tensor], kernel: str, sample: SampleInput
+@pytest.mark.parametrize(
+    ("op", "kernel", "samples"),
+    [
+        (functional.entropy, "entropy", sample_inputs_entropy),
+        (functional.kl_divergence, "kl_div", sample_inputs_kl_divergence),
+        (functional.surprisal, "cross_entropy", sample_inputs_surprisal),
+    ],
+    ids=["entropy", "kl_divergence", "surprisal"],
+)
+def test_every_entropy_divergence_or_surprisal_runs_our_kernels_forward_and_backward(
+    op: Callable[..., torch.Tensor], kernel: str, samples: Callable[[torch.dtype], Iterator[SampleInput]]
 ) -> None:
-    with _RecordOps() as record:
-        evaluate(op, sample)
-    assert record.ours == [f"charlm.{kernel}.default", f"charlm._{kernel}_backward.default"]
-    assert record.torchs == []
+    for sample in samples(torch.float32):
+        with _RecordOps() as record:
+            evaluate(op, sample)
+        assert record.ours == [f"charlm.{kernel}.default", f"charlm._{kernel}_backward.default"], sample.name
+        assert record.torchs == [], sample.name
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=lambda context: context.__name__)
@@ -315,6 +310,7 @@ AUTOCAST_CALLS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("call", AUTOCAST_CALLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("enabled", [True, False])

@@ -89,6 +89,7 @@ def _bitwise_equal(actual: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", CALLS)
 def test_results_are_bitwise_equal_for_any_number_of_threads_and_from_run_to_run(
     name: str, n_threads: int, isa: str
