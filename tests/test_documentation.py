@@ -44,9 +44,7 @@ def test_the_readmes_python_runs_in_its_order() -> None:
     assert torch.nn.functional.cross_entropy is not functional.cross_entropy  # the patch of the last block has ended
 
 
-DOCUMENTS = [
-    path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text(encoding="utf-8")
-]
+DOCUMENTS = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text(encoding="utf-8")]
 DRAWING = " matplotlib"  # behind "python": the block only draws, with a library that the tests do without
 
 
