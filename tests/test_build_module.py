@@ -85,7 +85,7 @@ def test_a_module_with_a_cxx_runtime_of_its_own_is_refused_and_removed(tmp_path,
 def test_a_hidden_cxx_runtime_is_refused_as_well(tmp_path, static_compiler):
     module = link(tmp_path, "-Wl,--exclude-libs,ALL", "-s", compiler=static_compiler)
     assert "__cxa_throw" not in build.elf.read_dynamic_section(module).defined
-    with pytest.raises(build.BuildError, match="put a C\\+\\+ runtime into"):
+    with pytest.raises(build.BuildError, match="put a static C\\+\\+ runtime into"):
         build.check_cxx_runtime(module)
 
 
