@@ -15,10 +15,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 from setup_module import build
@@ -391,7 +393,8 @@ def test_a_changed_kernel_header_rebuilds_the_object_of_every_instruction_set(wh
 @pytest.mark.parametrize("source", ["ngrams/ngrams.cpp", "cpu/kernels.cpp"])
 def test_sources_are_cxx17_which_torch_before_2_13_compiles_as(source):
     compiler = os.environ.get("CXX", "c++").split()
-    flags = ("-std=c++17", "-fsyntax-only", "-w", "-Icsrc", "-DCHARLM_ISA=baseline")
+    includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}")
+    flags = ("-std=c++17", "-fsyntax-only", "-w", "-Icsrc", *includes, "-DCHARLM_ISA=baseline")
     run(*compiler, *flags, f"csrc/{source}", cwd=ROOT)
 
 
