@@ -25,6 +25,7 @@ from tests.cuda_emulator.ops import build_ops, pytest_command, pytest_environmen
 
 KERNEL_TESTS = (
     *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cross_entropy*.py")),
+    "tests/test_differentiable_metrics.py",
     "tests/test_embedding.py",
     "tests/test_embedding_linear.py",
     "tests/test_entropy.py",
