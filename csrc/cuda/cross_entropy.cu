@@ -29,7 +29,7 @@ struct Largest {
 
 // One block for each row, which is read twice: for the maximum, then for the sums relative to it.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, 1)
     cross_entropy_metrics_kernel(const __grid_constant__ CrossEntropyParams<T> params) {
   using C = Compute<T>;
   CHARLM_SHARED(Largest<C>, parts, kMaxWarps);
