@@ -91,7 +91,7 @@ REFUSED: dict[str, Callable[[ModuleType], torch.Tensor]] = {
     "weight_2d": lambda f: f.cross_entropy(x, y, torch.rand(1, 5)),
     "weight_2d_probabilities": lambda f: f.cross_entropy(x, p, torch.rand(1, 5)),
     "weight_float64": lambda f: f.cross_entropy(x, y, torch.rand(5).double()),
-    "weight_float32_of_bfloat16": lambda f: f.cross_entropy(x.bfloat16(), y, torch.rand(5)),
+    "weight_float64_of_bfloat16": lambda f: f.cross_entropy(x.bfloat16(), y, torch.rand(5).double()),
     "weight_requires_grad": lambda f: f.cross_entropy(x, y, torch.rand(5, requires_grad=True)),
     "smoothing_above_one": lambda f: f.cross_entropy(x, y, label_smoothing=1.5),
     "unknown_reduction": lambda f: f.cross_entropy(x, y, reduction="average"),
