@@ -178,7 +178,7 @@ for n_classes in (27, 1000, 70001):
     losses, _ = then_raises(ops.cross_entropy(logits, target, None, None, 0, *options))
     assert not losses[1:3].any() and losses[kept].all(), losses
     of_loss = torch.tensor(1.0), logits, target, None, None, normalizer
-    later, _ = then_raises(ops._cross_entropy_backward(*of_loss, [True, False], 2, *options))
+    later, _ = then_raises(ops._cross_entropy_backward(*of_loss, None, None, None, [True, False], 2, *options))
     assert torch.equal(later, grad)
     given = logits.requires_grad_() * 1
     then_raises(ops.cross_entropy_inplace_forward(given, target, None, None, 2, *options))
