@@ -116,7 +116,7 @@ def test_ctrl_c_is_one_line(quiet: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class FakeGpu:
-    """A GPU that starts what is queued when it is asked for an event, or after it has idled for what it was told to.
+    """A GPU that runs its queue when an event is read, or after it has idled for a given time.
 
     `python` moves the clock of Python; the kernels of a call take `seconds` on the GPU.
     """

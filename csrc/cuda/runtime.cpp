@@ -4,6 +4,8 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
+#include <atomic>
 #include <new>
 
 #include "core/device.h"
@@ -38,9 +40,15 @@ IndexError* allocate_index_error() {
   return new (memory.get()) IndexError;
 }
 
+// Read once for each device, since every launch needs it.
 int64_t max_shared_bytes(const at::Device& device) {
-  int bytes = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index()));
+  static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> known{};
+  std::atomic<int>& bytes = known.at(device.index());
+  if (bytes == 0) {
+    int found = 0;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index()));
+    bytes = found;
+  }
   return bytes;
 }
 

@@ -225,7 +225,10 @@ void cross_entropy_rescale_(const CrossEntropyOptions& options, Tensor& grad, co
   }
   with_float_type(input.scalar_type(), "cross_entropy_rescale_", [&]<class T>() {
     Call<T> call(options, input, target, weight, token_weight);
-    backward(options, grad_loss, input, target, state, call, as_rows(grad), &Call<T>::rescale);
+    const Tensor rows = as_rows(grad);
+    TORCH_CHECK(grad.sizes() == input.sizes() && rows.is_alias_of(grad),
+                "grad must be the one that forward computed, got shape ", grad.sizes());
+    backward(options, grad_loss, input, target, state, call, rows, &Call<T>::rescale);
   });
 }
 
