@@ -96,10 +96,4 @@ inline at::ScalarType loss_dtype(const LinearCrossEntropyArguments& arguments) {
   return arguments.unrounded ? compute_dtype(arguments.input) : loss_dtype_of(arguments.options, arguments.input);
 }
 
-// linear_cross_entropy over few classes on the CPU, or nothing where it is no faster: many classes or logits, half
-// types, reduction "none", ignored rows (which the blocks of rows leave out). Shapes and dtypes have been checked.
-std::optional<LossAndGradients> linear_cross_entropy_over_few_classes(const LinearCrossEntropyArguments& arguments,
-                                                                      bool with_gradients,
-                                                                      const OptionalTensor& grad_loss, OutputMask mask);
-
 }  // namespace charlm

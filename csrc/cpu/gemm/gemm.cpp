@@ -4,10 +4,63 @@
 
 #include <ATen/Context.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "core/kernels.h"
+#include "cpu/blocks.h"
 
 namespace charlm {
 namespace {
+
+constexpr int64_t kL1Numbers = 1 << 14;  // numbers of b that fit in a first-level cache
+// A long sum is split into at most kMaxParts parts of at least kMinPartProducts products, which are added up in order.
+constexpr int64_t kMinPartProducts = 256, kMaxParts = 16;
+
+// Grain size of a parallel loop whose iterations take `products` multiplications each.
+int64_t grain_of_products(int64_t products) { return std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, products)); }
+
+// Products that are added up in a register before the sum goes to memory: kInnerBlock rows of b stay in a first-level
+// cache, and a longer sum would round more.
+constexpr int64_t kInnerBlock = 64;
+
+// Computes one product with our loops on this thread.
+template <class C>
+void multiply_here(const GemmParams<C>& whole) {
+  GemmParams<C> g = whole;
+  for (int64_t k = 0; k == 0 || k < whole.n_inner; k += kInnerBlock) {
+    g.a = whole.a + k * g.a_column_stride;
+    g.b = whole.b + k * g.b_row_stride;
+    g.n_inner = std::min(kInnerBlock, whole.n_inner - k);
+    g.adds = whole.adds || k > 0;
+    cpu_kernels().of<C>().gemm(g);
+  }
+}
+
+// b, or a copy of it, with contiguous rows as the kernels require.
+template <class C>
+Tensor with_contiguous_rows(const Tensor& b) {
+  if (b.stride(1) == 1) return b;
+  const int64_t n_inner = b.size(0), n_columns = b.size(1), row_stride = b.stride(0), column_stride = b.stride(1);
+  const Tensor result = at::empty({n_inner, n_columns}, b.options());
+  const C* const from = const_data<C>(b);
+  C* const to = mutable_data<C>(result);
+  constexpr int64_t kBlock = 16;  // cache lines of both matrices are used completely while in cache
+  const int64_t n_blocks = (n_inner + kBlock - 1) / kBlock;
+  constexpr int64_t kProducts = 32;  // take as long as copying a number
+  at::parallel_for(0, n_blocks, grain_of_products(kProducts * kBlock * n_columns), [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kBlock; first < std::min(n_inner, end * kBlock); first += kBlock) {
+      const int64_t last = std::min(n_inner, first + kBlock);
+      for (int64_t n = 0; n < n_columns; n++) {
+        for (int64_t k = first; k < last; k++) to[k * n_columns + n] = from[k * row_stride + n * column_stride];
+      }
+    }
+  });
+  return result;
+}
 
 // A b without contiguous rows is copied if the result has at least this many rows, for a small b and for any b.
 constexpr int64_t kSmallNumbers = 1 << 16, kMinRowsToCopySmall = 16, kMinRowsToCopy = 256;
@@ -161,6 +214,29 @@ void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
   if (is_ours(out, a, b)) return run(out, a, b, std::nullopt, /*adds=*/true);
   Tensor result = out;
   at::addmm_out(result, result, a, b);
+}
+
+namespace {
+
+template <class C>
+void sum_of_rows(const Tensor& sum, const Tensor& rows) {
+  static constexpr C kOne = 1;
+  GemmParams<C> g;
+  g.a = &kOne;  // [1, N] ones: strides of 0
+  g.b = const_data<C>(rows);
+  g.b_row_stride = g.c_row_stride = g.n_columns = rows.size(1);
+  g.c = mutable_data<C>(sum);
+  g.n_rows = 1;
+  g.n_inner = rows.size(0);
+  multiply_here(g);
+}
+
+}  // namespace
+
+Tensor sum_of_rows(const Tensor& rows) {
+  const Tensor sum = at::empty({rows.size(1)}, rows.options());
+  rows.scalar_type() == at::kDouble ? sum_of_rows<double>(sum, rows) : sum_of_rows<float>(sum, rows);
+  return sum;
 }
 
 }  // namespace charlm
