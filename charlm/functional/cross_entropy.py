@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -188,11 +189,10 @@ def cross_entropy(
         float32 copy of half logits is overwritten. torch.compile breaks the graph at an in-place call; with
         fullgraph=True, and in torch.export, it raises.
     """
-    tensors = (input, target, weight, token_weight)
     if has_torch_function_variadic(input, target, weight, token_weight):
         return handle_torch_function(
             cross_entropy,
-            tensors,
+            (input, target, weight, token_weight),
             input,
             target,
             weight=weight,
@@ -216,10 +216,13 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     returns = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
-    if _C is not None and not returns and not (inplace is None and torch.compiler.is_compiling()):
+    if _C is not None and not returns and not (inplace is None and is_compiling()):
         # torch.compile cannot trace this call, so it breaks the graph before the logits are overwritten.
         loss = _C.cross_entropy(
-            *tensors,
+            input,
+            target,
+            weight,
+            token_weight,
             reduction,
             ignore_index,
             label_smoothing,
@@ -232,6 +235,7 @@ def cross_entropy(
         )
         if loss is not NotImplemented:
             return loss
+    tensors = (input, target, weight, token_weight)
     has_kernels = have_kernels("cross_entropy", ("input", "target", "weight?", "token_weight?"), tensors)
     options = CrossEntropyOptions.checked(
         "cross_entropy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks, reference
@@ -67,7 +68,7 @@ def embedding(
         norm_type = _checks.number("embedding", "norm_type", norm_type)
     if max_norm is not None:
         return _with_max_norm(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if _C is not None and not torch.compiler.is_compiling():
+    if _C is not None and not is_compiling():
         rows = _C.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
         if rows is not NotImplemented:
             return rows

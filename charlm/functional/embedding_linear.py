@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks, reference
@@ -117,7 +118,7 @@ def embedding_linear(
     activation_and_plan(activation, plan)
     numbers = (_ACTIVATION_NUMBERS[activation], _PLAN_NUMBERS[plan])
     output = NotImplemented
-    if _C is not None and not torch.compiler.is_compiling():
+    if _C is not None and not is_compiling():
         output = _C.embedding_linear(*tensors, padding_idx, *numbers)
     if output is NotImplemented:
         has_kernels = have_kernels("embedding_linear", _TENSORS, tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from charlm import reference
@@ -44,7 +45,7 @@ def entropy(logits: Tensor) -> Tensor:
     """
     if has_torch_function_unary(logits):
         return handle_torch_function(entropy, (logits,), logits)
-    if _C is not None and not torch.compiler.is_compiling():
+    if _C is not None and not is_compiling():
         result = _C.entropy(logits)
         if result is not NotImplemented:
             return result

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from charlm import _checks, _ext
 
@@ -19,7 +20,7 @@ def have_kernels(function: str, names: Sequence[str], tensors: Sequence[Any]) ->
     Raises:
         TypeError: a value that is not a Tensor. A name that ends in "?" may be None.
     """
-    if _C is not None and not torch.compiler.is_compiling():
+    if _C is not None and not is_compiling():
         return _C.have_kernels(function, names, tensors)
     _checks.tensors(function, names, tensors)
     return _C is not None and all(tensor is None or _is_known(tensor) for tensor in tensors)

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import _reduction
 from torch.nn.functional import kl_div as _torch_kl_div
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -84,7 +85,7 @@ def kl_div(
     has_kernels = have_kernels("kl_div", ("input", "target"), (input, target))
     _checks.boolean("kl_div", "log_target", log_target)
     is_legacy = size_average is not None or reduce is not None
-    if reduction == "mean" and not is_legacy and not torch.compiler.is_compiling():
+    if reduction == "mean" and not is_legacy and not is_compiling():
         warnings.warn(
             "reduction: 'mean' divides the total loss by both the batch size and the support size. 'batchmean' divides "
             "by the batch size alone, which gives the KL divergence.",
@@ -108,7 +109,7 @@ def kl_div(
         input, target = torch.broadcast_tensors(input, target)
     divisor = {"none": 1, "sum": 1, "batchmean": batch_size}.get(reduction, input.numel())
     arguments = (input, target, log_target, reduction != "none", divisor)
-    if torch.compiler.is_compiling() or isinstance(divisor, torch.SymInt):
+    if is_compiling() or isinstance(divisor, torch.SymInt):
         return torch.ops.charlm.pointwise_kl_div.default(*arguments)
     return _C.pointwise_kl_div(*arguments)
 

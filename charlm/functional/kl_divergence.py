@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks, reference
@@ -76,7 +77,7 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind
 
 
 def _kl_div(p: Tensor, q: Tensor, p_kind: int, q_kind: int) -> Tensor:
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.charlm.kl_div.default(p, q, p_kind, q_kind)[0]
     return _C.kl_div(p, q, p_kind, q_kind)
 

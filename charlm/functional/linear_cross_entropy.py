@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import linear as _torch_linear
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -209,7 +210,7 @@ def linear_cross_entropy(
         )
     block_rows = _block_rows(options, input, linear_weight)
     returns = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
-    if not returns and not torch.compiler.is_compiling():
+    if not returns and not is_compiling():
         return _C.linear_cross_entropy(
             *tensors,
             block_rows,
