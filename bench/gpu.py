@@ -35,7 +35,7 @@ from bench.report import render_gpu
 from scripts import cuda_toolkit
 
 ROOT = record.ROOT
-SITE = ROOT / "build" / "gpu"  # where the built package is put
+INSTALLED = ROOT / "build" / "gpu"  # where the built package is put
 FAILED, MISSING = 1, 77
 TOTAL = 520.0  # seconds of all steps; the rest of the nine minutes is for what stands around them
 LONGEST_BENCH = 240.0
@@ -47,7 +47,7 @@ TAIL, MOST_ERRORS = 60, 40  # lines of a failed process that are kept: the last,
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "pytest", "numpy", "ninja", "pybind11")
 
 # What is built has to raise before all else: a module with a C++ runtime of its own (setup.py, LINK_FLAGS) cannot.
-USED = """
+SHOW_BUILD = """
 import charlm, torch
 try:
     charlm.functional.embedding(torch.tensor([3]), torch.zeros(3, 2))
@@ -208,7 +208,7 @@ class Run:
 
     def __init__(self, device: str, path: Path, builds: bool, environment: dict[str, Any], began: float) -> None:
         self.device, self.path = device, path
-        self.site = SITE if builds else ROOT
+        self.site = INSTALLED if builds else ROOT
         self.end = began + TOTAL
         self.environment = environment
         self.record: dict[str, Any] = {
@@ -259,19 +259,19 @@ class Run:
 
 def build(run: Run, end: float) -> Finding:
     """With what is installed, for the GPU of this machine."""
-    SITE.mkdir(parents=True, exist_ok=True)
+    INSTALLED.mkdir(parents=True, exist_ok=True)
     if importlib.util.find_spec("pip"):
         options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--upgrade", "-v")
-        command = ["-m", "pip", "install", *options, "--target", str(SITE), "."]
+        command = ["-m", "pip", "install", *options, "--target", str(INSTALLED), "."]
     else:
-        command = ["setup.py", "build", "--build-lib", str(SITE)]
+        command = ["setup.py", "build", "--build-lib", str(INSTALLED)]
     env = {**os.environ, "MAX_JOBS": str(run.environment["cores"])}
     if run.device == "cuda":
         env |= {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": run.environment["gpu"]["capability"]}
     outcome = Child([sys.executable, *command], ROOT, env).wait(end)
     if outcome.code != 0:
         return outcome.finding()
-    shown = run.start("-c", USED).wait(end)
+    shown = run.start("-c", SHOW_BUILD).wait(end)
     return shown.finding(f"CUDA: {shown.last_line}")
 
 

@@ -3,8 +3,8 @@
 On a CPU (`Timer`), a competing process makes parallel regions wait for a core, some eight milliseconds each, and times
 then mean nothing. So empty parallel regions are timed before and after each sample. Where one takes longer than a
 millisecond and ten times what it takes on the quiet machine, the sample is discarded and repeated. Where that happens
-too often, or the region is slow from the start, the machine is `Busy`. torch's threads sleep when they are idle, and
-waking them takes some milliseconds, so regions first run until one is fast, and only those after it are judged.
+too often, or the region is slow from the start, `MachineBusyError` is raised. torch's threads sleep when they are idle,
+and waking them takes some milliseconds, so regions first run until one is fast, and only those after it are judged.
 
 On a GPU (`GpuTimer`) a sample is the time between two events, after the L2 cache was flushed by writing a gigabyte.
 Behind that write the GPU idles for twice as long as Python needs to launch the call's kernels, at most 20 ms: they wait
@@ -49,7 +49,7 @@ ADVICE = (
 )
 
 
-class Busy(RuntimeError):
+class MachineBusyError(RuntimeError):
     """Something else is using the cores."""
 
 
@@ -65,7 +65,7 @@ def exit_codes() -> Iterator[None]:
     except WrongResult as wrong:
         print(f"bench: {wrong}", file=sys.stderr)
         raise SystemExit(WRONG) from wrong
-    except Busy as busy:
+    except MachineBusyError as busy:
         print(f"bench: the machine is busy: {busy}. {ADVICE}", file=sys.stderr)
         raise SystemExit(BUSY) from busy
     except KeyboardInterrupt:
@@ -123,7 +123,7 @@ class Timer:
         quiet = statistics.median(self._timed(self.region) for _ in range(CALIBRATION))
         if quiet > DISTURBED:
             normal = "less than 0.1 ms is normal, and 1 ms is the limit"
-            raise Busy(f"an empty parallel region takes {1e3 * quiet:.1f} ms; {normal}")
+            raise MachineBusyError(f"an empty parallel region takes {1e3 * quiet:.1f} ms; {normal}")
         self.limit = max(DISTURBED, 10 * quiet)
 
     def rounds(self, calls: Calls, budget: Budget) -> dict[str, list[float]]:
@@ -159,7 +159,7 @@ class Timer:
                     return seconds
             self.discarded += 1
             if self.discarded > PATIENCE + self.kept:
-                raise Busy(f"{self.discarded} samples were disturbed, {self.kept} were not; a few are normal")
+                raise MachineBusyError(f"{self.discarded} samples were disturbed, {self.kept} were not; few are normal")
 
     def _quiet(self) -> bool:
         start = self.now()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import timer
-from bench.timer import Budget, Busy, GpuTimer, Timer
+from bench.timer import Budget, GpuTimer, MachineBusyError, Timer
 
 quiet = bench_support.quiet  # a fixture
 
@@ -91,7 +91,7 @@ def test_threads_that_have_to_wake_up_are_no_disturbance() -> None:
 def test_a_machine_that_becomes_busy_is_refused() -> None:
     machine = FakeMachine(forever(8e-3, *CALIBRATION))
     found = machine.timer()
-    with pytest.raises(Busy, match=f"{timer.PATIENCE + 1} samples were disturbed, 0 were not"):
+    with pytest.raises(MachineBusyError, match=f"{timer.PATIENCE + 1} samples were disturbed, 0 were not"):
         found.rounds({"a": machine.work(forever(0.5))}, Budget())
 
 

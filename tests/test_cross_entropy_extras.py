@@ -75,7 +75,7 @@ def test_token_weights_make_gradient_accumulation_equal_to_one_batch(logits: tor
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_the_output_names_what_was_asked_for_and_holds_none_elsewhere(
+def test_the_output_holds_what_was_requested_and_none_elsewhere(
     reduction: str, logits: torch.Tensor, target: torch.Tensor
 ) -> None:
     for name in RETURNS:

@@ -115,7 +115,7 @@ def test_long_rows_are_as_close_to_float64_as_torchs(n_classes: int) -> None:
         assert_matches_reference(functional.kl_divergence, reference.kl_divergence, sample)
 
 
-# 48 KiB of shared memory are granted unasked, to static and dynamic memory together.
+# 48 KiB of shared memory are granted without an attribute, to static and dynamic memory together.
 @pytest.mark.parametrize(
     ("n_classes", "dtype"), [(6144, torch.float64), (12288, torch.float32), (24576, torch.bfloat16)]
 )

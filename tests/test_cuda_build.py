@@ -62,7 +62,7 @@ esac""",
 
 
 def fake_torch(cuda):
-    """A torch that can be asked for its versions, and for nothing else: not for a GPU."""
+    """A torch with nothing but its versions: it has no GPU."""
     return SimpleNamespace(__version__=f"2.14.1+{cuda}", version=SimpleNamespace(cuda=cuda))
 
 
@@ -233,7 +233,7 @@ def test_fake_cuda_tensors_give_what_fake_cpu_tensors_give(function, arguments):
     assert [(o.shape, o.dtype, o.stride()) for o in on_cuda] == [(o.shape, o.dtype, o.stride()) for o in on_cpu]
 
 
-# torch's autograd engine asks for a device before it runs a backward: the node is called without it.
+# torch's autograd engine needs a device before it runs a backward: the node is called without it.
 
 
 @needs_cuda_build

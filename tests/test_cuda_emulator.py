@@ -222,7 +222,7 @@ def test_kernels_on_tensors_are_watched_in_a_python_process_and_on_any_of_its_th
     assert outcomes["plain"][0][-1] == "missing_tail 1"
 
     stdout, stderr = outcomes["address"]
-    assert stdout[-1] == "True"  # memory that nobody has written is NaN
+    assert stdout[-1] == "True"  # memory that was not written is NaN
     assert re.search(r"heap-buffer-overflow.*\nWRITE of size 4 .*\n +#0 .* write_past_end .*defects\.h:\d+", stderr)
     assert "0 bytes to the right of 520-byte region" in stderr
 

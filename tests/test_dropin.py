@@ -83,7 +83,7 @@ def test_a_name_that_neither_has_is_an_attribute_error_that_names_both_modules()
     for module, torchs in ((F, "torch.nn.functional"), (nn, "torch.nn")):
         with pytest.raises(AttributeError, match=f"'{module.__name__}' has no attribute 'relou', .* '{torchs}'"):
             _ = module.relou
-        assert not hasattr(module, "__wrapped__")  # inspect, doctest and copy ask for such names
+        assert not hasattr(module, "__wrapped__")  # inspect, doctest and copy look such names up
     with pytest.raises(ImportError, match=r"cannot import name 'Linera' from 'charlm\.nn'"):
         exec("from charlm.nn import Linera")
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'charlm\.nn\.utills'"):

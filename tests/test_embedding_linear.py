@@ -295,7 +295,7 @@ def test_the_module_has_torchs_parameters_and_the_functions_result() -> None:
     assert "activation='gelu'" in repr(module)
 
 
-def test_a_subclass_with_torch_function_is_asked(isa: str) -> None:
+def test_a_subclass_with_torch_function_is_called(isa: str) -> None:
     class Logged(torch.Tensor):
         @classmethod
         def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -185,7 +185,7 @@ def test_the_build_takes_what_is_installed_and_compiles_for_this_gpu_alone(
         return SimpleNamespace(wait=lambda end: Outcome(0, "sm_90\n", 1.0))
 
     monkeypatch.setattr(gpu, "Child", child)
-    monkeypatch.setattr(gpu, "SITE", tmp_path)
+    monkeypatch.setattr(gpu, "INSTALLED", tmp_path)
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: pip or None)
     assert gpu.build(run, run.end) == {"status": "passed", "note": "CUDA: sm_90"}
     (arguments, env), _ = started

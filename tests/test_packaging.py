@@ -440,7 +440,7 @@ def test_missing_ninja_is_named_with_its_cure(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("cpus", "jobs"), [(1, 1), (2, 2), (4, 4), (64, 4), (None, 1)])
-def test_jobs_are_at_most_four_unless_asked_for(cpus, jobs):
+def test_jobs_are_at_most_four_unless_requested(cpus, jobs):
     assert build.max_jobs({}, cpus) == jobs
     assert build.max_jobs({"MAX_JOBS": "9"}, cpus) == 9
 

@@ -60,8 +60,8 @@ class Device {
   void run(Kernel<Params> kernel, const Params& params, int64_t n_rows, int64_t elements_per_row) const {
     if (gpu_) return run_on_gpu(kernel, params);
     Blocks(n_rows, elements_per_row).parallel_for([&](int64_t, int64_t begin, int64_t end) {
-      Launch at{begin, end};
-      kernel(params, at);
+      Launch launch{begin, end};
+      kernel(params, launch);
     });
   }
 
@@ -72,10 +72,10 @@ class Device {
                            int64_t scratch_bytes, Finish finish) {
     return Blocks(n_rows, elements_per_row).parallel_sum([&] {
       return [&, scratch = std::vector<char>(scratch_bytes)](int64_t begin, int64_t end) mutable {
-        Launch at{begin, end, scratch.data()};
-        kernel(params, at);
-        finish(at);
-        return at.sum;
+        Launch launch{begin, end, scratch.data()};
+        kernel(params, launch);
+        finish(launch);
+        return launch.sum;
       };
     });
   }
@@ -83,12 +83,12 @@ class Device {
   // `workspace`: bytes of device memory that the kernel requests.
   template <class Params>
   void run_on_gpu(Kernel<Params> kernel, const Params& params, int64_t workspace_bytes = 0) const {
-    Launch at;
+    Launch launch;
     const at::Tensor workspace = workspace_bytes > 0 ? new_workspace(workspace_bytes) : at::Tensor();
-    if (workspace_bytes > 0) at.workspace = workspace.mutable_data_ptr();
-    at.max_shared_bytes = gpu_->max_shared_bytes(device_);
-    at.stream = stream_;
-    check(kernel(params, at));
+    if (workspace_bytes > 0) launch.workspace = workspace.mutable_data_ptr();
+    launch.max_shared_bytes = gpu_->max_shared_bytes(device_);
+    launch.stream = stream_;
+    check(kernel(params, launch));
   }
 
   // Waits for all work on the GPU, unless the stream is being captured, and raises its recorded IndexError.

@@ -147,24 +147,6 @@ class CrossEntropyCall {
   // CPU: the number of rows whose target is ignored.
   int64_t n_ignored() const { return n_ignored_; }
 
-  // CPU: one pass of a kernel over the rows [begin, end) on this thread; returns the sum of their losses.
-  double run_rows(Kernel<CrossEntropyParams<T>> CrossEntropyKernels<T>::* kernel, int64_t begin, int64_t end) const {
-    Launch at{begin, end};
-    (kernels_.*kernel)(p_, at);
-    return at.sum;
-  }
-
-  // CPU: writes the loss of rows whose losses have this sum.
-  void reduce(const Tensor& loss, double sum) const {
-    const bool is_empty = p_.n_rows == 0 || p_.n_classes == 0;
-    const double total = p_.mean && is_empty && !p_.zero_if_all_ignored ? double{NAN} : sum / divisor_;
-    if (loss.scalar_type() == compute_dtype(logits)) {
-      *mutable_data<C>(loss) = static_cast<C>(total);
-    } else {
-      *mutable_data<T>(loss) = rounded<T>(total);
-    }
-  }
-
   void metrics(const Tensor& lse, const Tensor& entropy, const Tensor& predicted_tokens) {
     p_.lse = mutable_data<C>(lse);
     p_.entropy = mutable_data<C>(entropy);
@@ -200,6 +182,16 @@ class CrossEntropyCall {
   }
 
   // -------------------------------------------------------------------------------------------------------- CPU
+
+  void reduce(const Tensor& loss, double sum) const {
+    const bool is_empty = p_.n_rows == 0 || p_.n_classes == 0;
+    const double total = p_.mean && is_empty && !p_.zero_if_all_ignored ? double{NAN} : sum / divisor_;
+    if (loss.scalar_type() == compute_dtype(logits)) {
+      *mutable_data<C>(loss) = static_cast<C>(total);
+    } else {
+      *mutable_data<T>(loss) = rounded<T>(total);
+    }
+  }
 
   double sum_of_losses() const {
     const int64_t scratch_bytes = p_.grad && !std::is_same_v<T, C> ? p_.n_classes * sizeof(C) : 0;

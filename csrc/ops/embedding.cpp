@@ -111,9 +111,9 @@ Tensor forward(const Tensor& weight, const Tensor& indices, int64_t, bool, bool)
   const Blocks blocks(p.n_indices, p.embedding_dim);
   c10::SmallVector<int64_t, 64> first_bad(blocks.count());
   blocks.parallel_for([&](int64_t block, int64_t begin, int64_t end) {
-    Launch at{begin, end};
-    device.kernels().embedding_forward(p, at);
-    first_bad[block] = at.first_bad;
+    Launch launch{begin, end};
+    device.kernels().embedding_forward(p, launch);
+    first_bad[block] = launch.first_bad;
   });
   for (const int64_t position : first_bad) {
     if (position >= 0) raise_out_of_range(indices, position, p.num_embeddings, "index", "embeddings");

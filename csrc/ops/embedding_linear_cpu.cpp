@@ -304,8 +304,8 @@ class EmbeddingLinear {
     table.indices.data = index_.const_data_ptr();  // int64
     table.output = mutable_data<char>(rows);
     at::parallel_for(0, index_.numel(), grain(sizes_.embedding_dim), [&](int64_t begin, int64_t end) {
-      Launch at{begin, end};
-      cpu_kernels().embedding_forward(table, at);
+      Launch launch{begin, end};
+      cpu_kernels().embedding_forward(table, launch);
     });
     return rows;
   }

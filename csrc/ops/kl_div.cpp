@@ -83,8 +83,8 @@ Tensor forward(const Tensor& given_input, const Tensor& given_target, bool log_t
       device.run_on_gpu(kernel, p, kKlDivWorkspace * sizeof(Compute<T>));
       return;
     }
-    const double sum = Device::sum_on_cpu(kernel, p, p.n, 1, 0, [&](const Launch& at) {
-      if (is_positive(at.largest, input.scalar_type())) has_positive = true;
+    const double sum = Device::sum_on_cpu(kernel, p, p.n, 1, 0, [&](const Launch& launch) {
+      if (is_positive(launch.largest, input.scalar_type())) has_positive = true;
     });
     if (reduce) output.fill_(sum / static_cast<double>(divisor.expect_int()));
   });
