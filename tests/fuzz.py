@@ -109,13 +109,18 @@ def computed(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def cross_entropy_formula(x: Tensor, y: Tensor, w: Tensor | None, t: Tensor | None, o: dict[str, Any]) -> Tensor:
-    dim = 0 if x.dim() == 1 else 1
+def transformed(x: Tensor, o: dict[str, Any]) -> Tensor:
+    """The scaled and capped logits, (..., C)."""
     z = x * o["logit_scale"]
     if o["softcap"] not in (None, math.inf):
         z = o["softcap"] * torch.tanh(z / o["softcap"])
+    return z.movedim(0 if x.dim() == 1 else 1, -1)
+
+
+def cross_entropy_formula(x: Tensor, y: Tensor, w: Tensor | None, t: Tensor | None, o: dict[str, Any]) -> Tensor:
+    dim = 0 if x.dim() == 1 else 1
+    z = transformed(x, o)
     n_classes, smoothing = x.size(dim), o["label_smoothing"]
-    z = z.movedim(dim, -1)  # (..., C)
     if not y.is_floating_point():  # an ignored row counts for nothing, whatever its logits are: no gradient, no NaN
         z = torch.where((y.long() != o["ignore_index"]).reshape(z.shape[:-1]).unsqueeze(-1), z, 0)
     lse = z.logsumexp(-1)
@@ -154,6 +159,11 @@ def entropy_formula(logits: Tensor) -> Tensor:
     return -torch.where(log_p == -math.inf, 0, log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(-1)
 
 
+def with_metrics(loss: Tensor, lse: Tensor, entropy: Tensor) -> Tensor:
+    """One number whose gradient holds those of the loss, of lse and of entropy."""
+    return loss.sum() + 0.5 * lse.sum() - 0.25 * entropy.sum()
+
+
 def log_of(x: Tensor, kind: str) -> Tensor:
     if kind == "logits":
         return x - x.logsumexp(-1, keepdim=True)
@@ -167,7 +177,7 @@ def activate(x: Tensor, name: str) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- cases
 
 
-def draw_cross_entropy_options(draw: Draw, probabilities: bool, inplace: bool) -> dict[str, Any]:
+def draw_cross_entropy_options(draw: Draw, dtype: torch.dtype, probabilities: bool, inplace: bool) -> dict[str, Any]:
     options = {
         "reduction": draw.one("mean", "mean", "sum", "none"),
         "ignore_index": -100 if probabilities else draw.one(-100, -100, 0, 1),
@@ -179,6 +189,8 @@ def draw_cross_entropy_options(draw: Draw, probabilities: bool, inplace: bool) -
     }
     if options["softcap"] is not None and not 1e-30 < options["softcap"] < 1e30:
         options["label_smoothing"] = options["lse_square_scale"] = 0.0
+    if draw.maybe(0.3):
+        options["loss_dtype"] = computed(dtype)
     if inplace:
         options["inplace"] = draw.one("backward", "forward")
     return options
@@ -189,10 +201,13 @@ def cross_entropy(draw: Draw) -> Case:
     n, n_classes = draw.sizes()
     shape = draw.one((n, n_classes), (n, n_classes), (n_classes,), (n, n_classes, 3), (n, n_classes, 2, 2))
     probabilities, inplace = draw.maybe(0.25), draw.maybe(0.3)
-    options = draw_cross_entropy_options(draw, probabilities, inplace)
+    options = draw_cross_entropy_options(draw, dtype, probabilities, inplace)
     places = shape[:1] + shape[2:] if len(shape) > 1 else ()
     # A logit of -inf under a large cap is a number beside which no other counts.
-    special = not probabilities and options["label_smoothing"] == 0 and options["softcap"] in (None, 5.0)
+    metrics = not inplace and draw.maybe(0.3)
+    special = (
+        not probabilities and not metrics and options["label_smoothing"] == 0 and options["softcap"] in (None, 5.0)
+    )
     x = draw.logits(shape, dtype, special)
     tensors = {"x": x}
     if probabilities:
@@ -203,7 +218,8 @@ def cross_entropy(draw: Draw) -> Case:
             y = torch.where(torch.rand(places, generator=draw.generator) < draw.one(0.2, 0.2, 1.1), -100, y).to(y.dtype)
         tensors["y"] = draw.layout(y)
     if draw.maybe(0.3):
-        tensors["w"] = draw.layout((draw.normal(n_classes).abs() + 0.1).to(dtype))
+        weight_dtype = dtype if probabilities else draw.one(dtype, computed(dtype))
+        tensors["w"] = draw.layout((draw.normal(n_classes).abs() + 0.1).to(weight_dtype))
     if draw.maybe(0.3):
         tensors["t"] = draw.layout(draw.normal(*places).abs() + 0.1)
 
@@ -211,10 +227,15 @@ def cross_entropy(draw: Draw) -> Case:
         logits = x
         if inplace and x.requires_grad:  # no leaf, in memory of the drawn layout
             logits = (x * 1).as_strided(x.shape, x.stride()) if x.numel() and dense(x) else x * 1
-        return F.cross_entropy(logits, y, w, token_weight=t, **options)
+        if not metrics:
+            return F.cross_entropy(logits, y, w, token_weight=t, **options)
+        returned = {"return_lse": True, "return_entropy": True, "loss_dtype": computed(dtype)}
+        return with_metrics(*F.cross_entropy(logits, y, w, token_weight=t, **options | returned)[:3])
 
     def formula(x: Tensor, y: Tensor, w: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        return cross_entropy_formula(x, y, w, t, options)
+        loss = cross_entropy_formula(x, y, w, t, options)
+        z = transformed(x, options)
+        return with_metrics(loss, z.logsumexp(-1), entropy_formula(z)) if metrics else loss
 
     differentiable = ["x", "y"] if probabilities and not inplace and draw.maybe() else ["x"]
     return Case("cross_entropy", call, formula, tensors, differentiable, options, largest(x) + math.log(n_classes + 1))
@@ -228,18 +249,23 @@ def linear_cross_entropy(draw: Draw) -> Case:
     dtype = draw.one(*FLOATS)
     n, n_classes = draw.sizes()
     width = draw.one(1, 3, 16, 33)
-    options = draw_cross_entropy_options(draw, False, False)
+    options = draw_cross_entropy_options(draw, dtype, False, False)
     x, w = draw.layout(draw.normal(n, width).to(dtype)), draw.layout(draw.normal(n_classes, width).to(dtype))
     tensors = {"x": x, "w": w, "y": draw.indices(n_classes, (n,))}
     if draw.maybe():
         tensors["b"] = draw.normal(n_classes).to(dtype)
+    metrics = draw.maybe(0.3)
 
     def call(x: Tensor, w: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
-        return F.linear_cross_entropy(x, w, y, linear_bias=b, **options)
+        if not metrics:
+            return F.linear_cross_entropy(x, w, y, linear_bias=b, **options)
+        returned = {"return_lse": True, "return_entropy": True, "loss_dtype": computed(dtype)}
+        return with_metrics(*F.linear_cross_entropy(x, w, y, linear_bias=b, **options | returned)[:3])
 
     def formula(x: Tensor, w: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
         logits = x @ w.T if b is None else x @ w.T + b
-        return cross_entropy_formula(logits, y, None, None, options)
+        loss, z = cross_entropy_formula(logits, y, None, None, options), transformed(logits, options)
+        return with_metrics(loss, z.logsumexp(-1), entropy_formula(z)) if metrics else loss
 
     scale = 1 + largest(x) * largest(w) * width + 2 * (largest(x) + largest(w)) * math.sqrt(max(1, n, n_classes))
     grads = ["x", "w", *(["b"] * ("b" in tensors))]
