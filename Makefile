@@ -29,7 +29,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 # What the tests of the ops need, and those tests: `make test-clang` copies the first and runs the second.
 CLANG_TREE := build/clang
 CLANG_PARTS := bench charlm csrc scripts tests README.md pyproject.toml setup.py
-CLANG_TESTS := build_info build_module cross_entropy* devices embedding* entropy few_classes information kl_div* options \
+CLANG_TESTS := build_info build_module cross_entropy* devices differentiable_metrics double_backward embedding* entropy few_classes information kl_div* options \
 	large_offsets linear_cross_entropy* many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
 CLANGXX ?= clang++
 

@@ -252,7 +252,7 @@ def why_no_cuda(env: Mapping[str, str], torch_version: str, torch_cuda: str | No
 
 
 def extension(isas: Mapping[str, list[str]], cuda: Cuda) -> Extension:
-    """charlm._C: all sources of csrc/ except kernels.cpp, with macros for the instruction sets and CUDA."""
+    """charlm._C: all sources of csrc/ except kernels.cpp, with macros for the instruction sets."""
     if cuda.toolkit:
         # Otherwise torch takes the folder of a script called nvcc for the toolkit, and compiles for visible GPUs only.
         os.environ.update(CUDA_HOME=str(cuda.toolkit), TORCH_CUDA_ARCH_LIST=" ".join(cuda.architectures))
@@ -263,7 +263,6 @@ def extension(isas: Mapping[str, list[str]], cuda: Cuda) -> Extension:
     if cuda.toolkit:
         new_extension = cpp_extension.CUDAExtension
         paths += sorted(CSRC.rglob("*.cu"))
-        macros.append("CHARLM_HAVE_CUDA")
     else:
         new_extension = cpp_extension.CppExtension
         paths = [path for path in paths if CSRC / "cuda" not in path.parents]

@@ -165,9 +165,9 @@ def nonnegative_probabilities(result: Tensor, *sides: tuple[str, Tensor, str]) -
             raise ValueError(f"{name} must hold probabilities, but is {values[position].item()} at position {position}")
 
 
-def is_kernel_tensor(value: Tensor | None) -> bool:
-    """Whether the kernels know the layout, the dtype and the class of a tensor."""
-    return value is None or (value.layout is torch.strided and not value.is_quantized and not has_dispatch(value))
+def is_kernel_tensor(value: Tensor) -> bool:
+    """Whether the kernels support the layout, the dtype and the class of a tensor."""
+    return value.layout is torch.strided and not value.is_quantized and not has_dispatch(value)
 
 
 def has_dispatch(value: Tensor) -> bool:

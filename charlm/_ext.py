@@ -46,7 +46,7 @@ def built_elsewhere() -> Path | None:
     return None
 
 
-def cure() -> str:
+def how_to_get_kernels() -> str:
     """How to get kernels that load: those of a charlm that this folder hides, or new ones in this folder."""
     parent, built = CONFIG_PATH.parent.parent, built_elsewhere()
     if (parent / "setup.py").exists():  # without -e, pip installs a charlm that the source folder hides
@@ -65,15 +65,16 @@ def load_extension() -> ModuleType:
     """charlm._C for the running torch, set to the instruction set that CHARLM_CPU_ISA names."""
     config = read_build_config(CONFIG_PATH)
     if config is None:
-        raise ImportError(f"charlm's kernels are not built in {CONFIG_PATH.parent}. {cure()}")
+        raise ImportError(f"charlm's kernels are not built in {CONFIG_PATH.parent}. {how_to_get_kernels()}")
     if config["torch"] != torch.__version__:
         raise ImportError(
-            f"charlm was built with torch {config['torch']}, but torch {torch.__version__} is running. {cure()}"
+            f"charlm was built with torch {config['torch']}, but torch {torch.__version__} is running. "
+            f"{how_to_get_kernels()}"
         )
     try:
         module = importlib.import_module("charlm._C")
     except ImportError as error:
-        raise ImportError(f"charlm's kernels cannot be loaded ({error}). {cure()}") from error
+        raise ImportError(f"charlm's kernels cannot be loaded ({error}). {how_to_get_kernels()}") from error
     isa = os.environ.get("CHARLM_CPU_ISA")
     if isa:
         supported = module.supported_isas()

@@ -1,9 +1,14 @@
 // The Python module charlm._C: each op as a function, which costs some microseconds less than a call through torch.ops,
-// and information about the build. A function that reads its arguments by python_arguments.h returns NotImplemented for
+// and information about the build. A function that reads its arguments by PythonArguments returns NotImplemented for
 // tensors that no kernel supports; before the other functions, Python calls have_kernels.
+#include <pybind11/gil_safe_call_once.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/extension.h>
 
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -12,13 +17,107 @@
 #include "cpu/isa.h"
 #include "ops/embedding_linear_impl.h"
 #include "ops/linear_cross_entropy_op.h"
-#include "python_arguments.h"
 
 namespace charlm {
 
 void bind_ngrams(pybind11::module_& m);  // ngrams/ngrams.cpp
 
 namespace {
+
+namespace py = pybind11;
+
+// Reads the Python arguments of a call. The common types are accepted here, within some nanoseconds; everything else is
+// left to charlm/_checks.py, which converts it or raises torch's error.
+class PythonArguments {
+ public:
+  explicit PythonArguments(const char* function) : function_(function) {}
+
+  const at::Tensor& tensor(const char* name, py::handle value) {
+    if (!THPVariable_Check(value.ptr())) {
+      checks("tensor")(function_, name, value);
+      throw py::type_error(std::string(name) + " only claims to be a Tensor");  // by its __class__
+    }
+    const at::Tensor& result = THPVariable_Unpack(value.ptr());
+    if (!is_supported(value, result)) have_kernels_ = false;
+    return result;
+  }
+
+  std::optional<at::Tensor> optional_tensor(const char* name, py::handle value) {
+    return value.is_none() ? std::nullopt : std::optional<at::Tensor>(tensor(name, value));
+  }
+
+  // False once a tensor was read that the kernels do not support: another device, a sparse layout, torch's quantized
+  // dtypes, or a subclass that implements torch's own ops only.
+  bool have_kernels() const { return have_kernels_; }
+
+  double number(const char* name, py::handle value) const {
+    if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+    return checks("number")(function_, name, value).cast<double>();
+  }
+
+  int64_t integer(const char* name, py::handle value) const {
+    int overflow = 0;
+    if (PyLong_CheckExact(value.ptr())) {
+      const int64_t result = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+      if (overflow == 0) return result;
+    }
+    return checks("integer")(function_, name, value).cast<int64_t>();
+  }
+
+  bool boolean(const char* name, py::handle value) const {
+    if (!PyBool_Check(value.ptr())) checks("boolean")(function_, name, value);
+    return value.ptr() == Py_True;
+  }
+
+  int64_t reduction(py::handle value) const {
+    if (is(value, "mean")) return 1;
+    if (is(value, "sum")) return 2;
+    if (is(value, "none")) return 0;
+    return checks("reduction_number")(value).cast<int64_t>();
+  }
+
+  double softcap(py::handle value) const {
+    if (value.is_none()) return 0.0;
+    if (PyFloat_CheckExact(value.ptr()) && PyFloat_AS_DOUBLE(value.ptr()) > 0) return PyFloat_AS_DOUBLE(value.ptr());
+    return checks("softcap_number")(function_, value).cast<double>();
+  }
+
+  static std::optional<at::ScalarType> optional_dtype(const char* name, py::handle value) {
+    if (value.is_none()) return std::nullopt;
+    if (!THPDtype_Check(value.ptr())) checks("dtype")(name, value);
+    return reinterpret_cast<THPDtype*>(value.ptr())->scalar_type;
+  }
+
+  // The row of `padding_idx`, -1 for None.
+  int64_t padding_row(py::handle value, int64_t num_embeddings) const {
+    return value.is_none() ? -1 : checks("padding_row")(function_, value, num_embeddings).cast<int64_t>();
+  }
+
+  static bool is(py::handle value, const char* text) {
+    return PyUnicode_Check(value.ptr()) && PyUnicode_CompareWithASCIIString(value.ptr(), text) == 0;
+  }
+
+  static py::object checks(const char* name) {
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> module;
+    return module.call_once_and_store_result([] { return py::module_::import("charlm._checks"); })
+        .get_stored()
+        .attr(name);
+  }
+
+ private:
+  static bool is_supported(py::handle object, const at::Tensor& t) {
+    if (t.key_set().has(c10::DispatchKey::Python))
+      return checks("is_kernel_tensor")(object).cast<bool>() && is_on_supported_device(t);
+    return t.layout() == at::kStrided && !t.is_nested() && !t.is_quantized() && is_on_supported_device(t);
+  }
+
+  static bool is_on_supported_device(const at::Tensor& t) {
+    return t.is_cpu() || t.is_meta() || (t.is_cuda() && gpu());
+  }
+
+  const char* const function_;
+  bool have_kernels_ = true;
+};
 
 template <class F>
 py::object without_gil(F&& f) {
@@ -147,7 +246,7 @@ py::object entropy(py::handle logits) {
   return without_gil([&] { return std::get<0>(op(x)); });
 }
 
-py::object kl_div(py::handle p, py::handle q, int64_t p_kind, int64_t q_kind) {
+py::object kl_divergence(py::handle p, py::handle q, int64_t p_kind, int64_t q_kind) {
   PythonArguments arguments("kl_divergence");
   const Tensor &x = arguments.tensor("p", p), &y = arguments.tensor("q", q);
   if (!arguments.have_kernels()) return not_implemented();
@@ -162,9 +261,9 @@ at::Tensor pointwise_kl_div(const at::Tensor& input, const at::Tensor& target, b
   return op(input, target, log_target, reduce, divisor);
 }
 
-// Whether the kernels know all tensors. TypeError for what is no tensor; a name that ends in "?" may be None.
+// Whether the kernels support all tensors. TypeError for what is no tensor; a name that ends in "?" may be None.
 bool have_kernels(py::handle function, py::handle names, py::handle tensors) {
-  PythonArguments arguments("");  // its errors are not used
+  PythonArguments arguments("");  // raises nothing: only tensors are passed to it
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tensors.ptr()); i++) {
     PyObject* const tensor = PyTuple_GET_ITEM(tensors.ptr(), i);
     PyObject* const name = PyTuple_GET_ITEM(names.ptr(), i);
@@ -198,7 +297,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("linear_cross_entropy", &linear_cross_entropy);
   m.def("cross_entropy", &cross_entropy);
   m.def("entropy", &entropy);
-  m.def("kl_div", &kl_div);
+  m.def("kl_divergence", &kl_divergence);
   m.def("pointwise_kl_div", torch::wrap_pybind_function_no_gil(&pointwise_kl_div));
   m.def("have_kernels", &have_kernels);
   m.def("has_cuda_kernels", &has_cuda_kernels);

@@ -171,13 +171,13 @@ for n_classes in (27, 1000, 70001):
     leaf = logits[kept].requires_grad_()
     (right,) = torch.autograd.grad(ops.cross_entropy(leaf, target[kept], None, None, 2, *options)[0], leaf)
     leaf = logits.clone().requires_grad_()
-    loss, normalizer = then_raises(ops.cross_entropy(leaf, target, None, None, 2, *options))
+    loss, state = then_raises(ops.cross_entropy(leaf, target, None, None, 2, *options))
     (grad,) = torch.autograd.grad(loss, leaf)
     ops._synchronize(torch.zeros(1))  # raises nothing: the forward has computed the gradient
     assert not grad[1:3].any() and torch.allclose(grad[kept], right), grad
     losses, _ = then_raises(ops.cross_entropy(logits, target, None, None, 0, *options))
     assert not losses[1:3].any() and losses[kept].all(), losses
-    of_loss = torch.tensor(1.0), logits, target, None, None, normalizer
+    of_loss = torch.tensor(1.0), logits, target, None, None, state
     later, _ = then_raises(ops._cross_entropy_backward(*of_loss, None, None, None, [True, False], 2, *options))
     assert torch.equal(later, grad)
     given = logits.requires_grad_() * 1

@@ -224,7 +224,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
 def test_backward_refuses_a_state_of_another_call() -> None:
     p, other = torch.randn(3, 5), torch.randn(4, 5)
     result, _ = torch.ops.charlm.kl_div(p, p, 0, 0)
-    with pytest.raises(RuntimeError, match="state must be the one that kl_div returned"):
+    with pytest.raises(RuntimeError, match="state must be the one that kl_divergence returned"):
         torch.ops.charlm._kl_div_backward(
             result, p, p, torch.ops.charlm.kl_div(other, other, 0, 0)[1], 0, 0, [True, True]
         )

@@ -166,7 +166,7 @@ def test_options_set_the_rows_of_a_block() -> None:
     def n_products(**options: Any) -> int:
         options = torch.nn.LinearCrossEntropyOptions(**options)
         names = ops_of(lambda: functional.linear_cross_entropy(x, weight, target, options=options))
-        return names.count("charlm::cross_entropy_block_")
+        return names.count("charlm::cross_entropy_of_rows_")
 
     assert n_products() == 0  # so few logits are made at once, without blocks
     assert n_products(batch_chunk_size=16) == 4

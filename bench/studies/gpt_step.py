@@ -13,7 +13,7 @@ A step: rows drawn, forward, backward, AdamW; float32. Embeddings and loss cost 
 by. So both ends are timed without the blocks as well: rows embedded, and backward from a fixed gradient; head and loss,
 forward and backward, from fixed hidden states; in "without", the head's products alone. The share that charlm removes
 is taken from these times: (torch - ours) / (torch - without). It is above 1 where charlm's products of the head are
-faster than torch's (csrc/cpu/gemm.h).
+faster than torch's (csrc/cpu/gemm/gemm.h).
 """
 
 from __future__ import annotations

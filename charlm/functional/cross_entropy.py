@@ -249,6 +249,8 @@ def cross_entropy(
         loss_dtype,
     )
     _checks.choice("inplace", inplace, (None, "backward", "forward"))
+    if inplace == "forward" and options.reduction == 0:
+        raise ValueError('inplace="forward" needs reduction "mean" or "sum": with "none" the gradient is not yet known')
     has_gradients = torch.is_grad_enabled() and (return_lse or return_entropy)
     if inplace == "forward" and has_gradients and input.requires_grad:
         raise ValueError(
@@ -270,12 +272,12 @@ def cross_entropy(
             **options.keywords(),
         )
         return CrossEntropyOutput(*result) if returns else result
-    numbers = options.numbers()
+    arguments = options.schema_arguments()
     if not returns:
-        return torch.ops.charlm.cross_entropy.default(*tensors, *numbers)[0]
+        return torch.ops.charlm.cross_entropy.default(*tensors, *arguments)[0]
     if return_lse or return_entropy:
         loss, _, lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_with_metrics.default(
-            *tensors, *numbers
+            *tensors, *arguments
         )
         return CrossEntropyOutput(
             loss,
@@ -286,8 +288,9 @@ def cross_entropy(
         )
     # Computed before the loss, which may overwrite the logits.
     _, _, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_metrics.default(
-        input.detach(), target.detach(), *numbers
+        input.detach(), target.detach(), *arguments
     )
+    # Without lse and entropy the loss is computed as without return_*, in place where that is requested.
     return CrossEntropyOutput(
         cross_entropy(
             input, target, weight, inplace=inplace, token_weight=token_weight, reduction=reduction, **options.keywords()
@@ -334,7 +337,7 @@ class CrossEntropyOptions(NamedTuple):
             _checks.dtype("loss_dtype", loss_dtype),
         )
 
-    def numbers(self) -> tuple[int, int, float, float, float, float, bool, torch.dtype | None]:
+    def schema_arguments(self) -> tuple[int, int, float, float, float, float, bool, torch.dtype | None]:
         """The last arguments of every cross_entropy schema."""
         return (*self[:-2], self.all_ignored == "zero", self.loss_dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ _C = _ext._C
 _CUDA = _C is not None and _C.has_cuda_kernels()
 
 
-def have_kernels(function: str, names: Sequence[str], tensors: Sequence[Any]) -> bool:
-    """Whether the kernels know all tensors; if not, the call uses the reference.
+def have_kernels(function: str, names: tuple[str, ...], tensors: tuple[Any, ...]) -> bool:
+    """Whether the kernels support all tensors; if not, the call uses the reference.
 
     Raises:
         TypeError: a value that is not a Tensor. A name that ends in "?" may be None.
@@ -23,9 +22,9 @@ def have_kernels(function: str, names: Sequence[str], tensors: Sequence[Any]) ->
     if _C is not None and not is_compiling():
         return _C.have_kernels(function, names, tensors)
     _checks.tensors(function, names, tensors)
-    return _C is not None and all(tensor is None or _is_known(tensor) for tensor in tensors)
+    return _C is not None and all(tensor is None or _is_supported(tensor) for tensor in tensors)
 
 
-def _is_known(tensor: torch.Tensor) -> bool:
+def _is_supported(tensor: torch.Tensor) -> bool:
     on_device = tensor.is_cpu or tensor.is_meta or (_CUDA and tensor.is_cuda)
     return on_device and _checks.is_kernel_tensor(tensor)

@@ -50,8 +50,7 @@ def kl_div(
 
     Warns:
         UserWarning, once: `input` holds a value > 0 beyond rounding, so it does not hold log-probabilities (checked on
-            the
-        CPU only).
+            the CPU only).
 
     Formula:
         Each element gives, with 0 log 0 = 0::

@@ -79,7 +79,7 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind
 def _kl_div(p: Tensor, q: Tensor, p_kind: int, q_kind: int) -> Tensor:
     if is_compiling():
         return torch.ops.charlm.kl_div.default(p, q, p_kind, q_kind)[0]
-    return _C.kl_div(p, q, p_kind, q_kind)
+    return _C.kl_divergence(p, q, p_kind, q_kind)
 
 
 def _broadcast(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:

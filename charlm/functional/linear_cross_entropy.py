@@ -119,10 +119,12 @@ def linear_cross_entropy(
     Raises:
         IndexError: a class index outside [0, C) that is not `ignore_index`, before anything is computed; the text names
             it, its position and C. On CUDA see `charlm.synchronize`.
-        ValueError: batch sizes that differ; an unknown `reduction` or `all_ignored`; `softcap` <= 0; `options` whose
+        ValueError: batch sizes that differ; an unknown `reduction` or `all_ignored`; `softcap` <= 0; a `loss_dtype`
+            that is neither the dtype of `input` nor float32 for half types; a `shift` outside [0, T); `options` whose
             two ways to set the rows of a block differ.
-        RuntimeError: other shapes or dtypes that do not fit; an `ignore_index` with class probabilities; a
-            `token_weight`, or a `weight` with class indices, that requires grad.
+        RuntimeError: other shapes or dtypes that do not fit, with `shift` also a `target` of another shape; an
+            `ignore_index` with class probabilities; a `token_weight`, or a `weight` with class indices, that requires
+            grad.
         NotImplementedError: an input that is not of a floating dtype.
 
     Example:
@@ -130,15 +132,17 @@ def linear_cross_entropy(
         tensor(1.3863)
 
     Note:
-        The logits (N, C) are computed in blocks of rows. A block has at most 64 MB (one row, if that is larger), is
+        The logits (N, C) are computed in blocks of rows. A block has about 64 MB (one row, if that is larger), is
         turned into its losses and its own gradient in place, and is used for the gradients of `input`, `linear_weight`
         and `linear_bias` before the next block is computed. Beyond the gradients a call needs less than 100 MB for any
-        N, and for half types one float32 copy of the gradient of `linear_weight`.
+        N, and for half types one float32 copy of the gradient of `linear_weight`. Where the device multiplies half
+        types and N <= 2 D, a block has all rows, whose logits are smaller than that copy, which then is not made.
 
         With "mean" or "sum" and arguments that require grad, forward computes the gradients for a unit grad_output in
         three products of (N, C, D), and backward multiplies them by grad_output. A second backward, "none" and float16
-        recompute the logits in backward, in a fourth product. To skip the gradients of a loss that is only read, call
-        under `torch.no_grad()`. On the CPU rows whose target is ignored are not computed.
+        recompute the logits in backward, in a fourth product, and so does a returned lse or entropy. To skip the
+        gradients of a loss that is only read, call under `torch.no_grad()`. On the CPU rows whose target is ignored are
+        not computed, unless lse or entropy is returned.
 
         The products are torch's, or our own where one side is short and where torch's BLAS does not use the CPU's
         AVX-512. Our products give the same bits for any number of threads. For float16 and bfloat16 on a CPU without
@@ -178,6 +182,7 @@ def linear_cross_entropy(
             shift=shift,
             **extras,
         )
+    has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
     if shift:
         return _shifted(
             shift,
@@ -192,7 +197,6 @@ def linear_cross_entropy(
             options=options,
             **extras,
         )
-    has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
     _checks.linear_shapes(input, linear_weight, linear_bias)
     if ignore_index is None:
         ignore_index = -100
@@ -234,12 +238,16 @@ def linear_cross_entropy(
         all_ignored,
         loss_dtype,
     )
-    scalars = (block_rows, 0, *checked.numbers())  # 0: the op chooses the dtype of the products
+    scalars = (block_rows, 0, *checked.schema_arguments())  # 0: the op chooses the dtype of the products
     if not returns:
         return torch.ops.charlm.linear_cross_entropy.default(*tensors, False, *scalars)
-    loss, lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.linear_cross_entropy_with_metrics.default(
-        *tensors, False, *scalars
-    )
+    if not (return_lse or return_entropy):  # apart from the loss, whose forward then computes the gradients too
+        loss = torch.ops.charlm.linear_cross_entropy.default(*tensors, False, *scalars)
+        detached = (None if tensor is None else tensor.detach() for tensor in tensors)
+        metrics = torch.ops.charlm.linear_cross_entropy_metrics.default(*detached, False, *scalars)
+    else:
+        loss, *metrics = torch.ops.charlm.linear_cross_entropy_with_metrics.default(*tensors, False, *scalars)
+    lse, entropy, predicted_tokens, token_accuracy = metrics
     return CrossEntropyOutput(
         loss,
         lse if return_lse else None,

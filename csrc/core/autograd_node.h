@@ -41,6 +41,7 @@ auto make_node(Arguments&&... arguments) {
 }
 
 // functorch's wrappers (vmap, grad, jvp) and forward-mode AD need a formula made of torch's own differentiable ops.
+// grad and jvp reach the Autograd kernel, vmap alone the FuncTorchBatched kernel.
 inline bool needs_formula(const at::Tensor& t) {
   using c10::DispatchKey;
   return t.defined() && (t.key_set().has_any(
@@ -50,12 +51,17 @@ inline bool needs_formula(const at::Tensor& t) {
 
 inline bool needs_formula(const std::optional<at::Tensor>& t) { return t.has_value() && needs_formula(*t); }
 
+template <class... Tensors>
+bool any_needs_formula(const Tensors&... tensors) {
+  return (needs_formula(tensors) || ...);
+}
+
 inline bool any_defined(const variable_list& tensors) {
   return std::any_of(tensors.begin(), tensors.end(), [](const at::Tensor& t) { return t.defined(); });
 }
 
 // A tensor of numbers for which there are kernels: neither traced nor wrapped.
-inline bool is_plain(const at::Tensor& t) {
+inline bool is_concrete(const at::Tensor& t) {
   using c10::DispatchKey;
   return (t.is_cpu() || t.is_cuda()) &&
          !t.key_set().has_any(
@@ -73,6 +79,11 @@ inline void raise_recorded_index_error(const at::Tensor& index) {
 
 inline bool requires_grad(const at::Tensor& t) { return t.defined() && t.requires_grad(); }
 inline bool requires_grad(const std::optional<at::Tensor>& t) { return t.has_value() && requires_grad(*t); }
+
+template <class... Tensors>
+bool any_requires_grad(const Tensors&... tensors) {
+  return (requires_grad(tensors) || ...);
+}
 
 inline at::Tensor tensor_or_undefined(const std::optional<at::Tensor>& t) { return t.value_or(at::Tensor()); }
 inline at::Tensor tensor_or_undefined(const at::Tensor& t) { return t; }
@@ -93,10 +104,10 @@ class BackwardCall {
   // Whether the gradient of the i-th input is needed.
   bool needs(size_t i) const { return (needs_ >> i & 1) != 0; }
 
-  // Double backward: differentiates `formula(inputs)`, in torch's own ops, for the inputs whose gradient is needed. It
-  // returns one output, or as many as the node has. The
-  // formula gets aliases of these, at which the differentiation ends: the paths from one input to another, and the
-  // inputs' hooks, belong to the engine that runs this node, which would follow and call them a second time.
+  // Double backward: differentiates `formula(inputs)`, in torch's own ops, for the inputs whose gradient is needed.
+  // `formula` returns one output, or as many as the node has. It receives aliases of the inputs, where differentiation
+  // stops: the paths from one input to another, and the inputs' hooks, belong to the engine that runs this node, which
+  // would follow and call them a second time.
   template <class Formula>
   variable_list differentiate(variable_list inputs, const Formula& formula) const {
     variable_list aliases, result(inputs.size());
@@ -183,8 +194,8 @@ class KernelNode : public torch::autograd::Node {
     return std::apply([&](const auto&... option) { return Derived::gradients(call, option...); }, options);
   }
   virtual void release_precomputed() {}
-  // False: compiled autograd runs the node as eager mode does, and does not record what it calls.
-  virtual bool is_recorded_by_compiled_autograd() const { return true; }
+  // False: compiled autograd calls the node as a whole, and does not trace what it calls.
+  static constexpr bool kIsTraceable = true;
 
  private:
   int64_t needs() {
@@ -201,8 +212,7 @@ class KernelNode : public torch::autograd::Node {
     packed.pack(needs());
     const auto& compiler = getPyCompilerInterface();
     PyObject* const py_compiler = swapped.get_py_compiler();
-    const std::string& function = is_recorded_by_compiled_autograd() ? traced_name<true>(compiler, py_compiler)
-                                                                     : traced_name<false>(compiler, py_compiler);
+    const std::string& function = traced_name(compiler, py_compiler);
     const auto outputs = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
         get_input_metadata(next_edges()));
     return compiler->call_function(py_compiler, "apply_functional", function, grads, std::move(packed).vec(), outputs);
@@ -221,7 +231,6 @@ class KernelNode : public torch::autograd::Node {
     return std::apply([&](const auto&... option) { return Derived::gradients(call, option...); }, options);
   }
 
-  template <bool kTraceable>
   static const std::string& traced_name(const std::unique_ptr<torch::dynamo::autograd::PyCompilerInterface>& compiler,
                                         PyObject* py_compiler) {
     using torch::dynamo::autograd::IValuePacker;
@@ -230,7 +239,7 @@ class KernelNode : public torch::autograd::Node {
       (schema.push_back(IValuePacker<Options>::packed_type()), ...);
       schema.push_back(IValuePacker<int64_t>::packed_type());  // needs
       return compiler->bind_function(py_compiler, Derived::kName, &traced, schema, /*is_custom_function=*/true,
-                                     kTraceable);
+                                     Derived::kIsTraceable);
     }();
     return bound;
   }

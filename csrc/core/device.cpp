@@ -149,7 +149,7 @@ at::Tensor Device::new_workspace(int64_t bytes) const {
 }
 
 void Device::wait() const {
-  if (!gpu_->is_capturing(stream_)) gpu_->wait_for_device(device_);
+  if (!gpu_->is_capturing(stream_)) gpu_->wait_for_device();
   raise_recorded(index_error_, stream_, *gpu_);
 }
 

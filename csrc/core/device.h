@@ -20,7 +20,7 @@ struct Gpu {
   Stream (*current_stream)(const at::Device&);
   bool (*is_capturing)(Stream);
   void (*wait_for_stream)(Stream);
-  void (*wait_for_device)(const at::Device&);
+  void (*wait_for_device)();              // the current one
   IndexError* (*allocate_index_error)();  // in host memory that kernels can write
   int64_t (*max_shared_bytes)(const at::Device&);
   void (*check)(int error);  // raises torch's error for a launch that failed
@@ -55,7 +55,8 @@ class Device {
     return gpu_ ? at::empty(shape, options) : new_output(shape, options);
   }
 
-  // Runs a kernel over n_rows rows, each of about `elements_per_row` elements: on the CPU in blocks on torch's threads.
+  // Runs a kernel. On the CPU: over n_rows rows, each of about `elements_per_row` elements, in blocks on torch's
+  // threads.
   template <class Params>
   void run(Kernel<Params> kernel, const Params& params, int64_t n_rows, int64_t elements_per_row) const {
     if (gpu_) return run_on_gpu(kernel, params);

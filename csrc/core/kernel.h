@@ -34,10 +34,12 @@ template <class T>
 using Compute = typename ComputeType<T>::type;
 
 // --------------------------------------------------------------------------------------------------------- indices
-// How a GPU kernel reports an index out of range: it writes nothing for that index, and records the first such value
-// and its position in memory that the host can read without waiting. The host raises it later (core/device.h).
+// How a GPU kernel reports an index out of range: it reads nothing for that index, gives 0 as its result, and records
+// the first such value and its position in memory that the host can read without waiting. The host raises it later
+// (core/device.h).
 
-// kIndexAtPlace: of the caller's indices, a kernel is given and counts those at one place of the last dimension.
+// What a kernel's indices are. kIndexAtPlace (embedding_linear): one column of the caller's indices [..., T]; the
+// kernel counts positions in that column.
 enum class IndexKind : int32_t { kIndex, kTarget, kIndexAtPlace };
 
 // The integer types that indices come in. As int64_t, a uint64 index of 2^63 or more is negative: out of any range.
@@ -51,7 +53,8 @@ struct IndexLimit {
   IndexKind kind = IndexKind::kIndex;
   IndexType type = IndexType::kInt64;
   int32_t n_dims = 0;  // of the tensor of indices as the caller gave it, or 1 if it has more than kMaxDims
-  // Its sizes and, in the last place, first(): in a field of its own that would cost the kernels registers.
+  // The sizes of that tensor. first() is kept in the last element, because a separate field costs the kernels
+  // registers.
   int64_t sizes[kMaxDims + 1] = {};
 
   int64_t& first() { return sizes[kMaxDims]; }  // position of the kernel's first index in that tensor
@@ -80,8 +83,8 @@ struct Indices {
 
 using Stream = CUstream_st*;  // cudaStream_t
 
-// Where a kernel runs. On the CPU one call handles the rows [begin, end) on the calling thread; on a GPU one call
-// launches the work for all rows on `stream`.
+// Where a kernel runs, its scratch memory, and what it reports. On the CPU one call handles the rows [begin, end) on
+// the calling thread; on a GPU one call launches the work for all rows on `stream`.
 struct Launch {
   int64_t begin = 0, end = 0;  // CPU
   void* scratch = nullptr;     // CPU: one row of numbers in the compute type, for kernels that request it

@@ -59,7 +59,7 @@ class Blocks {
   // The sum of worker(begin, end) over the blocks, in order.
   template <class MakeWorker>
   double parallel_sum(MakeWorker&& make_worker) const {
-    c10::SmallVector<double, 64> sums(count());
+    c10::SmallVector<double, 64> sums(count(), 0.0);
     parallel_for_workers([&] {
       return [&, worker = make_worker()](int64_t block, int64_t begin, int64_t end) mutable {
         sums[block] = worker(begin, end);

@@ -87,7 +87,7 @@ class CrossEntropyRow {
     const C m = w.max, g = grad_loss(), softmax_factor = (sparse() + dense_factor(w)) / w.sum;
     // The gradient may overwrite the logits: the entry of the target is computed first and stored last.
     const C at_target = is_probability(kDense) ? C(0) : gradient_at_target(logit(target_), w, g);
-    for_each_vectors<C, 2>(params_.n_classes, [&]<int K>(int64_t begin, auto width, Count<K>) {
+    for_each_vector_group<C, 2>(params_.n_classes, [&]<int K>(int64_t begin, auto width, Count<K>) {
       V z[K], e[K];
       prefetch<K * kLanes<C> * sizeof(T)>(logits_ + begin + kPrefetchDistance<T>);
       for (int k = 0; k < K; k++) z[k] = logits(begin + k * kLanes<C>, width);
@@ -117,17 +117,17 @@ class CrossEntropyRow {
       const V t = z - m, p = exp(t) / w.sum;
       return p * (grad_lse - grad_entropy * (max<C>(broadcast<C>(-kHuge<C>), t) - log_sum + entropy)) * slope(z);
     };
-    const bool has_target = counts && !is_probability(kDense);
-    const C target_logit = has_target ? logit(target_) : C(0);
+    const bool has_class_indices = counts && !is_probability(kDense);
+    const C target_logit = has_class_indices ? logit(target_) : C(0);
     const C at_target =
-        has_target ? gradient_at_target(target_logit, w, g) + of_metrics(broadcast<C>(target_logit))[0] : C(0);
+        has_class_indices ? gradient_at_target(target_logit, w, g) + of_metrics(broadcast<C>(target_logit))[0] : C(0);
     for_each_vector<C>(params_.n_classes, [&](int64_t c, auto width) {
       const V z = logits(c, width);
       V value = of_metrics(z);
       if (counts) value += gradient(exp(z - m), softmax_factor, g, c, width) * slope(z);
       store(grad + c, value, width);
     });
-    if (has_target) store_one(grad + target_, at_target);
+    if (has_class_indices) store_one(grad + target_, at_target);
   }
 
   void target_backward() const {
@@ -153,7 +153,7 @@ class CrossEntropyRow {
     params_.lse[n_] = m == INFINITY || m == -INFINITY ? m : m + log_sum;
     params_.entropy[n_] = log_sum + reduce_sum<C>(spread) / total;
     params_.predicted_tokens[n_] = total == total ? first(m) : first_nan_or(m);
-    if (params_.row_max && params_.has_target && params_.target.as_int64()[n_] == params_.ignore_index) {
+    if (params_.row_max && params_.has_class_indices && params_.target.as_int64()[n_] == params_.ignore_index) {
       params_.row_max[n_] = m;
       params_.row_sum[n_] = total;
     }
@@ -209,7 +209,7 @@ class CrossEntropyRow {
           dense_sum += d;
         }
       };
-      for_each_vectors<C, 4>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
+      for_each_vector_group<C, 4>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
         if constexpr (K == 4) {  // four sums, two exponentials at a time
           step(begin + i, width, Count<2>{}, sum);
           step(begin + i + 2 * kLanes<C>, width, Count<2>{}, sum + 2);

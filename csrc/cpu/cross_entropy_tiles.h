@@ -1,6 +1,6 @@
-// Cross-entropy of a small vocabulary, in tiles of 16 rows. Row by row (cross_entropy_rows.h, the reference of the
-// tests), 27 classes leave lanes of the last vector empty, and each row waits for its maximum before its first
-// exponential. In a tile
+// Cross-entropy of a small vocabulary, in tiles of 16 rows; and at the end the kernels, which choose between tiles and
+// single rows. Row by row (cross_entropy_rows.h), 27 classes leave lanes of the last vector empty, and each row waits
+// for its maximum before its first exponential. In a tile
 //   - 16 rows of V contiguous classes are V * 16 / lanes whole vectors, so that no lane is wasted on exponentials;
 //   - no maximum is subtracted: the exponentials of the logits themselves are summed. If the sum of a row or the
 //     exponential of its target leaves the range in which this is as exact, the tile is computed row by row;
@@ -20,7 +20,7 @@ constexpr int kTileMaxFixed = 9;  // vectors in a row; 65 classes take nine vect
 
 template <class T>
 bool is_tiled(const CrossEntropyParams<T>& params, bool with_gradient) {
-  return params.has_target && params.n_classes <= kTileMaxClasses && params.logits_stride == params.n_classes &&
+  return params.has_class_indices && params.n_classes <= kTileMaxClasses && params.logits_stride == params.n_classes &&
          (!with_gradient || params.grad_stride == params.n_classes) && params.label_smoothing == 0 &&
          params.lse_square_scale == 0 && params.logit_scale == 1 && params.softcap == 0 && !params.grad_lse &&
          !params.grad_entropy;
@@ -220,7 +220,7 @@ auto with_probability_row_type(const CrossEntropyParams<T>& params, F f) {
 
 template <class T, class F>
 auto with_row_type(const CrossEntropyParams<T>& params, F f) {
-  if (!params.has_target) return with_probability_row_type(params, f);
+  if (!params.has_class_indices) return with_probability_row_type(params, f);
   if (params.label_smoothing == 0) return with_row_type_of<Dense::kNone>(params, f);
   return params.weight ? with_row_type_of<Dense::kWeight>(params, f) : with_row_type_of<Dense::kUniform>(params, f);
 }

@@ -332,7 +332,7 @@ template <class T>
 void embedding_linear_activate(Activation activation, const Compute<T>* in, T* out, int64_t n) {
   using C = Compute<T>;
   with_activation(activation, [&]<Activation kActivation>() {
-    for_each_vectors<C, 4>(n, [&]<int K>(int64_t i, auto width, Count<K>) {
+    for_each_vector_group<C, 4>(n, [&]<int K>(int64_t i, auto width, Count<K>) {
       Vec<C> v[K];
       for (int k = 0; k < K; k++) v[k] = load(in + i + k * kLanes<C>, width, C(0));
       activate<kActivation, C, K>(v);

@@ -191,7 +191,7 @@ void embedding_accumulate(Compute<T>* table, int64_t table_stride, const int64_t
     if (index[n] == padding_idx) continue;
     C* row = table + index[n] * table_stride;
     const T* grad = grad_output + n * embedding_dim;
-    for_each_vectors<C, 2>(embedding_dim, [&]<int K>(int64_t d, auto width, Count<K>) {
+    for_each_vector_group<C, 2>(embedding_dim, [&]<int K>(int64_t d, auto width, Count<K>) {
       prefetch<K * kLanes<C> * sizeof(T)>(grad + d + kGradientPrefetchBytes / sizeof(T));
       for (int k = 0; k < K; k++, d += kLanes<C>) {
         store(row + d, Vec<C>(load(row + d, width, C(0)) + load(grad + d, width, C(0))), width);

@@ -35,7 +35,7 @@ CHARLM_NOINLINE void entropy_sums_of_row(const EntropyParams<T>& params, int64_t
       for (int k = 0; k < K; k++) sums[chain + k] += e[k];
       for (int k = 0; k < K; k++) distances[chain + k] -= e[k] * max<C>(broadcast<C>(-kHuge<C>), t[k]);
     };
-    for_each_vectors<C, 4>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
+    for_each_vector_group<C, 4>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
       if constexpr (K == 4) {  // two exponentials at a time
         step(begin + i, width, Count<2>{}, 0);
         step(begin + i + 2 * kLanes<C>, width, Count<2>{}, 2);
@@ -111,7 +111,7 @@ CHARLM_NOINLINE void entropy_backward_row(const EntropyParams<T>& params, int64_
   T* const grad = params.grad + n * params.n_classes;
   const C m = params.row_max[n];
   const V distance = broadcast(params.row_distance[n]), factor = broadcast(params.grad_output[n] / params.row_sum[n]);
-  for_each_vectors<C, 2>(params.n_classes, [&]<int K>(int64_t c, auto width, Count<K>) {
+  for_each_vector_group<C, 2>(params.n_classes, [&]<int K>(int64_t c, auto width, Count<K>) {
     prefetch<K * kLanes<C> * sizeof(T)>(z + c + kPrefetchDistance<T>);
     V t[K];
     for (int k = 0; k < K; k++) t[k] = load(z + c + k * kLanes<C>, width, C(-INFINITY)) - m;

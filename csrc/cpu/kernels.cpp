@@ -1,7 +1,7 @@
 // The table of CPU kernels (core/kernels.h) for one instruction set. setup.py compiles this file once for each set,
-// with -DCHARLM_ISA=<name>. No torch or STL header may be included here: of an inline function compiled for several
-// sets, the linker keeps one copy for all callers, which could be the AVX-512 one. The table is a constant, so that
-// loading the module runs no code of an instruction set that the machine may lack.
+// with -DCHARLM_ISA=<name>. No torch or STL header may be included here: of an inline function that is not inlined
+// and was compiled for several sets, the linker keeps one copy for all callers, which could be the AVX-512 one. The
+// table is a constant, so that loading the module runs no code of an instruction set that the machine may lack.
 #include "core/kernels.h"
 
 #include "cpu/cross_entropy_tiles.h"
@@ -18,23 +18,17 @@
 namespace charlm {
 namespace CHARLM_ISA {
 
+// The kernels that only a GPU has are null.
 template <class T>
 constexpr TypedKernels<T> kTypedKernels = {
     .cross_entropy = {.forward = &cross_entropy_forward<T>,
                       .forward_backward = &cross_entropy_forward_backward<T>,
                       .backward = &cross_entropy_backward<T>,
                       .target_backward = &cross_entropy_target_backward<T>,
-                      .metrics = &cross_entropy_metrics<T>,
-                      .scale = nullptr,
-                      .workspace = nullptr},
+                      .metrics = &cross_entropy_metrics<T>},
     .embedding = {.accumulate = &embedding_accumulate<T>,
                   .sum_rows = &embedding_sum_rows<T>,
-                  .sum_tables = &embedding_sum_tables<T>,
-                  .uses_tables = nullptr,
-                  .tables_workspace = nullptr,
-                  .backward_by_tables = nullptr,
-                  .sorted_workspace = nullptr,
-                  .backward_by_sort = nullptr},
+                  .sum_tables = &embedding_sum_tables<T>},
     .embedding_linear = {.slab = &folded_slab<Compute<T>>,
                          .pack = &folded_pack<T>,
                          .unpack = &folded_unpack<T>,
@@ -42,9 +36,7 @@ constexpr TypedKernels<T> kTypedKernels = {
                          .forward = &embedding_linear_forward<T>,
                          .backward = &embedding_linear_backward<T>,
                          .activate = &embedding_linear_activate<T>,
-                         .activation_backward = &embedding_linear_activation_backward<T>,
-                         .sum_table_rows = nullptr,
-                         .activation_gradient = nullptr},
+                         .activation_backward = &embedding_linear_activation_backward<T>},
     .entropy = {.forward = &entropy_forward<T>, .backward = &entropy_backward<T>},
     .kl_div = {.forward = &kl_div_forward<T>, .backward = &kl_div_backward<T>},
     .kl_divergence = {.forward = &kl_divergence_forward<T>, .backward = &kl_divergence_backward<T>},

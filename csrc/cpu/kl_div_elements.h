@@ -35,7 +35,7 @@ CHARLM_NOINLINE int kl_div_forward(const KlDivParams<T>& params, Launch& launch)
   double sum = 0;
   for (int64_t first = begin; first < end; first += kChunkElements) {
     V sums[2] = {};
-    for_each_vectors<C, 2>(
+    for_each_vector_group<C, 2>(
         end - first < kChunkElements ? end - first : kChunkElements, [&]<int K>(int64_t i, auto width, Count<K>) {
           V x[K], log_t[K], t[K];
           // Lanes past the end are 0 and add nothing: exp(0) (0 - 0) and 0 log 0 - 0 * 0 are 0.
@@ -64,7 +64,7 @@ template <class T, class C = Compute<T>>
 CHARLM_NOINLINE int kl_div_backward(const KlDivParams<T>& params, Launch& launch) {
   using V = Vec<C>;
   const int64_t begin = launch.begin, end = launch.end;
-  for_each_vectors<C, 2>(end - begin, [&]<int K>(int64_t i, auto width, Count<K>) {
+  for_each_vector_group<C, 2>(end - begin, [&]<int K>(int64_t i, auto width, Count<K>) {
     const auto offset = [&](int k) { return begin + i + k * kLanes<C>; };
     V g[K], log_t[K], t[K];
     for (int k = 0; k < K; k++) {

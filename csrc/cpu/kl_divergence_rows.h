@@ -117,7 +117,7 @@ class KlDivergenceRow {
     C p_sum = 0, q_sum = 0, cross = 0, farthest = 0;
     for_each_chunk<C>(n_classes, [&](int64_t begin, int64_t size) {
       V p_sums[2] = {}, q_sums[2] = {}, crosses[2] = {}, far{};
-      for_each_vectors<C, 2>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
+      for_each_vector_group<C, 2>(size, [&]<int K>(int64_t i, auto width, Count<K>) {
         V u[K], w[K], u_q[K], w_q[K];
         p.read(begin + i, width, u, w);
         q.read(begin + i, width, u_q, w_q);
@@ -154,7 +154,7 @@ class KlDivergenceRow {
     T* const q_grad = params_.q_grad ? params_.q_grad + n_ * params_.n_classes : nullptr;
     const P p(p_, of_row(params_.p_max));
     const Q q(q_, of_row(params_.q_max));
-    for_each_vectors<C, 2>(params_.n_classes, [&]<int K>(int64_t c, auto width, Count<K>) {
+    for_each_vector_group<C, 2>(params_.n_classes, [&]<int K>(int64_t c, auto width, Count<K>) {
       prefetch<K * kLanes<C> * sizeof(T)>(p_ + c + kPrefetchDistance<T>);
       prefetch<K * kLanes<C> * sizeof(T)>(q_ + c + kPrefetchDistance<T>);
       V u[K], w[K], u_q[K], w_q[K];

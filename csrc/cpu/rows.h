@@ -23,7 +23,7 @@ template <class T, class C = Compute<T>>
 CHARLM_INLINE C max_of(const T* x, int64_t n) {
   Vec<C> largest[4];
   for (Vec<C>& v : largest) v = broadcast<C>(-INFINITY);
-  for_each_vectors<C, 4>(n, [&]<int K>(int64_t c, auto width, Count<K>) {
+  for_each_vector_group<C, 4>(n, [&]<int K>(int64_t c, auto width, Count<K>) {
     prefetch<K * kLanes<C> * sizeof(T)>(x + c + kPrefetchDistance<T>);
     for (int k = 0; k < K; k++) largest[k] = max<C>(largest[k], load(x + c + k * kLanes<C>, width, C(-INFINITY)));
   });

@@ -390,12 +390,13 @@ CHARLM_INLINE void prefetch(const void* p) {
   for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
 }
 
+// An integer known at compile time, as an argument.
 template <int K>
 struct Count {};
 
-// The same with K vectors at a time: body(c, width, Count<K>), and body(c, width, Count<1>) for the remaining vectors.
+// Calls body(c, Whole, Count<K>) for groups of K vectors, and body(c, width, Count<1>) for each remaining vector.
 template <class C, int K, class Body>
-CHARLM_INLINE void for_each_vectors(int64_t n, Body&& body) {
+CHARLM_INLINE void for_each_vector_group(int64_t n, Body&& body) {
   int64_t c = 0;
   for (; c + K * kLanes<C> <= n; c += K * kLanes<C>) body(c, Whole{}, Count<K>{});
   for_each_vector<C>(n - c, [&](int64_t rest, auto width) { body(c + rest, width, Count<1>{}); });

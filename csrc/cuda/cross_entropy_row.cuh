@@ -11,8 +11,8 @@ namespace {
 
 template <class T>
 bool is_plain(const CrossEntropyParams<T>& params) {
-  return params.has_target && params.label_smoothing == 0 && params.lse_square_scale == 0 && params.logit_scale == 1 &&
-         params.softcap == 0;
+  return params.has_class_indices && params.label_smoothing == 0 && params.lse_square_scale == 0 &&
+         params.logit_scale == 1 && params.softcap == 0;
 }
 
 template <class T, bool kPlain>
@@ -24,7 +24,7 @@ class CrossEntropyRow {
 
   __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& params, int64_t n)
       : params_(params), n_(n), token_weight_(params.token_weight ? params.token_weight[n] : C(1)) {
-    if (!has_target()) return;
+    if (!has_class_indices()) return;
     target_ = load_index(params.target, n);
     is_ignored_ = params.may_ignore && target_ == params.ignore_index;
     is_bad_ = !is_ignored_ && !in_range(params.target, target_);
@@ -61,7 +61,7 @@ class CrossEntropyRow {
 
   // z of the target class, where `x` are the logits of the row; 0 without a target.
   __device__ __forceinline__ C target_logit(const T* x) const {
-    return has_target() && is_counted() ? transformed(x[target_]) : C(0);
+    return has_class_indices() && is_counted() ? transformed(x[target_]) : C(0);
   }
 
   // Adds the classes c + k * step with logits z[k] to `softmax`. Classes from `end` on, whose z must be -inf, add
@@ -82,7 +82,7 @@ class CrossEntropyRow {
   // up, whose last bit depends on the number of threads: backward then gives the same bits as forward_backward.
   __device__ __forceinline__ void finish(RowSoftmax& softmax) const {
     if (softmax.sum == 0) softmax.sum = 1;  // a row of -inf; the maximum is -inf for some rows with NaN too
-    if (!kPlain && has_target()) softmax.dense_sum = known_dense_sum();
+    if (!kPlain && has_class_indices()) softmax.dense_sum = known_dense_sum();
   }
 
   // The loss from a finished softmax.
@@ -90,7 +90,7 @@ class CrossEntropyRow {
     const C log_sum = log(softmax.sum);
     C loss = 0;
     if constexpr (!kPlain) loss = softmax.dense_loss + softmax.dense_sum * log_sum;
-    if (has_target()) loss += sparse() * ((softmax.max - target_logit) + log_sum);
+    if (has_class_indices()) loss += sparse() * ((softmax.max - target_logit) + log_sum);
     if constexpr (!kPlain) {
       const C lse = softmax.max + log_sum;
       if (params_.lse_square_scale != 0) loss += params_.lse_square_scale * target_weight_ * lse * lse;
@@ -119,7 +119,7 @@ class CrossEntropyRow {
     softmax.max = params_.row_max[n_];
     softmax.sum = params_.row_sum[n_];
     if constexpr (!kPlain) {
-      softmax.dense_sum = has_target() ? known_dense_sum() : params_.row_dense_sum[n_];
+      softmax.dense_sum = has_class_indices() ? known_dense_sum() : params_.row_dense_sum[n_];
     }
     return softmax;
   }
@@ -150,7 +150,7 @@ class CrossEntropyRow {
       value = c == target_ ? g_ * ((e / sum_ - 1) * sparse()) : e * (softmax_factor_ * g_);
     } else {
       const C d = has_dense() ? dense(c) : C(0);
-      if (has_target() && c == target_) {
+      if (has_class_indices() && c == target_) {
         const C p = e / sum_;
         value = g_ * ((p - 1) * sparse() + (p * dense_factor_ - d));
       } else {
@@ -171,10 +171,10 @@ class CrossEntropyRow {
   }
 
  private:
-  __device__ __forceinline__ bool has_target() const { return kPlain || params_.has_target; }
+  __device__ __forceinline__ bool has_class_indices() const { return kPlain || params_.has_class_indices; }
 
   __device__ __forceinline__ bool has_dense() const {
-    return !kPlain && (!params_.has_target || params_.label_smoothing > 0);
+    return !kPlain && (!params_.has_class_indices || params_.label_smoothing > 0);
   }
 
   __device__ __forceinline__ C n_classes() const { return static_cast<C>(params_.n_classes); }
@@ -187,7 +187,7 @@ class CrossEntropyRow {
   // d_c
   __device__ __forceinline__ C dense(int64_t c) const {
     C d = params_.label_smoothing / n_classes();
-    if (!has_target()) {
+    if (!has_class_indices()) {
       d += (1 - params_.label_smoothing) * to_compute(params_.probabilities[n_ * params_.probabilities_stride + c]);
     }
     return params_.weight ? d * params_.weight[c] : d;
@@ -195,7 +195,7 @@ class CrossEntropyRow {
 
   // The coefficient of the target class: (1 - e) w_y, or 0 for probabilities.
   __device__ __forceinline__ C sparse() const {
-    return has_target() ? (1 - params_.label_smoothing) * target_weight_ : C(0);
+    return has_class_indices() ? (1 - params_.label_smoothing) * target_weight_ : C(0);
   }
 
   // grad_lse - grad_entropy (log p_c + H)
@@ -242,7 +242,7 @@ constexpr int kTargetsInFlight = 4;  // targets that a thread loads at once
 
 template <class T>
 bool needs_totals(const CrossEntropyParams<T>& params) {
-  return params.mean && (params.has_target || params.token_weight);
+  return params.mean && (params.has_class_indices || params.token_weight);
 }
 
 template <class T>
@@ -257,13 +257,13 @@ __global__ void __launch_bounds__(kTotalsThreads, kMinResidentBlocks)
   for (int64_t first = blockIdx.x * kTotalsThreads + threadIdx.x; first < params.n_rows;
        first += kTargetsInFlight * step) {
     int64_t targets[kTargetsInFlight];
-    if (params.has_target) load_indices(params.target, first, step, params.n_rows, targets);
+    if (params.has_class_indices) load_indices(params.target, first, step, params.n_rows, targets);
 #pragma unroll
     for (int k = 0; k < kTargetsInFlight; k++) {
       const int64_t n = first + k * step;
       if (n >= params.n_rows) break;
       double w = params.token_weight ? params.token_weight[n] : 1;
-      if (params.has_target) {
+      if (params.has_class_indices) {
         if ((params.may_ignore && targets[k] == params.ignore_index) || !in_range(params.target, targets[k])) continue;
         if (params.weight) w *= params.weight[targets[k]];
       }

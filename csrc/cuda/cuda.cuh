@@ -25,10 +25,10 @@ constexpr int64_t ceil_div(int64_t n, int64_t divisor) { return (n + divisor - 1
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// The smallest power of two >= n.
+// The smallest power of two >= n, for n <= 2^30.
 constexpr int power_of_two(int64_t n) {
   int power = 1;
-  while (power < n) power *= 2;
+  while (power < n && power < 1 << 30) power *= 2;
   return power;
 }
 
@@ -46,10 +46,10 @@ Kernels& kernels();
 //   CHARLM_REGISTER_KERNELS(entropy, {&entropy_forward<T>, &entropy_backward<T>});
 #define CHARLM_REGISTER_KERNELS(member, ...)                \
   template <class T>                                        \
-  static void register_##member() {                         \
+  void register_##member() {                                \
     ::charlm::cuda::kernels().of<T>().member = __VA_ARGS__; \
   }                                                         \
-  [[maybe_unused]] static const bool member##_is_registered = (CHARLM_FOR_EACH_TYPE(register_##member), true)
+  [[maybe_unused]] const bool member##_is_registered = (CHARLM_FOR_EACH_TYPE(register_##member), true)
 
 #ifdef __CUDACC__
 

@@ -105,7 +105,7 @@ int embedding_forward(const EmbeddingParams& params, Launch& launch) {
 
 // ------------------------------------------------------------------------------------------------------ launches
 
-const bool forward_is_registered = (kernels().embedding_forward = &embedding_forward, true);
+[[maybe_unused]] const bool forward_is_registered = (kernels().embedding_forward = &embedding_forward, true);
 
 CHARLM_REGISTER_KERNELS(embedding, {nullptr, nullptr, nullptr, &uses_tables<T>, &tables_workspace<T>,
                                     &backward_by_tables<T>, &sorted_workspace<T>, &backward_by_sort<T>});

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinResidentBlocks)
     }
     of_row = Threads::join(of_row, sums);
     if (Threads::first() != 0) continue;
-    const C distance = of_row.distance / of_row.sum;  // 0 / 0 is the NaN of a row without a softmax
+    const C distance = of_row.distance / of_row.sum;  // NaN (of -inf - -inf) for a row without a softmax
     params.row_max[n] = m;
     params.row_sum[n] = of_row.sum;
     params.row_distance[n] = distance;

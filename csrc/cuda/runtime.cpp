@@ -29,7 +29,7 @@ bool is_capturing(Stream stream) {
 
 void wait_for_stream(Stream stream) { c10::cuda::stream_synchronize(stream); }
 
-void wait_for_device(const at::Device&) { c10::cuda::device_synchronize(); }  // the current one
+void wait_for_device() { c10::cuda::device_synchronize(); }
 
 // Pinned memory from torch's allocator: kernels write it, and the host reads it without waiting.
 IndexError* allocate_index_error() {

@@ -1,5 +1,5 @@
-// cross_entropy: schemas, checks, shapes, and the implementation for every device. Autograd stands in
-// ops/cross_entropy_autograd.cpp.
+// cross_entropy: schemas, checks, shapes, and the implementation for every device. Autograd is in
+// ops/cross_entropy_autograd.cpp and ops/cross_entropy_inplace.cpp.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
@@ -8,7 +8,6 @@
 #include <cmath>
 #include <limits>
 
-#include "core/autograd_node.h"
 #include "core/checks.h"
 #include "core/device.h"
 #include "ops/cross_entropy_call.h"
@@ -214,7 +213,7 @@ void cross_entropy_rescale_(const CrossEntropyOptions& options, Tensor& grad, co
                             const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                             const OptionalTensor& token_weight, const Tensor& state) {
   if (!Device(input).is_gpu()) {
-    // A power of two rounds no normal number.
+    // Multiplying by a power of two does not round a normal number.
     int exponent = 0;
     const double scale = grad_loss.item<double>();
     if (scale == 1) return;
@@ -249,15 +248,15 @@ void scale_gradient_(Tensor& grad, const Tensor& factor) {
   }
 }
 
-Tensor cross_entropy_block_(const CrossEntropyOptions& given, Tensor& logits, const Tensor& target,
-                            const OptionalTensor& weight, const OptionalTensor& token_weight,
-                            const OptionalTensor& grad_loss, const MetricGradients& metric_grads, int64_t first_row) {
-  RECORD_FUNCTION("charlm::cross_entropy_block_", std::vector<c10::IValue>{});
+Tensor cross_entropy_of_rows_(const CrossEntropyOptions& given, Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, const OptionalTensor& token_weight,
+                              const OptionalTensor& grad_loss, const MetricGradients& metric_grads, int64_t first_row) {
+  RECORD_FUNCTION("charlm::cross_entropy_of_rows_", std::vector<c10::IValue>{});
   CrossEntropyOptions options = given;
   options.reduction = static_cast<int64_t>(Reduction::kSum);
   const int64_t n = logits.size(0);
   const auto of_block = [&](const Tensor& t) { return t.narrow(0, first_row, n); };
-  return with_float_type(logits.scalar_type(), "cross_entropy_block_", [&]<class T>() {
+  return with_float_type(logits.scalar_type(), "cross_entropy_of_rows_", [&]<class T>() {
     const auto compute = logits.options().dtype(compute_dtype(logits));
     const Tensor losses = at::empty({n}, compute), state = at::empty({3, n}, compute);
     Call<T> call(options, logits, of_block(target), weight,
@@ -285,6 +284,12 @@ Tensor cross_entropy_block_(const CrossEntropyOptions& given, Tensor& logits, co
 
 namespace {
 
+// The metrics have no loss whose dtype would matter.
+void check_metrics(CrossEntropyOptions options, const Tensor& input, const Tensor& target) {
+  options.loss_dtype = std::nullopt;
+  check_cross_entropy(options, input, target, {}, {});
+}
+
 template <class T>
 CrossEntropyMetrics metrics_of(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                                Call<T>& call) {
@@ -303,18 +308,25 @@ CrossEntropyMetrics metrics_of(const CrossEntropyOptions& options, const Tensor&
   return m;
 }
 
-// With "none" 1 or 0 for each row, otherwise the share of the rows that count.
-Tensor accuracy(const CrossEntropyOptions& options, const CrossEntropyMetrics& m) {
-  if (options.is(Reduction::kNone)) return m.is_correct;
-  const Tensor n_counted = m.counted.sum(), divisor = options.zero_if_all_ignored ? n_counted.clamp_min(1) : n_counted;
-  return m.is_correct.sum().div(divisor);
+}  // namespace
+
+Tensor metric_of_rows(const OptionalTensor& metric, const Tensor& input, c10::SymIntArrayRef shape) {
+  if (!metric) return {};
+  TORCH_CHECK(metric->sym_sizes() == shape && metric->device() == input.device(),
+              "lse, entropy and their gradients must have shape ", shape, " on ", input.device(), ", got ",
+              metric->sym_sizes(), " on ", metric->device());
+  return metric->to(compute_dtype(input)).contiguous().view({-1});
 }
 
-}  // namespace
+Tensor token_accuracy(const CrossEntropyOptions& options, const Tensor& is_correct, const Tensor& counted) {
+  if (options.is(Reduction::kNone)) return is_correct;
+  const Tensor n = counted.sum();
+  return is_correct.sum().div(options.zero_if_all_ignored ? n.clamp_min(1) : n);
+}
 
 CrossEntropyMetrics cross_entropy_metrics_of_rows(const CrossEntropyOptions& options, const Tensor& input,
                                                   const Tensor& target) {
-  check_cross_entropy(options, input, target, {}, {});
+  check_metrics(options, input, target);
   return with_float_type(input.scalar_type(), "cross_entropy_metrics", [&]<class T>() {
     Call<T> call(options, input, target, {}, {});
     return metrics_of(options, input, target, call);
@@ -322,8 +334,6 @@ CrossEntropyMetrics cross_entropy_metrics_of_rows(const CrossEntropyOptions& opt
 }
 
 namespace {
-
-using Metrics = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 LossStateAndMetrics with_metrics(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                                  const OptionalTensor& weight, const OptionalTensor& token_weight) {
@@ -336,17 +346,19 @@ LossStateAndMetrics with_metrics(const CrossEntropyOptions& options, const Tenso
     const auto [loss, state] = new_results(options, input, target, call);
     call.forward(loss);
     const CrossEntropyMetrics m = metrics_of(options, input, target, call);
-    return LossStateAndMetrics{loss, state, m.lse, m.entropy, m.predicted_tokens, accuracy(options, m)};
+    return LossStateAndMetrics{
+        loss, state, m.lse, m.entropy, m.predicted_tokens, token_accuracy(options, m.is_correct, m.counted)};
   });
 }
 
-Metrics metrics(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target) {
+CrossEntropyMetricsTuple metrics(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target) {
   const CrossEntropyMetrics m = cross_entropy_metrics_of_rows(options, input, target);
-  return {m.lse, m.entropy, m.predicted_tokens, accuracy(options, m)};
+  return {m.lse, m.entropy, m.predicted_tokens, token_accuracy(options, m.is_correct, m.counted)};
 }
 
-LossAndState inplace_backward(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
-                              const OptionalTensor& weight, const OptionalTensor& token_weight) {
+// Backward will overwrite the logits: forward does not.
+LossAndState forward_keeping_logits(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
+                                    const OptionalTensor& weight, const OptionalTensor& token_weight) {
   return cross_entropy_forward(options, input, target, weight, token_weight);
 }
 
@@ -362,11 +374,8 @@ Gradients gradients(const CrossEntropyOptions& options, const Tensor& grad_loss,
               " for logits of shape ", input.sizes());
   return with_float_type(input.scalar_type(), "cross_entropy_backward", [&]<class T>() {
     Call<T> call(options, input, target, weight, token_weight);
-    const auto of_rows = [&](const OptionalTensor& t) {
-      TORCH_CHECK(!t || (t->numel() == call.logits.size(0) && t->device() == input.device()),
-                  "grad_lse, grad_entropy and entropy must have a number for each target, got shape ", t->sizes());
-      return t ? t->to(compute_dtype(input)).contiguous() : Tensor();
-    };
+    const auto of_rows = [&](const OptionalTensor& t) { return metric_of_rows(t, input, loss_shape(input)); };
+    TORCH_CHECK(!grad_entropy || entropy, "grad_entropy needs entropy");
     const MetricGradients metric_grads{of_rows(grad_lse), of_rows(grad_entropy), of_rows(entropy)};
     call.add_metric_gradients(metric_grads, 0);
     const auto gradient = [&](bool is_needed, void (Call<T>::*write)()) {
@@ -417,8 +426,11 @@ Gradients meta_gradients(const CrossEntropyOptions&, const Tensor&, const Tensor
 void meta_backward_(const CrossEntropyOptions&, Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                     const OptionalTensor&, const Tensor&) {}
 
-Metrics meta_metrics(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target) {
-  check_cross_entropy(options, input, target, {}, {});
+}  // namespace
+
+CrossEntropyMetricsTuple cross_entropy_metrics_meta(const CrossEntropyOptions& options, const Tensor& input,
+                                                    const Tensor& target) {
+  check_metrics(options, input, target);
   const auto shape = loss_shape(input);
   const auto compute = input.options().dtype(compute_dtype(input));
   const auto accuracy_shape = options.is(Reduction::kNone) ? shape : c10::SymDimVector{};
@@ -427,13 +439,15 @@ Metrics meta_metrics(const CrossEntropyOptions& options, const Tensor& input, co
           at::empty_symint(accuracy_shape, input.options().dtype(at::kFloat))};
 }
 
+namespace {
+
 LossStateAndMetrics meta_with_metrics(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
                                       const OptionalTensor& weight, const OptionalTensor& token_weight) {
   if (const auto dtype = promoted_dtype(input, target, weight)) {
     return meta_with_metrics(options, input.to(*dtype), target.to(*dtype), to(weight, *dtype), token_weight);
   }
   return std::tuple_cat(meta_forward(options, input, target, weight, token_weight),
-                        meta_metrics(options, input, target));
+                        cross_entropy_metrics_meta(options, input, target));
 }
 
 }  // namespace
@@ -441,26 +455,26 @@ LossStateAndMetrics meta_with_metrics(const CrossEntropyOptions& options, const 
 #define TARGETS "Tensor target, Tensor? weight, Tensor? token_weight, "
 #define OPTIONS                                                                                     \
   "int reduction, int ignore_index, float label_smoothing, float lse_square_scale, float softcap, " \
-  "float logit_scale, bool zero_if_all_ignored, ScalarType? loss_dtype=None)"
+  "float logit_scale, bool zero_if_all_ignored, ScalarType? loss_dtype=None"
 
 TORCH_LIBRARY_FRAGMENT(charlm, m) {
-  m.def("cross_entropy(Tensor input, " TARGETS OPTIONS " -> (Tensor loss, Tensor normalizer)");
+  m.def("cross_entropy(Tensor input, " TARGETS OPTIONS ") -> (Tensor loss, Tensor state)");
   // The memory of the logits becomes their gradient, in this call or in backward.
-  m.def("cross_entropy_inplace_forward(Tensor(a!) input, " TARGETS OPTIONS " -> (Tensor loss, Tensor normalizer)");
-  m.def("cross_entropy_inplace_backward(Tensor(a!) input, " TARGETS OPTIONS " -> (Tensor loss, Tensor normalizer)");
+  m.def("cross_entropy_inplace_forward(Tensor(a!) input, " TARGETS OPTIONS ") -> (Tensor loss, Tensor state)");
+  m.def("cross_entropy_inplace_backward(Tensor(a!) input, " TARGETS OPTIONS ") -> (Tensor loss, Tensor state)");
   m.def("cross_entropy_metrics(Tensor input, Tensor target, " OPTIONS
-        " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
+        ") -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
   // lse and entropy are differentiable.
   m.def("cross_entropy_with_metrics(Tensor input, " TARGETS OPTIONS
-        " -> (Tensor loss, Tensor normalizer, Tensor lse, Tensor entropy, Tensor predicted_tokens, "
+        ") -> (Tensor loss, Tensor state, Tensor lse, Tensor entropy, Tensor predicted_tokens, "
         "Tensor token_accuracy)");
   m.def("_cross_entropy_backward(Tensor grad_loss, Tensor input, " TARGETS
-        "Tensor normalizer, Tensor? grad_lse, Tensor? grad_entropy, Tensor? entropy, bool[2] output_mask, " OPTIONS
-        " -> (Tensor, Tensor)");
-  m.def("_cross_entropy_backward_(Tensor(a!) input, Tensor grad_loss, " TARGETS "Tensor normalizer, " OPTIONS " -> ()");
+        "Tensor state, Tensor? grad_lse, Tensor? grad_entropy, Tensor? entropy, bool[2] output_mask, " OPTIONS
+        ") -> (Tensor, Tensor)");
+  m.def("_cross_entropy_backward_(Tensor(a!) input, Tensor grad_loss, " TARGETS "Tensor state, " OPTIONS ") -> ()");
   implement(m, "cross_entropy", Flat<&cross_entropy_forward>::call);
   implement(m, "cross_entropy_inplace_forward", Flat<&cross_entropy_forward_backward_>::call);
-  implement(m, "cross_entropy_inplace_backward", Flat<&inplace_backward>::call);
+  implement(m, "cross_entropy_inplace_backward", Flat<&forward_keeping_logits>::call);
   implement(m, "cross_entropy_metrics", Flat<&metrics>::call);
   implement(m, "cross_entropy_with_metrics", Flat<&with_metrics>::call);
   implement(m, "_cross_entropy_backward", Flat<&gradients>::call);
@@ -471,7 +485,7 @@ TORCH_LIBRARY_IMPL(charlm, Meta, m) {
   m.impl("cross_entropy", Flat<&meta_forward>::call);
   m.impl("cross_entropy_inplace_forward", Flat<&meta_inplace>::call);
   m.impl("cross_entropy_inplace_backward", Flat<&meta_inplace>::call);
-  m.impl("cross_entropy_metrics", Flat<&meta_metrics>::call);
+  m.impl("cross_entropy_metrics", Flat<&cross_entropy_metrics_meta>::call);
   m.impl("cross_entropy_with_metrics", Flat<&meta_with_metrics>::call);
   m.impl("_cross_entropy_backward", Flat<&meta_gradients>::call);
   m.impl("_cross_entropy_backward_", Flat<&meta_backward_>::call);

@@ -27,9 +27,9 @@ struct CrossEntropyParams {
   int64_t n_classes = 0;      // V
   const T* logits = nullptr;  // [N, V], a row every `logits_stride` elements
   int64_t logits_stride = 0;
-  bool has_target = false;  // class indices; otherwise there are `probabilities` (null too if V is 0)
-  Indices target;           // [N], each in [0, V) or ignore_index; on the CPU int64 and already checked
-  bool may_ignore = true;   // GPU: false for uint64 targets, which are never a negative ignore_index
+  bool has_class_indices = false;  // class indices; otherwise there are `probabilities` (null too if V is 0)
+  Indices target;                  // [N], each in [0, V) or ignore_index; on the CPU int64 and already checked
+  bool may_ignore = true;          // GPU: false for uint64 targets, which are never a negative ignore_index
   int64_t ignore_index = -100;
   const T* probabilities = nullptr;  // [N, V]
   int64_t probabilities_stride = 0;

@@ -64,10 +64,10 @@ class CrossEntropyCall {
     p_.softcap = softcap_as<C>(options.softcap);
     p_.mean = options.is(Reduction::kMean);
     p_.zero_if_all_ignored = options.zero_if_all_ignored;
-    p_.has_target = !has_probabilities(input, target);
+    p_.has_class_indices = !has_probabilities(input, target);
     // A uint64 target of 2^63 or more is negative as int64, but is never ignore_index.
     p_.may_ignore = whole_target.scalar_type() != at::kUInt64 || p_.ignore_index >= 0;
-    if (!p_.has_target) {
+    if (!p_.has_class_indices) {
       target_ = as_rows(target.to(input.scalar_type()));
       p_.probabilities = const_data<T>(target_);
       p_.probabilities_stride = target_.stride(0);
@@ -107,8 +107,8 @@ class CrossEntropyCall {
   // The next backward adds these to the gradient of the loss.
   void add_metric_gradients(const MetricGradients& grads, int64_t first_row) {
     const auto rows_of = [&](const Tensor& t) { return t.defined() ? mutable_data<C>(t) + first_row : nullptr; };
-    p_.grad_lse = rows_of(grads.lse);
-    p_.grad_entropy = rows_of(grads.entropy_grad);
+    p_.grad_lse = rows_of(grads.grad_lse);
+    p_.grad_entropy = rows_of(grads.grad_entropy);
     p_.entropy = rows_of(grads.entropy);  // read only
   }
 
@@ -159,7 +159,7 @@ class CrossEntropyCall {
     weight_ = weight.to(compute_dtype(logits)).contiguous();
     p_.weight = const_data<C>(weight_);
     if (device_.is_gpu()) {
-      // Without smoothing, which multiplies it, the sum is left out, for it might be infinite.
+      // Without smoothing, which multiplies it, the sum is left out, because it may be infinite.
       weight_sum_ = p_.label_smoothing > 0 ? weight_.sum(at::kDouble).to(weight_.scalar_type())
                                            : at::zeros({}, weight_.options());
       p_.weight_sum = const_data<C>(weight_sum_);
@@ -200,7 +200,7 @@ class CrossEntropyCall {
 
   // One pass over the targets: the divisor, or IndexError for the first that is not a class.
   void count_targets(const Tensor& whole_target, int64_t first_row) {
-    if (p_.has_target) {
+    if (p_.has_class_indices) {
       const auto ignored_among = [&](int64_t begin, int64_t end) {
         return cpu_kernels().count_ignored(p_.target.as_int64(), begin, end, p_.n_classes, p_.may_ignore,
                                            p_.ignore_index);
@@ -221,12 +221,12 @@ class CrossEntropyCall {
     }
     const int64_t n_counted = p_.n_rows - n_ignored_;
     if (!p_.mean || (p_.zero_if_all_ignored && n_counted == 0)) return;
-    const bool is_weighted = p_.token_weight || (p_.weight && p_.has_target);
+    const bool is_weighted = p_.token_weight || (p_.weight && p_.has_class_indices);
     divisor_ = is_weighted ? sum_of_weights() : static_cast<double>(n_counted);
   }
 
   double sum_of_weights() const {
-    const int64_t* const target = p_.has_target ? p_.target.as_int64() : nullptr;
+    const int64_t* const target = p_.has_class_indices ? p_.target.as_int64() : nullptr;
     double sum = 0;
     for (int64_t n = 0; n < p_.n_rows; n++) {
       if (target && target[n] == p_.ignore_index) continue;

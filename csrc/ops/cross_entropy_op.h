@@ -136,46 +136,46 @@ void cross_entropy_rescale_(const CrossEntropyOptions& options, Tensor& grad, co
                             const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                             const OptionalTensor& token_weight, const Tensor& state);
 
-// grad *= factor, without any memory access if factor is 1. For gradients whose logits are gone.
+// grad *= factor, without any memory access if factor is 1. For gradients whose logits were not kept.
 void scale_gradient_(Tensor& grad, const Tensor& factor);
 
 // The gradients of the returned lse and entropy of each row, which add p_c (grad_lse - grad_entropy (log p_c + H)) to
 // that of its logit z_c: [N] in the compute type, contiguous; undefined where there is none. `entropy`: H, with
 // grad_entropy.
 struct MetricGradients {
-  Tensor lse, entropy_grad, entropy;
+  Tensor grad_lse, grad_entropy, entropy;
 
-  bool is_any() const { return lse.defined() || entropy_grad.defined(); }
+  bool is_any() const { return grad_lse.defined() || grad_entropy.defined(); }
 };
+
+// lse, entropy or the gradient of one, as MetricGradients needs it; undefined for none. `shape`: that of the unreduced
+// loss. RuntimeError for another shape or device.
+Tensor metric_of_rows(const OptionalTensor& metric, const Tensor& input, c10::SymIntArrayRef shape);
 
 // The losses [n], in the compute type, of logits [n, V] that belong to the rows first_row, first_row + 1, ... of a
 // target [N]. With `grad_loss`, [] or [N], the logits become their gradient. The caller has checked shapes and dtypes,
 // and reduces the losses itself.
-Tensor cross_entropy_block_(const CrossEntropyOptions& options, Tensor& logits, const Tensor& target,
-                            const OptionalTensor& weight, const OptionalTensor& token_weight,
-                            const OptionalTensor& grad_loss, const MetricGradients& metric_grads, int64_t first_row);
+Tensor cross_entropy_of_rows_(const CrossEntropyOptions& options, Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, const OptionalTensor& token_weight,
+                              const OptionalTensor& grad_loss, const MetricGradients& metric_grads, int64_t first_row);
 
 struct CrossEntropyMetrics {
   Tensor lse, entropy;      // compute type, nats
   Tensor predicted_tokens;  // int64
-  Tensor is_correct;        // float32, 1 where the predicted token is the target and counts, else 0
+  Tensor is_correct;        // float32, 1 where the predicted token is the target and is counted, else 0
   Tensor counted;           // bool, false where the target is ignored
 };
+
+// The accuracy of targets of which `is_correct` and `counted` tell: each, or the share of those that are counted.
+Tensor token_accuracy(const CrossEntropyOptions& options, const Tensor& is_correct, const Tensor& counted);
 
 // Each in the shape of the unreduced loss.
 CrossEntropyMetrics cross_entropy_metrics_of_rows(const CrossEntropyOptions& options, const Tensor& input,
                                                   const Tensor& target);
 
-// -------------------------------------------------------------------------------------------------------- autograd
-
-// The log-sum-exp and the entropy of each row, in torch's own differentiable ops.
-std::tuple<Tensor, Tensor> lse_and_entropy_formula(const CrossEntropyOptions& options, const Tensor& input);
-
-// The loss as a composition of torch's own differentiable ops, for functorch, forward-mode AD and double backward.
-Tensor cross_entropy_formula(const CrossEntropyOptions& options, const Tensor& input, const Tensor& target,
-                             const OptionalTensor& weight, const OptionalTensor& token_weight);
-
-// Whether forward may precompute the gradient.
-bool may_precompute_gradient(const CrossEntropyOptions& options, const Tensor& input);
+// The shapes of lse, entropy, predicted tokens and token accuracy.
+using CrossEntropyMetricsTuple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+CrossEntropyMetricsTuple cross_entropy_metrics_meta(const CrossEntropyOptions& options, const Tensor& input,
+                                                    const Tensor& target);
 
 }  // namespace charlm

@@ -6,7 +6,8 @@
 
 namespace charlm {
 
-// Rows are copied as bytes, whatever their dtype. The row of an index out of range is not written.
+// Rows are copied as bytes, whatever their dtype. On the CPU the row of an index out of range is not written, on a GPU
+// it is 0.
 struct EmbeddingParams {
   const char* weight = nullptr;  // [V, D]
   int64_t row_stride = 0;        // bytes from a row to the next

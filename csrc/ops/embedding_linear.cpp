@@ -55,6 +55,8 @@ void check(const Tensor& input, const Tensor& embedding_weight, const Tensor& li
 
 void check_gradient(const Tensor& grad_output, const Tensor& kept, const Tensor& input, const Tensor& linear_weight) {
   const at::ScalarType dtype = linear_weight.scalar_type();
+  check_same_device(linear_weight, "linear_weight", grad_output, "grad_output");
+  check_same_device(linear_weight, "linear_weight", kept, "kept");
   TORCH_CHECK(grad_output.sizes() == kept.sizes() && grad_output.numel() == n_contexts(input) * linear_weight.size(0) &&
                   grad_output.scalar_type() == dtype && kept.scalar_type() == dtype,
               "grad_output and kept must have the shape and dtype of the output, got ", grad_output.sizes(), " and ",
@@ -164,8 +166,7 @@ OutputAndBefore formula_and_before(const Tensor& input, const Tensor& embedding_
 
 OutputAndBefore autograd(const Tensor& input, const Tensor& embedding_weight, const Tensor& linear_weight,
                          const OptionalTensor& linear_bias, int64_t padding_idx, int64_t activation, int64_t plan) {
-  if (needs_formula(input) || needs_formula(embedding_weight) || needs_formula(linear_weight) ||
-      needs_formula(linear_bias)) {
+  if (any_needs_formula(input, embedding_weight, linear_weight, linear_bias)) {
     return formula_and_before(input, embedding_weight, linear_weight, linear_bias, padding_idx, activation, plan);
   }
   const auto below_autograd = [&] {

@@ -1,5 +1,5 @@
-// kl_div: torch.nn.functional.kl_div in one pass over input and target, which the caller has broadcast and promoted.
-// With `reduce` the result is the sum divided by `divisor`.
+// kl_div, the op charlm::pointwise_kl_div: torch.nn.functional.kl_div in one pass over input and target, which the
+// caller has broadcast and promoted. With `reduce` the result is the sum divided by `divisor`.
 #include "ops/kl_div.h"
 
 #include <ATen/Functions.h>

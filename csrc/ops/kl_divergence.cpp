@@ -1,5 +1,5 @@
-// kl_divergence: the divergence KL(P || Q), in nats, of rows of distributions, from top to bottom. The caller has
-// broadcast p and q, and given them one dtype.
+// kl_divergence, the op charlm::kl_div: the divergence KL(P || Q), in nats, of rows of distributions, from top to
+// bottom. The caller has broadcast p and q, and given them one dtype.
 #include "ops/kl_divergence.h"
 
 #include <ATen/Functions.h>
@@ -101,7 +101,7 @@ Gradients backward(const Tensor& grad_output, const Tensor& p, const Tensor& q, 
   TORCH_CHECK(grad_output.numel() == n && grad_output.device() == p.device(),
               "grad_output must have the shape and device of the divergences of distributions of shape ", p.sizes(),
               ", got ", grad_output.sizes(), " on ", grad_output.device());
-  check_state(state, kStateRows, n, p, "kl_div");
+  check_state(state, kStateRows, n, p, "kl_divergence");
   const Tensor grad_of_rows = grad_output.to(compute_dtype(p)).contiguous();
   Tensor p_grad, q_grad;
   if (output_mask[0]) p_grad = device.empty(p.sizes(), p.options());

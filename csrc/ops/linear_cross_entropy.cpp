@@ -4,11 +4,13 @@
 //
 //   Z = X W^T + b   [n, V]     loss_n, G = d loss / d Z     dX = G W   [n, D]     dW += G^T X   [V, D]     db += G^T 1
 //
-// On the CPU, rows whose target is ignored are left out. On CUDA that would require waiting for the device.
+// On the CPU, rows whose target is ignored are left out, unless their lse or entropy is needed. On CUDA that would
+// require waiting for the device.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -39,7 +41,7 @@ void check_matches(const Tensor& input, const Tensor& t, const char* name) {
 Tensor like_logits(const LinearCrossEntropyArguments& a) {
   c10::SymDimVector shape(a.input.sym_sizes().begin(), a.input.sym_sizes().end() - 1);
   shape.push_back(a.linear_weight.sym_size(0));
-  return at::empty({1}, a.input.options().dtype(loss_dtype(a))).expand_symint(shape);
+  return at::empty({1}, a.input.options()).expand_symint(shape);
 }
 
 void check_linear_cross_entropy(const LinearCrossEntropyArguments& a) {
@@ -67,9 +69,9 @@ namespace {
 constexpr int64_t kLogitsBytes = 64 << 20;  // of the logits that exist at once
 constexpr int64_t kFastRows = 512;          // more make a product of a CPU no faster
 constexpr int64_t kFastLogits = 1 << 20;    // ... unless they are short
-constexpr int64_t kFewLogits = 1 << 19;
-constexpr int64_t kMultiple = 16;       // the rows of a kernel's tile, and 64 bytes of float
-constexpr int64_t kMinPaddedRow = 128;  // shorter rows would grow by more than an eighth
+constexpr int64_t kLogitsAtOnce = 1 << 19;  // so few are faster without blocks
+constexpr int64_t kMultiple = 16;           // the rows of a kernel's tile, and 64 bytes of float
+constexpr int64_t kMinPaddedRow = 257;      // tiles of rows of fewer classes need rows without gaps
 
 // The call's tensors as rows.
 class Rows {
@@ -80,7 +82,7 @@ class Rows {
     probabilities = has_probabilities(like_logits(a), a.target);
     target = probabilities ? a.target.reshape({x.size(0), n_classes()}) : a.target.reshape({x.size(0)}).contiguous();
     if (a.token_weight) token_weight = a.token_weight->reshape({x.size(0)});
-    if (!probabilities) look_at_targets();
+    if (!probabilities) check_targets();
   }
 
   const LinearCrossEntropyArguments a;
@@ -125,7 +127,7 @@ class Rows {
 
  private:
   // IndexError for the first target that is no class, before anything is computed: on CUDA the kernels record it.
-  void look_at_targets() {
+  void check_targets() {
     const Tensor index = target.to(at::kLong);
     // A uint64 target of 2^63 or more is negative here, but is never ignore_index.
     const bool may_ignore = target.scalar_type() != at::kUInt64 || a.options.ignore_index >= 0;
@@ -148,7 +150,7 @@ int64_t block_rows(const Rows& rows, int64_t n) {
   // A gradient of W of one block needs no sum in float: up to here that would be the larger of the two.
   if (half && !widened && n <= 2 * rows.x.size(1)) return n;
   int64_t row_bytes = rows.n_classes() * (widened ? 4 : rows.x.element_size());
-  if (widened && rows.probabilities) row_bytes *= 2;  // these are converted beside the logits
+  if (widened && rows.probabilities) row_bytes *= 2;  // these are converted in addition
   int64_t most = std::max<int64_t>(1, kLogitsBytes / std::max<int64_t>(1, row_bytes));
   if (!rows.x.is_cuda()) {
     most = std::min(most, std::max(kFastRows, kFastLogits / std::max<int64_t>(1, rows.n_classes())));
@@ -234,12 +236,12 @@ Tensor grad_of_rows(const Rows& rows, const OptionalTensor& grad_loss, const Ten
   return (total.defined() ? one / total : one).to(dtype);
 }
 
-// Few logits, on the CPU and in their own dtype: what the blocks need besides their products would take longer than
-// these.
-bool are_few(const LinearCrossEntropyArguments& a) {
+// On the CPU, few logits that are computed in their own dtype: what blocks need in addition to the products would take
+// longer than the products.
+bool fits_at_once(const LinearCrossEntropyArguments& a) {
   return !Device(a.input).is_gpu() && a.input.dim() == 2 && a.block_rows == 0 &&
          a.input.scalar_type() == compute_dtype(a.input) && !a.options.is(Reduction::kNone) &&
-         a.input.size(0) * a.linear_weight.size(0) <= kFewLogits;
+         a.input.size(0) * a.linear_weight.size(0) <= kLogitsAtOnce;
 }
 
 Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& start = {}) {
@@ -275,7 +277,7 @@ LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, 
                      const MetricGradients& metric_grads, OutputMask mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // a backward may be under it
   check_linear_cross_entropy(a);
-  if (are_few(a) && !metric_grads.is_any()) {
+  if (fits_at_once(a) && !metric_grads.is_any()) {
     const auto result = a.input.scalar_type() == at::kDouble ? run_at_once<double>(a, with_gradients, grad_loss, mask)
                                                              : run_at_once<float>(a, with_gradients, grad_loss, mask);
     if (result) return *result;
@@ -295,7 +297,7 @@ LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, 
   blocks.for_each([&](int64_t first, const Tensor& x, Tensor& logits) {
     blocks.put(
         losses, first,
-        cross_entropy_block_(a.options, logits, rows.target, a.weight, rows.token_weight, g, metric_grads, first));
+        cross_entropy_of_rows_(a.options, logits, rows.target, a.weight, rows.token_weight, g, metric_grads, first));
     if (mask[0]) blocks.put_input_gradient(grad_input, first, logits);
     if (mask[1]) blocks.products().add_weight_gradient(logits, x);
     if (mask[2]) blocks.products().add_bias_gradient(logits);
@@ -312,20 +314,21 @@ Tensor forward(const LinearCrossEntropyArguments& a) {
 LossAndGradients gradients(const LinearCrossEntropyArguments& a, const OptionalTensor& grad_loss,
                            const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
                            const OptionalTensor& entropy, OutputMask mask) {
-  const auto of_rows = [&](const OptionalTensor& t) {
-    return t ? t->to(compute_dtype(a.input)).contiguous().view({-1}) : Tensor();
-  };
+  check_linear_cross_entropy(a);
+  const auto of_rows = [&](const OptionalTensor& t) { return metric_of_rows(t, a.input, loss_shape(like_logits(a))); };
+  TORCH_CHECK(!grad_entropy || entropy, "grad_entropy needs entropy");
+  mask[2] = mask[2] && a.linear_bias;
   return run(a, /*with_gradients=*/true, grad_loss, {of_rows(grad_lse), of_rows(grad_entropy), of_rows(entropy)}, mask);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> metrics(const LinearCrossEntropyArguments& a) {
+CrossEntropyMetricsTuple metrics(const LinearCrossEntropyArguments& a) {
   check_linear_cross_entropy(a);
   const Rows rows(a);
   const auto shape = a.input.sizes().slice(0, a.input.dim() - 1);
   const auto compute = a.input.options().dtype(compute_dtype(a.input));
   Tensor lse = at::empty({rows.size()}, compute), entropy = at::empty({rows.size()}, compute);
   Tensor predicted = at::empty({rows.size()}, a.input.options().dtype(at::kLong));
-  Tensor right = at::empty({rows.size()}, a.input.options().dtype(at::kFloat));
+  Tensor is_correct = at::empty({rows.size()}, a.input.options().dtype(at::kFloat));
   LogitBlocks blocks(rows, {});
   blocks.for_each([&](int64_t first, const Tensor&, const Tensor& logits) {
     const CrossEntropyMetrics of_block =
@@ -333,14 +336,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> metrics(const LinearCrossEntropyArgum
     blocks.put(lse, first, of_block.lse);
     blocks.put(entropy, first, of_block.entropy);
     blocks.put(predicted, first, of_block.predicted_tokens);
-    blocks.put(right, first, of_block.is_correct);
+    blocks.put(is_correct, first, of_block.is_correct);
   });
-  Tensor accuracy = right.view(shape);
-  if (!a.options.is(Reduction::kNone)) {
-    const Tensor n = rows.counted.defined() ? rows.counted.sum() : at::ones({rows.size()}, right.options()).sum();
-    accuracy = right.sum().div(a.options.zero_if_all_ignored ? n.clamp_min(1) : n);
-  }
-  return {lse.view(shape), entropy.view(shape), predicted.view(shape), accuracy};
+  const Tensor counted = rows.counted.defined() ? rows.counted : at::ones_like(is_correct, at::kBool);
+  return {lse.view(shape), entropy.view(shape), predicted.view(shape),
+          token_accuracy(a.options, is_correct.view(shape), counted)};
 }
 
 LossAndMetrics with_metrics(const LinearCrossEntropyArguments& a) {
@@ -364,14 +364,9 @@ LossAndGradients meta_gradients(const LinearCrossEntropyArguments& a, const Opti
           empty_like(mask[2], a.linear_bias)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> meta_metrics(const LinearCrossEntropyArguments& a) {
+CrossEntropyMetricsTuple meta_metrics(const LinearCrossEntropyArguments& a) {
   check_linear_cross_entropy(a);
-  const auto shape = loss_shape(like_logits(a));
-  const auto compute = a.input.options().dtype(compute_dtype(a.input));
-  const auto accuracy_shape = a.options.is(Reduction::kNone) ? shape : c10::SymDimVector{};
-  return {at::empty_symint(shape, compute), at::empty_symint(shape, compute),
-          at::empty_symint(shape, a.input.options().dtype(at::kLong)),
-          at::empty_symint(accuracy_shape, a.input.options().dtype(at::kFloat))};
+  return cross_entropy_metrics_meta(a.options, like_logits(a), a.target);
 }
 
 LossAndMetrics meta_with_metrics(const LinearCrossEntropyArguments& a) {
@@ -389,7 +384,7 @@ TORCH_LIBRARY_FRAGMENT(charlm, m) {
   m.def("linear_cross_entropy(" ARGUMENTS " -> Tensor");
   m.def("linear_cross_entropy_metrics(" ARGUMENTS
         " -> (Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
-  // lse and entropy are differentiable.
+  // lse and entropy are differentiable, so forward computes no gradient of the loss.
   m.def("linear_cross_entropy_with_metrics(" ARGUMENTS
         " -> (Tensor loss, Tensor lse, Tensor entropy, Tensor predicted_tokens, Tensor token_accuracy)");
   // The loss, and the gradients of input, linear_weight and linear_bias that are in output_mask. grad_loss: None for 1.

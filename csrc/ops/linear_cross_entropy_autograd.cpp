@@ -7,7 +7,7 @@
 
 #include <utility>
 
-#include "core/autograd_node.h"
+#include "ops/cross_entropy_autograd.h"
 #include "ops/linear_cross_entropy_op.h"
 
 namespace charlm {
@@ -20,7 +20,8 @@ Tensor logits(const LinearCrossEntropyArguments& a) {
 }
 
 Tensor formula(const LinearCrossEntropyArguments& a) {
-  return cross_entropy_formula(a.options, logits(a), a.target, a.weight, a.token_weight);
+  const Tensor z = logits(a);
+  return cross_entropy_formula(a.options, z, a.target, to(a.weight, z.scalar_type()), a.token_weight);
 }
 
 Tensor zeros_like_loss(const LinearCrossEntropyArguments& a) {
@@ -28,17 +29,15 @@ Tensor zeros_like_loss(const LinearCrossEntropyArguments& a) {
   return at::zeros_symint(shape, a.input.options().dtype(compute_dtype(a.input)));
 }
 
-struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward, 7, bool, int64_t, int64_t, int64_t,
-                                                     int64_t, double, double, double, double, bool> {
+struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBackward, 7, bool, int64_t, int64_t> {
   static constexpr const char* kName = "LinearCrossEntropyBackward";
   enum { kInput, kLinearWeight, kTarget, kLinearBias, kWeight, kTokenWeight, kEntropy };
 
   variable_list precomputed;  // the gradients for unit grad_loss, if forward computed them; used once
 
   // Outputs: the loss, and for linear_cross_entropy_with_metrics lse and entropy.
-  template <class... O>
-  static variable_list gradients(const BackwardCall& call, bool unrounded, int64_t block_rows, int64_t gemm,
-                                 O... options) {
+  static variable_list of_call(const BackwardCall& call, const CrossEntropyOptions& options, bool unrounded,
+                               int64_t block_rows, int64_t gemm) {
     const bool has_metrics = call.grads.size() > 1;
     LinearCrossEntropyArguments a{call.saved(kInput),
                                   call.saved(kLinearWeight),
@@ -49,7 +48,7 @@ struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward,
                                   unrounded,
                                   block_rows,
                                   gemm,
-                                  {options...}};
+                                  options};
     if (at::GradMode::is_enabled()) {
       raise_recorded_index_error(a.target);
       return call.differentiate({a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)},
@@ -65,21 +64,16 @@ struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward,
     static const LinearGradientsOp op("charlm::_linear_cross_entropy_gradients");
     const auto grad_of = [&](size_t i) { return has_metrics ? optional_if_defined(call.grads[i]) : std::nullopt; };
     const Tensor grad_loss = call.grads[0].defined() ? call.grads[0] : zeros_like_loss(a);
-    return only(mask, op(a, grad_loss, grad_of(1), grad_of(2), call.optional(kEntropy), mask));
+    // A mean over a total weight of 0 divides by 0: the gradients of lse and entropy must not.
+    if (!call.grads[0].defined() && a.options.is(Reduction::kMean)) {
+      a.options.reduction = static_cast<int64_t>(Reduction::kSum);
+    }
+    const OptionalTensor entropy = grad_of(2) ? call.optional(kEntropy) : std::nullopt;
+    return only(mask, op(a, grad_loss, grad_of(1), grad_of(2), entropy, mask));
   }
 
   void set_options(const LinearCrossEntropyArguments& a) {
-    const CrossEntropyOptions& o = a.options;
-    options = {a.unrounded || (o.loss_dtype && *o.loss_dtype != a.input.scalar_type()),
-               a.block_rows,
-               a.gemm,
-               o.reduction,
-               o.ignore_index,
-               o.label_smoothing,
-               o.lse_square_scale,
-               o.softcap,
-               o.logit_scale,
-               o.zero_if_all_ignored};
+    CrossEntropyNode::set_options(a.options, loss_dtype(a) != a.input.scalar_type(), a.block_rows, a.gemm);
   }
 
   static variable_list only(OutputMask mask, const LossAndGradients& all) {
@@ -90,7 +84,7 @@ struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward,
  private:
   variable_list backward(const BackwardCall& call) override {
     variable_list grads = std::exchange(precomputed, {});
-    if (grads.empty() || at::GradMode::is_enabled() || !is_plain(call.grads[0])) return KernelNode::backward(call);
+    if (grads.empty() || at::GradMode::is_enabled() || !is_concrete(call.grads[0])) return KernelNode::backward(call);
     for (size_t i = 0; i < saved.size(); i++) call.saved(i);  // raises if one was modified in place
     at::AutoDispatchBelowADInplaceOrView guard;
     for (Tensor& grad : grads) {
@@ -104,18 +98,17 @@ struct LinearCrossEntropyBackward final : KernelNode<LinearCrossEntropyBackward,
 
 void check_no_derivative(const LinearCrossEntropyArguments& a) {
   if (!at::GradMode::is_enabled()) return;
-  TORCH_CHECK(!requires_grad(a.target) && !requires_grad(a.weight) && !requires_grad(a.token_weight),
+  TORCH_CHECK(!any_requires_grad(a.target, a.weight, a.token_weight),
               "linear_cross_entropy gives no gradient to target, weight or token_weight: they must not require grad");
 }
 
 // Whether functorch or forward-mode AD sees one of the tensors.
-bool has_transform(const LinearCrossEntropyArguments& a) {
-  return needs_formula(a.input) || needs_formula(a.linear_weight) || needs_formula(a.target) ||
-         needs_formula(a.linear_bias) || needs_formula(a.weight) || needs_formula(a.token_weight);
+bool needs_formula(const LinearCrossEntropyArguments& a) {
+  return any_needs_formula(a.input, a.linear_weight, a.target, a.linear_bias, a.weight, a.token_weight);
 }
 
 Tensor autograd(const LinearCrossEntropyArguments& a) {
-  if (has_transform(a)) return formula(a);
+  if (needs_formula(a)) return formula(a);
   static const LinearForwardOp op("charlm::linear_cross_entropy");
   const OutputMask mask = {requires_grad(a.input), requires_grad(a.linear_weight), requires_grad(a.linear_bias)};
   check_no_derivative(a);
@@ -148,21 +141,21 @@ LossAndMetrics with_metrics_by_formula(const LinearCrossEntropyArguments& a) {
   static const CrossEntropyOp<LossStateAndMetrics, const Tensor&, const Tensor&, const OptionalTensor&,
                               const OptionalTensor&>
       op("charlm::cross_entropy_with_metrics");
+  const Tensor z = logits(a);
   const auto [loss, state, lse, entropy, predicted_tokens, token_accuracy] =
-      op(a.options, logits(a), a.target, a.weight, a.token_weight);
+      op(a.options, z, a.target, to(a.weight, z.scalar_type()), a.token_weight);
   return {loss, lse, entropy, predicted_tokens, token_accuracy};
 }
 
 LossAndMetrics with_metrics_autograd(const LinearCrossEntropyArguments& a) {
-  if (has_transform(a)) return with_metrics_by_formula(a);
+  if (needs_formula(a)) return with_metrics_by_formula(a);
   static const LinearCrossEntropyOp<LossAndMetrics> op("charlm::linear_cross_entropy_with_metrics");
   check_no_derivative(a);
   const auto below_autograd = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return op(a);
   };
-  if (!at::GradMode::is_enabled() ||
-      !(requires_grad(a.input) || requires_grad(a.linear_weight) || requires_grad(a.linear_bias))) {
+  if (!at::GradMode::is_enabled() || !any_requires_grad(a.input, a.linear_weight, a.linear_bias)) {
     return below_autograd();
   }
   const auto node = make_node<LinearCrossEntropyBackward>();
@@ -177,19 +170,10 @@ LossAndMetrics with_metrics_autograd(const LinearCrossEntropyArguments& a) {
   return results;
 }
 
-Tensor call_forward(const LinearCrossEntropyArguments& a) {
-  static const LinearForwardOp op("charlm::linear_cross_entropy");
-  return op(a);
-}
-
-LossAndMetrics call_with_metrics(const LinearCrossEntropyArguments& a) {
-  static const LinearCrossEntropyOp<LossAndMetrics> op("charlm::linear_cross_entropy_with_metrics");
-  return op(a);
-}
-
 // The product in autocast's dtype, as torch's linear, and the loss in float32, as torch's cross_entropy_loss.
-template <c10::DeviceType kDevice, class Result, auto kOp>
+template <c10::DeviceType kDevice, class Result, const char* kName>
 Result autocast(const LinearCrossEntropyArguments& given) {
+  static const LinearCrossEntropyOp<Result> op(kName);
   const Autocast autocast(kDevice);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(kDevice);
   LinearCrossEntropyArguments a = given;
@@ -198,7 +182,18 @@ Result autocast(const LinearCrossEntropyArguments& given) {
   a.linear_bias = autocast.cast(given.linear_bias, dtype);
   a.weight = autocast.cast(given.weight);
   a.unrounded = true;
-  return kOp(a);
+  return op(a);
+}
+
+constexpr char kForward[] = "charlm::linear_cross_entropy";
+constexpr char kMetrics[] = "charlm::linear_cross_entropy_metrics";
+constexpr char kWithMetrics[] = "charlm::linear_cross_entropy_with_metrics";
+
+template <c10::DeviceType kDevice>
+void register_autocast(torch::Library& m) {
+  m.impl("linear_cross_entropy", FlatLinear<&autocast<kDevice, Tensor, kForward>>::call);
+  m.impl("linear_cross_entropy_metrics", FlatLinear<&autocast<kDevice, CrossEntropyMetricsTuple, kMetrics>>::call);
+  m.impl("linear_cross_entropy_with_metrics", FlatLinear<&autocast<kDevice, LossAndMetrics, kWithMetrics>>::call);
 }
 
 }  // namespace
@@ -216,16 +211,7 @@ TORCH_LIBRARY_IMPL(charlm, FuncTorchBatched, m) {
   m.impl("linear_cross_entropy_with_metrics", FlatLinear<&with_metrics_by_formula>::call);
 }
 
-TORCH_LIBRARY_IMPL(charlm, AutocastCPU, m) {
-  m.impl("linear_cross_entropy", FlatLinear<&autocast<c10::DeviceType::CPU, Tensor, &call_forward>>::call);
-  m.impl("linear_cross_entropy_with_metrics",
-         FlatLinear<&autocast<c10::DeviceType::CPU, LossAndMetrics, &call_with_metrics>>::call);
-}
-
-TORCH_LIBRARY_IMPL(charlm, AutocastCUDA, m) {
-  m.impl("linear_cross_entropy", FlatLinear<&autocast<c10::DeviceType::CUDA, Tensor, &call_forward>>::call);
-  m.impl("linear_cross_entropy_with_metrics",
-         FlatLinear<&autocast<c10::DeviceType::CUDA, LossAndMetrics, &call_with_metrics>>::call);
-}
+TORCH_LIBRARY_IMPL(charlm, AutocastCPU, m) { register_autocast<c10::DeviceType::CPU>(m); }
+TORCH_LIBRARY_IMPL(charlm, AutocastCUDA, m) { register_autocast<c10::DeviceType::CUDA>(m); }
 
 }  // namespace charlm

@@ -69,16 +69,6 @@ template <class T>
 T atomicMax(T* address, std::type_identity_t<T> value) {
   return charlm::cuda_emulator::update_atomically(address, [=](T old) { return old < value ? value : old; });
 }
-template <class T>
-  requires(charlm::cuda_emulator::Atomic<T> || std::same_as<T, long long>)
-T atomicMin(T* address, std::type_identity_t<T> value) {
-  return charlm::cuda_emulator::update_atomically(address, [=](T old) { return value < old ? value : old; });
-}
-template <class T>
-  requires(charlm::cuda_emulator::Atomic<T> || std::same_as<T, float>)
-T atomicExch(T* address, std::type_identity_t<T> value) {
-  return charlm::cuda_emulator::update_atomically(address, [=](T) { return value; });
-}
 template <charlm::cuda_emulator::Atomic T>
 T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired) {
   return charlm::cuda_emulator::update_atomically(address, [=](T old) { return old == expected ? desired : old; });
