@@ -257,3 +257,108 @@ def test_a_shift_that_is_refused() -> None:
         functional.linear_cross_entropy(x, weight, target, shift=9)
     with pytest.raises(RuntimeError, match=r"with shift, input must have shape \(\.\.\., T, D\)"):
         functional.linear_cross_entropy(x, weight, target[0], shift=1)
+
+
+def linear_arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x, _ = logits_and_target(40, 6)
+    weight = torch.randn(27, 6).to(dtype)
+    return x.to(dtype).requires_grad_(), weight.requires_grad_(), torch.arange(40) * 7 % 27
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_a_linear_loss_in_float32_takes_a_class_weight_of_either_dtype(weight_dtype: torch.dtype) -> None:
+    x, weight, target = linear_arguments(torch.bfloat16)
+    options: dict[str, Any] = {"weight": torch.linspace(0.5, 2, 27).to(weight_dtype), "loss_dtype": torch.float32}
+    results = []
+    for f in (functional, reference):
+        loss = f.linear_cross_entropy(x, weight, target, **options)
+        assert loss.dtype == torch.float32
+        first = torch.autograd.grad(loss, (x, weight), create_graph=True)
+        results.append((loss, *first, *torch.autograd.grad(first[0].float().square().sum(), (x, weight))))
+    torch.testing.assert_close(results[0], results[1], rtol=0.03, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_metrics_beside_an_explicit_half_loss(dtype: torch.dtype) -> None:
+    x, weight, target = linear_arguments(dtype)
+    output = functional.linear_cross_entropy(x, weight, target, loss_dtype=dtype, **RETURNS)
+    assert output.loss.dtype == dtype
+    logits, probabilities = torch.randn(4, 27), torch.rand(4, 27, dtype=torch.float64).softmax(1)
+    output = functional.cross_entropy(logits, probabilities, loss_dtype=torch.float64, return_predicted_tokens=True)
+    assert output.loss.dtype == torch.float64
+    assert output.predicted_tokens.equal(logits.argmax(1))
+
+
+@pytest.mark.parametrize("zero", ["token_weight", "weight"])
+def test_a_mean_over_nothing_leaves_the_gradients_of_lse_and_entropy_alone(zero: str) -> None:
+    x, target = logits_and_target()
+    options = {zero: torch.zeros(40 if zero == "token_weight" else 27)}
+    for objective in ("lse", "entropy"):
+        expected = gradient(reference.cross_entropy, objective, x, target, **options)
+        torch.testing.assert_close(gradient(functional.cross_entropy, objective, x, target, **options), expected)
+    inputs, weight, target = linear_arguments()
+    for objective in ("lse", "entropy"):
+        grads = []
+        for f in (functional, reference):
+            loss, lse, entropy, *_ = f.linear_cross_entropy(inputs, weight, target, **options, **RETURNS)
+            grads.append(torch.autograd.grad(OBJECTIVES[objective](loss, lse, entropy), (inputs, weight)))
+        torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_an_entropy_that_is_changed_in_place_does_not_stop_the_other_gradients() -> None:
+    x, target = logits_and_target()
+    inputs, weight, linear_target = linear_arguments()
+    for output, leaf in (
+        (functional.cross_entropy(x.requires_grad_(), target, **RETURNS), x),
+        (functional.linear_cross_entropy(inputs, weight, linear_target, **RETURNS), inputs),
+    ):
+        output.entropy.detach().div_(2)  # nats to other units, for a log
+        (output.loss + output.lse.sum()).backward(retain_graph=True)
+        assert leaf.grad.isfinite().all()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.entropy.sum().backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_accuracy_leaves_the_gradients_to_forward(autocast: bool) -> None:
+    inputs, weight, target = linear_arguments()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = functional.linear_cross_entropy(inputs, weight, target, return_token_accuracy=True)
+        expected = functional.linear_cross_entropy(inputs, weight, target, return_token_accuracy=True, return_lse=True)
+    assert output.lse is None
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert output.token_accuracy == expected.token_accuracy
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        output.loss.backward()
+    assert "charlm::_linear_cross_entropy_gradients" not in {event.name for event in profile.events()}
+
+
+def test_private_ops_check_the_gradients_of_the_metrics() -> None:
+    x, target = logits_and_target()
+    numbers = (1, -100, 0.0, 0.0, 0.0, 1.0, False)
+    _, state = torch.ops.charlm.cross_entropy(x, target, None, None, *numbers)
+    backward = torch.ops.charlm._cross_entropy_backward
+    row, one = torch.ones(40), torch.ones(())
+    with pytest.raises(RuntimeError, match="grad_entropy needs entropy"):
+        backward(one, x, target, None, None, state, None, row, None, [True, False], *numbers)
+    with pytest.raises(RuntimeError, match=r"must have shape \[40\]"):
+        backward(one, x, target, None, None, state, row[:3], None, None, [True, False], *numbers)
+    inputs, weight, linear_target = linear_arguments()
+    gradients = torch.ops.charlm._linear_cross_entropy_gradients
+    tensors = (inputs.detach(), weight.detach(), linear_target, None, None, None, False, 0, 0)
+    with pytest.raises(RuntimeError, match="grad_entropy needs entropy"):
+        gradients(one, None, row, None, [True, True, False], *tensors, *numbers)
+    with pytest.raises(RuntimeError, match=r"must have shape \[40\]"):
+        gradients(one, row[:3], None, None, [True, True, False], *tensors, *numbers)
+    assert gradients(one, None, None, None, [True, True, True], *tensors, *numbers)[3].shape == (0,)  # there is no bias
+
+
+def test_an_in_place_forward_needs_a_reduction_with_metrics_too() -> None:
+    x, target = logits_and_target()
+    with torch.no_grad(), pytest.raises(ValueError, match='needs reduction "mean" or "sum"'):
+        functional.cross_entropy(x, target, inplace="forward", reduction="none", return_lse=True)
+
+
+def test_shift_checks_its_tensors_first() -> None:
+    with pytest.raises(TypeError, match="target"):
+        functional.linear_cross_entropy(torch.zeros(4, 3), torch.zeros(5, 3), None, shift=1)
