@@ -68,6 +68,11 @@ def integer(function: str, name: str, value: Any) -> int:
     return int(value)
 
 
+def shift(value: Any) -> int:
+    """The number of positions that `shift` is: True is 1."""
+    return int(value) if isinstance(value, bool) else integer("linear_cross_entropy", "shift", value)
+
+
 def boolean(function: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{function}(): argument {name!r} must be bool, not {type(value).__name__}")

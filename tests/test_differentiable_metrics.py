@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from charlm import functional, reference
+from charlm import functional, nn, reference
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -289,20 +289,56 @@ def test_metrics_beside_an_explicit_half_loss(dtype: torch.dtype) -> None:
     assert output.predicted_tokens.equal(logits.argmax(1))
 
 
-@pytest.mark.parametrize("zero", ["token_weight", "weight"])
-def test_a_mean_over_nothing_leaves_the_gradients_of_lse_and_entropy_alone(zero: str) -> None:
+UNREAD: dict[str, dict[str, Any]] = {  # what the gradients of lse and entropy do not read
+    "no_token_weight": {"token_weight": torch.zeros(40)},
+    "no_weight": {"weight": torch.zeros(27)},
+    "nan_token_weight": {"token_weight": torch.full((40,), torch.nan), "reduction": "sum"},
+    "infinite_weight": {"weight": torch.full((27,), torch.inf), "reduction": "sum"},
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+@pytest.mark.parametrize("objective", ["lse", "entropy"])
+def test_the_gradients_of_lse_and_entropy_do_not_read_the_weights(objective: str, name: str, isa: str) -> None:
     x, target = logits_and_target()
-    options = {zero: torch.zeros(40 if zero == "token_weight" else 27)}
-    for objective in ("lse", "entropy"):
-        expected = gradient(reference.cross_entropy, objective, x, target, **options)
-        torch.testing.assert_close(gradient(functional.cross_entropy, objective, x, target, **options), expected)
+    expected = gradient(functional.cross_entropy, objective, x, target)
+    torch.testing.assert_close(gradient(functional.cross_entropy, objective, x, target, **UNREAD[name]), expected)
     inputs, weight, target = linear_arguments()
-    for objective in ("lse", "entropy"):
-        grads = []
-        for f in (functional, reference):
-            loss, lse, entropy, *_ = f.linear_cross_entropy(inputs, weight, target, **options, **RETURNS)
-            grads.append(torch.autograd.grad(OBJECTIVES[objective](loss, lse, entropy), (inputs, weight)))
-        torch.testing.assert_close(grads[0], grads[1])
+    grads = []
+    for options in ({}, UNREAD[name]):
+        loss, lse, entropy, *_ = functional.linear_cross_entropy(inputs, weight, target, **options, **RETURNS)
+        grads.append(torch.autograd.grad(OBJECTIVES[objective](loss, lse, entropy), (inputs, weight)))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_the_gradients_of_lse_and_entropy_do_not_read_probabilities() -> None:
+    x, _ = logits_and_target()
+    expected = gradient(functional.cross_entropy, "lse", x, torch.rand(40, 27).softmax(1))
+    ours = gradient(functional.cross_entropy, "lse", x, torch.full((40, 27), torch.nan))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("f", [functional.cross_entropy, reference.cross_entropy])
+@pytest.mark.parametrize("factor", [5.0, -1e30])
+def test_a_large_gradient_of_the_entropy_meets_a_class_of_probability_zero(
+    factor: float, f: Callable[..., Any], isa: str
+) -> None:
+    x = torch.tensor([[0.0, 1.0, -torch.inf, 3.0] * 5], requires_grad=True)
+    entropy = f(x, torch.tensor([1]), return_entropy=True)[2]
+    (grad,) = torch.autograd.grad(factor * entropy.sum(), x)
+    (expected,) = torch.autograd.grad(factor * functional.entropy(x).sum(), x)
+    torch.testing.assert_close(grad, expected)
+    assert (grad[:, 2::4] == 0).all()
+
+
+@pytest.mark.parametrize("n_classes", [2, 40])
+@pytest.mark.parametrize("largest", [torch.inf, -torch.inf, 1.0, torch.nan])
+def test_the_lse_of_a_row_with_nan_is_nan(largest: float, n_classes: int, isa: str) -> None:
+    x = torch.full((1, n_classes), largest)
+    y = torch.tensor([0])
+    torch.testing.assert_close(functional.cross_entropy(x, y, return_lse=True).lse, x.logsumexp(1), equal_nan=True)
+    x[0, 0] = torch.nan
+    assert functional.cross_entropy(x, y, return_lse=True).lse.isnan().all()
 
 
 def test_an_entropy_that_is_changed_in_place_does_not_stop_the_other_gradients() -> None:
@@ -362,3 +398,60 @@ def test_an_in_place_forward_needs_a_reduction_with_metrics_too() -> None:
 def test_shift_checks_its_tensors_first() -> None:
     with pytest.raises(TypeError, match="target"):
         functional.linear_cross_entropy(torch.zeros(4, 3), torch.zeros(5, 3), None, shift=1)
+
+
+@pytest.mark.parametrize("block_rows", [0, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_linear_cross_entropy_refuses_the_loss_dtypes_that_cross_entropy_refuses(
+    dtype: torch.dtype, block_rows: int
+) -> None:
+    inputs, weight, target = linear_arguments(dtype)
+    target[:block_rows] = -100  # ignored targets take another path
+    for loss_dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64):
+        if loss_dtype in (dtype, torch.promote_types(dtype, torch.float32)):
+            loss = functional.linear_cross_entropy(inputs, weight, target, loss_dtype=loss_dtype)
+            assert loss.dtype == loss_dtype
+        else:
+            with pytest.raises(ValueError, match="loss_dtype must be"):
+                functional.linear_cross_entropy(inputs, weight, target, loss_dtype=loss_dtype)
+
+
+def test_the_reference_refuses_a_loss_dtype_of_promoted_probabilities() -> None:
+    logits, probabilities = torch.randn(4, 27), torch.rand(4, 27, dtype=torch.float64).softmax(1)
+    for f in (functional.cross_entropy, reference.cross_entropy):
+        with pytest.raises(ValueError, match="loss_dtype must be"):
+            f(logits, probabilities, loss_dtype=torch.float32)
+
+
+def test_the_bias_gradient_of_many_rows_is_rounded_once() -> None:
+    x, weight, target = torch.zeros(262144, 1), torch.randn(2, 1), torch.zeros(262144, dtype=torch.long)
+    bias = torch.tensor([0.3, -0.2], requires_grad=True)
+    (grad,) = torch.autograd.grad(functional.linear_cross_entropy(x, weight, target, linear_bias=bias), bias)
+    p = bias.detach().double().softmax(0)
+    torch.testing.assert_close(grad.double(), torch.stack([p[0] - 1, p[1]]), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+def test_an_ignored_row_has_no_gradient_whatever_the_factor(factor: float) -> None:
+    inputs, weight, target = linear_arguments()
+    target[3] = -100
+    loss = functional.linear_cross_entropy(inputs, weight, target)
+    (grad,) = torch.autograd.grad(loss, inputs, torch.tensor(factor))
+    assert (grad[3] == 0).all()
+    assert not grad[4].isfinite().any()
+
+
+def test_shift_without_features_and_with_a_bad_target() -> None:
+    zeros = torch.zeros(2, 5, dtype=torch.long)
+    loss = functional.linear_cross_entropy(torch.zeros(2, 5, 0), torch.zeros(7, 0), zeros, shift=1)
+    torch.testing.assert_close(loss, torch.tensor(7.0).log())
+    zeros[1, 2] = 7
+    with pytest.raises(IndexError, match=r"target 7 at position \(1, 2\) is out of range for 7 classes"):
+        functional.linear_cross_entropy(torch.zeros(2, 5, 3), torch.zeros(7, 3), zeros, shift=1)
+    for shift in (None, 0.0, "", []):
+        with pytest.raises(TypeError, match="shift"):
+            functional.linear_cross_entropy(torch.zeros(5, 3), torch.zeros(7, 3), zeros[0], shift=shift)
+    module = nn.LinearCrossEntropyLoss(3, 7, shift=True)
+    inputs = torch.randn(2, 5, 3)
+    expected = functional.linear_cross_entropy(inputs, module.linear.weight, zeros.clamp(max=6), shift=1)
+    torch.testing.assert_close(module(inputs, zeros.clamp(max=6)), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -183,7 +184,7 @@ def linear_cross_entropy(
             **extras,
         )
     has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
-    if shift:
+    if shift is not False and _checks.shift(shift):
         return _shifted(
             shift,
             input,
@@ -268,7 +269,7 @@ def _shifted(
     **keywords: Any,
 ) -> Tensor | CrossEntropyOutput:
     """The loss of the input at position t and the target at position t + shift of each sequence."""
-    shift = int(shift) if isinstance(shift, bool) else _checks.integer("linear_cross_entropy", "shift", shift)
+    shift = _checks.shift(shift)
     sequences = input.shape[:-1]  # (..., T)
     if input.dim() < 2 or target.shape != sequences:
         raise RuntimeError(
@@ -279,19 +280,28 @@ def _shifted(
         raise ValueError(f"shift must be in [0, T) for sequences of length T = {sequences[-1]}, got {shift}")
     if token_weight is not None and token_weight.shape != target.shape:
         raise RuntimeError(f"token_weight must have the shape of target, {tuple(sequences)}")
-    rows = input[..., :-shift, :].reshape(-1, input.shape[-1])
-    result = linear_cross_entropy(
-        rows,
-        linear_weight,
-        target[..., shift:].reshape(-1),
-        token_weight=None if token_weight is None else token_weight[..., shift:].reshape(-1),
-        reduction=reduction,
-        **keywords,
-    )
     shape = (*sequences[:-1], sequences[-1] - shift)
+    rows, targets = input[..., :-shift, :].flatten(0, -2), target[..., shift:].flatten()
+    weights = None if token_weight is None else token_weight[..., shift:].flatten()
+    try:
+        result = linear_cross_entropy(
+            rows, linear_weight, targets, token_weight=weights, reduction=reduction, **keywords
+        )
+    except IndexError as error:
+        raise IndexError(_with_position_in_target(str(error), shape, shift)) from None
     if isinstance(result, Tensor):
         return result.reshape(shape) if reduction == "none" else result
     return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(shape) for t in result))
+
+
+def _with_position_in_target(error: str, shape: tuple[int, ...], shift: int) -> str:
+    """The text of an IndexError with the position in the caller's target in place of that among the shifted rows."""
+
+    def position(match: re.Match[str]) -> str:
+        *outer, last = (int(i) for i in torch.unravel_index(torch.tensor(int(match[1])), shape))
+        return f"position {(*outer, last + shift)}"
+
+    return re.sub(r"position \((\d+),\)", position, error)
 
 
 _TENSORS = ("input", "linear_weight", "target", "linear_bias?", "weight?", "token_weight?")

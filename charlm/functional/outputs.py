@@ -34,7 +34,8 @@ class CrossEntropyOutput(NamedTuple):
 
     Attributes:
         loss: the loss in nats: (), or one value per target with reduction "none". Differentiable.
-        lse: the log-sum-exp of the logits in nats, one value per target; float32 (float64 for float64 logits).
+        lse: the log-sum-exp of the logits in nats, one value per target; float32, or float64 for
+            logits (or probability targets) in float64.
         entropy: the entropy of the predicted distribution in nats, one value per target; the dtype of `lse`.
         predicted_tokens: the class with the largest logit, one per target; int64.
         token_accuracy: the share of correct predictions, (); with reduction "none" 1 or 0 per target. float32.

@@ -252,14 +252,14 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         device, dtype: of the parameters.
         weight: (C), a weight for each class.
         reduction, ignore_index, label_smoothing, options, lse_square_scale, softcap, logit_scale, all_ignored,
-            loss_dtype, return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
+            loss_dtype, shift, return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
             `charlm.functional.linear_cross_entropy`.
 
     Attributes:
         linear: a `torch.nn.Linear` of C * d1 * ... outputs, which holds the parameters.
 
     Shape:
-        input: (D) or (N, D).
+        input: (D) or (N, D); (..., T, D) with `shift`.
         target: class indices, (), (N) or (N, d1, ...); or class probabilities, (C) or (N, C, d1, ...).
         token_weight: optional, a weight for each target.
         output: as of `CrossEntropyLoss`.
@@ -283,6 +283,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     logit_scale: float = 1.0
     all_ignored: AllIgnored = "nan"
     loss_dtype: torch.dtype | None = None
+    shift: bool | int = False
     return_lse: bool = False
     return_entropy: bool = False
     return_predicted_tokens: bool = False
@@ -307,6 +308,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         logit_scale: float = 1.0,
         all_ignored: AllIgnored = "nan",
         loss_dtype: torch.dtype | None = None,
+        shift: bool | int = False,
         return_lse: bool = False,
         return_entropy: bool = False,
         return_predicted_tokens: bool = False,
@@ -330,6 +332,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         self.logit_scale = logit_scale
         self.all_ignored = all_ignored
         self.loss_dtype = loss_dtype
+        self.shift = shift
         self.return_lse = return_lse
         self.return_entropy = return_entropy
         self.return_predicted_tokens = return_predicted_tokens

@@ -69,7 +69,7 @@ def cross_entropy(
         and logit_scale == 1
         and token_weight is None
         and all_ignored == "nan"
-        and loss_dtype in (None, input.dtype)
+        and loss_dtype is None
         and not (weight is not None and weight.dtype != input.dtype and target.shape != input.shape)
         # torch's mean over a sharded batch is the mean of the shards' means, although their numbers of targets differ.
         and not (reduction == "mean" and (_is_dtensor(input) or _is_dtensor(target)))
@@ -149,9 +149,10 @@ def _weighted_loss(
     if autocast:
         result_dtype = torch.promote_types(result_dtype, torch.float32)
     if loss_dtype is not None:
-        if loss_dtype not in (result_dtype, z.dtype):
+        arithmetic = torch.promote_types(result_dtype, torch.float32)
+        if loss_dtype not in (result_dtype, arithmetic):
             raise ValueError(
-                f"loss_dtype must be the dtype of the logits, {result_dtype}, or that of the arithmetic, {z.dtype}, "
+                f"loss_dtype must be the dtype of the logits, {result_dtype}, or that of the arithmetic, {arithmetic}, "
                 f"got {loss_dtype}"
             )
         result_dtype = loss_dtype
@@ -238,8 +239,8 @@ def _check_factor(name: str, factor: float, dtype: torch.dtype) -> None:
 
 def _entropy(z: Tensor, class_dim: int) -> Tensor:
     p = z.softmax(class_dim)
-    # A class of probability 0 adds nothing, also if z = -inf.
-    return z.logsumexp(class_dim) - torch.where(p == 0, 0, p * z).sum(class_dim)
+    # A class of probability 0 adds nothing, and nothing to the gradient, also if z = -inf.
+    return z.logsumexp(class_dim) - (p * z.masked_fill(p == 0, 0)).sum(class_dim)
 
 
 def _token_accuracy(

@@ -55,6 +55,8 @@ def linear_cross_entropy(
     if shift:
         if input.dim() != 2 or target.dim() != 1:
             raise NotImplementedError("the reference shifts one sequence, input (T, D) and target (T)")
+        if not 0 < shift < len(input):
+            raise ValueError(f"shift must be in [0, T) for sequences of length T = {len(input)}, got {shift}")
         input, target = input[: -int(shift)], target[int(shift) :]
         token_weight = None if token_weight is None else token_weight[int(shift) :]
     logits = _make_logits(input, linear_weight, linear_bias)

@@ -115,7 +115,9 @@ class CrossEntropyRow {
     const C entropy = params_.grad_entropy ? params_.entropy[n_] : C(0);
     const auto of_metrics = [&](V z) -> V {
       const V t = z - m, p = exp(t) / w.sum;
-      return p * (grad_lse - grad_entropy * (max<C>(broadcast<C>(-kHuge<C>), t) - log_sum + entropy)) * slope(z);
+      // p comes first: where it is 0, grad_entropy times the clamped logarithm could be infinite.
+      const V p_log_p = p * (max<C>(broadcast<C>(-kHuge<C>), t) - log_sum + entropy);
+      return (p * grad_lse - grad_entropy * p_log_p) * slope(z);
     };
     const bool has_class_indices = counts && !is_probability(kDense);
     const C target_logit = has_class_indices ? logit(target_) : C(0);
@@ -150,9 +152,11 @@ class CrossEntropyRow {
       spread += e == 0 ? V{} : e * (m - z);  // a class of probability 0 adds nothing, even if z = -inf
     });
     const C total = reduce_sum<C>(sum), log_sum = log(total);
-    params_.lse[n_] = m == INFINITY || m == -INFINITY ? m : m + log_sum;
+    const int64_t predicted = total == total ? first(m) : first_nan_or(m);
+    const C largest = logit(predicted);  // NaN, which m is not, where the row has one
+    params_.lse[n_] = largest == INFINITY || largest == -INFINITY ? largest : largest + log_sum;
     params_.entropy[n_] = log_sum + reduce_sum<C>(spread) / total;
-    params_.predicted_tokens[n_] = total == total ? first(m) : first_nan_or(m);
+    params_.predicted_tokens[n_] = predicted;
     if (params_.row_max && params_.has_class_indices && params_.target.as_int64()[n_] == params_.ignore_index) {
       params_.row_max[n_] = m;
       params_.row_sum[n_] = total;

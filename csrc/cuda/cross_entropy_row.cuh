@@ -157,7 +157,7 @@ class CrossEntropyRow {
         value = (e * softmax_factor_ - d) * g_;
       }
       if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) {
-        value = (is_ignored_ ? C(0) : value) + (e / sum_) * metrics_factor(z);
+        value = (is_ignored_ ? C(0) : value) + metrics_gradient(z, e / sum_);
       }
       value *= slope(z);
     }
@@ -198,13 +198,14 @@ class CrossEntropyRow {
     return has_class_indices() ? (1 - params_.label_smoothing) * target_weight_ : C(0);
   }
 
-  // grad_lse - grad_entropy (log p_c + H)
-  __device__ __forceinline__ C metrics_factor(C z) const {
-    C factor = params_.grad_lse ? params_.grad_lse[n_] : C(0);
+  // p (grad_lse - grad_entropy (log p + H)). p comes first: where it is 0, grad_entropy times the clamped logarithm
+  // could be infinite.
+  __device__ __forceinline__ C metrics_gradient(C z, C p) const {
+    C value = params_.grad_lse ? p * params_.grad_lse[n_] : C(0);
     if (params_.grad_entropy) {
-      factor -= params_.grad_entropy[n_] * (finite(z - max_) - log_sum_ + params_.entropy[n_]);
+      value -= params_.grad_entropy[n_] * (p * (finite(z - max_) - log_sum_ + params_.entropy[n_]));
     }
-    return factor;
+    return value;
   }
 
   // dz/dx at z.

@@ -115,6 +115,10 @@ void check_no_derivative(const Tensor& target, const Tensor& input, const Option
               "the derivative for 'token_weight' is not implemented: it must not require grad");
 }
 
+Tensor all_ignored(const CrossEntropyOptions& options, const Tensor& input) {
+  return at::full_symint(loss_shape(input), options.ignore_index, input.options().dtype(at::kLong));
+}
+
 namespace {
 
 // ------------------------------------------------------------------------------------------------ without metrics
@@ -149,22 +153,21 @@ struct CrossEntropyBackward final : CrossEntropyNode<CrossEntropyBackward, 6> {
         return {loss, lse, entropy};
       });
     }
-    // A mean over a total weight of 0 divides by 0: the gradients of lse and entropy must not.
-    if (!call.grads[0].defined() && options.is(Reduction::kMean)) {
-      options.reduction = static_cast<int64_t>(Reduction::kSum);
-    }
-    const auto zeros = [&] {
-      const auto shape = options.is(Reduction::kNone) ? loss_shape(x) : c10::SymDimVector{};
-      return at::zeros_symint(shape, x.options().dtype(compute_dtype(x)));
-    };
-    const Tensor grad_loss = call.grads[0].defined() ? call.grads[0] : zeros();
-    const auto grad_of = [&](size_t i) { return has_metrics ? optional_if_defined(call.grads[i]) : std::nullopt; };
-    const Tensor state = call.saved(kState);
     variable_list result(3);  // input, target, weight
+    const auto grad_of = [&](size_t i) { return has_metrics ? optional_if_defined(call.grads[i]) : std::nullopt; };
+    const OptionalTensor entropy = grad_of(2) ? call.optional(kEntropy) : std::nullopt;
+    const Tensor state = call.saved(kState);
+    if (!call.grads[0].defined()) {  // of lse and entropy alone
+      options.reduction = static_cast<int64_t>(Reduction::kSum);
+      const Tensor grad_loss = at::zeros({}, x.options().dtype(compute_dtype(x)));
+      result[0] = std::get<0>(backward_op()(options, grad_loss, x, all_ignored(options, x), {}, {},
+                                            state.narrow(0, 0, 2), grad_of(1), grad_of(2), entropy, {true, false}));
+      return result;
+    }
+    const Tensor& grad_loss = call.grads[0];
     if (call.needs(0) || call.needs(1)) {
-      std::tie(result[0], result[1]) =
-          backward_op()(options, grad_loss, x, y, w, t, state, grad_of(1), grad_of(2),
-                        grad_of(2) ? call.optional(kEntropy) : std::nullopt, {call.needs(0), call.needs(1)});
+      std::tie(result[0], result[1]) = backward_op()(options, grad_loss, x, y, w, t, state, grad_of(1), grad_of(2),
+                                                     entropy, {call.needs(0), call.needs(1)});
     }
     if (call.needs(2)) result[2] = weight_gradient(options, grad_loss, x, y, t, state).to(w->scalar_type());
     return result;

@@ -16,6 +16,10 @@ std::tuple<Tensor, Tensor> lse_and_entropy_formula(const CrossEntropyOptions& op
 // Whether forward may precompute the gradient.
 bool may_precompute_gradient(const CrossEntropyOptions& options, const Tensor& input);
 
+// Targets that are all ignored. With them a backward computes the gradients of lse and entropy alone, and reads no
+// weight or probability, which may be infinite or NaN.
+Tensor all_ignored(const CrossEntropyOptions& options, const Tensor& input);
+
 // RuntimeError for a weight of class indices or a token_weight that requires grad.
 void check_no_derivative(const Tensor& target, const Tensor& input, const OptionalTensor& weight,
                          const OptionalTensor& token_weight);

@@ -250,6 +250,20 @@ Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& start = {
   return result;
 }
 
+// [V], the sum of contiguous rows [N, V] of C, in double.
+template <class C>
+Tensor sum_of_rows(const Tensor& rows) {
+  const int64_t n_classes = rows.size(1);
+  c10::SmallVector<double, 256> sums(n_classes, 0.0);
+  const C* row = const_data<C>(rows);
+  for (int64_t n = 0; n < rows.size(0); n++, row += n_classes) {
+    for (int64_t c = 0; c < n_classes; c++) sums[c] += row[c];
+  }
+  const Tensor result = at::empty({n_classes}, rows.options());
+  std::copy(sums.begin(), sums.end(), mutable_data<C>(result));
+  return result;
+}
+
 // All logits at once, or nothing if a target is ignored.
 template <class C>
 std::optional<LossAndGradients> run_at_once(const LinearCrossEntropyArguments& a, bool with_gradients,
@@ -270,7 +284,7 @@ std::optional<LossAndGradients> run_at_once(const LinearCrossEntropyArguments& a
   }
   const Tensor none = at::empty({0}, a.input.options());
   return LossAndGradients{loss, mask[0] ? product(logits, a.linear_weight) : none,
-                          mask[1] ? product(logits.t(), a.input) : none, mask[2] ? sum_of_rows(logits) : none};
+                          mask[1] ? product(logits.t(), a.input) : none, mask[2] ? sum_of_rows<C>(logits) : none};
 }
 
 LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,

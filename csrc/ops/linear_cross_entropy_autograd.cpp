@@ -5,6 +5,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/linear.h>
 
+#include <cmath>
 #include <utility>
 
 #include "ops/cross_entropy_autograd.h"
@@ -22,11 +23,6 @@ Tensor logits(const LinearCrossEntropyArguments& a) {
 Tensor formula(const LinearCrossEntropyArguments& a) {
   const Tensor z = logits(a);
   return cross_entropy_formula(a.options, z, a.target, to(a.weight, z.scalar_type()), a.token_weight);
-}
-
-Tensor zeros_like_loss(const LinearCrossEntropyArguments& a) {
-  const auto shape = a.options.is(Reduction::kNone) ? leading_sizes(a.input) : c10::SymIntArrayRef();
-  return at::zeros_symint(shape, a.input.options().dtype(compute_dtype(a.input)));
 }
 
 struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBackward, 7, bool, int64_t, int64_t> {
@@ -63,10 +59,12 @@ struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBac
     const OutputMask mask = {call.needs(0), call.needs(1), a.linear_bias && call.needs(2)};
     static const LinearGradientsOp op("charlm::_linear_cross_entropy_gradients");
     const auto grad_of = [&](size_t i) { return has_metrics ? optional_if_defined(call.grads[i]) : std::nullopt; };
-    const Tensor grad_loss = call.grads[0].defined() ? call.grads[0] : zeros_like_loss(a);
-    // A mean over a total weight of 0 divides by 0: the gradients of lse and entropy must not.
-    if (!call.grads[0].defined() && a.options.is(Reduction::kMean)) {
+    Tensor grad_loss = call.grads[0];
+    if (!grad_loss.defined()) {  // of lse and entropy alone
+      a.target = all_ignored(a.options, like_logits(a));
+      a.weight = a.token_weight = std::nullopt;
       a.options.reduction = static_cast<int64_t>(Reduction::kSum);
+      grad_loss = at::zeros({}, a.input.options().dtype(compute_dtype(a.input)));
     }
     const OptionalTensor entropy = grad_of(2) ? call.optional(kEntropy) : std::nullopt;
     return only(mask, op(a, grad_loss, grad_of(1), grad_of(2), entropy, mask));
@@ -84,11 +82,14 @@ struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBac
  private:
   variable_list backward(const BackwardCall& call) override {
     variable_list grads = std::exchange(precomputed, {});
-    if (grads.empty() || at::GradMode::is_enabled() || !is_concrete(call.grads[0])) return KernelNode::backward(call);
+    const Tensor& grad_loss = call.grads[0];
+    if (grads.empty() || at::GradMode::is_enabled() || !is_concrete(grad_loss)) return KernelNode::backward(call);
+    // Infinite times the 0 of an ignored row is NaN. On CUDA reading the value would wait for the device.
+    if (grad_loss.is_cpu() && !std::isfinite(grad_loss.item<double>())) return KernelNode::backward(call);
     for (size_t i = 0; i < saved.size(); i++) call.saved(i);  // raises if one was modified in place
     at::AutoDispatchBelowADInplaceOrView guard;
     for (Tensor& grad : grads) {
-      if (grad.defined()) scale_gradient_(grad, call.grads[0]);
+      if (grad.defined()) scale_gradient_(grad, grad_loss);
     }
     return grads;
   }

@@ -216,27 +216,4 @@ void add_product(const Tensor& out, const Tensor& a, const Tensor& b) {
   at::addmm_out(result, result, a, b);
 }
 
-namespace {
-
-template <class C>
-void sum_of_rows(const Tensor& sum, const Tensor& rows) {
-  static constexpr C kOne = 1;
-  GemmParams<C> g;
-  g.a = &kOne;  // [1, N] ones: strides of 0
-  g.b = const_data<C>(rows);
-  g.b_row_stride = g.c_row_stride = g.n_columns = rows.size(1);
-  g.c = mutable_data<C>(sum);
-  g.n_rows = 1;
-  g.n_inner = rows.size(0);
-  multiply_here(g);
-}
-
-}  // namespace
-
-Tensor sum_of_rows(const Tensor& rows) {
-  const Tensor sum = at::empty({rows.size(1)}, rows.options());
-  rows.scalar_type() == at::kDouble ? sum_of_rows<double>(sum, rows) : sum_of_rows<float>(sum, rows);
-  return sum;
-}
-
 }  // namespace charlm

@@ -13,7 +13,5 @@ constexpr int64_t kMaxShortSide = 32;  // the longest side that counts as short
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& start = {});
 // out += a b
 void add_product(const Tensor& out, const Tensor& a, const Tensor& b);
-// [V], the sum of contiguous rows [N, V] of float or double, on this thread: for few of them.
-Tensor sum_of_rows(const Tensor& rows);
 
 }  // namespace charlm
