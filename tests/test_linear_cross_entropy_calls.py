@@ -168,7 +168,8 @@ def test_options_set_the_rows_of_a_block() -> None:
         names = ops_of(lambda: functional.linear_cross_entropy(x, weight, target, options=options))
         return names.count("charlm::cross_entropy_of_rows_")
 
-    assert n_products() == 0  # so few logits are made at once, without blocks
+    on_gpu = "CHARLM_CUDA_EMULATED" in os.environ
+    assert n_products() == (1 if on_gpu else 0)  # the CPU computes so few logits without blocks
     assert n_products(batch_chunk_size=16) == 4
     assert n_products(chunking_method="aspect_ratio:4") == 8
     assert n_products(batch_chunk_size=64, acc_policy="compact", allow_retain_graph=False) == 1

@@ -20,7 +20,7 @@ const Gpu emulator = {&cuda::kernels(),
                       [](const at::Device&) -> Stream { return nullptr; },
                       [](Stream) { return false; },
                       [](Stream) {},
-                      [](const at::Device&) {},
+                      [] {},
                       [] { return new IndexError; },
                       [](const at::Device&) -> int64_t { return 227 << 10; },  // an H100's
                       [](int error) { TORCH_CHECK(error == 0, "a launch returned ", error); }};
