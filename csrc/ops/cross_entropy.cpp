@@ -310,12 +310,11 @@ CrossEntropyMetrics metrics_of(const CrossEntropyOptions& options, const Tensor&
 
 }  // namespace
 
-Tensor metric_of_rows(const OptionalTensor& metric, const Tensor& input, c10::SymIntArrayRef shape) {
-  if (!metric) return {};
-  TORCH_CHECK(metric->sym_sizes() == shape && metric->device() == input.device(),
+Tensor metric_of_rows(const Tensor& metric, const Tensor& input, c10::SymIntArrayRef shape) {
+  TORCH_CHECK(metric.sym_sizes() == shape && metric.device() == input.device(),
               "lse, entropy and their gradients must have shape ", shape, " on ", input.device(), ", got ",
-              metric->sym_sizes(), " on ", metric->device());
-  return metric->to(compute_dtype(input)).contiguous().view({-1});
+              metric.sym_sizes(), " on ", metric.device());
+  return metric.to(compute_dtype(input)).contiguous().view({-1});
 }
 
 Tensor token_accuracy(const CrossEntropyOptions& options, const Tensor& is_correct, const Tensor& counted) {
@@ -374,7 +373,9 @@ Gradients gradients(const CrossEntropyOptions& options, const Tensor& grad_loss,
               " for logits of shape ", input.sizes());
   return with_float_type(input.scalar_type(), "cross_entropy_backward", [&]<class T>() {
     Call<T> call(options, input, target, weight, token_weight);
-    const auto of_rows = [&](const OptionalTensor& t) { return metric_of_rows(t, input, loss_shape(input)); };
+    const auto of_rows = [&](const OptionalTensor& t) {
+      return t ? metric_of_rows(*t, input, loss_shape(input)) : Tensor();
+    };
     TORCH_CHECK(!grad_entropy || entropy, "grad_entropy needs entropy");
     const MetricGradients metric_grads{of_rows(grad_lse), of_rows(grad_entropy), of_rows(entropy)};
     call.add_metric_gradients(metric_grads, 0);

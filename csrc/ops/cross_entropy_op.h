@@ -148,9 +148,9 @@ struct MetricGradients {
   bool is_any() const { return grad_lse.defined() || grad_entropy.defined(); }
 };
 
-// lse, entropy or the gradient of one, as MetricGradients needs it; undefined for none. `shape`: that of the unreduced
-// loss. RuntimeError for another shape or device.
-Tensor metric_of_rows(const OptionalTensor& metric, const Tensor& input, c10::SymIntArrayRef shape);
+// lse, entropy or the gradient of one, as MetricGradients needs it. `shape`: that of the unreduced loss. RuntimeError
+// for another shape or device.
+Tensor metric_of_rows(const Tensor& metric, const Tensor& input, c10::SymIntArrayRef shape);
 
 // The losses [n], in the compute type, of logits [n, V] that belong to the rows first_row, first_row + 1, ... of a
 // target [N]. With `grad_loss`, [] or [N], the logits become their gradient. The caller has checked shapes and dtypes,

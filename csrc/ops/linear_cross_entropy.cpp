@@ -328,8 +328,9 @@ Tensor forward(const LinearCrossEntropyArguments& a) {
 LossAndGradients gradients(const LinearCrossEntropyArguments& a, const OptionalTensor& grad_loss,
                            const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
                            const OptionalTensor& entropy, OutputMask mask) {
-  check_linear_cross_entropy(a);
-  const auto of_rows = [&](const OptionalTensor& t) { return metric_of_rows(t, a.input, loss_shape(like_logits(a))); };
+  const auto of_rows = [&](const OptionalTensor& t) {
+    return t ? metric_of_rows(*t, a.input, leading_sizes(a.input)) : Tensor();
+  };
   TORCH_CHECK(!grad_entropy || entropy, "grad_entropy needs entropy");
   mask[2] = mask[2] && a.linear_bias;
   return run(a, /*with_gradients=*/true, grad_loss, {of_rows(grad_lse), of_rows(grad_entropy), of_rows(entropy)}, mask);

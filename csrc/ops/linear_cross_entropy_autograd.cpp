@@ -84,9 +84,10 @@ struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBac
     variable_list grads = std::exchange(precomputed, {});
     const Tensor& grad_loss = call.grads[0];
     if (grads.empty() || at::GradMode::is_enabled() || !is_concrete(grad_loss)) return KernelNode::backward(call);
-    // Infinite times the 0 of an ignored row is NaN. On CUDA reading the value would wait for the device.
-    if (grad_loss.is_cpu() && !std::isfinite(grad_loss.item<double>())) return KernelNode::backward(call);
-    for (size_t i = 0; i < saved.size(); i++) call.saved(i);  // raises if one was modified in place
+    const double factor = grad_loss.is_cpu() ? grad_loss.item<double>() : 2;  // on CUDA reading it would wait
+    if (!std::isfinite(factor)) return KernelNode::backward(call);            // times the 0 of an ignored row it is NaN
+    for (size_t i = 0; i < saved.size(); i++) call.saved(i);                  // raises if one was modified in place
+    if (factor == 1) return grads;
     at::AutoDispatchBelowADInplaceOrView guard;
     for (Tensor& grad : grads) {
       if (grad.defined()) scale_gradient_(grad, grad_loss);
