@@ -119,6 +119,7 @@ CHARLM_INLINE void transpose(const T* from, int64_t from_stride, int64_t n_rows,
       for (int64_t k = i; k < i + 4; k++) to[j * to_stride + k] = from[k * from_stride + j];
     }
   }
+  if (n_rows % 4 == 0) return;  // known to the compiler, which would warn of the loop below
   for (; i < n_rows; i++) {
     for (int64_t j = 0; j < n_columns; j++) to[j * to_stride + i] = from[i * from_stride + j];
   }
