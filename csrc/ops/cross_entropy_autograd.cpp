@@ -158,6 +158,7 @@ struct CrossEntropyBackward final : CrossEntropyNode<CrossEntropyBackward, 6> {
     const OptionalTensor entropy = grad_of(2) ? call.optional(kEntropy) : std::nullopt;
     const Tensor state = call.saved(kState);
     if (!call.grads[0].defined()) {  // of lse and entropy alone
+      if (!call.needs(0)) return result;
       options.reduction = static_cast<int64_t>(Reduction::kSum);
       const Tensor grad_loss = at::zeros({}, x.options().dtype(compute_dtype(x)));
       result[0] = std::get<0>(backward_op()(options, grad_loss, x, all_ignored(options, x), {}, {},

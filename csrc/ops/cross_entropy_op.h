@@ -166,7 +166,7 @@ struct CrossEntropyMetrics {
   Tensor counted;           // bool, false where the target is ignored
 };
 
-// The accuracy of targets of which `is_correct` and `counted` tell: each, or the share of those that are counted.
+// With reduction "none" `is_correct` itself, otherwise the share of the counted targets that are correct.
 Tensor token_accuracy(const CrossEntropyOptions& options, const Tensor& is_correct, const Tensor& counted);
 
 // Each in the shape of the unreduced loss.
