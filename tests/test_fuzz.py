@@ -27,7 +27,8 @@ def test_a_wrong_divisor_is_found_with_the_line_that_repeats_it(capsys, monkeypa
 
     def wrong(x, y, *args, **options):  # a mean over all targets, ignored ones too
         loss = right(x, y, *args, **options)
-        if options["reduction"] == "mean" and not y.is_floating_point() and y.numel() > 1:
+        is_mean = isinstance(loss, torch.Tensor) and options["reduction"] == "mean"  # or a tuple, with metrics
+        if is_mean and not y.is_floating_point() and y.numel() > 1:
             return loss * (y != options["ignore_index"]).double().mean()
         return loss
 
