@@ -62,7 +62,8 @@ struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBac
     Tensor grad_loss = call.grads[0];
     if (!grad_loss.defined()) {  // of lse and entropy alone
       a.target = all_ignored(a.options, like_logits(a));
-      a.weight = a.token_weight = std::nullopt;
+      a.weight.reset();
+      a.token_weight.reset();
       a.options.reduction = static_cast<int64_t>(Reduction::kSum);
       grad_loss = at::zeros({}, a.input.options().dtype(compute_dtype(a.input)));
     }
