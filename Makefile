@@ -30,7 +30,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --dist loadfile
 CLANG_TREE := build/clang
 CLANG_PARTS := bench charlm csrc scripts tests README.md pyproject.toml setup.py
 CLANG_TESTS := build_info build_module cross_entropy* devices differentiable_metrics double_backward embedding* entropy few_classes information kl_div* options \
-	large_offsets linear_cross_entropy* many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
+	large_offsets linear_cross_entropy* loss_dtype many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
 CLANGXX ?= clang++
 
 .PHONY: train test test-all test-clang thirdparty fuzz cuda-check gpu bench lint format build clean distclean

@@ -39,6 +39,8 @@ OPS_TESTS = (
     "tests/test_few_classes.py",
     "tests/test_linear_cross_entropy.py",
     "tests/test_linear_cross_entropy_calls.py",
+    "tests/test_linear_cross_entropy_shift.py",
+    "tests/test_loss_dtype.py",
     "tests/test_many_rows.py",
     "tests/test_modules.py",
     "tests/test_torch_citizenship_compile.py",

@@ -1,4 +1,4 @@
-"""The gradients of the returned lse and entropy, and the dtype of the loss."""
+"""The returned lse and entropy, their gradients, and the other metrics beside them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from charlm import functional, nn, reference
+from charlm import functional, reference
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -191,102 +190,10 @@ def test_without_grad_and_in_place() -> None:
     assert not output.predicted_tokens.requires_grad
 
 
-# --------------------------------------------------------------------------------------- loss_dtype, weight, shift
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_float32_loss_of_half_logits_is_not_rounded(reduction: str, dtype: torch.dtype) -> None:
-    x, target = logits_and_target(2000)
-    half, weight = x.to(dtype).requires_grad_(), torch.randn(27, 27).to(dtype)
-    loss = functional.cross_entropy(half, target, reduction=reduction, loss_dtype=torch.float32)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, F.cross_entropy(half.float(), target, reduction=reduction))
-    (ours,) = torch.autograd.grad(loss.sum(), half)
-    (theirs,) = torch.autograd.grad(F.cross_entropy(half.float(), target, reduction=reduction).sum(), half)
-    torch.testing.assert_close(ours, theirs)
-    linear = functional.linear_cross_entropy(half, weight, target, reduction=reduction, loss_dtype=torch.float32)
-    assert linear.dtype == torch.float32
-    expected = F.cross_entropy(half.float() @ weight.float().T, target, reduction=reduction)
-    torch.testing.assert_close(linear, expected, rtol=2e-2, atol=2e-2)
-    (ours,) = torch.autograd.grad(linear.sum(), half)
-    assert ours.dtype == dtype
-
-
-def test_a_loss_dtype_that_is_refused() -> None:
-    x, target = logits_and_target()
-    with pytest.raises(ValueError, match=r"loss_dtype must be the dtype of the logits, Float, .* got Double"):
-        functional.cross_entropy(x, target, loss_dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"loss_dtype must be a torch\.dtype or None, not str"):
-        functional.cross_entropy(x, target, loss_dtype="float32")
-    with pytest.raises(ValueError, match="loss_dtype"):
-        reference.cross_entropy(x, target, loss_dtype=torch.float64)
-
-
-def test_a_float32_class_weight_of_half_logits() -> None:
-    x, target = logits_and_target()
-    half, weight = x.bfloat16().requires_grad_(), torch.linspace(0.5, 2, 27)
-    loss = functional.cross_entropy(half, target, weight)
-    assert loss.dtype == torch.bfloat16
-    torch.testing.assert_close(loss, F.cross_entropy(half.float(), target, weight).bfloat16())
-    (ours,) = torch.autograd.grad(loss, half)
-    (theirs,) = torch.autograd.grad(F.cross_entropy(half.float(), target, weight), half)
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-5)
-    with pytest.raises(RuntimeError, match="expected scalar type"):
-        functional.cross_entropy(x, target, weight.bfloat16())
-
-
-@pytest.mark.parametrize("shift", [True, 1, 3])
-def test_shift_scores_each_input_with_a_later_target(shift: bool | int) -> None:
-    torch.manual_seed(0)
-    x, weight, target = torch.randn(2, 9, 6), torch.randn(27, 6), torch.randint(27, (2, 9))
-    n = int(shift)
-    rows, later = x[:, :-n].reshape(-1, 6), target[:, n:].reshape(-1)
-    ours = functional.linear_cross_entropy(x, weight, target, shift=shift, reduction="none", return_lse=True)
-    theirs = functional.linear_cross_entropy(rows, weight, later, reduction="none", return_lse=True)
-    torch.testing.assert_close(ours.loss, theirs.loss.view(2, 9 - n))
-    torch.testing.assert_close(ours.lse, theirs.lse.view(2, 9 - n))
-    for f in (functional, reference):
-        one = f.linear_cross_entropy(x[0], weight, target[0], shift=shift)
-        torch.testing.assert_close(one, F.cross_entropy(x[0, :-n] @ weight.T, target[0, n:]))
-
-
-def test_a_shift_that_is_refused() -> None:
-    x, weight, target = torch.randn(2, 9, 6), torch.randn(27, 6), torch.randint(27, (2, 9))
-    with pytest.raises(ValueError, match=r"shift must be in \[0, T\) for sequences of length T = 9, got 9"):
-        functional.linear_cross_entropy(x, weight, target, shift=9)
-    with pytest.raises(RuntimeError, match=r"with shift, input must have shape \(\.\.\., T, D\)"):
-        functional.linear_cross_entropy(x, weight, target[0], shift=1)
-
-
 def linear_arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     x, _ = logits_and_target(40, 6)
     weight = torch.randn(27, 6).to(dtype)
     return x.to(dtype).requires_grad_(), weight.requires_grad_(), torch.arange(40) * 7 % 27
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
-def test_a_linear_loss_in_float32_takes_a_class_weight_of_either_dtype(weight_dtype: torch.dtype) -> None:
-    x, weight, target = linear_arguments(torch.bfloat16)
-    options: dict[str, Any] = {"weight": torch.linspace(0.5, 2, 27).to(weight_dtype), "loss_dtype": torch.float32}
-    results = []
-    for f in (functional, reference):
-        loss = f.linear_cross_entropy(x, weight, target, **options)
-        assert loss.dtype == torch.float32
-        first = torch.autograd.grad(loss, (x, weight), create_graph=True)
-        results.append((loss, *first, *torch.autograd.grad(first[0].float().square().sum(), (x, weight))))
-    torch.testing.assert_close(results[0], results[1], rtol=0.03, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_metrics_beside_an_explicit_half_loss(dtype: torch.dtype) -> None:
-    x, weight, target = linear_arguments(dtype)
-    output = functional.linear_cross_entropy(x, weight, target, loss_dtype=dtype, **RETURNS)
-    assert output.loss.dtype == dtype
-    logits, probabilities = torch.randn(4, 27), torch.rand(4, 27, dtype=torch.float64).softmax(1)
-    output = functional.cross_entropy(logits, probabilities, loss_dtype=torch.float64, return_predicted_tokens=True)
-    assert output.loss.dtype == torch.float64
-    assert output.predicted_tokens.equal(logits.argmax(1))
 
 
 UNREAD: dict[str, dict[str, Any]] = {  # what the gradients of lse and entropy do not read
@@ -393,65 +300,3 @@ def test_an_in_place_forward_needs_a_reduction_with_metrics_too() -> None:
     x, target = logits_and_target()
     with torch.no_grad(), pytest.raises(ValueError, match='needs reduction "mean" or "sum"'):
         functional.cross_entropy(x, target, inplace="forward", reduction="none", return_lse=True)
-
-
-def test_shift_checks_its_tensors_first() -> None:
-    with pytest.raises(TypeError, match="target"):
-        functional.linear_cross_entropy(torch.zeros(4, 3), torch.zeros(5, 3), None, shift=1)
-
-
-@pytest.mark.parametrize("block_rows", [0, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_linear_cross_entropy_refuses_the_loss_dtypes_that_cross_entropy_refuses(
-    dtype: torch.dtype, block_rows: int
-) -> None:
-    inputs, weight, target = linear_arguments(dtype)
-    target[:block_rows] = -100  # ignored targets take another path
-    for loss_dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64):
-        if loss_dtype in (dtype, torch.promote_types(dtype, torch.float32)):
-            loss = functional.linear_cross_entropy(inputs, weight, target, loss_dtype=loss_dtype)
-            assert loss.dtype == loss_dtype
-        else:
-            with pytest.raises(ValueError, match="loss_dtype must be"):
-                functional.linear_cross_entropy(inputs, weight, target, loss_dtype=loss_dtype)
-
-
-def test_the_reference_refuses_a_loss_dtype_of_promoted_probabilities() -> None:
-    logits, probabilities = torch.randn(4, 27), torch.rand(4, 27, dtype=torch.float64).softmax(1)
-    for f in (functional.cross_entropy, reference.cross_entropy):
-        with pytest.raises(ValueError, match="loss_dtype must be"):
-            f(logits, probabilities, loss_dtype=torch.float32)
-
-
-def test_the_bias_gradient_of_many_rows_is_rounded_once() -> None:
-    x, weight, target = torch.zeros(262144, 1), torch.randn(2, 1), torch.zeros(262144, dtype=torch.long)
-    bias = torch.tensor([0.3, -0.2], requires_grad=True)
-    (grad,) = torch.autograd.grad(functional.linear_cross_entropy(x, weight, target, linear_bias=bias), bias)
-    p = bias.detach().double().softmax(0)
-    torch.testing.assert_close(grad.double(), torch.stack([p[0] - 1, p[1]]), rtol=2e-7, atol=0)
-
-
-@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
-def test_an_ignored_row_has_no_gradient_whatever_the_factor(factor: float) -> None:
-    inputs, weight, target = linear_arguments()
-    target[3] = -100
-    loss = functional.linear_cross_entropy(inputs, weight, target)
-    (grad,) = torch.autograd.grad(loss, inputs, torch.tensor(factor))
-    assert (grad[3] == 0).all()
-    assert not grad[4].isfinite().any()
-
-
-def test_shift_without_features_and_with_a_bad_target() -> None:
-    zeros = torch.zeros(2, 5, dtype=torch.long)
-    loss = functional.linear_cross_entropy(torch.zeros(2, 5, 0), torch.zeros(7, 0), zeros, shift=1)
-    torch.testing.assert_close(loss, torch.tensor(7.0).log())
-    zeros[1, 2] = 7
-    with pytest.raises(IndexError, match=r"target 7 at position \(1, 2\) is out of range for 7 classes"):
-        functional.linear_cross_entropy(torch.zeros(2, 5, 3), torch.zeros(7, 3), zeros, shift=1)
-    for shift in (None, 0.0, "", []):
-        with pytest.raises(TypeError, match="shift"):
-            functional.linear_cross_entropy(torch.zeros(5, 3), torch.zeros(7, 3), zeros[0], shift=shift)
-    module = nn.LinearCrossEntropyLoss(3, 7, shift=True)
-    inputs = torch.randn(2, 5, 3)
-    expected = functional.linear_cross_entropy(inputs, module.linear.weight, zeros.clamp(max=6), shift=1)
-    torch.testing.assert_close(module(inputs, zeros.clamp(max=6)), expected)

@@ -236,3 +236,24 @@ def test_a_subclass_of_tensor_decides_for_itself() -> None:
     loss = functional.linear_cross_entropy(x.detach().as_subclass(Logged), weight, target)
     assert functional.linear_cross_entropy in Logged.seen
     torch.testing.assert_close(loss.as_subclass(torch.Tensor), functional.linear_cross_entropy(x, weight, target))
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------
+
+
+def test_the_bias_gradient_of_many_rows_is_rounded_once() -> None:
+    x, weight, target = torch.zeros(262144, 1), torch.randn(2, 1), torch.zeros(262144, dtype=torch.long)
+    bias = torch.tensor([0.3, -0.2], requires_grad=True)
+    (grad,) = torch.autograd.grad(functional.linear_cross_entropy(x, weight, target, linear_bias=bias), bias)
+    p = bias.detach().double().softmax(0)
+    torch.testing.assert_close(grad.double(), torch.stack([p[0] - 1, p[1]]), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("factor", [torch.inf, torch.nan])
+def test_an_ignored_row_has_no_gradient_whatever_the_factor(factor: float) -> None:
+    inputs, weight, target = arguments(40, 6, 27)
+    target[3] = -100
+    loss = functional.linear_cross_entropy(inputs, weight, target)
+    (grad,) = torch.autograd.grad(loss, inputs, torch.tensor(factor))
+    assert (grad[3] == 0).all()
+    assert not grad[4].isfinite().any()

@@ -184,9 +184,9 @@ def linear_cross_entropy(
             **extras,
         )
     has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
-    if shift is not False and _checks.shift(shift):
+    if shift is not False and (positions := _checks.shift(shift)):
         return _shifted(
-            shift,
+            positions,
             input,
             linear_weight,
             target,
@@ -259,7 +259,7 @@ def linear_cross_entropy(
 
 
 def _shifted(
-    shift: bool | int,
+    shift: int,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -269,7 +269,6 @@ def _shifted(
     **keywords: Any,
 ) -> Tensor | CrossEntropyOutput:
     """The loss of the input at position t and the target at position t + shift of each sequence."""
-    shift = _checks.shift(shift)
     sequences = input.shape[:-1]  # (..., T)
     if input.dim() < 2 or target.shape != sequences:
         raise RuntimeError(

@@ -116,8 +116,8 @@ class CrossEntropyRow {
     const auto of_metrics = [&](V z) -> V {
       const V t = z - m, p = exp(t) / w.sum;
       // p comes first: where it is 0, grad_entropy times the clamped logarithm could be infinite.
-      const V p_log_p = p * (max<C>(broadcast<C>(-kHuge<C>), t) - log_sum + entropy);
-      return (p * grad_lse - grad_entropy * p_log_p) * slope(z);
+      const V of_entropy = p * (max<C>(broadcast<C>(-kHuge<C>), t) - log_sum + entropy);
+      return (p * grad_lse - grad_entropy * of_entropy) * slope(z);
     };
     const bool has_class_indices = counts && !is_probability(kDense);
     const C target_logit = has_class_indices ? logit(target_) : C(0);
