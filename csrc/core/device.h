@@ -23,7 +23,8 @@ struct Gpu {
   void (*wait_for_device)();              // the current one
   IndexError* (*allocate_index_error)();  // in host memory that kernels can write
   int64_t (*max_shared_bytes)(const at::Device&);
-  void (*check)(int error);  // raises torch's error for a launch that failed
+  int (*compute_capability)(const at::Device&);  // 10 * major + minor
+  void (*check)(int error);                      // raises torch's error for a launch that failed
 };
 
 // The GPU's runtime, null in a build without CUDA.
@@ -88,6 +89,7 @@ class Device {
     const at::Tensor workspace = workspace_bytes > 0 ? new_workspace(workspace_bytes) : at::Tensor();
     if (workspace_bytes > 0) launch.workspace = workspace.mutable_data_ptr();
     launch.max_shared_bytes = gpu_->max_shared_bytes(device_);
+    launch.compute_capability = gpu_->compute_capability(device_);
     launch.stream = stream_;
     check(kernel(params, launch));
   }

@@ -95,6 +95,7 @@ struct Launch {
   Stream stream = nullptr;       // GPU
   void* workspace = nullptr;     // GPU: device memory, for kernels that request it
   int64_t max_shared_bytes = 0;  // GPU: shared memory that one block can have
+  int compute_capability = 0;    // GPU: 10 * major + minor, 90 for an H100
 };
 
 // Returns 0, or CUDA's error code.

@@ -4,6 +4,7 @@
 //   CHARLM_SHARED(T, name, n)         T name[n] in shared memory, uninitialised
 //   CHARLM_DYNAMIC_SHARED(T, name)    T* name: the bytes of shared memory that the launch requested, 16-byte aligned
 //   launch_kernel(kernel, grid, block, shared_bytes, stream, arguments...)    returns CUDA's error code
+//   launch_kernel(options, kernel, grid, ...)    the same, with LaunchOptions
 #pragma once
 
 #include "core/kernels.h"
@@ -34,6 +35,14 @@ constexpr int power_of_two(int64_t n) {
 
 // Number of blocks for a loop over n pieces of work, n >= 0.
 constexpr int blocks_for(int64_t n, int most = kMaxBlocks) { return static_cast<int>(n < 1 ? 1 : n < most ? n : most); }
+
+// What a launch asks for beyond its grid, on sm_90 and later.
+struct LaunchOptions {
+  int cluster_blocks = 1;     // blocks that run together and reach each other's shared memory (async.cuh)
+  bool is_dependent = false;  // may begin before the kernel before it has ended (async.cuh)
+};
+
+constexpr int kSm90 = 90;  // Launch::compute_capability from which async.cuh and LaunchOptions can be used
 
 // The table of GPU kernels. CHARLM_REGISTER_KERNELS fills it when the library is loaded.
 Kernels& kernels();
@@ -81,14 +90,31 @@ inline cudaError_t allow_all_shared(const void* kernel) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
-                          cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch_kernel(const LaunchOptions& options, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                          int64_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   if (shared_bytes > kMaxUnrequestedSharedBytes) {
     const cudaError_t error = allow_all_shared(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
-  return cudaGetLastError();
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {grid, block, static_cast<size_t>(shared_bytes), stream, attributes, 0};
+  if (options.cluster_blocks > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(options.cluster_blocks), 1, 1};
+  }
+  if (options.is_dependent) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
+                          cudaStream_t stream, const Arguments&... arguments) {
+  return launch_kernel(LaunchOptions{}, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace charlm::cuda

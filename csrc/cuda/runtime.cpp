@@ -40,22 +40,33 @@ IndexError* allocate_index_error() {
   return new (memory.get()) IndexError;
 }
 
-// Read once for each device, since every launch needs it.
-int64_t max_shared_bytes(const at::Device& device) {
+// Every launch needs these, so each is read once for each device.
+template <cudaDeviceAttr kAttribute>
+int attribute(const at::Device& device) {
   static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> known{};
-  std::atomic<int>& bytes = known.at(device.index());
-  if (bytes == 0) {
+  std::atomic<int>& value = known.at(device.index());
+  if (value == 0) {
     int found = 0;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found, cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index()));
-    bytes = found;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&found, kAttribute, device.index()));
+    value = found;
   }
-  return bytes;
+  return value;
+}
+
+int64_t max_shared_bytes(const at::Device& device) {
+  return attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device);
+}
+
+int compute_capability(const at::Device& device) {
+  return 10 * attribute<cudaDevAttrComputeCapabilityMajor>(device) +
+         attribute<cudaDevAttrComputeCapabilityMinor>(device);
 }
 
 void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 
-const Gpu runtime = {&kernels(),       &current_stream,       &is_capturing,     &wait_for_stream,
-                     &wait_for_device, &allocate_index_error, &max_shared_bytes, &check};
+const Gpu runtime = {&kernels(),        &current_stream,     &is_capturing,
+                     &wait_for_stream,  &wait_for_device,    &allocate_index_error,
+                     &max_shared_bytes, &compute_capability, &check};
 
 [[maybe_unused]] const bool is_registered = register_gpu(&runtime);
 

@@ -212,8 +212,8 @@ Parameter convert_argument(const Argument& argument) {
 namespace charlm::cuda {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
-                          cudaStream_t /*stream*/, const Arguments&... arguments) {
+cudaError_t launch_kernel(const LaunchOptions& /*options*/, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                          int64_t shared_bytes, cudaStream_t /*stream*/, const Arguments&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> arguments;
@@ -225,6 +225,12 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
   };
   cuda_emulator::run_grid(grid, block, shared_bytes, run, &call);
   return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, int64_t shared_bytes,
+                          cudaStream_t stream, const Arguments&... arguments) {
+  return launch_kernel(LaunchOptions{}, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 }  // namespace charlm::cuda
