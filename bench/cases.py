@@ -7,7 +7,8 @@ A goal bounds a figure. A figure is a ratio of times that were taken in one run:
     copy_bandwidth  bytes per second of charlm / those of a copy
 
 Two figures are memory beyond inputs and outputs, at the worst moment of a call: "bytes_per_row" is bytes / N (a small
-bound shows that memory is O(N), not O(N V)), and "extra_mb" is in units of 10^6 bytes.
+bound shows that memory is O(N), not O(N V)), and "extra_mb" is in units of 10^6 bytes. "ms" is the time of a call, and
+"over_copy_us" is what it takes longer than a copy.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 LOWER_BOUNDS = ("scale", "copy", "read", "fresh_copy", "read_write", "gemms")
-PEERS = ("eager", "eager_index", "compile", "jax", "liger", "cce", "quack")
+PEERS = ("eager", "eager_index", "drop_in", "compile", "jax", "liger", "cce", "quack")
 
 
 class BadRequest(ValueError):
@@ -73,9 +74,14 @@ SHAPES = {
     "train_step": "NxTxDxHxV",
     "entropy": "NxV",
     "kl_divergence": "NxV",
+    "kl_div": "NxV",
     "surprisal": "NxV",
 }
 INFORMATION = ("entropy", "kl_divergence", "surprisal")
+GPU_VARIANTS = (
+    *("weight", "label_smoothing", "z_loss", "softcap", "logit_scale", "token_weight", "ignore_index"),
+    *("reduction_none", "probabilities", "inplace_forward", "inplace_backward"),
+)
 ROW_MEMORY = at_most("bytes_per_row", 64)
 
 
@@ -177,58 +183,112 @@ def grid() -> Iterable[Case]:
 
 # --- on a GPU -----------------------------------------------------------------------------------------------
 
-GPU_SMALL_V, GPU_SMALL_N = (27, 65, 256), (65536, 262144)
-# V to N. A row of 128256 classes does not fit into shared memory, so the kernel reads it twice.
-GPU_LARGE_V = {1024: 65536, 8192: 16384, 32000: 8192, 50257: 8192, 65536: 4096, 128256: 4096}
-GPU_TABLES = ((27, 10), (27, 768), (65, 384), (256, 64), (256, 768), (50257, 64), (50257, 768))
+HALF, FLOAT = "bfloat16", "float32"
+# The least share of a copy's bytes per second that a loss with its gradient has to reach, in bfloat16 and in float32.
+GPU_SHARES = {
+    (262144, 27): (0.62, 0.74),
+    (262144, 50): (0.56, 0.67),
+    (262144, 65): (0.72, 0.82),
+    (262144, 100): (0.65, 0.74),
+    (262144, 128): (0.75, 0.82),
+    (65536, 256): (0.74, 0.82),
+    (262144, 256): (0.84, 0.88),
+    (262144, 257): (0.76, 0.79),
+    (262144, 512): (0.87, 0.87),
+    (65536, 1000): (0.78, 0.78),
+    (65536, 1024): (0.87, 0.87),
+    (65536, 2048): (0.87, 0.87),
+    (16384, 4096): (0.87, 0.87),
+    (16384, 8192): (0.92, 0.92),
+    (8192, 32000): (0.92, 0.92),
+    (8192, 50257): (0.92, 0.92),
+    (4096, 65536): (0.92, 0.92),
+    (4096, 128256): (0.9, 0.9),
+}
+GPU_OPTIONS = {(65536, 256): 0.85 * 0.74, (8192, 32000): 0.85 * 0.92}  # the least share with any option, in bfloat16
+# The most that the gradient of a table may take, in reads of the gradient of the output.
+GPU_TABLES = {
+    (27, 10): 2.0,
+    (27, 768): 1.1,
+    (65, 384): 1.18,
+    (256, 64): 1.45,
+    (256, 768): 1.12,
+    (50257, 64): 3.3,
+    (50257, 768): 1.45,
+}
 GPU_INDICES = 262144
+# Milliseconds and 10^6 bytes of linear_cross_entropy on an H200.
+GPU_LINEAR = (
+    ("default", (8192, 768, 50257), 3.6, None),
+    ("large_budget", (8192, 2304, 256000), 47.0, 5600),
+    ("small_budget", (8192, 2304, 256000), 58.0, 1700),
+    ("default", (4096, 4096, 128256), 17.2, None),
+    ("default", (65536, 384, 65), 0.17, None),
+    ("default", (65536, 384, 256), 0.22, None),
+    ("default", (65536, 200, 27), 0.13, None),
+)
+MLP = (8, 24, 200, 27)
 
 
 def _gpu_cases() -> Iterable[Case]:
-    for dtype in ("bfloat16", "float32"):
-        for v in GPU_SMALL_V:
-            for n in GPU_SMALL_N:
-                yield Case("cross_entropy", "default", (n, v), dtype, (at_least("eager", 2),))
-        for v, n in GPU_LARGE_V.items():
-            goals = (at_least("copy_bandwidth", 0.9),) if dtype == "bfloat16" and 8192 <= v <= 65536 else ()
-            yield Case("cross_entropy", "default", (n, v), dtype, goals)
-        for v, d in GPU_TABLES if dtype == "float32" else GPU_TABLES[3:5]:
-            goals = (at_least("eager", 3),) if v <= 256 else ()
-            yield Case("embedding_backward", "default", (GPU_INDICES, v, d), dtype, goals)
-            yield Case("embedding", "int64", (GPU_INDICES, v, d), dtype)
-    for op in INFORMATION:
+    for shape, shares in GPU_SHARES.items():
+        for dtype, share in zip((HALF, FLOAT), shares, strict=True):
+            yield Case("cross_entropy", "default", shape, dtype, (at_least("copy_bandwidth", share),))
+    for v in (27, 65, 128):
+        for dtype in (HALF, FLOAT):
+            yield Case("cross_entropy", "default", (65536, v), dtype, (at_most("over_copy_us", 4.5),))
+    yield Case("cross_entropy", "padded", (8192, 50257), HALF, (at_least("copy_bandwidth", 0.83),))
+    for shape, share in GPU_OPTIONS.items():
+        for variant in GPU_VARIANTS:
+            yield Case("cross_entropy", variant, shape, HALF, (at_least("copy_bandwidth", share),))
+    for n in (1, 16, 256):
+        yield Case("cross_entropy", "default", (n, 128256), HALF, (at_least("eager", 1.0),))
+    for op in (*INFORMATION, "kl_div"):
         for shape in ((65536, 256), (2048, 32000)):
-            yield Case(op, "default", shape, "float32", (at_least("eager", 4),))
-            yield Case(op, "default", shape, "bfloat16")
+            for dtype in (HALF, FLOAT):
+                yield Case(op, "default", shape, dtype, (at_least("copy_bandwidth", 0.9),))
+    for (v, d), reads in GPU_TABLES.items():
+        goals = (at_most("read", reads), at_least("eager", 2.0))
+        yield Case("embedding_backward", "default", (GPU_INDICES, v, d), FLOAT, goals)
+        goals = (at_least("copy_bandwidth", 0.9),) if (4 * d >= 128 and v <= 256) or d == 64 else ()
+        yield Case("embedding", "int64", (GPU_INDICES, v, d), FLOAT, goals)
+    for variant, shape, ms, mb in GPU_LINEAR:
+        memory = () if mb is None else (at_most("extra_mb", mb),)
+        yield Case("linear_cross_entropy", variant, shape, HALF, (at_most("ms", ms), *memory))
+    for batch, ms in ((4096, 0.15), (65536, 0.7)):
+        yield Case("train_step", "gradients", (batch, *MLP), FLOAT, (at_most("ms", ms), at_least("drop_in", 1.0)))
+    yield Case("train_step", "graph", (32, *MLP), FLOAT, (at_most("ms", 0.08), at_least("drop_in", 1.0)))
+    yield Case("train_step", "graph", (4096, *MLP), FLOAT, (at_least("drop_in", 1.0),))
+    for v, d in ((256, 64), (256, 768)):
+        yield Case("embedding_backward", "default", (GPU_INDICES, v, d), HALF)
     for shape in ((4096, 8, 24, 200, 27), (65536, 8, 24, 200, 27), (65536, 8, 32, 256, 256)):
         yield Case("embedding_linear", "default", shape)
-    for shape in ((4096, 512, 32000), (65536, 200, 27)):  # cuBLAS bounds these: they have no goal
-        for dtype in ("float32", "bfloat16"):
-            yield Case("linear_cross_entropy", "default", shape, dtype)
-    for variant in ("forward_only", "inplace_forward"):
-        for n, v in ((65536, 27), (65536, 256), (16384, 8192), (8192, 32000), (8192, 50257)):
-            yield Case("cross_entropy", variant, (n, v), "bfloat16")
+    for n, v in ((65536, 27), (65536, 256), (8192, 32000)):
+        yield Case("cross_entropy", "forward_only", (n, v), HALF)
 
 
 def worth_compiling(case: Case) -> bool:
     """On a GPU torch.compile takes about ten seconds, so it takes part in one case of a kind."""
     if case.op == "cross_entropy":
-        large_n = case.shape[0] == GPU_SMALL_N[1]
-        return case.variant == "default" and not large_n and (case.dtype == "bfloat16" or case.shape[1] in (256, 32000))
+        compared = ((65536, 27), (65536, 65), (65536, 256), (65536, 1024), (8192, 32000), (4096, 128256))
+        return case.variant == "default" and case.dtype == HALF and case.shape in compared
     if case.op == "embedding_backward":
-        return case.dtype == "float32" and case.shape[1:] in (GPU_TABLES[0], GPU_TABLES[4])
-    return case.dtype == "float32" and case.shape in ((65536, 256), (2048, 32000), (65536, 8, 24, 200, 27))
+        return case.dtype == FLOAT and case.shape[1:] in ((27, 10), (256, 768), (50257, 64))
+    if case.op == "train_step":
+        return case.variant == "gradients"
+    return case.dtype == FLOAT and case.shape in ((65536, 256), (2048, 32000))
 
 
 # --- choosing -----------------------------------------------------------------------------------------------
 
 CASES: dict[str, tuple[Case, ...]] = {
     "cpu": (*_cross_entropy_cases(), *_embedding_cases(), *_layer_cases(), *_information_cases()),
-    # Cases with a goal come first: where time runs out, the others are left.
-    "cuda": tuple(sorted(_gpu_cases(), key=lambda case: not case.goals)),
+    "cuda": tuple(_gpu_cases()),
 }
 OPS = tuple(SHAPES)
-VARIANTS = {op: tuple(dict.fromkeys(case.variant for case in CASES["cpu"] if case.op == op)) for op in OPS}
+VARIANTS = {
+    op: tuple(dict.fromkeys(case.variant for cases in CASES.values() for case in cases if case.op == op)) for op in OPS
+}
 
 
 def dry_run(device: str) -> list[Case]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import operator
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -62,6 +64,8 @@ def measure(
     if "copy" in samples and device == "cuda":
         copied = 2 * sum(tensor.nbytes for tensor in workload.copied)
         figures["copy_bandwidth"] = entry["bytes"] / copied / figures.pop("copy")
+        figures["over_copy_us"] = 1e6 * statistics.median(map(operator.sub, samples["ours"], samples["copy"]))
+    figures["ms"] = 1e3 * statistics.median(samples["ours"])
     goals = [
         {**asdict(goal), "measured": figures.get(goal.figure), "reached": goal.reached(figures.get(goal.figure))}
         for goal in case.goals

@@ -39,6 +39,7 @@ class Workload:
     peers: tuple[str, ...] = ("eager", "compile")
     gpu_peers: tuple[str, ...] = ()
     bounds: tuple[str, ...] = ()
+    gpu_bounds: tuple[str, ...] = ()  # beside "copy", where something is copied
     parts = "both"  # or "output", "gradients"
     labels: tuple[str, ...]
     leaves: tuple[Tensor, ...]  # tensors that get a gradient
@@ -92,7 +93,8 @@ class Workload:
         """In the order of their samples."""
         if self.device == "cuda":
             peers = [name for name in self.peers if name != "compile" or worth_compiling(self.case)]
-            return ["ours", *peers, *self.gpu_peers, *(("copy",) if self.copied else self.bounds)]
+            bounds = ("copy", *self.gpu_bounds) if self.copied else self.bounds
+            return ["ours", *peers, *self.gpu_peers, *bounds]
         return ["ours", *self.peers, "jax", *self.bounds]
 
     def build(self, name: str) -> Call:
@@ -101,7 +103,7 @@ class Workload:
         if name == "copy":
             pairs = [(torch.empty_like(tensor), tensor) for tensor in self.copied]
             return lambda: tuple(target.copy_(source) for target, source in pairs)
-        if name in self.bounds:
+        if name in (*self.bounds, *self.gpu_bounds):
             return self.bound(name)
         return self.call(compiled(self.forward("eager")) if name == "compile" else self.forward(name))
 

@@ -6,10 +6,11 @@ millisecond and ten times what it takes on the quiet machine, the sample is disc
 too often, or the region is slow from the start, `MachineBusyError` is raised. torch's threads sleep when they are idle,
 and waking them takes some milliseconds, so regions first run until one is fast, and only those after it are judged.
 
-On a GPU (`GpuTimer`) a sample is the time between two events, after the L2 cache was flushed by writing a gigabyte.
-Behind that write the GPU idles for twice as long as Python needs to launch the call's kernels, at most 20 ms: they wait
-in the queue, and the time between the events is the GPU's alone, as in the middle of a training step. A sample whose
-kernels were not all queued by then is late: it may hold time in which the GPU waited for Python. Late ones are counted.
+On a GPU (`GpuTimer`) a sample is the time between two events, after the L2 cache was flushed by reading a gigabyte:
+what a flush writes would have to leave the cache during the sample. Behind that read the GPU idles for twice as long as
+Python needs to launch the call's kernels, at most 20 ms: they wait in the queue, and the time between the events is the
+GPU's alone, as in the middle of a training step. A sample whose kernels were not all queued by then is late: it may
+hold time in which the GPU waited for Python. Late ones are counted.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class GpuTimer:
         self.late: Counter[str] = Counter()  # samples of each provider since the last rounds() began
         self.launching: dict[str, float] = {}  # the longest seconds that each provider's call took in Python
         self.device = device
-        self.scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        self.scratch = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
 
     def rounds(self, calls: Calls, budget: Budget = ON_GPU) -> dict[str, list[float]]:
         """As `Timer.rounds`."""
@@ -206,7 +207,7 @@ class GpuTimer:
         return {name: start.elapsed_time(end) / 1e3 for name, (start, end) in marks.items()}
 
     def _sample(self, name: str, call: Callable[[], object]) -> tuple[Any, Any]:
-        self.scratch.zero_()
+        self.scratch.sum()
         idle = min(MOST_IDLE, max(LEAST_IDLE, 2 * self.launching.get(name, 0.0)))
         torch.cuda._sleep(int(idle * CYCLES_A_SECOND))
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from bench import record
-from bench.studies import first_layer, gpt_step
+from bench.studies import first_layer
 from charlm import functional
-from charlm.lm.models import GPT
 
 quiet = bench_support.quiet  # a fixture
 ROOT = Path(__file__).parent.parent
@@ -38,16 +37,8 @@ def _small(quiet: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_layer, "GRID_ROWS", (4, 512))
     monkeypatch.setattr(first_layer, "GRID_VOCABULARIES", (27,))
     monkeypatch.setattr(first_layer, "GRID_LAYERS", ((8, 24, 200),))
-    monkeypatch.setattr(gpt_step, "BATCH", 2)
-    monkeypatch.setattr(gpt_step, "LAYERS", 1)
-    monkeypatch.setattr(gpt_step, "VOCABULARIES", (65,))
-    for module, name in (
-        (first_layer, "BUDGET"),
-        (first_layer, "GRID_BUDGET"),
-        (first_layer, "LONGER"),
-        (gpt_step, "BUDGET"),
-    ):
-        monkeypatch.setattr(module, name, bench_support.TINY_BUDGET)
+    for name in ("BUDGET", "GRID_BUDGET", "LONGER"):
+        monkeypatch.setattr(first_layer, name, bench_support.TINY_BUDGET)
 
 
 @pytest.mark.usefixtures("_small")
@@ -144,27 +135,7 @@ def test_no_choice_of_the_record_takes_10_percent_more() -> None:
 
 
 @pytest.mark.usefixtures("_small")
-def test_gpt_step_times_three_steps_and_records_the_share(tmp_path: Path) -> None:
-    path = tmp_path / "step.json"
-    result = bench_support.run("--json", path, main=gpt_step.main)
-    (point,) = record.read(path)["gpt_step"]
-    assert point["vocabulary"] == 65
-    assert set(point["seconds"]) == {"ours", "torch", "without"}
-    assert point["ends"].keys() == point["seconds"].keys()
-    assert all(seconds > 0 for part in ("seconds", "ends") for seconds in point[part].values())
-    assert point["share"] == gpt_step.share(point["ends"])
-    assert gpt_step.summary([point]) in result.stdout
-
-
-def test_the_share_is_of_what_deleting_would_save() -> None:
-    assert gpt_step.share({"torch": 10.0, "without": 6.0, "ours": 7.0}) == pytest.approx(0.75)
-    assert gpt_step.share({"torch": 10.0, "without": 6.0, "ours": 10.0}) == 0
-
-
-@pytest.mark.usefixtures("_small")
 def test_nothing_that_is_wrong_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = GPT.loss_of
-    monkeypatch.setattr(GPT, "loss_of", lambda self, *args, **options: 1.001 * right(self, *args, **options))
     fold_wrongly(monkeypatch)
     for result, said in (
         (
@@ -175,6 +146,5 @@ def test_nothing_that_is_wrong_is_timed(monkeypatch: pytest.MonkeyPatch) -> None
             first_layer_command("regret"),
             "bench: N 4, T 8, D 24, H 200, V 27: WRONG: output: relative error 1.0e-03\n",
         ),
-        (bench_support.run(main=gpt_step.main), "bench: V 65: WRONG: loss: relative error 1.0e-03\n"),
     ):
         assert (result.exit_code, result.stderr) == (1, said)

@@ -22,7 +22,7 @@ WORKLOADS: dict[str, type[Workload]] = {
     "embedding_linear": EmbeddingLinear,
     "linear_cross_entropy": LinearCrossEntropy,
     "train_step": TrainStep,
-    **dict.fromkeys(INFORMATION, Information),
+    **dict.fromkeys((*INFORMATION, "kl_div"), Information),
 }
 MEMINFO = Path("/proc/meminfo")
 # Tensors of the size of the main one that are alive at once at the worst moment: the inputs, charlm's gradient, two of

@@ -1,7 +1,9 @@
 """cross_entropy: the loss and the gradient of its logits. Shape: (N, V).
 
-Variants: "default"; one option each ("label_smoothing", "weight", "ignore_index", "probabilities", "reduction_none");
-"forward_only"; "inplace_forward" and "inplace_backward", in which charlm writes the gradient over the logits.
+Variants: "default"; one option each ("label_smoothing", "weight", "ignore_index", "probabilities", "reduction_none",
+"z_loss", "softcap", "logit_scale", "token_weight"), the last four of which torch's user composes; "padded" rows, each
+with room for a multiple of 64 classes; "forward_only"; "inplace_forward" and "inplace_backward", in which charlm writes
+the gradient over the logits.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.providers import CHECKED_ELEMENTS, Call, Workload, assert_close, imported, spread_rows, to_jax
+from bench.providers import CHECKED_ELEMENTS, Call, Unavailable, Workload, assert_close, imported, spread_rows, to_jax
 from charlm import functional
 
 INPLACE = {"inplace_forward": "forward", "inplace_backward": "backward"}
+OWN_OPTIONS = {"z_loss": {"lse_square_scale": 1e-4}, "softcap": {"softcap": 30.0}, "logit_scale": {"logit_scale": 0.5}}
 
 
 class CrossEntropy(Workload):
@@ -28,7 +31,8 @@ class CrossEntropy(Workload):
     def make(self, n: int, v: int) -> None:
         variant = self.case.variant
         self.options: dict[str, Any] = {}
-        logits, target = self.normal(n, v, scale=2), self.integers(v, n)
+        padding = -v % 64 if variant == "padded" else 0
+        logits, target = self.normal(n, v + padding, scale=2)[:, :v], self.integers(v, n)
         if variant == "label_smoothing":
             self.options = {"label_smoothing": 0.1}
         elif variant == "weight":
@@ -39,6 +43,9 @@ class CrossEntropy(Workload):
             target = torch.randn((n, v), generator=self.generator).softmax(1).to(self.dtype)
         elif variant == "reduction_none":
             self.options, self.cotangent = {"reduction": "none"}, self.uniform(n).to(self.dtype)
+        elif variant == "token_weight":
+            self.options = {"token_weight": self.uniform(n) + 0.5}
+        self.options |= OWN_OPTIONS.get(variant, {})
         self.leaves, self.arguments, self.copied = (logits,), (target,), (logits,)
         forward_only = variant == "forward_only"
         self.parts = "output" if forward_only else "both"
@@ -57,7 +64,7 @@ class CrossEntropy(Workload):
             return partial(imported("quack.cross_entropy", "cross_entropy"), reduction="mean")
         if provider == "ours" and self.case.variant in INPLACE:
             return partial(functional.cross_entropy, inplace=INPLACE[self.case.variant])
-        return partial(functional.cross_entropy if provider == "ours" else F.cross_entropy, **self.options)
+        return partial(functional.cross_entropy if provider == "ours" else composed, **self.options)
 
     def build(self, name: str) -> Call:
         # From the second call on, the logits of these hold a gradient. That takes the same time.
@@ -121,12 +128,16 @@ class CrossEntropy(Workload):
         options = {**self.options, "reduction": "none"}
         if "weight" in options:
             options["weight"] = options["weight"].to(logits.dtype)
+        if "token_weight" in options:
+            options["token_weight"] = options["token_weight"][rows].to(logits.dtype)
         target = target.to(logits.dtype) if target.is_floating_point() else target
-        return F.cross_entropy(logits, target, **options)
+        return composed(logits, target, **options)
 
     def _shares(self) -> Tensor:
         """(N): the weight of each row in a mean."""
         (target,) = self.arguments
+        if "token_weight" in self.options:
+            return self.options["token_weight"].double()
         if target.is_floating_point():
             return target.new_ones(len(target), dtype=torch.float64)
         valid, weight = target != -100, self.options.get("weight")
@@ -134,6 +145,8 @@ class CrossEntropy(Workload):
 
     def jax_forward(self, jax: Any) -> Callable[..., Any]:
         jnp, variant = jax.numpy, self.case.variant
+        if variant in OWN_OPTIONS or variant == "token_weight":
+            raise Unavailable("its user composes this option")
         weight = to_jax(jax, self.options["weight"]) if "weight" in self.options else None
         smoothing = self.options.get("label_smoothing", 0.0)
 
@@ -154,6 +167,32 @@ class CrossEntropy(Workload):
             return (loss * share).sum() / share.sum()
 
         return forward
+
+
+def composed(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    lse_square_scale: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    **options: Any,
+) -> Tensor:
+    """F.cross_entropy, and around it what it lacks."""
+    if logit_scale != 1:
+        logits = logits * logit_scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if not lse_square_scale and token_weight is None:
+        return F.cross_entropy(logits, target, reduction=reduction, **options)
+    losses = F.cross_entropy(logits, target, reduction="none", **options)
+    if lse_square_scale:
+        losses = losses + lse_square_scale * logits.logsumexp(-1).square()
+    total = len(losses) if token_weight is None else token_weight.sum()
+    losses = losses if token_weight is None else losses * token_weight.to(losses.dtype)
+    return losses if reduction == "none" else losses.sum() / total
 
 
 class _Produced(torch.autograd.Function):

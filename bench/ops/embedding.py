@@ -70,6 +70,7 @@ class EmbeddingBackward(Workload):
     parts = "gradients"
     peers = ("eager", "eager_index", "compile")
     bounds = ("read_write",)
+    gpu_bounds = ("read",)
 
     def make(self, n: int, v: int, d: int) -> None:
         index = self.integers(v, n)
@@ -100,6 +101,8 @@ class EmbeddingBackward(Workload):
         return lambda weight, index: weight[index]
 
     def bound(self, name: str) -> Callable[[], Any]:
+        if name == "read":
+            return self.cotangent.sum
         written = torch.empty_like(self.leaves[0])
         return lambda: (self.cotangent.sum(), written.fill_(0.0))
 

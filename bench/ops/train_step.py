@@ -1,5 +1,8 @@
 """A training step of the 2003 MLP: rows drawn and indexed, forward, backward, AdamW. Shape: (batch, T, D, H, V).
 
+Variants: "default"; "gradients", forward and backward of fixed rows alone; "graph", the same captured in a CUDA graph.
+"drop_in" is torch's model with charlm's embedding and loss in place of torch's.
+
 Each provider trains a model of its own, all from the same weights and rows. The check compares the loss and the
 gradients of charlm's first step.
 """
@@ -13,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.providers import Call, Workload, assert_close, compiled, load_jax, to_jax
+from bench.providers import Call, Unavailable, Workload, assert_close, compiled, load_jax, to_jax
 from charlm import functional
 
 EXAMPLES = 1 << 17
@@ -25,6 +28,7 @@ class TrainStep(Workload):
     """leaves: C (V, D), W (H, T * D), b (H), U (V, H), d (V). arguments: contexts (EXAMPLES, T), targets (EXAMPLES)."""
 
     labels = ("loss", "embedding", "hidden", "hidden_bias", "head", "head_bias")
+    gpu_peers = ("drop_in",)
 
     def make(self, batch: int, t: int, d: int, h: int, v: int) -> None:
         self.batch = batch
@@ -63,17 +67,25 @@ class TrainStep(Workload):
             h = torch.tanh(F.linear(F.embedding(contexts.long(), c).flatten(1), w, b))
             return F.cross_entropy(F.linear(h, u, d), targets.long())
 
-        return ours if provider == "ours" else by_torch
+        def drop_in(c: Tensor, w: Tensor, b: Tensor, u: Tensor, d: Tensor, contexts: Tensor, targets: Tensor) -> Tensor:
+            h = torch.tanh(F.linear(functional.embedding(contexts, c).flatten(1), w, b))
+            return functional.cross_entropy(F.linear(h, u, d), targets)
+
+        return {"ours": ours, "drop_in": drop_in}.get(provider, by_torch)
 
     def build(self, name: str) -> Call:
-        if name == "jax":
+        if name == "jax" and self.case.variant == "default":
             return self.jax_call()
+        if name == "jax":
+            raise Unavailable("its step has an optimizer")
         loss_of = compiled(self.forward("eager")) if name == "compile" else self.forward(name)
         parameters = [w.clone().requires_grad_() for w in self.leaves]
         optimizer = torch.optim.AdamW(
             parameters, lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
         )
         generator = torch.Generator(self.device).manual_seed(SEED)
+        if self.case.variant != "default":
+            return self.gradients(loss_of, parameters, self.rows(generator))
 
         def step() -> tuple[Tensor, ...]:
             rows = self.rows(generator)
@@ -85,6 +97,30 @@ class TrainStep(Workload):
             return loss, *(p.grad for p in parameters)
 
         return step
+
+    def gradients(self, loss_of: Callable[..., Tensor], parameters: list[Tensor], rows: tuple[Tensor, ...]) -> Call:
+        """The loss and the gradients, launched by Python or, for "graph" on a GPU, by a CUDA graph."""
+
+        def call() -> tuple[Tensor, ...]:
+            loss = loss_of(*parameters, *rows)
+            return loss, *torch.autograd.grad(loss, parameters)
+
+        if self.case.variant != "graph" or self.device != "cuda":
+            return call
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return result
+
+        return replay
 
     def check(self, result: Sequence[Tensor]) -> None:
         rows = self.rows(torch.Generator(self.device).manual_seed(SEED))
