@@ -58,7 +58,7 @@ inline void load_bulk(void* shared, const void* global, unsigned bytes, Transfer
 inline void store_bulk(void* global, const void* shared, unsigned bytes, CHARLM_HERE) {
   CHARLM_ENTER("store_bulk");
   cuda_emulator::check_bulk(me, shared, global, bytes);
-  cuda_emulator::store(me, global, shared, bytes);
+  cuda_emulator::issue_store(me, global, shared, bytes);
 }
 
 inline void fence_shared_for_bulk(CHARLM_HERE) {

@@ -25,6 +25,8 @@ enum class Schedule { kForward, kReverse, kRandom };
 struct Block;
 struct TransferState;
 
+inline constexpr unsigned kStoreGroups = 16;  // that ThreadSanitizer tells apart
+
 struct Thread {
   unsigned index;  // in its block: the warp is index / 32, the lane is index % 32
   uint3 position;
@@ -48,7 +50,7 @@ struct Thread {
   bool waited_for_previous;  // kernel
   // ThreadSanitizer's identities of what makes its loads and messages, and its stores.
   void *loader, *storer;
-  SyncObject issued_loads, issued_stores, stores_have_read;
+  SyncObject issued_loads, issued_stores, stores_have_read[kStoreGroups];
 };
 
 // Successive barriers alternate between two phases: a thread may arrive at the next barrier before another thread has

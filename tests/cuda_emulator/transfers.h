@@ -48,40 +48,16 @@ CHARLM_EMULATOR_CODE inline std::string describe_issue(const Transfer& transfer)
 // ------------------------------------------------------------------------------------------------------------
 // transfers
 
-// Instrumented accesses.
-template <class Word>
-__attribute__((noinline)) void read_words(const void* from, unsigned bytes) {
-  for (unsigned i = 0; i < bytes / sizeof(Word); ++i) (void)static_cast<const volatile Word*>(from)[i];
-}
-template <class Word>
-CHARLM_EMULATOR_CODE Word peek(const void* from, unsigned i) {
-  return static_cast<const volatile Word*>(from)[i];
-}
-template <class Word>
-__attribute__((noinline)) void write_words(void* to, const void* from, unsigned bytes) {
-  for (unsigned i = 0; i < bytes / sizeof(Word); ++i) static_cast<volatile Word*>(to)[i] = peek<Word>(from, i);
+// What sanitizers see of a transfer, when it is issued. The bytes are set to NaN: from now on they may change.
+__attribute__((noinline)) inline void touch(void* to, const void* from, unsigned bytes) {
+  for (unsigned i = 0; from && i < bytes / 8; ++i) (void)static_cast<const volatile uint64_t*>(from)[i];
+  for (unsigned i = 0; to && i < bytes / 4; ++i) static_cast<volatile uint32_t*>(to)[i] = ~uint32_t{0};
 }
 
 CHARLM_EMULATOR_CODE inline void make_transfer(const Transfer& transfer) {
-  Thread& issuer = *transfer.issuer;
-  void* const identity = current_identity();
-  switch_identity(transfer.barrier ? issuer.loader : issuer.storer);
-  if (!transfer.barrier) {
-    read_words<uint64_t>(transfer.from, transfer.bytes);
-    release(issuer.stores_have_read);
-    acquire(issuer.issued_stores);
-    write_words<uint64_t>(transfer.to, transfer.from, transfer.bytes);
-  } else if (transfer.from) {
-    read_words<uint64_t>(transfer.from, transfer.bytes);
-    write_words<uint64_t>(transfer.to, transfer.from, transfer.bytes);
-    release(transfer.receiver->fenced_for_bulk);
-    release(transfer.barrier->order);
-  } else {
-    write_words<uint32_t>(transfer.to, &transfer.value, transfer.bytes);
-    release(transfer.barrier->order);
-  }
-  release(emulator.order[emulator.side][emulator.turn]);
-  switch_identity(identity);
+  auto* const to = reinterpret_cast<volatile uint32_t*>(transfer.to);
+  const auto* const from = transfer.from ? transfer.from : reinterpret_cast<const char*>(&transfer.value);
+  for (unsigned i = 0; i < transfer.bytes / 4; ++i) to[i] = reinterpret_cast<const volatile uint32_t*>(from)[i];
 }
 
 // Makes the transfers that are `due`, in their order.
@@ -99,43 +75,56 @@ CHARLM_EMULATOR_CODE void make_transfers(Due due) {
   emulator.n_transfers = n_kept;
 }
 
-// Lets the identity of a thread's loads or stores see `ordered`. The host creates it, because the creator's actions
-// happen before its own.
-CHARLM_EMULATOR_CODE inline void order_transfers(const Thread& me, void*& identity, SyncObject& ordered) {
-  if (!kThreadSanitizer) return;
-  switch_identity(emulator.host.identity);
-  if (!identity) identity = create_identity();
-  switch_identity(identity);
-  acquire(ordered);
-  switch_identity(me.identity);
-}
-
-CHARLM_EMULATOR_CODE inline Transfer& add_transfer(Thread& me) {
+CHARLM_EMULATOR_CODE inline Transfer& add_transfer(Thread& me, void* to, const void* from, unsigned bytes) {
   if (emulator.n_transfers == Emulator::kMaxTransfers) fail_in(me, "more transfers at a time than the emulator keeps");
   Transfer& transfer = emulator.transfers[emulator.n_transfers++];
   transfer = {};
   transfer.issuer = &me;
   transfer.function = me.function;
   transfer.location = me.location;
+  transfer.to = static_cast<char*>(to);
+  transfer.from = static_cast<const char*>(from);
+  transfer.bytes = bytes;
   return transfer;
 }
 
-// A load or a message comes after what its thread did before; a store reads what was fenced before it.
-CHARLM_EMULATOR_CODE inline Transfer& issue_load(Thread& me, TransferState& barrier, Block& receiver) {
-  release(me.issued_loads);
-  order_transfers(me, me.loader, me.issued_loads);
-  Transfer& transfer = add_transfer(me);
+// The host creates the identity of a thread's transfers, because the creator's actions happen before its own.
+CHARLM_EMULATOR_CODE inline void switch_to_transfers(void*& identity) {
+  if (!kThreadSanitizer) return;
+  switch_identity(emulator.host.identity);
+  if (!identity) identity = create_identity();
+  switch_identity(identity);
+}
+
+// A load, or a message if `from` is null: comes after what its thread did before.
+CHARLM_EMULATOR_CODE inline Transfer& issue_load(Thread& me, TransferState& barrier, Block& receiver, void* to,
+                                                 const void* from, unsigned bytes) {
+  Transfer& transfer = add_transfer(me, to, from, bytes);
   transfer.barrier = &barrier;
   transfer.receiver = &receiver;
+  release(me.issued_loads);
+  switch_to_transfers(me.loader);
+  acquire(me.issued_loads);
+  touch(to, from, bytes);
+  if (from) release(receiver.fenced_for_bulk);
+  release(barrier.order);
+  release(emulator.order[emulator.side][emulator.turn]);
+  switch_identity(me.identity);
   return transfer;
 }
 
-CHARLM_EMULATOR_CODE inline Transfer& issue_store(Thread& me) {
+// A store reads what was fenced before, and writes after what its thread did before.
+CHARLM_EMULATOR_CODE inline void issue_store(Thread& me, void* to, const void* from, unsigned bytes) {
+  add_transfer(me, to, from, bytes).group = me.n_groups;
   release(me.issued_stores);
-  order_transfers(me, me.storer, me.block->fenced_for_bulk);
-  Transfer& transfer = add_transfer(me);
-  transfer.group = me.n_groups;
-  return transfer;
+  switch_to_transfers(me.storer);
+  acquire(me.block->fenced_for_bulk);
+  touch(nullptr, from, bytes);
+  release(me.stores_have_read[me.n_groups % kStoreGroups]);
+  acquire(me.issued_stores);
+  touch(to, nullptr, bytes);
+  release(emulator.order[emulator.side][emulator.turn]);
+  switch_identity(me.identity);
 }
 
 // --------------------------------------------------------------------------------------------------------------
@@ -147,7 +136,7 @@ __attribute__((noinline)) inline void read_handle(const volatile uint64_t* objec
 // Null if the barrier is not initialised.
 CHARLM_EMULATOR_CODE inline TransferState* find_barrier(Block& block, const uint64_t* object) {
   read_handle(object);
-  const uint64_t i = peek<uint64_t>(object, 0) - TransferState::kHandle;
+  const uint64_t i = *object - TransferState::kHandle;
   const bool exists = i < block.n_transfer_barriers && block.transfer_barriers[i].object == object;
   return exists ? &block.transfer_barriers[i] : nullptr;
 }
@@ -229,24 +218,13 @@ inline void check_bulk(const Thread& me, const void* shared, const void* global,
     fail_in(me, "the addresses and the number of bytes, " + std::to_string(bytes) + ", must be multiples of 16");
   }
   if (!shared_address_in(*me.block, shared, bytes)) fail_in(me, "the bytes are not in one array of shared memory");
-  if (kAddressSanitizer) read_words<uint64_t>(global, bytes);
 }
 
 CHARLM_EMULATOR_CODE inline void load(Thread& me, void* shared, const void* global, unsigned bytes,
                                       const uint64_t* object) {
   TransferState& barrier = barrier_of(me, object);
   check_published(me, barrier);
-  Transfer& transfer = issue_load(me, barrier, *me.block);
-  transfer.to = static_cast<char*>(shared);
-  transfer.from = static_cast<const char*>(global);
-  transfer.bytes = bytes;
-}
-
-CHARLM_EMULATOR_CODE inline void store(Thread& me, void* global, const void* shared, unsigned bytes) {
-  Transfer& transfer = issue_store(me);
-  transfer.to = static_cast<char*>(global);
-  transfer.from = static_cast<const char*>(shared);
-  transfer.bytes = bytes;
+  issue_load(me, barrier, *me.block, shared, global, bytes);
 }
 
 // Makes the stores of the thread's committed groups but the latest `n`.
@@ -254,7 +232,7 @@ CHARLM_EMULATOR_CODE inline void wait_stores(Thread& me, unsigned n) {
   make_transfers([&me, n](const Transfer& each) CHARLM_EMULATOR_CODE {
     return !each.barrier && each.issuer == &me && each.group + n < me.n_groups;
   });
-  acquire(me.stores_have_read);
+  if (me.n_groups > n) acquire(me.stores_have_read[(me.n_groups - n - 1) % kStoreGroups]);
 }
 
 // When no thread can run: makes the transfers of one barrier that a thread waits for, and ends its phase. False if
@@ -331,10 +309,7 @@ CHARLM_EMULATOR_CODE inline void send(Thread& me, void* to, uint64_t value, unsi
   TransferState* const barrier = find_barrier(block, reinterpret_cast<const uint64_t*>(object_there));
   if (!barrier) fail_in(me, "the barrier of block " + std::to_string(rank) + " is not initialised");
   check_published(me, *barrier);
-  Transfer& transfer = issue_load(me, *barrier, block);
-  transfer.to = there;
-  transfer.bytes = bytes;
-  transfer.value = value;
+  issue_load(me, *barrier, block, there, nullptr, bytes).value = value;
 }
 
 // A thread has returned from the kernel.
