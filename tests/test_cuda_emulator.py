@@ -44,12 +44,12 @@ REPORTED_BY_EMULATOR = {
     "grid_of_no_blocks": r"invalid launch configuration: a grid of \(0,1,1\) blocks",
     "grid_of_65536_in_y": r"invalid launch configuration: a grid of \(1,65536,1\) blocks",
     "argument_of_64_bits": r"a kernel's argument, 4294967296, does not fit the type of its parameter",
-    "transfer_barrier_not_initialised": r"(expect_bytes|wait_barrier) at defects\.h:\d+: block .*: the barrier is not initialised",
-    "transfer_barrier_not_published": r"load_bulk at .*: no publish_barriers\(\) after init_barrier\(\) at defects\.h:\d+",
-    "too_few_bytes_expected": r"load_bulk at defects\.h:\d+ .*: more bytes than expected for phase 0 of the barrier of "
-    r"defects\.h:\d+, which misses 0 of 1 arrivals, and -16 of 112 bytes",
-    "too_many_bytes_expected": r"deadlock in block \(0,0,0\): .* waits in wait_barrier at defects\.h:\d+ for phase 0 of "
-    r"the barrier of defects\.h:\d+, which misses 0 of 1 arrivals, and 16 of 144 bytes",
+    "transfer_barrier_not_initialised": r"(expect_bytes|wait_barrier) at defects\.h:\d+: .*: the barrier is not init",
+    "transfer_barrier_not_published": r"load_bulk at .*: no publish_barriers\(\) after init_barrier\(\) at defects\.h",
+    "too_few_bytes_expected": r"load_bulk at .*: more bytes than expected for phase 0 of the barrier of defects\.h:\d+"
+    r", which misses 0 of 1 arrivals, and -16 of 112 bytes",
+    "too_many_bytes_expected": r"deadlock in block \(0,0,0\): .* waits in wait_barrier at defects\.h:\d+ for phase 0 "
+    r"of the barrier of defects\.h:\d+, which misses 0 of 1 arrivals, and 16 of 144 bytes",
     "load_never_awaited": r"load_bulk at defects\.h:\d+ of .* ended without waiting for it|one arrival too many",
     "wrong_parity": r"expect_bytes at .* one arrival too many: .* misses 0 of 1 arrivals, and 0 of 128 bytes",
     "exit_before_stores_have_read": r"store_bulk at defects\.h:\d+ of .* without waiting until shared memory was read",
@@ -104,6 +104,8 @@ REPORTED_BY_THREAD = [
     "load_awaited_by_some_threads",
     "stage_loaded_before_it_is_stored",
     "exit_before_message",
+    "previous_kernel_read_too_early",
+    "previous_kernel_not_awaited",
 ]
 
 CORRECT, WRONG_RESULT, ERROR = 0, 1, 3  # statuses of charlm_run_defect()
@@ -180,6 +182,16 @@ def test_data_races_are_reported(executables, schedule):
         report, _ = found[name]
         assert "WARNING: ThreadSanitizer: data race" in report, name
         assert re.search(rf"#\d .*\b{name.removesuffix('_without_fence')}", report), report  # the kernel is named
+
+
+def test_an_older_gpu_has_no_transfers_clusters_and_dependent_kernels(executables):
+    names = ["correct_transfers", "correct_cluster", "correct_dependent_kernel", "correct_functions"]
+    stderr = run(executables["plain"], "plain", SCHEDULES[0], names, CHARLM_CUDA_EMULATOR_CAPABILITY="80")
+    transfers, cluster, dependent, functions = reports(stderr).values()
+    assert re.search(r"init_barrier at defects\.h:\d+ needs sm_90; the GPU has compute capability 80", transfers[0])
+    for report, _ in (cluster, dependent):
+        assert "invalid launch configuration: LaunchOptions on a GPU of compute capability 80" in report
+    assert functions == ("", CORRECT)
 
 
 def test_a_random_schedule_is_repeated_by_its_seed_and_changed_by_another(executables):

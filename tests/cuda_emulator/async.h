@@ -14,7 +14,7 @@ inline void let_next_kernel_begin(CHARLM_HERE) { cuda_emulator::enter("let_next_
 
 inline void wait_for_previous_kernel(CHARLM_HERE) {
   CHARLM_ENTER("wait_for_previous_kernel");
-  me.waited_for_previous = true;
+  cuda_emulator::wait_for_previous_kernel(me);
 }
 
 inline void init_barrier(TransferBarrier* barrier, int arrivals, CHARLM_HERE) {

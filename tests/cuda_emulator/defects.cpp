@@ -136,6 +136,20 @@ const Kernel kKernels[] = {
      [](float* out) { launch_kernel(kCluster, exit_before_message, 4, kThreads, 0, nullptr, out); }, ones},
     {"grid_of_no_whole_clusters",
      [](float* out) { launch_kernel(kCluster, correct_cluster, 6, kThreads, 0, nullptr, out); }, ones},
+    {"correct_read_of_previous_kernel",
+     [](float* out) {
+       launch_kernel(fill, 2, kThreads, 0, nullptr, out, kNumbers);
+       for (int i = 0; i < 3; ++i)
+         launch_kernel(kDependent, correct_read_of_previous_kernel, 2, kThreads, 0, nullptr, out);
+     },
+     ones},
+    {"previous_kernel_read_too_early",
+     [](float* out) {
+       launch_kernel(fill, 2, kThreads, 0, nullptr, out, kNumbers);
+       for (int i = 0; i < 3; ++i)
+         launch_kernel(kDependent, previous_kernel_read_too_early, 2, kThreads, 0, nullptr, out);
+     },
+     ones},
     {"correct_dependent_kernel",
      [](float* out) { launch_kernel(kDependent, correct_dependent_kernel, 2, kThreads, 0, nullptr, out); }, ones},
     {"previous_kernel_not_awaited",

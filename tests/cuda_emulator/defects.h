@@ -393,6 +393,18 @@ __global__ void correct_dependent_kernel(float* out) {
   out[global_thread()] = 1;
 }
 
+// `out` is what the kernel before wrote.
+__global__ void correct_read_of_previous_kernel(float* out) {
+  wait_for_previous_kernel();
+  out[global_thread()] += 0;
+}
+
+__global__ void previous_kernel_read_too_early(float* out) {
+  const float one = out[global_thread()];
+  wait_for_previous_kernel();
+  out[global_thread()] = one;
+}
+
 __global__ void previous_kernel_not_awaited(float* out) {
   if (threadIdx.x > 0) wait_for_previous_kernel();
   out[global_thread()] = 1;

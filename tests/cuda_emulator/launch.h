@@ -86,8 +86,7 @@ CHARLM_EMULATOR_CODE inline void give_up_threads(Block& block) {
   block.barrier.n_waiting = 0;
 }
 
-// Block `index` of the grid. The host creates ThreadSanitizer's identities of all threads before the block begins,
-// because the actions of the creator happen before those of the thread.
+// Block `index` of the grid.
 CHARLM_EMULATOR_CODE inline void begin_block(Block& block, uint64_t index) {
   block.position.x = static_cast<unsigned>(index % gridDim.x);
   block.position.y = static_cast<unsigned>(index / gridDim.x % gridDim.y);
@@ -100,15 +99,12 @@ CHARLM_EMULATOR_CODE inline void begin_block(Block& block, uint64_t index) {
   }
   for (unsigned warp = 0; warp * kWarpSize < emulator.n_threads; ++warp) block.warps[warp].exited = 0;
   block.n_transfer_barriers = 0;
-  for (unsigned i = 0; kThreadSanitizer && i < emulator.n_threads; ++i) {
-    void*& identity = block.threads[i].identity;
-    if (!identity) identity = create_identity();
-  }
+  for (unsigned i = 0; kThreadSanitizer && i < emulator.n_threads; ++i) create_identity_once(block.threads[i].identity);
   begin_shared(block.shared);
 }
 
 CHARLM_EMULATOR_CODE inline void run_cluster(uint64_t cluster) {
-  emulator.side = emulator.n_clusters % kSides;
+  emulator.side = emulator.first_side + emulator.n_clusters % kSides;
   emulator.turn = emulator.n_clusters / kSides % 2;
   ++emulator.n_clusters;
   emulator.cluster_barrier[emulator.side].n_arrived = 0;
@@ -173,7 +169,9 @@ inline void seed_from_environment() {
   for (int i = 0; i < 8; ++i) next_random();
 }
 
-inline void place_threads() {
+CHARLM_EMULATOR_CODE inline void place_threads(const dim3& grid, const dim3& block) {
+  gridDim = grid;
+  blockDim = block;
   const uint64_t n_threads = uint64_t{blockDim.x} * blockDim.y * blockDim.z;
   emulator.n_threads = static_cast<unsigned>(n_threads);
   for (Block* blocks : emulator.blocks) {
@@ -212,12 +210,11 @@ inline void run_grid(const cuda::LaunchOptions& options, dim3 grid, dim3 block, 
   const std::lock_guard<std::mutex> lock(emulator.mutex);
   emulator.schedule = schedule_from_environment();
   seed_from_environment();
-  gridDim = grid;
-  blockDim = block;
   emulator.n_blocks = static_cast<unsigned>(options.cluster_blocks);
-  place_threads();
+  place_threads(grid, block);
   emulator.capability = capability_from_environment();
   emulator.is_dependent = options.is_dependent;
+  if (emulator.is_dependent) emulator.first_side = (emulator.first_side + kSides) % kAllSides;
   emulator.kernel = kernel;
   emulator.arguments = arguments;
   emulator.dynamic_bytes = static_cast<size_t>(shared_bytes);
@@ -227,14 +224,21 @@ inline void run_grid(const cuda::LaunchOptions& options, dim3 grid, dim3 block, 
   for (auto& turns : emulator.order) {
     for (SyncObject& order : turns) {
       acquire(order);
-      release(order);
+      if (!emulator.is_dependent) release(order);
     }
   }
+  release(emulator.launched);
   run_clusters();
   for (auto& turns : emulator.order) {
     for (SyncObject& order : turns) acquire(order);
   }
   if (emulator.failed) throw Error("CUDA emulator: " + emulator.error);
+}
+
+// Copies what the host wrote: a dependent kernel is not ordered after the host, which has seen the kernel before.
+CHARLM_EMULATOR_CODE inline const void* copy_unseen(void* to, const void* from, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) static_cast<volatile char*>(to)[i] = static_cast<const volatile char*>(from)[i];
+  return to;
 }
 
 // Converts an argument to the type of the kernel's parameter, and checks that an integer keeps its value.
@@ -262,6 +266,8 @@ cudaError_t launch_kernel(const LaunchOptions& options, void (*kernel)(Parameter
   };
   const Call call{kernel, {cuda_emulator::convert_argument<Parameters>(arguments)...}};
   const auto run = [](const void* pointer) {
+    alignas(Call) unsigned char copy[sizeof(Call)];
+    if (cuda_emulator::kThreadSanitizer) pointer = cuda_emulator::copy_unseen(copy, pointer, sizeof(Call));
     const Call& call = *static_cast<const Call*>(pointer);
     std::apply(call.kernel, call.arguments);
   };

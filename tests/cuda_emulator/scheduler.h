@@ -80,6 +80,16 @@ CHARLM_EMULATOR_CODE inline void mark_started(Thread& thread) {
   thread.waited_for_previous = false;
 }
 
+// The creator's actions happen before those of the identity: so it is not the host, which has seen the kernels before.
+CHARLM_EMULATOR_CODE inline void create_identity_once(void*& identity) {
+  if (!kThreadSanitizer || identity) return;
+  void* const current = current_identity();
+  if (!emulator.creator) emulator.creator = create_identity();
+  switch_identity(emulator.creator);
+  identity = create_identity();
+  switch_identity(current);
+}
+
 // Gives a thread that has not run yet a stack. With ThreadSanitizer each thread has its own stack, since a stack that
 // several threads use in turn would be reported as a race.
 CHARLM_EMULATOR_CODE inline void start(Thread& thread) {

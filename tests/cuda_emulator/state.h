@@ -153,16 +153,19 @@ struct Emulator {
   size_t dynamic_bytes;
   int capability;  // 90: sm_90
   bool is_dependent;
+  unsigned first_side;
+  SyncObject launched;  // by the host, which has seen all kernels before
   Context host;
+  void* creator;  // ThreadSanitizer's identity of what creates the others: it has seen nothing
   // A cluster comes after the launch and the previous cluster of its side: two phases, as for barriers.
-  SyncObject order[kSides][2];
+  SyncObject order[kAllSides][2];
 
   // The cluster: the blocks that run together, nearly always one.
   uint64_t n_clusters;  // begun, in this launch and before
   unsigned side, turn;
   unsigned n_blocks;  // in the cluster
-  Block blocks[kSides][kMaxClusterBlocks];
-  ClusterBarrier cluster_barrier[kSides];
+  Block blocks[kAllSides][kMaxClusterBlocks];
+  ClusterBarrier cluster_barrier[kAllSides];
   Transfer transfers[kMaxTransfers];  // in the order in which they were issued
   unsigned n_transfers;
   SyncObject fences;

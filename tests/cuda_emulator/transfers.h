@@ -45,8 +45,7 @@ CHARLM_EMULATOR_CODE inline std::string describe_issue(const Transfer& transfer)
   return std::string(transfer.function) + " at " + describe(transfer.location) + " of " + describe(*transfer.issuer);
 }
 
-// ------------------------------------------------------------------------------------------------------------
-// transfers
+// ----------------------------------------------------------------------------------------------------------- transfers
 
 // What sanitizers see of a transfer, when it is issued. The bytes are set to NaN: from now on they may change.
 __attribute__((noinline)) inline void touch(void* to, const void* from, unsigned bytes) {
@@ -88,14 +87,6 @@ CHARLM_EMULATOR_CODE inline Transfer& add_transfer(Thread& me, void* to, const v
   return transfer;
 }
 
-// The host creates the identity of a thread's transfers, because the creator's actions happen before its own.
-CHARLM_EMULATOR_CODE inline void switch_to_transfers(void*& identity) {
-  if (!kThreadSanitizer) return;
-  switch_identity(emulator.host.identity);
-  if (!identity) identity = create_identity();
-  switch_identity(identity);
-}
-
 // A load, or a message if `from` is null: comes after what its thread did before.
 CHARLM_EMULATOR_CODE inline Transfer& issue_load(Thread& me, TransferState& barrier, Block& receiver, void* to,
                                                  const void* from, unsigned bytes) {
@@ -103,7 +94,8 @@ CHARLM_EMULATOR_CODE inline Transfer& issue_load(Thread& me, TransferState& barr
   transfer.barrier = &barrier;
   transfer.receiver = &receiver;
   release(me.issued_loads);
-  switch_to_transfers(me.loader);
+  create_identity_once(me.loader);
+  switch_identity(me.loader);
   acquire(me.issued_loads);
   touch(to, from, bytes);
   if (from) release(receiver.fenced_for_bulk);
@@ -117,7 +109,8 @@ CHARLM_EMULATOR_CODE inline Transfer& issue_load(Thread& me, TransferState& barr
 CHARLM_EMULATOR_CODE inline void issue_store(Thread& me, void* to, const void* from, unsigned bytes) {
   add_transfer(me, to, from, bytes).group = me.n_groups;
   release(me.issued_stores);
-  switch_to_transfers(me.storer);
+  create_identity_once(me.storer);
+  switch_identity(me.storer);
   acquire(me.block->fenced_for_bulk);
   touch(nullptr, from, bytes);
   release(me.stores_have_read[me.n_groups % kStoreGroups]);
@@ -127,8 +120,7 @@ CHARLM_EMULATOR_CODE inline void issue_store(Thread& me, void* to, const void* f
   switch_identity(me.identity);
 }
 
-// --------------------------------------------------------------------------------------------------------------
-// barriers
+// ------------------------------------------------------------------------------------------------------------ barriers
 
 __attribute__((noinline)) inline void write_handle(volatile uint64_t* object, uint64_t handle) { *object = handle; }
 __attribute__((noinline)) inline void read_handle(const volatile uint64_t* object) { (void)*object; }
@@ -260,8 +252,7 @@ CHARLM_EMULATOR_CODE inline bool end_a_phase() {
   return false;
 }
 
-// -------------------------------------------------------------------------------------------------- clusters and
-// kernels
+// ----------------------------------------------------------------------------------------------- clusters and kernels
 
 CHARLM_EMULATOR_CODE inline void arrive_in_cluster(Thread& me) {
   ClusterBarrier& barrier = emulator.cluster_barrier[emulator.side];
@@ -310,6 +301,11 @@ CHARLM_EMULATOR_CODE inline void send(Thread& me, void* to, uint64_t value, unsi
   if (!barrier) fail_in(me, "the barrier of block " + std::to_string(rank) + " is not initialised");
   check_published(me, *barrier);
   issue_load(me, *barrier, block, there, nullptr, bytes).value = value;
+}
+
+CHARLM_EMULATOR_CODE inline void wait_for_previous_kernel(Thread& me) {
+  me.waited_for_previous = true;
+  acquire(emulator.launched);
 }
 
 // A thread has returned from the kernel.
