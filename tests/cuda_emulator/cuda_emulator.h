@@ -20,8 +20,8 @@
 //   CHARLM_CUDA_EMULATOR_CAPABILITY  the GPU's compute capability (default 90); below 90 it has no function of async.h
 //
 // Not emulated: time, the GPU's memory model beyond the order of fences and barriers, nvcc's code generation, and
-// approximate arithmetic. Clusters run one after another, so a block that waits for another one's never ends: tests need
-// a time-out. Kernels do, too.
+// approximate arithmetic. Clusters run one after another, so a block that waits for another one's never ends: tests
+// need a time-out. Kernels do, too.
 #pragma once
 
 #include "async.h"

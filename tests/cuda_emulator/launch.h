@@ -75,7 +75,7 @@ CHARLM_EMULATOR_CODE inline void give_up_threads(Block& block) {
       switch_identity(thread.identity);
       release(emulator.order[emulator.side][emulator.turn]);
       switch_identity(emulator.host.identity);
-      if (given_up) destroy_identity(std::exchange(thread.identity, nullptr));
+      if (given_up) destroy_identity_if_any(thread.identity);
     } else if (given_up) {
       const Stack& stack = thread.context.stack;
       allow_access(stack.bottom, stack.size);
@@ -104,8 +104,8 @@ CHARLM_EMULATOR_CODE inline void begin_block(Block& block, uint64_t index) {
 }
 
 CHARLM_EMULATOR_CODE inline void run_cluster(uint64_t cluster) {
-  emulator.side = emulator.first_side + emulator.n_clusters % kSides;
-  emulator.turn = emulator.n_clusters / kSides % 2;
+  emulator.side = emulator.first_side + emulator.n_clusters % emulator.n_sides;
+  emulator.turn = emulator.n_clusters / emulator.n_sides % 2;
   ++emulator.n_clusters;
   emulator.cluster_barrier[emulator.side].n_arrived = 0;
   emulator.n_transfers = 0;
@@ -147,6 +147,9 @@ inline void check_configuration(const cuda::LaunchOptions& options, const dim3& 
   if (n_blocks < 1 || n_blocks > kMaxClusterBlocks || grid.x % n_blocks != 0) {
     throw Error("invalid launch configuration: a grid of " + describe_dim(grid) + " blocks in clusters of " +
                 std::to_string(options.cluster_blocks));
+  }
+  if (kThreadSanitizer && n_blocks > 1 && n_blocks * block.x * block.y * block.z > 4096) {
+    throw Error("more than 4096 threads of a cluster are too many for ThreadSanitizer");
   }
   if ((n_blocks > 1 || options.is_dependent) && capability_from_environment() < cuda::kSm90) {
     throw Error("invalid launch configuration: LaunchOptions on a GPU of compute capability " +
@@ -202,6 +205,19 @@ inline void run_clusters() {
   for (uint64_t i = 0; i < n && !emulator.failed; ++i, cluster = (cluster + stride) % n) run_cluster(cluster);
 }
 
+// ThreadSanitizer allows about 8000 identities, and is slow with many: those of large clusters are not kept.
+CHARLM_EMULATOR_CODE inline void limit_identities() {
+  constexpr unsigned kMost = 3072;
+  if (emulator.n_identities <= kMost) return;
+  for (auto& blocks : emulator.blocks) {
+    for (Block& block : blocks) {
+      for (Thread& thread : block.threads) {
+        for (void** identity : {&thread.identity, &thread.loader, &thread.storer}) destroy_identity_if_any(*identity);
+      }
+    }
+  }
+}
+
 // Launches may come from any OS thread, and each happens before the next. A program that launches from several threads
 // synchronizes them, but possibly in code that ThreadSanitizer does not instrument.
 inline void run_grid(const cuda::LaunchOptions& options, dim3 grid, dim3 block, int64_t shared_bytes,
@@ -212,6 +228,7 @@ inline void run_grid(const cuda::LaunchOptions& options, dim3 grid, dim3 block, 
   seed_from_environment();
   emulator.n_blocks = static_cast<unsigned>(options.cluster_blocks);
   place_threads(grid, block);
+  emulator.n_sides = emulator.n_blocks * emulator.n_threads <= kMaxThreads ? kSides : 1;
   emulator.capability = capability_from_environment();
   emulator.is_dependent = options.is_dependent;
   if (emulator.is_dependent) emulator.first_side = (emulator.first_side + kSides) % kAllSides;
@@ -232,6 +249,7 @@ inline void run_grid(const cuda::LaunchOptions& options, dim3 grid, dim3 block, 
   for (auto& turns : emulator.order) {
     for (SyncObject& order : turns) acquire(order);
   }
+  limit_identities();
   if (emulator.failed) throw Error("CUDA emulator: " + emulator.error);
 }
 

@@ -88,6 +88,14 @@ CHARLM_EMULATOR_CODE inline void create_identity_once(void*& identity) {
   switch_identity(emulator.creator);
   identity = create_identity();
   switch_identity(current);
+  ++emulator.n_identities;
+}
+
+CHARLM_EMULATOR_CODE inline void destroy_identity_if_any(void*& identity) {
+  if (!identity) return;
+  destroy_identity(identity);
+  identity = nullptr;
+  --emulator.n_identities;
 }
 
 // Gives a thread that has not run yet a stack. With ThreadSanitizer each thread has its own stack, since a stack that

@@ -153,10 +153,11 @@ struct Emulator {
   size_t dynamic_bytes;
   int capability;  // 90: sm_90
   bool is_dependent;
-  unsigned first_side;
+  unsigned first_side, n_sides;
   SyncObject launched;  // by the host, which has seen all kernels before
   Context host;
   void* creator;  // ThreadSanitizer's identity of what creates the others: it has seen nothing
+  unsigned n_identities;
   // A cluster comes after the launch and the previous cluster of its side: two phases, as for barriers.
   SyncObject order[kAllSides][2];
 
