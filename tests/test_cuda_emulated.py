@@ -74,9 +74,13 @@ class Run:
     arguments: tuple[str, ...]
     seed: int = 0
     exhaustive: bool = False
+    capability: int = 90  # of the GPU: 10 * major + minor
 
     def start(self) -> subprocess.CompletedProcess[str]:
-        return run(build_ops(self.flavour), self.flavour, self.schedule, self.seed, self.arguments)
+        environment = pytest_environment(
+            self.flavour, build_ops(self.flavour), self.schedule, self.seed, self.capability
+        )
+        return run(self.flavour, environment, self.arguments)
 
 
 RUNS = (
@@ -85,6 +89,11 @@ RUNS = (
     Run("ops_reverse", "plain", "reverse", OPS_TESTS_IN_ANY_ORDER, exhaustive=True),
     Run("ops_random", "plain", "random", OPS_TESTS_IN_ANY_ORDER, 6, exhaustive=True),
     Run("device_tests_forward", "plain", "forward", DEVICE_TESTS, exhaustive=True),
+    Run("kernels_of_sm_80", "plain", "forward", FEW_TESTS, exhaustive=True, capability=80),
+    *(
+        Run(f"samples_of_sm_80_{flavour}", flavour, "random", FLOAT_SAMPLES, 10, exhaustive=True, capability=80)
+        for flavour in ("address", "thread")
+    ),
     Run("samples_reverse", "plain", "reverse", SAMPLES, exhaustive=True),
     *(Run(f"samples_random_{seed}", "plain", "random", SAMPLES, seed, exhaustive=True) for seed in (1, 2, 3)),
     *(
@@ -97,13 +106,11 @@ RUNS = (
 FEW_MUTANTS = {"dropped_barrier_after_loading_a_tile", "wrong_shuffle_width", "missing_tail", "offset_of_32_bits"}
 
 
-def run(
-    library: Path, flavour: str, schedule: str, seed: int, arguments: tuple[str, ...]
-) -> subprocess.CompletedProcess[str]:
+def run(flavour: str, environment: dict[str, str], arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
     captured = [] if flavour == "plain" else ["-s"]  # a sanitizer's report must reach us
     return subprocess.run(
         pytest_command(flavour, *captured, *arguments),
-        env=pytest_environment(flavour, library, schedule, seed),
+        env=environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -115,7 +122,8 @@ def run(
 def run_mutant(mutant: Mutant) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         library = build_ops(mutant.flavour, mutant.write(Path(folder)))
-        return run(library, mutant.flavour, mutant.schedule, 0, ("-x", *EVERY_CASE, *mutant.arguments))
+        environment = pytest_environment(mutant.flavour, library, mutant.schedule)
+        return run(mutant.flavour, environment, ("-x", *EVERY_CASE, *mutant.arguments))
 
 
 JOBS: dict[str, Callable[[], subprocess.CompletedProcess[str]]] = {

@@ -6,19 +6,28 @@
 // or a misaligned access is reported where it happens, and two CUDA threads that access the same memory without a
 // barrier between them are a data race, in whichever order they ran (sanitizers.h).
 //
+// The functions of csrc/cuda/async.cuh are those of sm_90 (async.h). Blocks of a cluster run together. A bulk copy or a
+// message to another block sets its destination to NaN at once and writes it as late as the rules allow, so that a
+// missing wait and memory that is used again too early show in the result; barriers check arrivals and bytes
+// (transfers.h). For ThreadSanitizer a copy is made by a thread of its own, and a dependent kernel runs beside the
+// kernel before it.
+//
 // A kernel that breaks a rule ends its launch with charlm::cuda_emulator::Error, a std::runtime_error.
 //
 // Environment, read at each launch:
 //   CHARLM_CUDA_EMULATOR_SCHEDULE    forward (default), reverse or random: the order in which threads and blocks run
 //   CHARLM_CUDA_EMULATOR_SEED        of the random order, a number (default 0)
+//   CHARLM_CUDA_EMULATOR_CAPABILITY  the GPU's compute capability (default 90); below 90 it has no function of async.h
 //
 // Not emulated: time, the GPU's memory model beyond the order of fences and barriers, nvcc's code generation, and
-// approximate arithmetic. Blocks run one after another, so a block that waits for another one never ends: tests need a
-// time-out.
+// approximate arithmetic. Clusters run one after another, so a block that waits for another one's never ends: tests
+// need a time-out. Kernels do, too.
 #pragma once
 
+#include "async.h"
 #include "collectives.h"
 #include "cuda_types.h"
 #include "device_functions.h"
 #include "launch.h"
 #include "shared_memory.h"
+#include "transfers.h"

@@ -66,7 +66,9 @@ def pytest_command(flavour: str, *arguments: str) -> list[str]:
     return command(flavour, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments)
 
 
-def pytest_environment(flavour: str, library: Path, schedule: str, seed: int = 0) -> dict[str, str]:
+def pytest_environment(
+    flavour: str, library: Path, schedule: str, seed: int = 0, capability: int = 90
+) -> dict[str, str]:
     """The environment of that process: its ops are those of `library`, and raise IndexError at once, as on the CPU."""
     return environment(
         flavour,
@@ -74,5 +76,6 @@ def pytest_environment(flavour: str, library: Path, schedule: str, seed: int = 0
         CHARLM_CUDA_CHECK="1",
         CHARLM_CUDA_EMULATOR_SCHEDULE=schedule,
         CHARLM_CUDA_EMULATOR_SEED=str(seed),
+        CHARLM_CUDA_EMULATOR_CAPABILITY=str(capability),
         CHARLM_TEST_DEVICE="cpu",
     )

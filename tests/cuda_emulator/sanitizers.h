@@ -31,13 +31,14 @@ inline constexpr bool kAddressSanitizer = false;
 
 // Neighbouring blocks run concurrently on a GPU. ThreadSanitizer treats them as unordered if they have separate
 // threads, stacks, shared memory and barriers: so there are two sets of these, called sides, which the blocks use
-// alternately.
+// alternately; large clusters use one. A dependent kernel is unordered with the kernel before it, too, so
+// it uses another two sides.
 #if defined(__SANITIZE_THREAD__)
 inline constexpr bool kThreadSanitizer = true;
-inline constexpr unsigned kSides = 2;
+inline constexpr unsigned kSides = 2, kAllSides = 4;
 #else
 inline constexpr bool kThreadSanitizer = false;
-inline constexpr unsigned kSides = 1;
+inline constexpr unsigned kSides = 1, kAllSides = 1;
 #endif
 
 struct Stack {
