@@ -145,9 +145,9 @@ struct PackIndex<1> {
 constexpr int64_t kMaxPacks = 1 << 30;
 
 // A row of n classes, divided into packs, and the single elements before the first and after the last.
-template <class T, int K>
+template <class T, int K, class Number = typename PackIndex<K>::type>
 struct RowPacks {
-  using Index = typename PackIndex<K>::type;
+  using Index = Number;
 
   int head = 0;  // single elements before the first pack
   Index n_packs;
