@@ -77,7 +77,7 @@ struct Loaded {
 };
 
 template <class T, int K>
-using Packs = RowPacks<T, K, int64_t>;
+using Packs = RowPacks<T, K, K == 1, int64_t>;
 
 constexpr int64_t kBlockPacks = kThreads * kLoadsInFlight;
 

@@ -48,9 +48,15 @@ struct Elements {
   }
 
   __device__ __forceinline__ void unpack(Compute<T> (&x)[K]) const {
-    const Pack<T> pack = __builtin_bit_cast(Pack<T>, bits);
+    if constexpr (__is_same(T, BFloat16)) {  // nvcc would first cut the words into halves
+      const uint32_t words[] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
-    for (int k = 0; k < K; k++) x[k] = to_compute(pack.values[k]);
+      for (int k = 0; k < K; k++) x[k] = __uint_as_float(k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000);
+    } else {
+      const Pack<T> pack = __builtin_bit_cast(Pack<T>, bits);
+#pragma unroll
+      for (int k = 0; k < K; k++) x[k] = to_compute(pack.values[k]);
+    }
   }
 };
 
@@ -144,8 +150,9 @@ struct PackIndex<1> {
 };
 constexpr int64_t kMaxPacks = 1 << 30;
 
-// A row of n classes, divided into packs, and the single elements before the first and after the last.
-template <class T, int K, class Number = typename PackIndex<K>::type>
+// A row of n classes, divided into packs, and the single elements before the first and after the last. kWhole: there
+// are packs only.
+template <class T, int K, bool kWhole = K == 1, class Number = typename PackIndex<K>::type>
 struct RowPacks {
   using Index = Number;
 
@@ -154,10 +161,15 @@ struct RowPacks {
   int n_singles;
 
   __device__ __forceinline__ RowPacks(const T* row, int64_t n) {
-    if constexpr (K > 1) head = elements_to_alignment(row);
-    if (head > n) head = static_cast<int>(n);
-    n_packs = static_cast<Index>((n - head) / K);
-    n_singles = static_cast<int>(n - static_cast<int64_t>(n_packs) * K);
+    if constexpr (kWhole) {
+      n_packs = static_cast<Index>(static_cast<uint64_t>(n) / K);
+      n_singles = 0;
+    } else {
+      head = elements_to_alignment(row);
+      if (head > n) head = static_cast<int>(n);
+      n_packs = static_cast<Index>((n - head) / K);
+      n_singles = static_cast<int>(n - static_cast<int64_t>(n_packs) * K);
+    }
   }
 
   __device__ __forceinline__ int64_t pack(Index p) const { return head + static_cast<int64_t>(p) * K; }
@@ -166,8 +178,8 @@ struct RowPacks {
   }
 };
 
-// Loads packs first, first + step, ... of the rows, and from `end` on packs that add nothing.
-template <class Op, int K, int P, class Index>
+// Loads packs first, first + step, ... of the rows; from `end` on, with kFill, packs that add nothing.
+template <bool kFill, class Op, int K, int P, class Index>
 __device__ __forceinline__ void load_packs(const Op& op, const typename Op::T* const (&rows)[Op::kInputs], Index first,
                                            int step, Index end, Elements<typename Op::T, K> (&x)[Op::kInputs][P]) {
   using Loaded = Elements<typename Op::T, K>;
@@ -176,7 +188,11 @@ __device__ __forceinline__ void load_packs(const Op& op, const typename Op::T* c
 #pragma unroll
     for (int i = 0; i < P; i++) {
       const Index p = first + i * step;
-      x[j][i] = p < end ? Loaded::load(rows[j] + static_cast<int64_t>(p) * K) : Loaded::filled(op.absent(j));
+      if (p < end) {
+        x[j][i] = Loaded::load(rows[j] + static_cast<int64_t>(p) * K);
+      } else if (kFill) {
+        x[j][i] = Loaded::filled(op.absent(j));
+      }
     }
   }
 }
@@ -195,7 +211,7 @@ __global__ void __launch_bounds__(kRowThreads, P > kPacksInFlight ? 2 : Op::kRes
 #pragma unroll
   for (int j = 0; j < Op::kInputs; j++) rows[j] = op.input(j, n);
   Elements<T, K> x[Op::kInputs][P];
-  load_packs(op, rows, lane, kLanes, n_packs, x);
+  load_packs<true>(op, rows, lane, kLanes, n_packs, x);
   typename Op::Part part;
   part.set_maxima(op, x);
   part.template join_maxima<kLanes>(op, x);
@@ -228,7 +244,7 @@ __global__ void __launch_bounds__(Op::kMaxThreads, Op::kResidentBlocks* kRowThre
   for (int j = 0; j < Op::kInputs; j++) rows[j] += packs.head;
   for (typename RowPacks<T, K>::Index p = threadIdx.x; p < packs.n_packs; p += kPacksInFlight * blockDim.x) {
     Elements<T, K> x[Op::kInputs][kPacksInFlight];
-    load_packs(op, rows, p, static_cast<int>(blockDim.x), packs.n_packs, x);
+    load_packs<true>(op, rows, p, static_cast<int>(blockDim.x), packs.n_packs, x);
     part.raise_maxima(op, x);
     part.add_to_sums(op, x);
   }
@@ -244,33 +260,35 @@ __global__ void __launch_bounds__(Op::kMaxThreads, Op::kResidentBlocks* kRowThre
   if (threadIdx.x == 0) op.finish(part, n);
 }
 
-// `lanes`, a power of two, handle a row or one of the `chunks` of a row.
-template <class Op, int K>
+// 2^lanes_log2 lanes handle a row, or one of the `chunks` of a row.
+template <class Op, int K, bool kWhole>
 __global__ void __launch_bounds__(kRowThreads, Op::kResidentBlocks)
-    gradient_rows(const __grid_constant__ typename Op::Params params, int lanes, int chunks) {
+    gradient_rows(const __grid_constant__ typename Op::Params params, int lanes_log2, int chunks) {
   using T = typename Op::T;
-  using Index = typename RowPacks<T, K>::Index;
+  using Packs = RowPacks<T, K, kWhole>;
+  using Index = typename Packs::Index;
   const Op op(params);
-  const int lane = threadIdx.x & (lanes - 1);
-  int64_t n = blockIdx.x;
+  const int lanes = 1 << lanes_log2, lane = threadIdx.x & (lanes - 1);
+  int64_t n;
   int chunk = 0;
   if (chunks > 1) {
-    n = blockIdx.x / static_cast<unsigned>(chunks);
-    chunk = static_cast<int>(blockIdx.x - static_cast<unsigned>(n) * chunks);
-  } else if (lanes < kRowThreads) {
-    n = n * (kRowThreads / lanes) + threadIdx.x / lanes;
+    const unsigned row = blockIdx.x / static_cast<unsigned>(chunks);
+    n = row;
+    chunk = static_cast<int>(blockIdx.x - row * chunks);
+  } else {
+    n = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) >> lanes_log2;
     if (n >= params.n_rows) return;
   }
   const T* rows[Op::kInputs];
 #pragma unroll
   for (int j = 0; j < Op::kInputs; j++) rows[j] = op.input(j, n);
-  const RowPacks<T, K> packs(rows[0], params.n_classes);
+  const Packs packs(rows[0], params.n_classes);
   const Index first = static_cast<Index>(chunk) * (kPacksInFlight * kRowThreads) + lane;
   const T* first_pack[Op::kInputs];
 #pragma unroll
   for (int j = 0; j < Op::kInputs; j++) first_pack[j] = rows[j] + packs.head;
   Elements<T, K> x[Op::kInputs][kPacksInFlight];
-  load_packs(op, first_pack, first, lanes, packs.n_packs, x);
+  load_packs<false>(op, first_pack, first, lanes, packs.n_packs, x);
   const typename Op::Gradient gradient(op, n);
 #pragma unroll
   for (int i = 0; i < kPacksInFlight; i++) {
@@ -371,25 +389,26 @@ int launch_forward(const typename Op::Params& params, const Rows<T> (&inputs)[kC
   return launch_long_rows<Op, kPackSize<T>>(params, launch);
 }
 
-template <class Op, int K>
+template <class Op, int K, bool kWhole>
 int launch_gradients(const typename Op::Params& params, const Launch& launch) {
   const int64_t threads = ceil_div(params.n_classes, K * kPacksInFlight), chunks = ceil_div(threads, kRowThreads);
-  const int lanes = chunks > 1 ? kRowThreads : power_of_two(threads);
-  const int64_t n_blocks = chunks > 1 ? params.n_rows * chunks : ceil_div(params.n_rows, kRowThreads / lanes);
-  return launch_kernel(gradient_rows<Op, K>, blocks_for(n_blocks, INT32_MAX), kRowThreads, 0, launch.stream, params,
-                       lanes, static_cast<int>(chunks));
+  int lanes_log2 = 0;
+  while (1 << lanes_log2 < kRowThreads && 1 << lanes_log2 < threads) lanes_log2++;
+  const int64_t n_blocks = chunks > 1 ? params.n_rows * chunks : ceil_div(params.n_rows, kRowThreads >> lanes_log2);
+  return launch_kernel(gradient_rows<Op, K, kWhole>, blocks_for(n_blocks, INT32_MAX), kRowThreads, 0, launch.stream,
+                       params, lanes_log2, static_cast<int>(chunks));
 }
 
 template <class Op, class T, int kCount>
 int launch_backward(const typename Op::Params& params, const Rows<T> (&inputs_and_gradients)[kCount],
                     const Launch& launch) {
   const Alignment alignment = alignment_of(inputs_and_gradients, params.n_rows, params.n_classes);
-  const bool is_short =
-      params.n_classes <= kMaxShortPacks<Op, 1>;  // with packs, most threads would handle single elements
-  if (alignment == Alignment::kNone || (alignment == Alignment::kSame && is_short)) {
-    return launch_gradients<Op, 1>(params, launch);
+  if (alignment == Alignment::kWhole) return launch_gradients<Op, kPackSize<T>, true>(params, launch);
+  // Of a short row, most threads would handle single elements.
+  if (alignment == Alignment::kSame && params.n_classes > kMaxShortPacks<Op, 1>) {
+    return launch_gradients<Op, kPackSize<T>, false>(params, launch);
   }
-  return launch_gradients<Op, kPackSize<T>>(params, launch);
+  return launch_gradients<Op, 1, true>(params, launch);
 }
 
 }  // namespace
