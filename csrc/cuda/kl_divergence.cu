@@ -34,6 +34,9 @@ class KlDivergenceSide {
   const C reference_;
 };
 
+// For |k| < kNear the error of an exponent that has k as a part is 2^-14 at most, which half types do not show.
+constexpr float kNear = 1024;
+
 // What some threads know of a row. The maxima of distributions that are not logits stay -inf.
 template <class T, bool kLogits>
 struct KlDivergencePart {
@@ -42,12 +45,12 @@ struct KlDivergencePart {
   C p_max = -INFINITY, q_max = -INFINITY;  // NaN is ignored
   C q_at_p_max = 0;                        // u^q, relative to 0, of the class with p's maximum
   C p_sum = 0, q_sum = 0, cross = 0;
-  C farthest = 0;
+  C farthest = 0;  // the largest u^p - u^q, or for logits u^p - u^q - k
 
   // k: u^p - u^q of the largest logit of p, if that is a number.
   __device__ __forceinline__ C centre() const {
     const C nearest = q_at_p_max - reference_of(q_max);
-    return p_max > -INFINITY && nearest > -kHuge<C> && nearest < INFINITY ? -nearest : C(0);
+    return p_max > -INFINITY && nearest > -kHuge<C> / 2 && nearest < INFINITY ? -nearest : C(0);
   }
 
   // If the largest logit of p has no finite u^q, then the result is infinite or NaN, and no shift of the centre
@@ -116,7 +119,18 @@ struct KlDivergencePart {
 
   template <class Op, int K, int P>
   __device__ __forceinline__ void add_to_sums(const Op& op, const Elements<T, K> (&x)[2][P]) {
-    const KlDivergenceSide<T, kLogits> p(op.p_kind(), p_max), q(op.q_kind(), q_max);
+    if constexpr (!kLogits) {
+      add(op, x);
+    } else if (kIsHalf<T> && fabs(centre()) < kNear) {
+      add_logits<true>(x);
+    } else {
+      add_logits<false>(x);
+    }
+  }
+
+  template <class Op, int K, int P>
+  __device__ __forceinline__ void add(const Op& op, const Elements<T, K> (&x)[2][P]) {
+    const KlDivergenceSide<T, false> p(op.p_kind(), p_max), q(op.q_kind(), q_max);
     const C k_centre = centre();
 #pragma unroll
     for (int i = 0; i < P; i++) {
@@ -129,6 +143,32 @@ struct KlDivergencePart {
         p_sum += w;
         if (op.q_is_logits()) q_sum += q.w(of_q[k], u_q);
         cross += w * (difference - k_centre);
+        farthest = fmax(farthest, difference);
+      }
+    }
+  }
+
+  // u^q + k is the distance from q's logit at p's maximum. kFromThere: so is the exponent of q.
+  template <bool kFromThere, int K, int P>
+  __device__ __forceinline__ void add_logits(const Elements<T, K> (&x)[2][P]) {
+    constexpr C kLog2e = 1.44269504f;
+    const C k_centre = centre(), p_from = reference_of(p_max), q_reference = reference_of(q_max);
+    const C q_from = k_centre == 0 ? q_reference : q_at_p_max, offset = -k_centre * kLog2e;
+#pragma unroll
+    for (int i = 0; i < P; i++) {
+      C p[K], q[K];
+      x[0][i].unpack(p);
+      x[1][i].unpack(q);
+#pragma unroll
+      for (int k = 0; k < K; k++) {
+        const C u = p[k] - p_from, v = q[k] - q_from, w = exp_of<T>(u), difference = finite(u) - finite(v);
+        p_sum += w;
+        if constexpr (kFromThere) {
+          q_sum += exp2_approximate(fmaf(v, kLog2e, offset));
+        } else {
+          q_sum += exp_of<T>(q[k] - q_reference);
+        }
+        cross += w * difference;
         farthest = fmax(farthest, difference);
       }
     }
@@ -209,13 +249,16 @@ struct KlDivergenceOp {
           q_(op.q_kind(), op.params.q_max[n]),
           first_(n * op.params.n_classes),
           mass_(kLogits ? C(1) : op.params.mass[n]),
-          centre_(op.params.centre[n]),
-          offset_(op.params.offset[n]) {
+          centre_(op.params.centre[n]) {
       const C p_sum = op.params.p_sum[n], q_sum = op.params.q_sum[n];
       g_ = op.params.grad_output[n];
       p_factor_ = g_ / p_sum;
       q_factor_ = g_ / q_sum;
       ratio_ = q_sum / p_sum;
+      offset_ = op.params.offset[n];
+      const bool is_infinite = op.p_is_logits() && offset_ == -INFINITY;
+      p_gradient_factor_ = is_infinite ? C(0) : p_factor_;
+      if (is_infinite) offset_ = 0;
     }
 
     template <int K>
@@ -236,10 +279,11 @@ struct KlDivergenceOp {
    private:
     __device__ __forceinline__ C p_gradient(C u, C w, C u_q) const {
       const C difference = finite(u) - finite(u_q), inner = (difference - centre_) + offset_;
-      C value = (w * p_factor_) * inner;
-      if (op_.p_kind() == Distribution::kProbs) value = w == 0 ? C(0) : inner * g_;
-      const bool is_infinite = op_.p_is_logits() ? offset_ == -INFINITY : difference > kHuge<C> / 2;
-      return is_infinite ? C(0) : value;
+      const C value = (w * p_gradient_factor_) * inner;
+      if (op_.p_is_logits()) return value;
+      if (difference > kHuge<C> / 2) return 0;
+      if (op_.p_kind() == Distribution::kLogProbs) return value;
+      return w == 0 ? C(0) : inner * g_;
     }
 
     __device__ __forceinline__ C q_gradient(C w, C x, C u_q) const {
@@ -253,8 +297,8 @@ struct KlDivergenceOp {
     const KlDivergenceOp& op_;
     const KlDivergenceSide<T, kLogits> p_, q_;
     const int64_t first_;
-    const C mass_, centre_, offset_;
-    C g_, p_factor_, q_factor_, ratio_;
+    const C mass_, centre_;
+    C g_, p_factor_, p_gradient_factor_, q_factor_, ratio_, offset_;
   };
 };
 
