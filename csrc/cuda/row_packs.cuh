@@ -197,6 +197,7 @@ __device__ __forceinline__ void load_packs(const Op& op, const typename Op::T* c
   }
 }
 
+constexpr int kRowThreads = 256;     // of a block
 constexpr int kPacksInFlight = 4;  // of each row that a thread reads
 
 template <class Op, int K, int kLanes, int P>
