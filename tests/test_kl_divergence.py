@@ -166,13 +166,13 @@ def test_subnormal_probabilities_have_their_logarithm(isa: str) -> None:
 
 # Around the numbers of classes from which on the GPU gives a row more lanes, a block, and larger blocks.
 BORDERS = [n + off for n in (8, 16, 32, 64, 128, 256, 512, 1024, 4096) for off in (-1, 0, 1, 8)]
+BORDER_CASES = [
+    *(("logits", "logits", dtype, n) for dtype in FLOAT_DTYPES for n in BORDERS),
+    *((p, q, dtype, n) for p, q in itertools.product(KINDS, KINDS) for dtype in FLOAT_DTYPES for n in (40, 135, 520)),
+]
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("p_kind", "q_kind"), [*itertools.product(["logits"], KINDS), *(("log_probs", k) for k in KINDS)]
-)
-@pytest.mark.parametrize("n_classes", BORDERS)
+@pytest.mark.parametrize(("p_kind", "q_kind", "dtype", "n_classes"), BORDER_CASES, ids=str)
 def test_rows_of_any_length_and_alignment(
     n_classes: int, p_kind: str, q_kind: str, dtype: torch.dtype, isa: str
 ) -> None:
