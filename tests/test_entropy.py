@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -61,6 +62,61 @@ def test_only_a_row_without_a_softmax_is_nan(n_classes: int, place: Any, value: 
     result, gradient = _with_gradient(logits)
     assert result.isnan().tolist() == reference.entropy(logits).isnan().tolist() == [False, True, False]
     assert gradient.isnan().any(-1).tolist() == [False, True, False]
+
+
+def _layouts(n_rows: int, n_classes: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The same logits, as rows that are aligned to 16 bytes as often as they can be, or not, and that lie apart."""
+    logits = (torch.randn(n_rows, n_classes) * 3).to(dtype)
+    logits[:, ::5] = -torch.inf
+    for stride, offset in (
+        (n_classes, 0),
+        (n_classes, 1),
+        (n_classes + 1, 0),
+        (n_classes + 16, 16),
+        (n_classes + 16, 3),
+    ):
+        memory = torch.empty(n_rows * stride + offset, dtype=dtype)
+        yield memory.as_strided((n_rows, n_classes), (stride, 1), offset).copy_(logits)
+
+
+# Around the numbers of classes from which on the GPU gives a row more lanes, a block, and larger blocks.
+BORDERS = [n + off for n in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) for off in (-1, 0, 1, 8)]
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("n_classes", BORDERS)
+def test_rows_of_any_length_and_alignment(n_classes: int, dtype: torch.dtype, isa: str) -> None:
+    tolerance = {} if dtype in (torch.float32, torch.float64) else {"rtol": 1e-2, "atol": 1e-3}
+    for logits in _layouts(5, n_classes, dtype):
+        leaf = logits.double().requires_grad_()
+        reference.entropy(leaf).sum().backward()
+        result, gradient = _with_gradient(logits)
+        torch.testing.assert_close(result, reference.entropy(leaf).detach().to(dtype), **tolerance)
+        torch.testing.assert_close(gradient, leaf.grad.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("n_rows", [132, 133])
+def test_few_long_rows_are_as_many_long_rows(n_rows: int, isa: str) -> None:
+    logits = torch.randn(n_rows, 5000)
+    result, gradient = _with_gradient(logits)
+    torch.testing.assert_close(result, reference.entropy(logits))
+    torch.testing.assert_close(gradient[:3], _with_gradient(logits[:3])[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offset", [0, -1000, 1000, -1030, 1030, 30000, torch.finfo(torch.bfloat16).min])
+@pytest.mark.parametrize("n_classes", [48, 2056, 4100])
+def test_an_offset_costs_half_types_no_digits(dtype: torch.dtype, offset: float, n_classes: int, isa: str) -> None:
+    logits = (torch.randn(3, n_classes) * 9 + max(offset, torch.finfo(dtype).min)).to(dtype)
+    logits[:, 7] = -torch.inf
+    leaf = logits.double().requires_grad_()
+    expected = reference.entropy(leaf)
+    (expected * 2).sum().backward()
+    ours = logits.clone().requires_grad_()
+    result = functional.entropy(ours)
+    (result * 2).sum().backward()
+    torch.testing.assert_close(result, expected.to(dtype), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(ours.grad, leaf.grad.to(dtype), rtol=1e-2, atol=1e-3)
 
 
 def test_derivatives_of_first_and_second_order() -> None:

@@ -231,6 +231,26 @@ def test_results_have_the_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 1023, 4096, 4099, 8192 + 7, 3 * 8192 + 5])
+def test_tensors_of_any_length_and_alignment(n: int, log_target: bool, dtype: torch.dtype, isa: str) -> None:
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype in (torch.float32, torch.float64) else {"rtol": 2e-2, "atol": 2e-3}
+    )
+    x, t = torch.randn(n) - 3, torch.rand(n) + 0.1
+    for offsets in ((0, 0), (1, 1), (0, 3), (5, 5)):
+        pair = [torch.cat([torch.ones(off), y]).to(dtype)[off:] for off, y in zip(offsets, (x, t), strict=True)]
+        for reduction in ("none", "sum"):
+            options = {"reduction": reduction, "log_target": log_target}
+            expected = gradients(F.kl_div, pair[0].double(), pair[1].double(), **options)
+            for ours, theirs in zip(gradients(functional.kl_div, *pair, **options), expected, strict=True):
+                torch.testing.assert_close(ours, theirs.to(dtype), **tolerance)
+            leaf = pair[0].clone().requires_grad_()
+            functional.kl_div(leaf, pair[1], **options).sum().backward()
+            torch.testing.assert_close(leaf.grad * 1.5, expected[1].to(dtype), **tolerance)
+
+
 def test_the_module_and_both_patches_use_the_kernel() -> None:
     x, t = Q.log(), P
     expected = F.kl_div(x, t, reduction="batchmean")

@@ -164,6 +164,52 @@ def test_subnormal_probabilities_have_their_logarithm(isa: str) -> None:
         torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=0)
 
 
+# Around the numbers of classes from which on the GPU gives a row more lanes, a block, and larger blocks.
+BORDERS = [n + off for n in (8, 16, 32, 64, 128, 256, 512, 1024, 4096) for off in (-1, 0, 1, 8)]
+BORDER_CASES = [
+    *(("logits", "logits", dtype, n) for dtype in FLOAT_DTYPES for n in BORDERS),
+    *((p, q, dtype, n) for p, q in itertools.product(KINDS, KINDS) for dtype in FLOAT_DTYPES for n in (40, 135, 520)),
+]
+
+
+@pytest.mark.parametrize(("p_kind", "q_kind", "dtype", "n_classes"), BORDER_CASES, ids=str)
+def test_rows_of_any_length_and_alignment(
+    n_classes: int, p_kind: str, q_kind: str, dtype: torch.dtype, isa: str
+) -> None:
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype in (torch.float32, torch.float64) else {"rtol": 2e-2, "atol": 2e-3}
+    )
+    kinds = {"p_kind": p_kind, "q_kind": q_kind}
+    p, q = (FROM_LOGITS[kind](torch.randn(3, n_classes) * 2).to(dtype) for kind in (p_kind, q_kind))
+    p[:, 3::7] = 0 if p_kind == "probs" else -torch.inf
+    expected = _with_gradients(p.double(), q.double(), reference.kl_divergence, **kinds)
+    # (stride - n_classes, offset) of p and of q: both aligned, both equally far from it, and neither.
+    for layouts in (((0, 0), (0, 0)), ((0, 1), (0, 1)), ((16, 16), (0, 0)), ((1, 0), (1, 0)), ((0, 0), (0, 1))):
+        pair = []
+        for x, (gap, offset) in zip((p, q), layouts, strict=True):
+            stride = n_classes + gap
+            memory = torch.empty(3 * stride + offset, dtype=dtype)
+            pair.append(memory.as_strided((3, n_classes), (stride, 1), offset).copy_(x))
+        for ours, theirs in zip(_with_gradients(*pair, **kinds), expected, strict=True):
+            torch.testing.assert_close(ours, theirs.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("distance", [0, 1000, -1030, 30000])
+@pytest.mark.parametrize("n_classes", [48, 4100])
+def test_the_most_probable_class_of_p_may_be_far_from_that_of_q(
+    distance: float, n_classes: int, dtype: torch.dtype, isa: str
+) -> None:
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if is_half else {"rtol": 1e-5, "atol": 1e-5 + abs(distance) * 2**-24}
+    p, q = (torch.randn(3, n_classes).to(dtype) for _ in "pq")
+    p[:, 5], q[:, 5] = 3, distance
+    p[0, 5], p[0, 6] = 2, 4
+    expected = _with_gradients(p.double(), q.double(), reference.kl_divergence)
+    for ours, theirs in zip(_with_gradients(p, q), expected, strict=True):
+        torch.testing.assert_close(ours, theirs.to(dtype), **tolerance)
+
+
 @pytest.mark.parametrize(("p_kind", "q_kind"), PAIRS)
 def test_derivatives_of_first_and_second_order(p_kind: str, q_kind: str) -> None:
     p, q = (FROM_LOGITS[k](torch.randn(3, 5, dtype=torch.float64)).requires_grad_() for k in (p_kind, q_kind))

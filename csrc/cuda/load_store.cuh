@@ -107,7 +107,7 @@ __device__ __forceinline__ void store_numbers(T* p, const Compute<T> (&values)[k
 
 // Number of elements from `p` to the next multiple of 16 bytes.
 template <class T>
-__device__ __forceinline__ int elements_to_alignment(const T* p) {
+__host__ __device__ __forceinline__ int elements_to_alignment(const T* p) {
   return static_cast<int>((kPackBytes - reinterpret_cast<uintptr_t>(p) % kPackBytes) % kPackBytes / sizeof(T));
 }
 

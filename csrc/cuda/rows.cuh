@@ -59,45 +59,6 @@ __device__ __forceinline__ C sum_over_block(C value, C* shared) {
       value, shared, C(0), [](C a, C b) { return a + b; }, [](C a, int step) { return shuffle_down(a, step); });
 }
 
-// A row is shared by the threads of a warp if it has few classes, or of a block if it has many. Neighbouring threads
-// read neighbouring classes, so that the accesses of a warp coalesce. The launch fixes the order in which results are
-// joined.
-
-constexpr int kRowThreads = 256;  // of a block
-constexpr int64_t kMaxWarpClasses = 1024;
-
-template <bool kBlock>
-struct RowThreads {
-  __device__ __forceinline__ static int64_t first_row() {
-    return kBlock ? blockIdx.x : (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
-  }
-  __device__ __forceinline__ static int64_t row_step() {
-    return kBlock ? gridDim.x : static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
-  }
-  __device__ __forceinline__ static int first() { return kBlock ? threadIdx.x : threadIdx.x % kWarp; }
-  __device__ __forceinline__ static int step() { return kBlock ? blockDim.x : kWarp; }
-
-  // Reduces over the threads of the row with Value::join(a, b). `shared` holds kMaxWarps values and is used by blocks
-  // only. There must be a barrier between two uses of it; a join with other shared memory is one.
-  template <class Value>
-  __device__ __forceinline__ static Value join(Value value, Value* shared) {
-    const auto shuffle = [](const Value& v, int step) { return v.shuffled(step); };
-    if constexpr (kBlock) {
-      return join_over_block(value, shared, Value{}, &Value::join, shuffle);
-    } else {
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) value = Value::join(value, shuffle(value, step));
-      return shuffle(value, 0);
-    }
-  }
-};
-
-inline bool shares_block(int64_t n_classes) { return n_classes > kMaxWarpClasses; }
-
-inline int row_blocks(int64_t n_rows, int64_t n_classes) {
-  return blocks_for(shares_block(n_classes) ? n_rows : ceil_div(n_rows, kRowThreads / kWarp));
-}
-
 // -kHuge replaces -inf where it is multiplied by a probability of 0, so that the product is 0 and not NaN. The
 // logarithm of no positive number is as small.
 template <class C>
