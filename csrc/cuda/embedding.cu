@@ -129,8 +129,8 @@ int embedding_forward(const EmbeddingParams& params, Launch& launch) {
 
 // ----------------------------------------------------------------------------------------------------------- gradient
 
-// Rows from which on sums of sorted rows need more than 32 bits.
-constexpr int64_t kMaxInt32 = 0x7fffffff;
+// Up to here, V and N plus a block's rows fit in 32 bits.
+constexpr int64_t kMax32Bits = 1 << 30;
 
 // Chooses how to sum. Times of an H200 for N = 262144, in microseconds.
 template <class T>
@@ -152,7 +152,7 @@ int run_gradient(const EmbeddingGradientParams<T>& params, Workspace& workspace,
                    : backward_by_tables<T, 1, false>(params, workspace, launch);
     }
   }
-  if (n > kMaxInt32 || v > kMaxInt32) return backward_by_chunks<T, 1, int64_t>(params, workspace, launch);
+  if (n > kMax32Bits || v > kMax32Bits) return backward_by_chunks<T, 1, int64_t>(params, workspace, launch);
   // Pieces need a sort by one digit only.
   if (v <= kDigits) {
     return packs ? backward_by_pieces<T, kPack>(params, workspace, launch)

@@ -61,11 +61,38 @@ struct SumGroup {
   }
 };
 
-template <class T, int kWidth>
-__device__ __forceinline__ void add_numbers(const T (&x)[kWidth], Compute<T> (&sum)[kWidth]) {
+template <class C, int kWidth>
+__device__ __forceinline__ void add_numbers(const C (&x)[kWidth], C (&sum)[kWidth]) {
 #pragma unroll
-  for (int i = 0; i < kWidth; i++) sum[i] += to_compute(x[i]);
+  for (int i = 0; i < kWidth; i++) sum[i] += x[i];
 }
+
+// A number or a pack, as it lies in memory, or zero. Numbers of a half type would take a register each.
+template <class T, int kWidth>
+struct LoadedNumbers {
+  uint4 bits = {};
+
+  __device__ __forceinline__ void load(const T* p) { bits = *reinterpret_cast<const uint4*>(p); }
+  __device__ __forceinline__ void add_to(Compute<T> (&sum)[kWidth]) const {
+    if constexpr (sizeof(T) == 2) {
+      const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+      for (int i = 0; i < kWidth; i++) {
+        sum[i] += to_compute(T{static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2))});
+      }
+    } else {
+      add_numbers(__builtin_bit_cast(Pack<T>, bits).values, sum);
+    }
+  }
+};
+
+template <class T>
+struct LoadedNumbers<T, 1> {
+  T number = {};
+
+  __device__ __forceinline__ void load(const T* p) { number = *p; }
+  __device__ __forceinline__ void add_to(Compute<T> (&sum)[1]) const { sum[0] += to_compute(number); }
+};
 
 // Stores numbers to shared memory: one, or whole packs.
 template <int kCount, class C>
@@ -120,14 +147,14 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     if (ahead < end) next = sorted.positions[ahead + group.lane < end ? ahead + group.lane : ahead];
 #pragma unroll 1
     for (int lane = 0; lane < group.n_lanes && first + lane < end; lane += kSumLoads) {
-      T loaded[kSumLoads][kWidth] = {};
+      LoadedNumbers<T, kWidth> loaded[kSumLoads];
 #pragma unroll
       for (int r = 0; r < kSumLoads; r++) {
         const unsigned row = group.from_lane(position, lane + r);
-        if (mine && first + lane + r < end) load_numbers(columns + row * embedding_dim, loaded[r]);
+        if (mine && first + lane + r < end) loaded[r].load(columns + row * embedding_dim);
       }
 #pragma unroll
-      for (int r = 0; r < kSumLoads; r++) add_numbers(loaded[r], sum);
+      for (int r = 0; r < kSumLoads; r++) loaded[r].add_to(sum);
     }
   }
   if (mine) store_numbers(parts + piece * stride + group.column, sum);
@@ -271,20 +298,19 @@ __device__ __forceinline__ void clear_absent_rows(const ChunkParams<T, Int>& par
 
 // Where a group of threads begins that owns the segments from row `begin` on: after the rows of a segment that began
 // before, unless it covers a whole chunk.
+template <class Int>
 struct ChunkBegin {
-  int64_t row;
+  Int row;
   bool is_split;
 
-  template <class Int>
-  __device__ __forceinline__ ChunkBegin(const Int* keys, int64_t begin, int64_t chunk_rows, int64_t n,
-                                        const SumGroup& group)
-      : row(begin < n ? begin : n), is_split(false) {
+  __device__ __forceinline__ ChunkBegin(const Int* keys, int64_t begin, Int chunk_rows, Int n, const SumGroup& group)
+      : row(begin < n ? static_cast<Int>(begin) : n), is_split(false) {
     if (row == 0 || row == n) return;
     const Int key = keys[row];
     if (keys[row - 1] != key) return;
-    is_split = row + chunk_rows < n && keys[row + chunk_rows] == key;
+    is_split = n - row > chunk_rows && keys[row + chunk_rows] == key;
     while (!is_split) {
-      const int64_t i = row + group.lane;
+      const Int i = row + group.lane;
       const unsigned other = __ballot_sync(group.mask, i >= n || keys[i] != key) & group.mask;
       if (other) {
         row += __ffs(other) - __ffs(group.mask);
@@ -305,22 +331,23 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   }
   if (static_cast<int>(blockIdx.x) < params.n_zero_blocks) return clear_absent_rows<T, kWidth>(params);
   const SumGroup group(blockIdx.x - params.n_zero_blocks, params.n_tiles, kWidth);
-  const int64_t chunk = group.part, n = *params.sorted.n_sorted, d = params.gradient.embedding_dim;
+  const int64_t chunk = group.part, d = params.gradient.embedding_dim;
+  const Int n = *params.sorted.n_sorted, chunk_rows = static_cast<Int>(params.chunk_rows);
   const Int *const keys = params.sorted.keys, *const positions = params.sorted.positions;
   if (chunk >= params.n_chunks) return;
-  const ChunkBegin from(keys, chunk * params.chunk_rows, params.chunk_rows, n, group);
+  const ChunkBegin<Int> from(keys, chunk * chunk_rows, chunk_rows, n, group);
   if (group.tile == 0 && group.lane == 0) params.split_keys[chunk] = from.is_split ? keys[from.row] : -1;
-  const ChunkBegin to(keys, (chunk + 1) * params.chunk_rows, params.chunk_rows, n, group);
+  const ChunkBegin<Int> to(keys, (chunk + 1) * chunk_rows, chunk_rows, n, group);
   if (from.row >= to.row) return;
 
   const bool mine = group.column < d;
   const T* const columns = params.gradient.grad_output + group.column;
-  const int64_t end = to.row;
+  const Int end = to.row;
   bool began_before = from.is_split;
-  int64_t segment_begin = from.row;
+  Int segment_begin = from.row;
   C sum[kWidth] = {};
   Int current = keys[from.row];
-  const auto store = [&](int64_t segment_end, bool goes_on) {
+  const auto store = [&](Int segment_end, bool goes_on) {
     if (!mine) return;
     if (began_before || goes_on) {
       store_numbers(params.parts + (chunk * 2 + (began_before ? 0 : 1)) * params.stride + group.column, sum);
@@ -334,11 +361,11 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     store_numbers(params.gradient.grad + current * d + group.column, sum);
   };
 
-  const int64_t at = from.row + group.lane < end ? from.row + group.lane : from.row;
+  const Int at = from.row + group.lane < end ? from.row + group.lane : from.row;
   Int next = positions[at], next_key = keys[at];
-  for (int64_t first = from.row; first < end; first += group.n_lanes) {
+  for (Int first = from.row; first < end; first += group.n_lanes) {
     const Int position = next, key = next_key;
-    const int64_t ahead = first + group.n_lanes;
+    const Int ahead = first + group.n_lanes;
     if (ahead < end) {
       next = positions[ahead + group.lane < end ? ahead + group.lane : ahead];
       next_key = keys[ahead + group.lane < end ? ahead + group.lane : ahead];
@@ -346,11 +373,11 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     const int left = static_cast<int>(end - first < group.n_lanes ? end - first : group.n_lanes);
 #pragma unroll 1
     for (int lane = 0; lane < left; lane += kSumLoads) {
-      T loaded[kSumLoads][kWidth] = {};
+      LoadedNumbers<T, kWidth> loaded[kSumLoads];
 #pragma unroll
       for (int r = 0; r < kSumLoads; r++) {
         const int64_t row = group.from_lane(position, lane + r);
-        if (mine && lane + r < left) load_numbers(columns + row * d, loaded[r]);
+        if (mine && lane + r < left) loaded[r].load(columns + row * d);
       }
 #pragma unroll
       for (int r = 0; r < kSumLoads; r++) {
@@ -364,7 +391,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
           current = now;
           segment_begin = first + lane + r;
         }
-        add_numbers(loaded[r], sum);
+        loaded[r].add_to(sum);
       }
     }
   }

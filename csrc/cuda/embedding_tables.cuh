@@ -204,15 +204,15 @@ __global__ void __launch_bounds__(kSortThreads)
         store_to_shared(table + current * columns + column, sum);
       };
       for (int first = share_begin; first < share_end; first += kSumLoads) {
-        T loaded[kSumLoads][kWidth] = {};
+        LoadedNumbers<T, kWidth> loaded[kSumLoads];
 #pragma unroll
         for (int r = 0; r < kSumLoads; r++) {
           if (first + r >= share_end || !mine) continue;
           const int position = positions[first + r];
           if constexpr (kStaged) {
-            load_numbers(stage + position * static_cast<int>(d) + column, loaded[r]);
+            loaded[r].load(stage + position * static_cast<int>(d) + column);
           } else {
-            load_numbers(rows + position * d + first_column + column, loaded[r]);
+            loaded[r].load(rows + position * d + first_column + column);
           }
         }
 #pragma unroll
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kSortThreads)
             began_before = false;
             current = key;
           }
-          add_numbers(loaded[r], sum);
+          loaded[r].add_to(sum);
         }
       }
       store();
