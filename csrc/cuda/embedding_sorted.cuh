@@ -181,17 +181,16 @@ __device__ __forceinline__ void sum_parts(const C* parts, int64_t stride, int64_
   }
 }
 
-// Adds up the sums of a block's groups in the first, in their order. `shared`: [groups, kJoinColumns]. All threads of
-// the block call it.
+// Adds up the sums of a block's groups in the first, in their order. `shared`: [groups, kJoinLanes]. All threads of the
+// block call it.
 template <class C>
-__device__ __forceinline__ void sum_groups(C* shared, C (&sum)[kPackSize<C>]) {
-  constexpr int kWidth = kPackSize<C>;
-  store_to_shared(shared + (threadIdx.y * kJoinLanes + threadIdx.x) * kWidth, sum);
+__device__ __forceinline__ void sum_groups(Pack<C>* shared, C (&sum)[kPackSize<C>]) {
+  store_to_shared(shared[threadIdx.y * kJoinLanes + threadIdx.x].values, sum);
   __syncthreads();
   if (threadIdx.y == 0) {
     for (int g = 1; g < static_cast<int>(blockDim.y); g++) {
-      C values[kWidth];
-      load_numbers(shared + (g * kJoinLanes + threadIdx.x) * kWidth, values);
+      C values[kPackSize<C>];
+      load_numbers(shared[g * kJoinLanes + threadIdx.x].values, values);
       add_numbers(values, sum);
     }
   }
@@ -217,7 +216,7 @@ __global__ void __launch_bounds__(kJoinLanes* kMaxJoinGroups)
     embedding_join_parts(const int32_t* piece_starts, const int32_t* counts_before, int n_parts, int64_t n_columns,
                          int64_t stride, bool overlaps, const Compute<T>* parts, T* grad) {
   using C = Compute<T>;
-  CHARLM_SHARED(C, shared, kMaxJoinGroups * kJoinColumns<C>);
+  CHARLM_SHARED(Pack<C>, shared, kMaxJoinGroups * kJoinLanes);
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kJoinColumns<C> + threadIdx.x * kPackSize<C>;
   const unsigned v = blockIdx.y;
   if (overlaps) wait_for_previous_kernel();
@@ -407,7 +406,7 @@ template <class T, class Int>
 __global__ void __launch_bounds__(kSumThreads)
     embedding_join_chunks(const __grid_constant__ ChunkParams<T, Int> params) {
   using C = Compute<T>;
-  CHARLM_SHARED(C, shared, kJoinGroups * kJoinColumns<C>);
+  CHARLM_SHARED(Pack<C>, shared, kJoinGroups * kJoinLanes);
   if (params.overlaps) wait_for_previous_kernel();
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kJoinColumns<C> + threadIdx.x * kPackSize<C>;
   const int64_t d = params.gradient.embedding_dim, n_chunks = params.n_chunks, stride = params.stride;
