@@ -329,10 +329,10 @@ def test_any_index_into_an_empty_table_is_out_of_range_and_none_is_fine() -> Non
         functional.embedding(INDEX, TABLE[:0])
 
 
-# A few ulps of numbers of size 1, the size of the terms whose difference a gradient is.
+# A few ulps of the partial sums: gradients of up to 361 terms of size 1 that may cancel.
 TOLERANCES = {
     torch.float64: (1e-12, 1e-12),
-    torch.float32: (4e-6, 1e-6),
+    torch.float32: (4e-6, 4e-6),
     torch.bfloat16: (2**-7, 2**-8),
     torch.float16: (2**-10, 2**-11),
     torch.int64: (0, 0),
