@@ -329,10 +329,10 @@ def test_any_index_into_an_empty_table_is_out_of_range_and_none_is_fine() -> Non
         functional.embedding(INDEX, TABLE[:0])
 
 
-# A few ulps of the partial sums: gradients of up to 361 terms of size 1 that may cancel.
+# A few ulps of numbers of size 1, the size of the terms whose difference a gradient is.
 TOLERANCES = {
     torch.float64: (1e-12, 1e-12),
-    torch.float32: (4e-6, 4e-6),
+    torch.float32: (4e-6, 1e-6),
     torch.bfloat16: (2**-7, 2**-8),
     torch.float16: (2**-10, 2**-11),
     torch.int64: (0, 0),
@@ -374,6 +374,8 @@ def test_any_call_is_close_to_the_reference_in_float64(sample: SampleInput, isa:
     exact = evaluate(reference.embedding, sample, torch.float64)
     for name, value in actual.items():
         rtol, atol = TOLERANCES[value.dtype]
+        if name == "weight.grad":  # the partial sums of n terms have up to sqrt(n) times their ulp
+            atol *= max(1, sample.arguments["input"].numel() / 64)
         close = torch.isclose(value.double(), exact[name].double(), rtol, atol, equal_nan=True)
         assert close.all(), f"{name}: {value} is not {exact[name]}"
 
