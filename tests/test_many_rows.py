@@ -38,3 +38,11 @@ def test_losses_and_gradients_of_all_rows_are_torchs(n_rows: int, n_classes: int
 def test_all_rows_are_looked_up() -> None:
     index, weight = torch.randint(5, (CUDA_BLOCKS * 8 + 500,)), torch.randn(5, 33)
     assert torch.equal(functional.embedding(index, weight), weight[index])
+
+
+# More than two batches of the blocks that sum narrow rows, and more than one step of those that sort.
+@pytest.mark.parametrize(("n_rows", "n_embeddings"), [(2 * 132 * 2048 + 70000, 5), (256 * 2048 + 3, 300)])
+def test_the_gradients_of_all_rows_are_summed(n_rows: int, n_embeddings: int) -> None:
+    index, grad = torch.randint(n_embeddings, (n_rows,)), torch.randint(-8, 8, (n_rows, 1)).float()
+    exact = torch.zeros(n_embeddings, 1).index_add_(0, index, grad)
+    assert torch.equal(torch.ops.charlm._embedding_backward(grad, index, n_embeddings, -1, False), exact)

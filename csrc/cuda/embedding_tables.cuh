@@ -1,243 +1,274 @@
-// The gradient of a small table, by privatised tables. A block handles up to 32 columns of a part of the rows of
-// grad_output; each of its threads handles a column of every S-th of these rows, which it adds into its own table in
-// shared memory, without atomics or barriers between rows. The block adds up the tables of its threads in order and
-// writes the sum to the workspace; a second kernel adds up the sums of the blocks in order.
+// The gradient of a small table, in two kernels. A block handles a part of the rows of grad_output and up to 64 columns
+// or so. It sorts the indices of at most kSortRows rows at a time in shared memory; groups of threads sum equal shares
+// of the sorted rows, and add the sum of each segment to a table in shared memory. A segment that goes on in the next
+// share is completed after a barrier, so nothing needs an atomic. The block writes its table to the workspace, and a
+// second kernel adds up the tables of all parts.
 //
-// Reads N * D elements and N indices, writes V * D elements, and writes and reads P * V * D numbers of workspace. The
-// number of parts P is chosen so that this stays small.
+// Reads N * D elements, and N indices for each tile of columns; writes V * D elements, and writes and reads P * V * D
+// numbers of workspace, P parts. Narrow rows are first copied to shared memory as they lie, in one bulk copy on sm_90,
+// so that no memory transaction is used in part.
 #pragma once
 
-#include "cuda/load_store.cuh"
-#include "ops/embedding.h"
+#include "cuda/embedding_sorted.cuh"
 
 namespace charlm::cuda {
 namespace {
 
-constexpr int kTableColumns = 32;
-constexpr int kTableThreads = 256;
-// Shared memory of a block. A multiprocessor of an H100 (227 KiB) holds three blocks, of an A100 (164 KiB) two, and of
-// the architectures 8.6, 8.9 and 12.0 (100 KiB) one.
-constexpr int kTableBytes = 72 << 10;
-constexpr int kRowsAtATime = 1024;  // rows whose indices are in shared memory
+// Shared memory of a block: a table of at most kTableBytes. All of it fits in the 99 KiB of the architectures 8.6, 8.9
+// and 12.0; a multiprocessor of an H100 (227 KiB) holds two blocks.
+constexpr int64_t kTableBytes = 64 << 10, kTableBlockBytes = 96 << 10;
+// Tiles are this narrow only where the table has fewer columns, or more would not fit.
+constexpr int kMinTableLanes = 8, kMaxTableLanes = 16, kMaxUnpackedTableLanes = 64;
+constexpr int kStagedRowBytes = 64;  // rows narrower than this are copied to shared memory first
+constexpr int kRowAlignment = 16;    // parts and staged rows begin at multiples of this many rows, so of 16 bytes
 
-// One block, and as many as fit, for each of the 132 multiprocessors of an H100. The same for every GPU, so that
-// results do not depend on the GPU.
-constexpr int kMinTableBlocks = 132, kMaxTableBlocks = 3 * kMinTableBlocks;
+// The 132 multiprocessors of an H100, one block each, or two if a block has more rows than it sorts at once. The same
+// for every GPU, so that results do not depend on the GPU.
+constexpr int64_t kTableBlocks = 132;
+constexpr int64_t kFewestTableRows = 128;  // of a part
 
-// Rows that a thread loads at a time: 64 bytes, or as many as the registers allow.
-template <class T>
-constexpr int kTableLoads = sizeof(T) == 2 ? 24 : 64 / sizeof(T);
-constexpr int kTableAdds = 4;  // rows that it adds at a time, with one wait for shared memory
-
-template <class T>
+template <class T, int kWidth, bool kStaged>
 struct TablesPlan {
-  int64_t n_tiles;         // of columns
-  int tile;                // columns of a tile; the last may have fewer
-  int n_threads_a_column;  // S
-  int64_t n_parts;         // P, of the rows
-  int64_t rows_a_part;
-  int64_t part_stride;  // numbers from the sums of a part to the next: V * D rounded up to whole packs of T
+  int lanes;  // threads that share the columns of a tile
+  int64_t n_tiles;
+  int batch_rows;  // that a block sorts at a time
+  int64_t rows_a_part, n_parts;
+  int64_t stride;  // numbers from the table of a part to the next
 
   TablesPlan(int64_t n, int64_t v, int64_t d) {
     constexpr int64_t kSize = sizeof(Compute<T>);
-    n_tiles = ceil_div(d, kTableColumns);
-    tile = static_cast<int>(ceil_div(d, n_tiles));
-    const int64_t most = kTableBytes / ((v + 1) * tile * kSize);
-    n_threads_a_column = static_cast<int>(most < kTableThreads / tile ? most : kTableThreads / tile);
-
-    // As many blocks as fit, if the traffic of the workspace, which mostly stays in the second-level cache, is at most
-    // half the bytes of grad_output; at least one per multiprocessor, since an idle GPU costs more; and no more than
-    // give each thread one load of rows.
-    const int64_t many = ceil_div(kMaxTableBlocks, n_tiles), few = ceil_div(kMinTableBlocks, n_tiles);
-    const int64_t half = n * static_cast<int64_t>(sizeof(T)) / (4 * v * kSize);
-    const int64_t busy = ceil_div(n, n_threads_a_column * kTableLoads<T>);
-    n_parts = half < many ? half : many;
-    if (n_parts < few) n_parts = few;
-    if (n_parts > busy) n_parts = busy;
-    rows_a_part = ceil_div(n, n_parts);
+    constexpr int kMost = kWidth == 1 ? kMaxUnpackedTableLanes : kMaxTableLanes;
+    const int64_t packs = ceil_div(d, kWidth);
+    lanes = packs < kMost ? power_of_two(packs) : kMost;
+    if (lanes < kMinTableLanes) lanes = kMinTableLanes;
+    while (v * columns() * kSize > kTableBytes) lanes /= 2;
+    n_tiles = ceil_div(packs, lanes);
+    batch_rows = kSortRows;
+    if (kStaged) {
+      const int64_t most = (kTableBlockBytes - stage_begin(v)) / (d * static_cast<int64_t>(sizeof(T)));
+      if (most < batch_rows) batch_rows = static_cast<int>(most / kRowAlignment * kRowAlignment);
+    }
+    const int64_t blocks = n * n_tiles > kTableBlocks * batch_rows ? 2 * kTableBlocks : kTableBlocks;
+    rows_a_part = round_up(ceil_div(n, ceil_div(blocks, n_tiles)), kRowAlignment);
+    const int64_t fewest = v > kFewestTableRows ? v : kFewestTableRows;
+    if (rows_a_part < fewest) rows_a_part = round_up(fewest, kRowAlignment);
     n_parts = ceil_div(n, rows_a_part);
-    part_stride = round_up(v * d, kPackSize<T>);
+    stride = part_stride(v * d);
   }
 
-  int64_t table_bytes(int64_t v) const { return (v + 1) * tile * n_threads_a_column * sizeof(Compute<T>); }
+  int columns() const { return lanes * kWidth; }
+  int n_groups() const { return kSortThreads / lanes; }
+
+  // Shared memory: the table, the first sums of the groups, counts, positions and keys, and staged rows.
+  int64_t stage_begin(int64_t v) const {
+    const int64_t numbers = (v + n_groups()) * columns();
+    return numbers * sizeof(Compute<T>) + kSortWarps * kDigits * sizeof(uint16_t) +
+           kSortRows * (sizeof(uint16_t) + sizeof(uint8_t));
+  }
+  int64_t shared_bytes(int64_t v, int64_t d) const {
+    return stage_begin(v) + (kStaged ? batch_rows * d * static_cast<int64_t>(sizeof(T)) : 0);
+  }
 };
 
-// The indices of rows [begin, begin + n) as offsets into the table of a thread. Padding and indices out of range refer
-// to the unused row V.
+// A block sorts rows [begin, begin + n) of its part: keys and positions in order, -1 and padding left out. Returns how
+// many there are. All threads of the block call it.
+struct BlockSort {
+  uint16_t* counts;     // [kSortWarps, kDigits]
+  uint16_t* positions;  // [kSortRows]
+  uint8_t* keys;        // [kSortRows]
+  int* warp_sums;       // [kDigits / kWarp]
+  int* n_sorted;
+
+  __device__ __forceinline__ int operator()(const Indices& indices, int64_t padding_idx, int64_t begin, int n,
+                                            BadIndex& bad) const {
+    constexpr int kWarpRows = kSortRows / kSortWarps;
+    const int thread = threadIdx.x, warp = thread / kWarp, first = warp * kWarpRows + thread % kWarp;
+    int64_t key[kSortKeys];
+    load_keys(indices, padding_idx, begin + first, kWarp, begin + n, key, bad);
+    for (int i = thread; i < kSortWarps * kDigits; i += kSortThreads) counts[i] = 0;
+    __syncthreads();
+    int digit[kSortKeys], rank[kSortKeys];
+#pragma unroll
+    for (int k = 0; k < kSortKeys; k++) digit[k] = static_cast<int>(key[k]);
+    rank_digits(digit, counts + warp * kDigits, rank);
+    __syncthreads();
+    const int total = thread < kDigits ? sum_counts_of_warps(counts, thread) : 0;
+    const int start = sum_before(total, warp_sums);
+    if (thread < kDigits) {
+#pragma unroll
+      for (int w = 0; w < kSortWarps; w++) counts[w * kDigits + thread] += static_cast<uint16_t>(start);
+    }
+    if (thread == kDigits - 1) *n_sorted = start + total;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kSortKeys; k++) {
+      if (digit[k] < 0) continue;
+      const int to = counts[warp * kDigits + digit[k]] + rank[k];
+      keys[to] = static_cast<uint8_t>(digit[k]);
+      positions[to] = static_cast<uint16_t>(first + k * kWarp);
+    }
+    __syncthreads();
+    return *n_sorted;
+  }
+};
+
+// Copies n elements to shared memory without a bulk copy.
 template <class T>
-__device__ __forceinline__ void load_offsets(const EmbeddingGradientParams<T>& params, int64_t begin, int n,
-                                             uint16_t* offsets) {
-  constexpr int kCount = 4;
-  const int n_threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
-  BadIndex bad;
-  for (int first = thread; first < n; first += kCount * n_threads) {
-    int64_t index[kCount];
-    load_indices(params.indices, begin + first, n_threads, begin + n, index);
+__device__ __forceinline__ void copy_to_shared(const T* from, int n, T* stage) {
+  constexpr int kCount = 8;
+  for (int first = threadIdx.x; first < n; first += kCount * kSortThreads) {
+    T loaded[kCount] = {};
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
-      const int i = first + k * n_threads;
-      if (i >= n) break;
-      const bool counts = bad.check(params.indices, begin + i, index[k]) && index[k] != params.padding_idx;
-      offsets[i] = static_cast<uint16_t>((counts ? index[k] : params.num_embeddings) * n_threads);
+      if (first + k * kSortThreads < n) loaded[k] = from[first + k * kSortThreads];
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      if (first + k * kSortThreads < n) stage[first + k * kSortThreads] = loaded[k];
+    }
+  }
+}
+
+// Grid [n_tiles, n_parts]. kStaged: one tile, rows by way of shared memory. is_sm90: with bulk copies, if grad_output
+// begins at a multiple of 16 bytes, and overlapping with the second kernel.
+template <class T, int kWidth, bool kStaged>
+__global__ void __launch_bounds__(kSortThreads)
+    embedding_fill_tables(const __grid_constant__ EmbeddingGradientParams<T> params, int lanes, int batch_rows,
+                          int64_t rows_a_part, int64_t stride, bool is_sm90, Compute<T>* parts) {
+  using C = Compute<T>;
+  CHARLM_DYNAMIC_SHARED(C, table);  // [V, columns]
+  CHARLM_SHARED(int, warp_sums, kDigits / kWarp);
+  CHARLM_SHARED(int, n_sorted, 1);
+  CHARLM_SHARED(int, first_keys, kSortThreads / kMinTableLanes);  // [groups]
+  CHARLM_SHARED(uint64_t, barrier, 1);
+  const int thread = threadIdx.x, v = static_cast<int>(params.num_embeddings);
+  const int group = thread / lanes, n_groups = kSortThreads / lanes, columns = lanes * kWidth;
+  const int column = thread % lanes * kWidth;  // in the tile
+  C* const firsts = table + v * columns;       // [groups, columns]
+  auto* const counts = reinterpret_cast<uint16_t*>(firsts + n_groups * columns);
+  uint16_t* const positions = counts + kSortWarps * kDigits;
+  auto* const keys = reinterpret_cast<uint8_t*>(positions + kSortRows);
+  T* const stage = reinterpret_cast<T*>(keys + kSortRows);  // [batch_rows, D]
+  const BlockSort sort{counts, positions, keys, warp_sums, n_sorted};
+  const int64_t d = params.embedding_dim, first_column = static_cast<int64_t>(blockIdx.x) * columns;
+  const bool mine = first_column + column < d;
+  const bool bulk = kStaged && is_sm90 && reinterpret_cast<uintptr_t>(params.grad_output) % kPackBytes == 0;
+  if (is_sm90) let_next_kernel_begin();
+  if (bulk && thread == 0) {
+    init_barrier(barrier, 1);
+    publish_barriers();
+  }
+  for (int i = thread; i < v * columns; i += kSortThreads) table[i] = 0;
+  __syncthreads();
+
+  BadIndex bad;
+  unsigned parity = 0;
+  const int64_t begin = blockIdx.y * rows_a_part;
+  const int64_t end = params.n_indices - begin < rows_a_part ? params.n_indices : begin + rows_a_part;
+  for (int64_t batch = begin; batch < end; batch += batch_rows) {
+    const int n_rows = static_cast<int>(end - batch < batch_rows ? end - batch : batch_rows);
+    const T* const rows = params.grad_output + batch * d;
+    if constexpr (kStaged) {
+      constexpr int kPack = kPackSize<T>;
+      const int n = n_rows * static_cast<int>(d), n_bulk = bulk ? n / kPack * kPack : 0;
+      if (n_bulk > 0 && thread == 0) {
+        expect_bytes(barrier, n_bulk * sizeof(T));
+        load_bulk(stage, rows, n_bulk * sizeof(T), barrier);
+      }
+      copy_to_shared(rows + n_bulk, n - n_bulk, stage + n_bulk);
+    }
+    const int n = sort(params.indices, params.padding_idx, batch, n_rows, bad);
+    if constexpr (kStaged) {
+      if (bulk && n_rows * static_cast<int>(d) >= kPackSize<T>) {
+        wait_barrier(barrier, parity);
+        parity ^= 1;
+      }
+    }
+
+    // This group's share of the sorted rows. Its first segment may have begun in an earlier share.
+    const int share = (n + n_groups - 1) / n_groups, share_begin = group * share;
+    const int share_end = share_begin + share < n ? share_begin + share : n;
+    bool began_before = share_begin > 0 && share_begin < n && keys[share_begin - 1] == keys[share_begin];
+    if (column == 0) first_keys[group] = began_before ? keys[share_begin] : -1;
+    if (share_begin < share_end) {
+      int current = keys[share_begin];
+      C sum[kWidth] = {};
+      const auto store = [&] {
+        if (began_before) {
+          store_to_shared(firsts + group * columns + column, sum);
+          return;
+        }
+        C before[kWidth];
+        load_numbers(table + current * columns + column, before);
+        add_numbers(before, sum);
+        store_to_shared(table + current * columns + column, sum);
+      };
+      for (int first = share_begin; first < share_end; first += kSumLoads) {
+        LoadedNumbers<T, kWidth> loaded[kSumLoads];
+#pragma unroll
+        for (int r = 0; r < kSumLoads; r++) {
+          if (first + r >= share_end || !mine) continue;
+          const int position = positions[first + r];
+          if constexpr (kStaged) {
+            loaded[r].load(stage + position * static_cast<int>(d) + column);
+          } else {
+            loaded[r].load(rows + position * d + first_column + column);
+          }
+        }
+#pragma unroll
+        for (int r = 0; r < kSumLoads; r++) {
+          if (first + r >= share_end) break;
+          const int key = keys[first + r];
+          if (key != current) {
+            store();
+#pragma unroll
+            for (int i = 0; i < kWidth; i++) sum[i] = 0;
+            began_before = false;
+            current = key;
+          }
+          loaded[r].add_to(sum);
+        }
+      }
+      store();
+    }
+    __syncthreads();
+    // The first group of a run of groups whose first segments have the same index adds their sums to the table.
+    const int key = first_keys[group];
+    if (key >= 0 && (group == 0 || first_keys[group - 1] != key)) {
+      C sum[kWidth];
+      load_numbers(table + key * columns + column, sum);
+      for (int g = group; g < n_groups && first_keys[g] == key; g++) {
+        C values[kWidth];
+        load_numbers(firsts + g * columns + column, values);
+        add_numbers(values, sum);
+      }
+      store_to_shared(table + key * columns + column, sum);
     }
   }
   if (blockIdx.x == 0) bad.record(params.indices);
-}
-
-// Adds values[k] to table[offset[k]] in the order of k. Equal offsets carry the sum from one k to the next.
-template <class C, int kCount>
-__device__ __forceinline__ void add_to_table(C* table, const int (&offset)[kCount], const C* values) {
-  C sum[kCount];
-#pragma unroll
-  for (int k = 0; k < kCount; k++) sum[k] = table[offset[k]];
-#pragma unroll
-  for (int k = 0; k < kCount; k++) {
-#pragma unroll
-    for (int earlier = 0; earlier < k; earlier++) {
-      if (offset[earlier] == offset[k]) sum[k] = sum[earlier];
-    }
-    sum[k] += values[k];
-  }
-#pragma unroll
-  for (int k = 0; k < kCount; k++) table[offset[k]] = sum[k];
-}
-
-// values[k] = x[k * stride] if k * step < n, otherwise 0.
-template <class T, int kCount>
-__device__ __forceinline__ void load_rows(const T* x, int64_t stride, int step, int n, T (&values)[kCount]) {
-#pragma unroll
-  for (int k = 0; k < kCount; k++) {
-    values[k] = {};
-    if (k * step < n) values[k] = x[k * stride];
-  }
-}
-
-// Grid [n_tiles, P], block [tile, S].
-template <class T>
-__global__ void __launch_bounds__(kTableThreads, kMinResidentBlocks)
-    embedding_fill_tables(EmbeddingGradientParams<T> params, int64_t rows_a_part, int64_t part_stride,
-                          Compute<T>* workspace) {
-  using C = Compute<T>;
-  constexpr int kLoads = kTableLoads<T>;
-  CHARLM_DYNAMIC_SHARED(C, tables);  // [V + 1, S, tile]
-  CHARLM_SHARED(uint16_t, offsets, kRowsAtATime);
-  const int n_threads = blockDim.x * blockDim.y, step = blockDim.y;
-  const int v_end = static_cast<int>(params.num_embeddings);
-  C* const table = tables + threadIdx.y * blockDim.x + threadIdx.x;  // a row starts every n_threads numbers
-  for (int v = 0; v <= v_end; v++) table[v * n_threads] = 0;
-
-  const int64_t d = params.embedding_dim, column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t begin = blockIdx.y * rows_a_part;
-  const int64_t end = begin + rows_a_part < params.n_indices ? begin + rows_a_part : params.n_indices;
-  for (int64_t first_row = begin; first_row < end; first_row += kRowsAtATime) {
-    const int n = static_cast<int>(end - first_row < kRowsAtATime ? end - first_row : kRowsAtATime);
-    const int n_loaded = column < d ? n : 0;
-    const T* values = params.grad_output + (first_row + threadIdx.y) * d + column;
-    // The next rows are loaded while the current ones are added.
-    T next[kLoads];
-    load_rows(values, step * d, step, n_loaded - static_cast<int>(threadIdx.y), next);
-    __syncthreads();  // the offsets of the previous rows have been used
-    load_offsets(params, first_row, n, offsets);
-    __syncthreads();
-    for (int row = threadIdx.y; row < n; row += kLoads * step) {
-      C value[kLoads];
-#pragma unroll
-      for (int k = 0; k < kLoads; k++) value[k] = to_compute(next[k]);
-      values += kLoads * step * d;
-      load_rows(values, step * d, step, n_loaded - row - kLoads * step, next);
-#pragma unroll
-      for (int first = 0; first < kLoads; first += kTableAdds) {
-        int offset[kTableAdds];
-#pragma unroll
-        for (int k = 0; k < kTableAdds; k++) {
-          const int i = row + (first + k) * step;
-          offset[k] = i < n ? offsets[i] : v_end * n_threads;
-        }
-        add_to_table(table, offset, &value[first]);
-      }
-    }
-  }
-
   __syncthreads();
-  if (column >= d) return;
-  for (int v = threadIdx.y; v < v_end; v += step) {
-    C sum = 0;
-    for (int s = 0; s < step; s++) sum += tables[v * n_threads + s * blockDim.x + threadIdx.x];
-    if (gridDim.y == 1) {
-      params.grad[v * d + column] = from_compute<T>(sum);
-    } else {
-      workspace[blockIdx.y * part_stride + v * d + column] = sum;
-    }
+  if (!mine) return;
+  C* const part = parts + blockIdx.y * stride + first_column + column;
+  for (int i = group; i < v; i += n_groups) {
+    C values[kWidth];
+    load_numbers(table + i * columns + column, values);
+    store_numbers(part + i * d, values);
   }
 }
 
-constexpr int kSumLanes = 32, kSumGroups = 8, kSumThreads = kSumLanes * kSumGroups;
-
-// grad = the sum of the parts. Block [kSumLanes, kSumGroups]: each thread sums a pack of columns over one of kSumGroups
-// groups of parts.
-template <class T>
-__global__ void __launch_bounds__(kSumThreads, kMinResidentBlocks)
-    embedding_sum_parts(const Compute<T>* workspace, int64_t n_parts, int64_t part_stride, int64_t n_elements,
-                        T* grad) {
-  using C = Compute<T>;
-  constexpr int kWidth = kPackSize<T>;
-  CHARLM_SHARED(C, shared, kSumGroups * kWidth * kSumLanes);  // [group, element, lane]
-  const int lane = threadIdx.x, group = threadIdx.y;
-  const int64_t element = (static_cast<int64_t>(blockIdx.x) * kSumLanes + lane) * kWidth;
-
-  C sum[kWidth] = {};
-  if (element < n_elements) {
-    const int64_t end = n_parts * (group + 1) / kSumGroups;
-#pragma unroll 4
-    for (int64_t part = n_parts * group / kSumGroups; part < end; part++) {
-      C values[kWidth];
-      load_numbers(workspace + part * part_stride + element, values);
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) sum[i] += values[i];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kWidth; i++) shared[(group * kWidth + i) * kSumLanes + lane] = sum[i];
-  __syncthreads();
-  if (group != 0 || element >= n_elements) return;
-  for (int g = 1; g < kSumGroups; g++) {
-#pragma unroll
-    for (int i = 0; i < kWidth; i++) sum[i] += shared[(g * kWidth + i) * kSumLanes + lane];
-  }
-  if (element + kWidth <= n_elements) {
-    store_numbers(grad + element, sum);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWidth; i++) {
-      if (element + i < n_elements) grad[element + i] = from_compute<T>(sum[i]);
-    }
-  }
-}
-
-template <class T>
-bool uses_tables(int64_t num_embeddings) {
-  return num_embeddings < kTableBytes / (kTableColumns * static_cast<int64_t>(sizeof(Compute<T>)));
-}
-
-template <class T>
-int64_t tables_workspace(int64_t n_indices, int64_t num_embeddings, int64_t embedding_dim) {
-  const TablesPlan<T> plan(n_indices, num_embeddings, embedding_dim);
-  return plan.n_parts == 1 ? 0 : plan.n_parts * plan.part_stride;
-}
-
-template <class T>
-int backward_by_tables(const EmbeddingGradientParams<T>& params, Launch& launch) {
-  auto* const workspace = static_cast<Compute<T>*>(launch.workspace);
-  const int64_t v = params.num_embeddings, d = params.embedding_dim;
-  const TablesPlan<T> plan(params.n_indices, v, d);
-  const dim3 grid(static_cast<unsigned>(plan.n_tiles), static_cast<unsigned>(plan.n_parts));
+template <class T, int kWidth, bool kStaged>
+int backward_by_tables(const EmbeddingGradientParams<T>& params, Workspace& workspace, const Launch* launch) {
+  const int64_t n = params.n_indices, v = params.num_embeddings, d = params.embedding_dim;
+  const TablesPlan<T, kWidth, kStaged> plan(n, v, d);
+  auto* const parts = workspace.take<Compute<T>>(plan.n_parts * plan.stride);
+  if (!launch) return 0;
   const int error =
-      launch_kernel(&embedding_fill_tables<T>, grid, dim3(plan.tile, plan.n_threads_a_column), plan.table_bytes(v),
-                    launch.stream, params, plan.rows_a_part, plan.part_stride, workspace);
-  if (error != 0 || plan.n_parts == 1) return error;
-  const int64_t packs = plan.part_stride / kPackSize<T>;
-  return launch_kernel(&embedding_sum_parts<T>, dim3(static_cast<unsigned>(ceil_div(packs, kSumLanes))),
-                       dim3(kSumLanes, kSumGroups), 0, launch.stream, workspace, plan.n_parts, plan.part_stride, v * d,
+      launch_kernel(&embedding_fill_tables<T, kWidth, kStaged>,
+                    dim3(static_cast<unsigned>(plan.n_tiles), static_cast<unsigned>(plan.n_parts)), dim3(kSortThreads),
+                    plan.shared_bytes(v, d), launch->stream, params, plan.lanes, plan.batch_rows, plan.rows_a_part,
+                    plan.stride, launch->compute_capability >= kSm90, parts);
+  if (error != 0) return error;
+  return join_parts<T>(*launch, nullptr, nullptr, static_cast<int>(plan.n_parts), 1, v * d, plan.stride, parts,
                        params.grad);
 }
 

@@ -8,7 +8,6 @@
 #include <ATen/ops/embedding_backward.h>
 #include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -226,18 +225,6 @@ Tensor backward(const Tensor& grad_output, const Tensor& indices, int64_t num_em
   });
 }
 
-// torch's sort knows no unsigned integers but uint8.
-Tensor sortable(const Tensor& indices) {
-  switch (indices.scalar_type()) {
-    case at::kUInt16:
-    case at::kUInt32:
-    case at::kUInt64:
-      return indices.to(at::kLong);
-    default:
-      return indices;
-  }
-}
-
 }  // namespace
 
 template <class T>
@@ -257,17 +244,8 @@ void sum_by_index_on_gpu(const Device& device, const GpuIndices& index, const Te
   p.scale_grad_by_freq = scale_grad_by_freq;
   p.grad = mutable_data<T>(grad);
   const EmbeddingKernels<T>& kernels = device.kernels<T>().embedding;
-  constexpr int64_t kBytes = sizeof(Compute<T>);
-  if (!scale_grad_by_freq && kernels.uses_tables(v)) {
-    p.indices = index.for_kernel(device, index.values, v);
-    device.run_on_gpu(kernels.backward_by_tables, p, kBytes * kernels.tables_workspace(n, v, d));
-    return;
-  }
-  grad.zero_();
-  const auto [sorted, positions] = at::sort(sortable(index.values), /*stable=*/true, /*dim=*/0, /*descending=*/false);
-  p.indices = index.for_kernel(device, sorted, v);
-  p.positions = const_data<int64_t>(positions);
-  device.run_on_gpu(kernels.backward_by_sort, p, kBytes * kernels.sorted_workspace(n, d));
+  p.indices = index.for_kernel(device, index.values, v);
+  device.run_on_gpu(kernels.backward, p, kernels.gradient_workspace(p));
 }
 
 template void sum_by_index_on_gpu<float>(const Device&, const GpuIndices&, const Tensor&, int64_t, bool, const Tensor&);

@@ -24,17 +24,16 @@ struct EmbeddingParams {
 using EmbeddingForward = Kernel<EmbeddingParams>;
 
 // GPU: grad[v, :] = sum of grad_output[n, :] over n with index[n] = v, for N, V and D of at least 1. The order of the
-// sums depends on the sizes and the indices only. Sums are in Compute<T>, and rounded once. The workspace is an array
-// of Compute<T>, from a multiple of 16 bytes on.
+// sums depends on the sizes and the indices only. Sums are in Compute<T>, and rounded once. The workspace begins at a
+// multiple of 16 bytes.
 template <class T>
 struct EmbeddingGradientParams {
-  Indices indices;                     // [N]; sorted, if there are `positions`
-  const int64_t* positions = nullptr;  // [N], optional: where each of the sorted indices was
-  int64_t n_indices = 0;               // N
-  const T* grad_output = nullptr;      // [N, D], contiguous
-  int64_t num_embeddings = 0;          // V
-  int64_t embedding_dim = 0;           // D
-  int64_t padding_idx = -1;            // the row whose gradient is zero; -1: none
+  Indices indices;                 // [N]
+  int64_t n_indices = 0;           // N
+  const T* grad_output = nullptr;  // [N, D], contiguous
+  int64_t num_embeddings = 0;      // V
+  int64_t embedding_dim = 0;       // D
+  int64_t padding_idx = -1;        // the row whose gradient is zero; -1: none
   bool scale_grad_by_freq = false;
   T* grad = nullptr;  // [V, D], contiguous, from a multiple of 16 bytes on
 };
@@ -54,13 +53,9 @@ struct EmbeddingKernels {
   void (*sum_tables)(T* out, const C* tables, int64_t n_tables, int64_t table_size, int64_t table_stride,
                      int64_t embedding_dim, int64_t begin, int64_t end);
 
-  // GPU, for a small table (cuda/embedding_tables.cuh): whether V is small enough, and numbers of workspace.
-  bool (*uses_tables)(int64_t num_embeddings);
-  int64_t (*tables_workspace)(int64_t n_indices, int64_t num_embeddings, int64_t embedding_dim);
-  Kernel<EmbeddingGradientParams<T>> backward_by_tables;
-  // GPU, for a table of any size (cuda/embedding_sorted.cuh): `grad` must be zero before.
-  int64_t (*sorted_workspace)(int64_t n_indices, int64_t embedding_dim);
-  Kernel<EmbeddingGradientParams<T>> backward_by_sort;
+  // GPU: bytes of workspace for a gradient with these parameters, and the gradient.
+  int64_t (*gradient_workspace)(const EmbeddingGradientParams<T>&);
+  Kernel<EmbeddingGradientParams<T>> backward;
 };
 
 // CPU: the position of the first index in [begin, end) outside [0, num_embeddings), or -1.

@@ -185,6 +185,28 @@ CHARLM_EMULATOR_CODE T reduce_warp(const char* function, unsigned mask, T value,
   return value;
 }
 
+// The mask of the lanes whose value is the caller's.
+template <class T>
+CHARLM_EMULATOR_CODE unsigned match(const char* function, unsigned mask, T value, const Location& location) {
+  Thread& me = *emulator.current;
+  __builtin_memcpy(me.operand, &value, sizeof(T));
+  constexpr auto combine = [](Thread* warp, unsigned lanes) CHARLM_EMULATOR_CODE {
+    for (unsigned rest = lanes; rest; rest &= rest - 1) {
+      Thread& lane = warp[__builtin_ctz(rest)];
+      unsigned equal = 0;
+      for (unsigned others = lanes; others; others &= others - 1) {
+        const int other = __builtin_ctz(others);
+        if (__builtin_memcmp(lane.operand, warp[other].operand, sizeof(T)) == 0) equal |= 1u << other;
+      }
+      __builtin_memcpy(lane.result, &equal, sizeof(equal));
+    }
+  };
+  wait_for_warp(function, mask, false, combine, location);
+  unsigned equal;
+  __builtin_memcpy(&equal, me.result, sizeof(equal));
+  return equal;
+}
+
 // The mask of the lanes whose predicate is true.
 CHARLM_EMULATOR_CODE inline unsigned vote(const char* function, unsigned mask, bool predicate,
                                           const Location& location) {
@@ -233,6 +255,12 @@ T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, CHAR
   const int group = charlm::cuda_emulator::group_of_lane("__shfl_up_sync", width, static_cast<int>(distance), location);
   const int source = charlm::cuda_emulator::current_lane() - static_cast<int>(distance);
   return charlm::cuda_emulator::shuffle("__shfl_up_sync", mask, value, source, source < group, location);
+}
+
+template <class T>
+  requires std::is_integral_v<T>
+unsigned __match_any_sync(unsigned mask, T value, CHARLM_HERE) {
+  return charlm::cuda_emulator::match("__match_any_sync", mask, value, location);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, CHARLM_HERE) {
