@@ -17,6 +17,7 @@
 // The order of all sums depends on the sizes only.
 #pragma once
 
+#include "cuda/async.cuh"
 #include "cuda/embedding_linear_activation.cuh"
 #include "cuda/load_store.cuh"
 
@@ -220,8 +221,9 @@ struct FillPlan {
   int n_warps;           // S
   int64_t n_parts;       // P, of the contexts
   int64_t rows_a_part;
-  int64_t row_stride;   // of the workspace [P, T * V + 1, H], whose last row is the bias's: H rounded up to packs
-  int64_t part_stride;  // numbers
+  int64_t row_stride;         // of the workspace [P, T * V + 1, H], whose last row is the bias's: H rounded up to packs
+  int64_t part_stride;        // numbers
+  bool is_dependent = false;  // launches 2 and 3 may begin early, to hide what a launch costs: sm_90
 
   FillPlan(int64_t n, int64_t places, int64_t v, int64_t hidden, int64_t number_size, int most_warps) {
     constexpr int64_t kMostPlaces = 8;
@@ -329,11 +331,13 @@ __global__ void __launch_bounds__(kTileThreads* kFillWarps<Compute<T>>, kMinResi
       }
       load_gradients(chunk + row + kLoads * n_warps);
       activate_backward(params.activation, kept, grad);
+      Offsets next_offset = written[row];
 #pragma unroll
       for (int k = 0; k < kLoads; k++) {
         if (chunk + row + k * n_warps >= end) break;
         bias += grad[k];
-        const Offsets offset = written[row + k * n_warps];
+        const Offsets offset = next_offset;
+        if (k + 1 < kLoads) next_offset = written[row + (k + 1) * n_warps];  // a chunk's rows are all written
         C sum[kPlaces];
 #pragma unroll
         for (int place = 0; place < kPlaces; place++) sum[place] = table[offset.values[place]];
@@ -345,6 +349,7 @@ __global__ void __launch_bounds__(kTileThreads* kFillWarps<Compute<T>>, kMinResi
   }
   if (tile == 0) bad.record(params.indices);
 
+  if (plan.is_dependent) let_next_kernel_begin();
   table[n_entries * n_threads] = bias;
   __syncthreads();
   if (column >= plan.row_stride) return;
@@ -388,6 +393,10 @@ __global__ void __launch_bounds__(kProductThreads, kMinResidentBlocks)
                     : C(0);
   }
 
+  if (plan.is_dependent) {
+    let_next_kernel_begin();
+    wait_for_previous_kernel();
+  }
   const int lane = thread % kLanes;
   const int64_t column = first_column + lane * kWidth;
   for (int v = thread / kLanes; v <= v_end; v += kProductThreads / kLanes) {
@@ -466,11 +475,12 @@ constexpr int kJoinGroups = 8;
 template <class T>
 __global__ void __launch_bounds__(kTileThreads* kJoinGroups, kMinResidentBlocks)
     embedding_linear_join_shares(const Compute<T>* shares, int64_t n_shares, int64_t embedding_dim, int64_t n_elements,
-                                 int64_t padding_idx, T* grad) {
+                                 int64_t padding_idx, bool is_dependent, T* grad) {
   using C = Compute<T>;
   CHARLM_SHARED(C, sums, kJoinGroups * kTileThreads);
   const int lane = threadIdx.x, group = threadIdx.y;
   const int64_t element = static_cast<int64_t>(blockIdx.x) * kTileThreads + lane;
+  if (is_dependent) wait_for_previous_kernel();
   C sum = 0;
   if (element < n_elements) {
     const int64_t end = n_shares * (group + 1) / kJoinGroups;
@@ -514,7 +524,9 @@ int64_t layer_workspace(const EmbeddingLinearParams<T>& params) {
 template <class T>
 int layer_backward(const EmbeddingLinearParams<T>& params, Launch& launch) {
   constexpr int64_t kSize = sizeof(Compute<T>);
-  const FillPlan plan(params);
+  FillPlan plan(params);
+  plan.is_dependent = launch.compute_capability >= kSm90;
+  const LaunchOptions options{.is_dependent = plan.is_dependent};
   auto* const workspace = static_cast<Compute<T>*>(launch.workspace);
   Compute<T>* const shares = workspace + plan.n_parts * plan.part_stride;
   const int64_t table_bytes = (plan.group_places * params.vocabulary + 1) * plan.n_warps * kTile * kSize;
@@ -523,15 +535,15 @@ int layer_backward(const EmbeddingLinearParams<T>& params, Launch& launch) {
                             table_bytes, launch.stream, params, plan, workspace);
   if (error != 0 || !(params.grad_embedding || params.grad_linear || params.grad_bias)) return error;
   const int64_t n_shares = params.n_places * plan.n_tiles;
-  error = launch_kernel(&embedding_linear_multiply_table<T>, dim3(static_cast<unsigned>(n_shares)),
+  error = launch_kernel(options, &embedding_linear_multiply_table<T>, dim3(static_cast<unsigned>(n_shares)),
                         dim3(kProductThreads), backward_numbers(params.vocabulary, params.embedding_dim) * kSize,
                         launch.stream, params, plan, workspace, shares);
   if (error != 0 || !params.grad_embedding) return error;
   const int64_t n_elements = params.vocabulary * params.embedding_dim;
-  return launch_kernel(&embedding_linear_join_shares<T>,
+  return launch_kernel(options, &embedding_linear_join_shares<T>,
                        dim3(static_cast<unsigned>(ceil_div(n_elements, kTileThreads))), dim3(kTileThreads, kJoinGroups),
                        0, launch.stream, shares, n_shares, params.embedding_dim, n_elements, params.padding_idx,
-                       params.grad_embedding);
+                       plan.is_dependent, params.grad_embedding);
 }
 
 }  // namespace
