@@ -174,6 +174,20 @@ def test_both_sides_of_each_border_between_paths(border: str, dtype: torch.dtype
         assert_matches_reference(functional.embedding_linear, reference.embedding_linear, sample)
 
 
+@pytest.mark.parametrize(("n", "places", "hidden"), [(300, 2, 2113), (600, 32, 512)])
+def test_more_contexts_than_a_block_handles_at_a_time(n: int, places: int, hidden: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    index = torch.randint(27, (n, places), generator=generator).to(torch.uint8)
+    arguments = {
+        "embedding_weight": torch.randn(27, 2, generator=generator),
+        "linear_weight": torch.randn(hidden, 2 * places, generator=generator) / 8,
+        "linear_bias": torch.randn(hidden, generator=generator),
+    }
+    options = {"input": index, "activation": "tanh", "plan": "folded"}
+    sample = SampleInput("many_contexts", {**arguments, **options}, tuple(arguments))
+    assert_matches_reference(functional.embedding_linear, reference.embedding_linear, sample)
+
+
 def test_an_output_changed_in_place_before_backward_raises() -> None:
     index, C, W, b = _arguments()
     output = functional.embedding_linear(index, C, W, b, activation="tanh")
