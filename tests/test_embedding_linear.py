@@ -138,6 +138,56 @@ def test_a_forced_plan_is_the_one_that_is_returned() -> None:
         assert (output.plan, output.backward_plan) == (plan, plan)
 
 
+# V, T, D on both sides of each limit of the GPU's paths: of what is computed in a block's shared memory (fewer places or
+# dimensions for float64), of the tokens whose gradients are added there, and of the places that are added at a time.
+BORDERS = {
+    "most_dimensions": (64, 4, 87),
+    "too_many_dimensions": (64, 4, 88),
+    "most_rows_of_the_table": (27, 27, 1),
+    "too_many_rows_of_the_table": (27, 28, 1),
+    "most_rows_of_the_table_for_float64": (27, 13, 1),
+    "too_many_rows_of_the_table_for_float64": (27, 14, 1),
+    "most_tokens": (256, 2, 5),
+    "too_many_tokens": (257, 2, 5),
+    "largest_products_of_the_gradient": (256, 1, 58),
+    "too_large_products_of_the_gradient": (256, 1, 59),
+    **{f"{t}_places": (11, t, 3) for t in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17)},
+    **{f"{t}_places_of_many_tokens": (64, t, 3) for t in (3, 4, 5)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("border", BORDERS)
+def test_both_sides_of_each_border_between_paths(border: str, dtype: torch.dtype) -> None:
+    vocabulary, places, dim = BORDERS[border]
+    for n, hidden, activation in ((1, 65, "none"), (37, 33, "tanh"), (210, 40, "gelu")):
+        generator = torch.Generator().manual_seed(n)
+        index = torch.randint(vocabulary, (n, places), generator=generator).to(torch.int32)
+        shapes = ((vocabulary, dim), (hidden, places * dim), (hidden,))
+        arguments: dict[str, Any] = {
+            name: torch.randn(shape, generator=generator).mul_(0.5 * shape[-1] ** -0.5).to(dtype)
+            for name, shape in zip(("embedding_weight", "linear_weight", "linear_bias"), shapes, strict=True)
+        }
+        names = tuple(arguments)
+        arguments |= {"input": index, "activation": activation, "plan": "folded", "padding_idx": 1}
+        sample = SampleInput(border, arguments, names, 64.0)
+        assert_matches_reference(functional.embedding_linear, reference.embedding_linear, sample)
+
+
+@pytest.mark.parametrize(("n", "places", "hidden"), [(300, 2, 2113), (600, 32, 512)])
+def test_more_contexts_than_a_block_handles_at_a_time(n: int, places: int, hidden: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    index = torch.randint(27, (n, places), generator=generator).to(torch.uint8)
+    arguments = {
+        "embedding_weight": torch.randn(27, 2, generator=generator),
+        "linear_weight": torch.randn(hidden, 2 * places, generator=generator) / 8,
+        "linear_bias": torch.randn(hidden, generator=generator),
+    }
+    options = {"input": index, "activation": "tanh", "plan": "folded"}
+    sample = SampleInput("many_contexts", {**arguments, **options}, tuple(arguments))
+    assert_matches_reference(functional.embedding_linear, reference.embedding_linear, sample)
+
+
 def test_an_output_changed_in_place_before_backward_raises() -> None:
     index, C, W, b = _arguments()
     output = functional.embedding_linear(index, C, W, b, activation="tanh")

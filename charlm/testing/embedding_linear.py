@@ -43,6 +43,7 @@ _EMBEDDING_LINEAR_CASES = (
     *_both_plans("wide", (257, 8), (27, 24), 200, options={"activation": "tanh"}),
     *_both_plans("bytes", (257, 8), (256, 33), 129, index=torch.uint8, options={"activation": "tanh"}),
     *_both_plans("one_context", (5,), (27, 10), 33, options={"activation": "gelu"}),
+    *_both_plans("many_tokens", (33, 5), (300, 10), 36, options={"activation": "gelu"}),
     *_both_plans("three_dimensions", (3, 1, 5, 2), (65, 7), 29, index=torch.int16),
     *_both_plans("no_context", (0, 3), (27, 10), 41, options={"activation": "tanh"}),
     *_both_plans("no_place", (3, 0), (27, 10), 5, options={"activation": "tanh"}),

@@ -1,12 +1,12 @@
-// embedding_linear on a GPU. Forward: a thread handles a pack of columns in some rows of the output, and adds up rows
+// embedding_linear on a GPU. For few tokens see cuda/embedding_linear_layer.cuh; here for any number of them, where
+// torch computes the tables. Forward: a thread handles a pack of columns in some rows of the output, and adds up rows
 // of the table in registers. It reads N * T indices and N * T * H numbers of the table (all but V * T * H of them from
 // the caches), and writes N * H elements, for gelu twice. The gradient of the activation is one pass over N * H
 // elements; the sums by token are those of the embedding's gradient (cuda/embedding_tables.cuh,
 // cuda/embedding_sorted.cuh).
-#include <math.h>
-
 #include <initializer_list>
 
+#include "cuda/embedding_linear_layer.cuh"
 #include "cuda/load_store.cuh"
 #include "ops/embedding_linear.h"
 
@@ -16,61 +16,6 @@ namespace {
 constexpr int kLayerThreads = 256;
 constexpr int kLayerLanes = 32;    // the threads of a row are a multiple of this, or fewer for a short row
 constexpr int kPlacesAtATime = 4;  // rows of the table that a thread loads before it adds them
-
-template <class C>
-constexpr C kInverseSqrt2 = C(0.70710678118654752440);
-template <class C>
-constexpr C kInverseSqrt2Pi = C(0.39894228040143267794);
-
-template <class C>
-__device__ __forceinline__ C normal_cdf(C x) {
-  return C(0.5) * (C(1) + erf(x * kInverseSqrt2<C>));
-}
-
-// x = act(x). NaN stays NaN.
-template <class C, int kWidth>
-__device__ __forceinline__ void activate(Activation activation, C (&x)[kWidth]) {
-  switch (activation) {  // the same for all threads
-    case Activation::kNone:
-      return;
-    case Activation::kTanh:
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) x[i] = tanh(x[i]);
-      return;
-    case Activation::kRelu:
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) x[i] = x[i] <= C(0) ? C(0) : x[i];
-      return;
-    case Activation::kGelu:
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) x[i] *= normal_cdf(x[i]);
-      return;
-  }
-}
-
-// grad *= act'(argument), where `kept` is the argument for kGelu, and otherwise act(argument).
-template <class C, int kWidth>
-__device__ __forceinline__ void activate_backward(Activation activation, const C (&kept)[kWidth], C (&grad)[kWidth]) {
-  switch (activation) {
-    case Activation::kNone:
-      return;
-    case Activation::kTanh:
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) grad[i] *= C(1) - kept[i] * kept[i];
-      return;
-    case Activation::kRelu:
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) grad[i] = kept[i] <= C(0) ? C(0) : grad[i];
-      return;
-    case Activation::kGelu:
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) {
-        const C x = kept[i];
-        grad[i] *= normal_cdf(x) + x * kInverseSqrt2Pi<C> * exp(C(-0.5) * x * x);
-      }
-      return;
-  }
-}
 
 // Block [threads on a row, rows]. n_tiles blocks divide the columns among them. kWidth: the columns of a thread, one,
 // or a pack of T if rows start at multiples of 16 bytes.
@@ -185,8 +130,9 @@ int activation_gradient(const ActivationGradientParams<T>& params, Launch& launc
   return packs ? differentiate<T, kPackSize<T>>(params, launch.stream) : differentiate<T, 1>(params, launch.stream);
 }
 
-CHARLM_REGISTER_KERNELS(embedding_linear, {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                                           &sum_table_rows<T>, &activation_gradient<T>});
+CHARLM_REGISTER_KERNELS(embedding_linear,
+                        {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, &sum_table_rows<T>,
+                         &activation_gradient<T>, &layer_forward<T>, &layer_backward<T>, &layer_workspace<T>});
 
 }  // namespace
 }  // namespace charlm::cuda

@@ -46,6 +46,52 @@ constexpr int64_t kFoldedRows = 128;
 
 // ------------------------------------------------------------------------------------------------------------- GPU
 
+// A layer with its weights: both directions, for few tokens. Rows are contexts.
+template <class T>
+struct EmbeddingLinearParams {
+  Indices indices;               // [N, T]; one out of range adds nothing
+  int64_t n_rows = 0;            // N
+  int64_t n_places = 0;          // T
+  int64_t vocabulary = 0;        // V
+  int64_t embedding_dim = 0;     // D
+  int64_t hidden = 0;            // H
+  const T* embedding = nullptr;  // [V, D], with the strides in elements
+  int64_t embedding_row_stride = 0, embedding_column_stride = 0;
+  const T* linear = nullptr;  // [H, T * D]
+  int64_t linear_row_stride = 0, linear_column_stride = 0;
+  Activation activation = Activation::kNone;
+
+  const T* bias = nullptr;  // forward, [H]; null: none
+  T* output = nullptr;      // [N, H], contiguous
+  T* before = nullptr;      // [N, H], contiguous: the activation's argument; optional
+
+  const T* grad_output = nullptr;  // backward, [N, H], contiguous
+  const T* kept = nullptr;         // [N, H], contiguous: the activation's argument for kGelu, else its result
+  int64_t padding_idx = -1;        // the row of grad_embedding that is zero; -1: none
+  T* grad_embedding = nullptr;     // [V, D], contiguous; null: not needed
+  T* grad_linear = nullptr;        // [H, T * D], contiguous; null: not needed
+  T* grad_bias = nullptr;          // [H]; null: not needed
+};
+
+constexpr int64_t kLayerColumns = 32;         // of H, that a block handles
+constexpr int64_t kMostLayerBytes = 100'000;  // of a block's shared memory: every GPU from sm_80 on has 99 KiB
+constexpr int64_t kMostLayerTokens = 256;     // more are better sorted than added in shared memory
+constexpr int64_t kTokensAtATime = 8;         // whose rows of the table a thread computes
+
+// Numbers of shared memory in which a block of the forward computes its columns of the table: the table with a row of
+// zeros, C transposed, and its rows of W, an odd number apart.
+constexpr int64_t forward_numbers(int64_t n_places, int64_t vocabulary, int64_t embedding_dim) {
+  const int64_t tokens = (vocabulary + kTokensAtATime - 1) / kTokensAtATime * kTokensAtATime;
+  return (n_places * vocabulary + 1) * kLayerColumns + embedding_dim * tokens +
+         kLayerColumns * (n_places * embedding_dim | 1);
+}
+
+// The same for a block of backward's products: the gradient of its part of the table at one place, C, and its part of
+// W.
+constexpr int64_t backward_numbers(int64_t vocabulary, int64_t embedding_dim) {
+  return vocabulary * kLayerColumns + vocabulary * embedding_dim + kLayerColumns * embedding_dim;
+}
+
 // out[n, :] = act(b + sum_t table[t, x[n, t], :])
 template <class T>
 struct TableSumParams {
@@ -99,6 +145,11 @@ struct EmbeddingLinearKernels {
   // GPU
   Kernel<TableSumParams<T>> sum_table_rows;
   Kernel<ActivationGradientParams<T>> activation_gradient;
+  // The same for few tokens, in one launch and in three (ops/embedding_linear_gpu.cpp tells when). Numbers of the
+  // backward's workspace, of type C.
+  Kernel<EmbeddingLinearParams<T>> layer_forward;
+  Kernel<EmbeddingLinearParams<T>> layer_backward;
+  int64_t (*layer_workspace)(const EmbeddingLinearParams<T>&);
 };
 
 }  // namespace charlm

@@ -1,7 +1,8 @@
-// embedding_linear on a GPU. Folded, torch's GEMM computes the table C @ W[:, t]^T of each place t in the compute type,
-// a kernel adds up its rows, and in backward each place's rows of gradients are summed by token as embedding's are; two
-// more GEMMs turn the table's gradient into those of C and W. Gathered, the rows of charlm's embedding meet torch's
-// GEMM in the dtype of the weights.
+// embedding_linear on a GPU, in three ways. For few tokens charlm's own kernels compute the whole layer, forward in one
+// launch and backward in three. For more tokens, folded, torch's GEMM computes the table C @ W[:, t]^T of each place t
+// in the compute type, a kernel adds up its rows, and in backward each place's rows of gradients are summed by token as
+// embedding's are; two more GEMMs turn the table's gradient into those of C and W. Gathered, the rows of charlm's
+// embedding meet torch's GEMM in the dtype of the weights.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
@@ -18,15 +19,37 @@
 
 namespace charlm {
 
-// The same plan for forward and backward: folded where the table costs a fraction of what it saves, and fits the
-// second-level cache of nearly every GPU, since each row of the output reads T rows of it. Predicted from sizes, not
-// measured on a GPU.
+namespace {
+
+bool is_empty(const EmbeddingLinearSizes& s) {
+  return s.n_rows == 0 || s.n_places == 0 || s.vocabulary == 0 || s.embedding_dim == 0 || s.hidden == 0;
+}
+
+// Whether layer_forward computes the table: each block computes its columns of it anew. The limit of its memory is one
+// of the products too, 23,000 for each column: 5 us, as long as a GEMM and its launch.
+bool has_layer_forward(const EmbeddingLinearSizes& s) {
+  return !is_empty(s) && forward_numbers(s.n_places, s.vocabulary, s.embedding_dim) * s.element_size <= kMostLayerBytes;
+}
+
+bool has_layer_backward(const EmbeddingLinearSizes& s) {
+  return !is_empty(s) && s.vocabulary <= kMostLayerTokens &&
+         backward_numbers(s.vocabulary, s.embedding_dim) * s.element_size <= kMostLayerBytes;
+}
+
+}  // namespace
+
+// The same plan for forward and backward. Folded where charlm's own kernels take both, which are fewer launches than
+// gathering needs, unless contexts are few and the table is large. Else folded where the table costs a fraction of what
+// it saves, and fits the second-level cache of nearly every GPU, since each row of the output reads T rows of it.
+// Predicted from sizes, not measured on a GPU.
 Plan choose_plan_on_gpu(const EmbeddingLinearSizes& s) {
-  constexpr int64_t kFewestUses = 4;  // contexts for each token of the vocabulary
+  constexpr int64_t kFewestUses = 4;        // contexts for each token of the vocabulary
+  constexpr int64_t kSmallTable = 1 << 24;  // products
   constexpr int64_t kTableBytes = 4 << 20;
+  const int64_t numbers = s.vocabulary * s.n_places * s.hidden;
+  if (has_layer_forward(s) && has_layer_backward(s) && numbers * s.embedding_dim <= kSmallTable) return Plan::kFolded;
   const bool is_used = s.n_rows / kFewestUses >= s.vocabulary;
-  const bool is_cached = s.vocabulary * s.n_places * s.hidden * s.element_size <= kTableBytes;
-  return is_used && is_cached ? Plan::kFolded : Plan::kGathered;
+  return is_used && numbers * s.element_size <= kTableBytes ? Plan::kFolded : Plan::kGathered;
 }
 
 namespace {
@@ -38,6 +61,65 @@ bool is_folded(const EmbeddingLinearSizes& sizes, Plan plan) {
 Tensor padding_zeroed(const Tensor& grad_embedding, int64_t padding_idx) {
   if (padding_idx >= 0) grad_embedding.select(0, padding_idx).zero_();
   return grad_embedding;
+}
+
+// ----------------------------------------------------------------------------------------------------- few tokens
+
+// `index`: input, contiguous.
+template <class T>
+EmbeddingLinearParams<T> layer_params(const Device& device, const Tensor& input, const Tensor& index,
+                                      const Tensor& embedding_weight, const Tensor& linear_weight,
+                                      Activation activation) {
+  EmbeddingLinearParams<T> p;
+  p.n_rows = n_contexts(input);
+  p.n_places = input.size(-1);
+  p.vocabulary = embedding_weight.size(0);
+  p.embedding_dim = embedding_weight.size(1);
+  p.hidden = linear_weight.size(0);
+  p.indices = device.gpu_indices(input, index, p.vocabulary, IndexKind::kIndex);
+  p.embedding = const_data<T>(embedding_weight);
+  p.embedding_row_stride = embedding_weight.stride(0);
+  p.embedding_column_stride = embedding_weight.stride(1);
+  p.linear = const_data<T>(linear_weight);
+  p.linear_row_stride = linear_weight.stride(0);
+  p.linear_column_stride = linear_weight.stride(1);
+  p.activation = activation;
+  return p;
+}
+
+template <class T>
+void layer_forward(const Device& device, const Tensor& input, const Tensor& embedding_weight,
+                   const Tensor& linear_weight, const OptionalTensor& bias, Activation activation, const Tensor& output,
+                   const Tensor& before) {
+  const Tensor index = input.contiguous(), contiguous_bias = bias ? bias->contiguous() : Tensor();
+  auto p = layer_params<T>(device, input, index, embedding_weight, linear_weight, activation);
+  if (bias) p.bias = const_data<T>(contiguous_bias);
+  p.output = mutable_data<T>(output);
+  if (before.numel() > 0) p.before = mutable_data<T>(before);
+  device.run_on_gpu(device.kernels<T>().embedding_linear.layer_forward, p);
+}
+
+template <class T>
+EmbeddingLinearGradients layer_backward(const Device& device, const Tensor& grad_output, const Tensor& input,
+                                        const Tensor& embedding_weight, const Tensor& linear_weight, const Tensor& kept,
+                                        int64_t padding_idx, Activation activation, std::array<bool, 3> needs) {
+  const Tensor index = input.contiguous(), grad = grad_output.contiguous(), contiguous_kept = kept.contiguous();
+  auto p = layer_params<T>(device, input, index, embedding_weight, linear_weight, activation);
+  p.grad_output = const_data<T>(grad);
+  p.kept = const_data<T>(contiguous_kept);
+  p.padding_idx = padding_idx;
+  Tensor grad_embedding, grad_linear, grad_bias;
+  const auto new_gradient = [&](at::IntArrayRef shape, Tensor& gradient) {
+    gradient = at::empty(shape, embedding_weight.options());
+    return mutable_data<T>(gradient);
+  };
+  if (needs[0]) p.grad_embedding = new_gradient(embedding_weight.sizes(), grad_embedding);
+  if (needs[1]) p.grad_linear = new_gradient(linear_weight.sizes(), grad_linear);
+  if (needs[2]) p.grad_bias = new_gradient({p.hidden}, grad_bias);
+  const EmbeddingLinearKernels<T>& kernels = device.kernels<T>().embedding_linear;
+  constexpr int64_t kBytes = sizeof(Compute<T>);
+  device.run_on_gpu(kernels.layer_backward, p, kBytes * kernels.layer_workspace(p));
+  return {grad_embedding, grad_linear, grad_bias};
 }
 
 // ---------------------------------------------------------------------------------------------------------- folded
@@ -202,14 +284,19 @@ std::tuple<Tensor, Tensor> embedding_linear_on_gpu(const Device& device, const T
                                                    Plan plan) {
   at::DimVector shape(input.sizes().begin(), input.sizes().end());
   shape.back() = linear_weight.size(0);
-  if (!is_folded(embedding_linear_sizes(input, embedding_weight, linear_weight), plan)) {
+  const EmbeddingLinearSizes sizes = embedding_linear_sizes(input, embedding_weight, linear_weight);
+  if (!is_folded(sizes, plan)) {
     return gathered_forward(input, embedding_weight, linear_weight, linear_bias, activation, shape);
   }
   return with_float_type(embedding_weight.scalar_type(), "embedding_linear", [&]<class T>() {
     const Tensor output = at::empty(shape, embedding_weight.options());
     const Tensor before =
         keeps_input(activation) ? at::empty(shape, output.options()) : at::empty({0}, output.options());
-    Folded<T>(device, input, embedding_weight, linear_weight, activation).forward(linear_bias, output, before);
+    if (has_layer_forward(sizes)) {
+      layer_forward<T>(device, input, embedding_weight, linear_weight, linear_bias, activation, output, before);
+    } else {
+      Folded<T>(device, input, embedding_weight, linear_weight, activation).forward(linear_bias, output, before);
+    }
     return std::make_tuple(output, before);
   });
 }
@@ -219,12 +306,15 @@ EmbeddingLinearGradients embedding_linear_backward_on_gpu(const Device& device, 
                                                           const Tensor& linear_weight, const Tensor& kept,
                                                           int64_t padding_idx, Activation activation, Plan plan,
                                                           std::array<bool, 3> needs) {
-  if (!is_folded(embedding_linear_sizes(input, embedding_weight, linear_weight), plan)) {
+  const EmbeddingLinearSizes sizes = embedding_linear_sizes(input, embedding_weight, linear_weight);
+  if (!is_folded(sizes, plan)) {
     return gathered_backward(grad_output, input, embedding_weight, linear_weight, kept, padding_idx, activation, needs);
   }
   return with_float_type(embedding_weight.scalar_type(), "embedding_linear_backward", [&]<class T>() {
-    return Folded<T>(device, input, embedding_weight, linear_weight, activation)
-        .backward(grad_output, kept, padding_idx, needs);
+    return has_layer_backward(sizes) ? layer_backward<T>(device, grad_output, input, embedding_weight, linear_weight,
+                                                         kept, padding_idx, activation, needs)
+                                     : Folded<T>(device, input, embedding_weight, linear_weight, activation)
+                                           .backward(grad_output, kept, padding_idx, needs);
   });
 }
 

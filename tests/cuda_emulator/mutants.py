@@ -210,6 +210,37 @@ MUTANTS = (
         "    if (params.before) store_numbers(params.before + n * params.hidden + column, sum);\n",
     ),
     Mutant(
+        "dropped_barrier_before_rows_of_the_table_are_added",
+        "embedding_linear",
+        "embedding_linear_layer.cuh",
+        "      if (first + i < v_end) table[(t * v_end + first + i) * kTile + lane] = sum[i];\n    }\n  }\n"
+        "  __syncthreads();\n",
+        "      if (first + i < v_end) table[(t * v_end + first + i) * kTile + lane] = sum[i];\n    }\n  }\n",
+    ),
+    Mutant(
+        "offsets_overwritten_before_all_have_read_them",
+        "embedding_linear",
+        "embedding_linear_layer.cuh",
+        "    written = written == offsets ? offsets + chunk_rows : offsets;\n",
+        "",
+        flavour="thread",
+        tests=("tests/test_embedding_linear.py", "-k", "more_contexts_than"),
+    ),
+    Mutant(
+        "places_that_do_not_exist_add_to_the_first",
+        "embedding_linear",
+        "embedding_linear_layer.cuh",
+        "      int entry = n_entries;\n",
+        "      int entry = 0;\n",
+    ),
+    Mutant(
+        "shares_joined_before_they_are_written",
+        "embedding_linear",
+        "embedding_linear_layer.cuh",
+        "  if (is_dependent) wait_for_previous_kernel();\n",
+        "",
+    ),
+    Mutant(
         "half_of_the_lanes_left_out",
         "entropy",
         "entropy.cu",
