@@ -6,19 +6,17 @@ Tiles are a GPU's: tests/test_cuda_emulated.py runs this file on the emulator to
 from __future__ import annotations
 
 import itertools
-import os
 from typing import Any
 
 import pytest
 import torch
-from linear_cross_entropy_support import arguments, ops_of
+from linear_cross_entropy_support import EMULATED, arguments, ops_of
 from torch import Tensor
 
 import charlm
 from charlm import _C, functional, reference
 from charlm.testing import FLOAT_DTYPES, SampleInput, assert_matches_reference, sample_inputs_linear_cross_entropy
 
-EMULATED = "CHARLM_CUDA_EMULATED" in os.environ
 GB = 10**9
 SAMPLES = [
     pytest.param(sample, id=f"{sample.name}-{dtype}".replace("torch.", ""))
