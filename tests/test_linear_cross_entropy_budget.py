@@ -289,5 +289,5 @@ def test_a_plan_keeps_to_the_budget(element_size: int) -> None:
         n_tiles = -(-v // classes)
         assert kept * n * stride * element_size + 4 * half * n * d <= budget
         assert 1 <= kept + kept_in_weight <= n_tiles
-        if kept_in_weight > 0:  # in the end of the gradient of the weight, behind the rows of all tiles that are kept
-            assert (kept + kept_in_weight) * classes * d + kept_in_weight * n * stride <= v * d
+        for k in range(kept_in_weight):  # its rows of the gradient are written while these logits are in the end of it
+            assert (kept + k + 1) * classes * d <= v * d - (kept_in_weight - k) * n * stride

@@ -50,6 +50,8 @@ class ClassTiles {
     const Tensor in_range = index_.ge(0).logical_and_(index_.lt(n_classes_));
     is_counted_ = may_ignore ? in_range.logical_and(index_.ne(ignore_index)) : in_range;
     is_bad_ = may_ignore ? in_range.logical_or(index_.eq(ignore_index)).logical_not_() : in_range.logical_not();
+    tile_ = at::where(is_counted_, index_.div(plan.tile_classes, "floor"), kIgnored);
+    in_tile_ = index_.remainder(plan.tile_classes);
   }
 
   TiledResults run() {
@@ -121,7 +123,7 @@ class ClassTiles {
     if (tile >= n_kept()) return scratch_[0].view({n_, row_stride_});
     const int64_t n = n_ * row_stride_;
     return all_grad_weight_.view({-1})
-        .narrow(0, all_grad_weight_.numel() - (tile - plan_.kept + 1) * n, n)
+        .narrow(0, all_grad_weight_.numel() - (n_kept() - tile) * n, n)
         .view({n_, row_stride_});
   }
 
@@ -130,10 +132,6 @@ class ClassTiles {
     const Tensor weight = weight_of(tile), logits = memory(tile).narrow(1, 0, weight.size(0));
     multiply(logits, call_.x, weight.t(), bias_of(tile));
     return logits;
-  }
-
-  Tensor is_inside(int64_t tile) const {
-    return index_.ge(first_class(tile)).logical_and_(index_.lt(first_class(tile) + n_classes(tile)));
   }
 
   // The loss of each row; `state_` holds its maximum and its sum.
@@ -145,9 +143,9 @@ class ClassTiles {
     Tensor z = at::zeros({n_}, call_.x.options());  // of the targets
     for (int64_t tile = n_tiles() - 1; tile >= 0; tile--) {
       const Tensor logits = compute_logits(tile).narrow(1, 0, n_classes(tile));
-      const Tensor nearest = (index_ - first_class(tile)).clamp_(0, n_classes(tile) - 1);
-      z = at::where(is_inside(tile), logits.gather(1, nearest.unsqueeze(1)).squeeze(1), z);
-      CrossEntropyCall<T> call(plain, logits, nearest, {}, {});  // no row is ignored
+      const Tensor is_inside = tile_.eq(tile), target = at::where(is_inside, in_tile_, 0);
+      z = at::where(is_inside, logits.gather(1, target.unsqueeze(1)).squeeze(1), z);
+      CrossEntropyCall<T> call(plain, logits, target, {}, {});  // no row is ignored
       call.ignore_only(kIgnored);
       call.set_state(states[tile]);
       call.forward_rows(unused);
@@ -172,11 +170,14 @@ class ClassTiles {
 
   void gradients(TiledResults& results) {
     const Tensor g = call_.grad_of_rows->contiguous();
-    Tensor input_sum;
+    Tensor input_sum, elsewhere;
     if (call_.mask[2]) results.grad_bias = at::empty({n_classes_}, weight_.options());
     for (int64_t tile = 0; tile < n_tiles(); tile++) {
       const Tensor logits = tile < n_kept() ? memory(tile).narrow(1, 0, weight_of(tile).size(0)) : compute_logits(tile);
-      write_gradient(tile, g);
+      if (tile == 0 || tile == n_tiles() - 1) {
+        elsewhere = at::where(is_counted_, at::full_like(index_, class_after(tile)), kIgnored);
+      }
+      write_gradient(tile, g, elsewhere);
       const int64_t n = n_classes(tile), padded = logits.size(1);
       if (padded > n) logits.narrow(1, n, padded - n).zero_();
       if (call_.mask[0]) add_input_gradient(input_sum, logits, weight_of(tile));
@@ -190,14 +191,13 @@ class ClassTiles {
     if (call_.mask[1]) results.grad_weight = all_grad_weight_.narrow(0, 0, n_classes_);
   }
 
+  int64_t class_after(int64_t tile) const { return padded_classes(n_classes(tile), weight_.element_size()); }
+
   // The logits of a tile become their gradient. The target of a row whose class is in another tile is a class after the
   // tile's, whose logit and gradient nobody reads: the gradient of any other class is p times a factor.
-  void write_gradient(int64_t tile, const Tensor& g) {
-    const int64_t other = padded_classes(n_classes(tile), weight_.element_size());
-    const Tensor rows = memory(tile).narrow(1, 0, other + multiple_);
-    const Tensor target =
-        at::where(is_counted_, at::where(is_inside(tile), index_ - first_class(tile), at::full_like(index_, other)),
-                  at::full_like(index_, kIgnored));
+  void write_gradient(int64_t tile, const Tensor& g, const Tensor& elsewhere) {
+    const Tensor rows = memory(tile).narrow(1, 0, class_after(tile) + multiple_);
+    const Tensor target = at::where(tile_.eq(tile), in_tile_, elsewhere);
     CrossEntropyCall<T> call(options(), rows, target, {}, row_weight_);
     call.ignore_only(kIgnored);
     call.set_state(state_);
@@ -229,6 +229,7 @@ class ClassTiles {
   const Tensor index_;          // [N] int64
   Tensor is_counted_, is_bad_;  // [N] bool: a class; neither a class nor ignored
   OptionalTensor row_weight_;   // [N]
+  Tensor tile_, in_tile_;       // [N] the tile of a counted target, and its place there
   Tensor scratch_;              // [kept, N * row_stride]
   Tensor all_grad_weight_;      // [V or more, D]
   Tensor last_weight_;          // see weight_of()

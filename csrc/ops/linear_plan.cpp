@@ -35,27 +35,41 @@ double choose_rows(const LinearSizes& s, int64_t row_bytes, LinearPlan& plan) {
   return products(s) * (1 + (s.wants_weight ? kShortSideOfSums : kShortSide) / static_cast<double>(rows));
 }
 
-double choose_tiles(const LinearSizes& s, LinearPlan& plan) {
-  const int64_t class_bytes = s.n_rows * s.element_size, other = class_multiple(s.element_size);
+// Tiles of `classes`: their number, and of these as many as can be kept.
+LinearPlan tiles_of(const LinearSizes& s, int64_t classes, int64_t left) {
+  const int64_t n_tiles = (s.n_classes + classes - 1) / classes;
+  const int64_t logits = s.n_rows * (classes + class_multiple(s.element_size)), gradient = classes * s.n_features;
+  LinearPlan plan{.tile_classes = classes, .kept = std::clamp<int64_t>(left / (logits * s.element_size), 1, n_tiles)};
+  if (!s.with_gradients || !s.wants_weight || gradient == 0) return plan;
+  // The tiles in the memory of dW lie at its end, in order. Tile k writes its rows of dW after the tiles before it were
+  // read, but before its own logits may be overwritten:
+  //   (kept + k + 1) * gradient <= V * D - (kept_in_weight - k) * logits     for k in [0, kept_in_weight)
+  const int64_t all = s.n_classes * s.n_features;
+  const int64_t room = logits >= gradient ? (all - (plan.kept + 1) * gradient) / logits
+                                          : (all - logits - plan.kept * gradient) / gradient;
+  plan.kept_in_weight = std::clamp<int64_t>(room, 0, n_tiles - plan.kept);
+  return plan;
+}
+
+double choose_tiles(const LinearSizes& s, LinearPlan& best) {
+  const int64_t class_bytes = s.n_rows * s.element_size;
   const int64_t left = s.budget - (s.is_half && s.wants_input ? s.n_rows * s.n_features * 4 : 0);
-  const int64_t most = std::min(kMaxTileClasses, left / class_bytes - other) / kTileMultiple * kTileMultiple;
-  if (!s.may_tile || left <= 0 || most <= 0) return kNever;
-  int64_t n_tiles = (s.n_classes + most - 1) / most;
-  const int64_t width = (s.n_classes + n_tiles - 1) / n_tiles;
-  const int64_t classes = (width + kTileMultiple - 1) / kTileMultiple * kTileMultiple;
-  n_tiles = (s.n_classes + classes - 1) / classes;
-  plan.tile_classes = classes;
-  plan.kept = std::clamp<int64_t>(left / (class_bytes * (classes + other)), 1, n_tiles);
-  if (s.with_gradients && s.wants_weight) {
-    // The tiles that are kept write their own rows of dW before the others in its memory have been read.
-    const int64_t of_weight = s.n_classes - plan.kept * classes;
-    const int64_t of_tile = s.n_rows * (classes + other) + classes * s.n_features;
-    const int64_t room = of_weight > 0 && of_tile > 0 ? of_weight * s.n_features / of_tile : 0;
-    plan.kept_in_weight = std::min(room, n_tiles - plan.kept);
+  const int64_t most = std::min(kMaxTileClasses, left / class_bytes - class_multiple(s.element_size));
+  double best_time = kNever;
+  if (!s.may_tile || left <= 0) return best_time;
+  // The widths of this and of narrower tiles differ in how many are kept.
+  for (int64_t classes = most / kTileMultiple * kTileMultiple, last = classes / 3; classes > last;
+       classes -= kTileMultiple) {
+    const LinearPlan plan = tiles_of(s, classes, left);
+    const double kept = static_cast<double>((plan.kept + plan.kept_in_weight) * classes);
+    const double again = s.with_gradients ? std::max(0.0, 1 - kept / static_cast<double>(s.n_classes)) : 0;
+    const double side = s.wants_input ? kShortSideOfSums : kShortSide;
+    const double time = (products(s) + again) * (1 + side / static_cast<double>(classes));
+    if (time >= best_time) continue;
+    best_time = time;
+    best = plan;
   }
-  const double again = 1 - static_cast<double>(plan.kept + plan.kept_in_weight) / static_cast<double>(n_tiles);
-  return (products(s) + (s.with_gradients ? again : 0)) *
-         (1 + (s.wants_input ? kShortSideOfSums : kShortSide) / static_cast<double>(classes));
+  return best_time;
 }
 
 }  // namespace
