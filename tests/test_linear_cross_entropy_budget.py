@@ -6,6 +6,7 @@ Tiles are a GPU's: tests/test_cuda_emulated.py runs this file on the emulator to
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -258,6 +259,51 @@ def test_tiles_that_are_kept_are_computed_once() -> None:
     n_tiles = -(-1003 // classes)
     assert n_tiles > kept + kept_in_weight > kept > 0
     assert n_products(sample, budget) == 4 * n_tiles - kept - kept_in_weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n_rows", "n_features", "share"), [(96, 200, 0.4), (400, 300, 0.3), (512, 200, 0.25)])
+def test_logits_kept_in_the_gradient_of_the_weight_are_read_before_it_is_written(
+    dtype: torch.dtype, n_rows: int, n_features: int, share: float
+) -> None:
+    sample = large(dtype, n_rows, n_features)
+    sample.arguments["linear_weight"] /= n_features**0.5 / 3
+    budget = budget_of(sample, share)
+    rows, _, _, kept_in_weight = _C.linear_cross_entropy_plan(n_rows, n_features, 1003, dtype.itemsize, True, budget)
+    assert rows == 0
+    assert kept_in_weight > 0
+
+    def op(*tensors: Tensor, **options: Any) -> Any:
+        return functional.linear_cross_entropy(*tensors, memory_budget=budget, **options)
+
+    assert_matches_reference(op, reference.linear_cross_entropy, sample)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """The most memory that exists at once during a call, beyond what existed before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.skipif(not EMULATED, reason="the CPU's budget bounds the logits alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 1.1])
+def test_a_call_needs_no_more_memory_than_results_and_budget(dtype: torch.dtype, share: float) -> None:
+    n_rows, n_features, n_classes = 700, 64, 4000
+    x, weight, target = (
+        t.detach().requires_grad_(t.is_floating_point()) for t in arguments(n_rows, n_features, n_classes, dtype)
+    )
+    budget = int(share * n_rows * n_classes * dtype.itemsize) + 4 * n_rows * n_features
+    if dtype == torch.bfloat16:
+        budget += 2 * n_rows * n_features  # what the emulator's product is before it is added to a sum in float
+    results = (x.numel() + weight.numel()) * dtype.itemsize
+    losses: list[Tensor] = []
+    peak = peak_bytes(lambda: losses.append(functional.linear_cross_entropy(x, weight, target, memory_budget=budget)))
+    assert peak <= results + budget + 300 * n_rows
 
 
 def test_plans_of_the_recommended_sizes() -> None:
