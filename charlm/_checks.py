@@ -73,6 +73,14 @@ def shift(value: Any) -> int:
     return int(value) if isinstance(value, bool) else integer("linear_cross_entropy", "shift", value)
 
 
+def memory_budget(value: Any) -> int:
+    """Bytes: TypeError for anything but an int, ValueError for one that is not positive."""
+    budget = integer("linear_cross_entropy", "memory_budget", value)
+    if budget <= 0:
+        raise ValueError(f"memory_budget must be > 0, got {budget}")
+    return budget
+
+
 def boolean(function: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{function}(): argument {name!r} must be bool, not {type(value).__name__}")

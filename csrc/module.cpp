@@ -17,6 +17,7 @@
 #include "cpu/isa.h"
 #include "ops/embedding_linear_impl.h"
 #include "ops/linear_cross_entropy_op.h"
+#include "ops/linear_plan.h"
 
 namespace charlm {
 
@@ -195,7 +196,7 @@ py::object linear_cross_entropy(py::handle input, py::handle linear_weight, py::
                                 py::handle weight, py::handle token_weight, int64_t block_rows, py::handle reduction,
                                 py::handle ignore_index, py::handle label_smoothing, py::handle lse_square_scale,
                                 py::handle softcap, py::handle logit_scale, py::handle all_ignored,
-                                py::handle loss_dtype) {
+                                py::handle loss_dtype, int64_t memory_budget) {
   PythonArguments arguments("linear_cross_entropy");
   const LinearCrossEntropyArguments a{
       arguments.tensor("input", input),
@@ -208,10 +209,29 @@ py::object linear_cross_entropy(py::handle input, py::handle linear_weight, py::
       block_rows,
       static_cast<int64_t>(Gemm::kAuto),
       cross_entropy_options(arguments, reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale,
-                            all_ignored, loss_dtype)};
+                            all_ignored, loss_dtype),
+      memory_budget};
   if (!arguments.have_kernels()) return not_implemented();
   static const LinearForwardOp op("charlm::linear_cross_entropy");
   return without_gil([&] { return op(a); });
+}
+
+// The plan on a GPU of a loss with both gradients: rows of a block, classes of a tile, tiles that are kept in the
+// budget and in the gradient of the weight.
+std::tuple<int64_t, int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t n_rows, int64_t n_features,
+                                                                         int64_t n_classes, int64_t element_size,
+                                                                         bool may_tile, int64_t memory_budget) {
+  const LinearPlan plan = choose_linear_plan_on_gpu({.n_rows = n_rows,
+                                                     .n_features = n_features,
+                                                     .n_classes = n_classes,
+                                                     .element_size = element_size,
+                                                     .is_half = element_size == 2,
+                                                     .with_gradients = true,
+                                                     .wants_input = true,
+                                                     .wants_weight = true,
+                                                     .may_tile = may_tile,
+                                                     .budget = memory_budget});
+  return {plan.block_rows, plan.tile_classes, plan.kept, plan.kept_in_weight};
 }
 
 py::object embedding_linear(py::handle input, py::handle embedding_weight, py::handle linear_weight,
@@ -294,6 +314,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("embedding", &embedding);
   m.def("embedding_linear", &embedding_linear);
   m.def("embedding_linear_plans", &embedding_linear_plans);
+  m.def("linear_cross_entropy_plan", &linear_cross_entropy_plan);
   m.def("linear_cross_entropy", &linear_cross_entropy);
   m.def("cross_entropy", &cross_entropy);
   m.def("entropy", &entropy);

@@ -38,6 +38,7 @@ OPS_TESTS = (
     *KERNEL_TESTS,
     "tests/test_few_classes.py",
     "tests/test_linear_cross_entropy.py",
+    "tests/test_linear_cross_entropy_budget.py",
     "tests/test_linear_cross_entropy_calls.py",
     "tests/test_linear_cross_entropy_shift.py",
     "tests/test_loss_dtype.py",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from linear_cross_entropy_support import arguments, needs_torchs, op_with, ops_of
+from linear_cross_entropy_support import EMULATED, arguments, leaves_rows_out, needs_torchs, op_with, ops_of
 from torch import Tensor
 
 import charlm
@@ -112,7 +111,7 @@ def test_other_arguments_that_are_refused() -> None:
 # --- memory, options, modules -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif("CHARLM_CUDA_EMULATED" in os.environ, reason="128 million logits take an emulator minutes")
+@pytest.mark.skipif(EMULATED, reason="128 million logits take an emulator minutes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_call_needs_less_than_100_mb_beyond_its_gradients(dtype: torch.dtype, reduction: str) -> None:
@@ -148,6 +147,7 @@ def test_few_classes_give_the_same_bits_for_any_number_of_threads(n_threads: int
     assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
 
 
+@leaves_rows_out
 @pytest.mark.usefixtures("torchs_products")
 def test_ignored_rows_are_left_out_of_the_products() -> None:
     x, weight, target = arguments(64, 41, 42)
@@ -168,11 +168,10 @@ def test_options_set_the_rows_of_a_block() -> None:
         names = ops_of(lambda: functional.linear_cross_entropy(x, weight, target, options=options))
         return names.count("charlm::cross_entropy_of_rows_")
 
-    on_gpu = "CHARLM_CUDA_EMULATED" in os.environ
-    assert n_products() == (1 if on_gpu else 0)  # the CPU computes so few logits without blocks
+    assert n_products() == 0  # so few logits are computed without blocks
     assert n_products(batch_chunk_size=16) == 4
     assert n_products(chunking_method="aspect_ratio:4") == 8
-    assert n_products(batch_chunk_size=64, acc_policy="compact", allow_retain_graph=False) == 1
+    assert n_products(batch_chunk_size=64, acc_policy="compact", allow_retain_graph=False) == (0 if EMULATED else 1)
     with pytest.raises(ValueError, match="give different chunk sizes"):
         n_products(batch_chunk_size=5, chunking_method="aspect_ratio")
 

@@ -33,6 +33,7 @@ def functions() -> None:
     assert_type(F.kl_divergence(x, x, p_kind="probs"), Tensor)
     assert_type(F.surprisal(x, t, ignore_index=-1), Tensor)
     assert_type(F.linear_cross_entropy(x, w, t, linear_bias=None, all_ignored="zero"), Tensor)
+    assert_type(F.linear_cross_entropy(x, w, t, memory_budget=1 << 30), Tensor)
     assert_type(F.cross_entropy(x, t), Tensor)
     assert_type(F.cross_entropy(x, t, None, None, -1, None, "sum", 0.1, inplace="forward", return_lse=False), Tensor)
 

@@ -41,6 +41,7 @@ def linear_cross_entropy(
     all_ignored: AllIgnored = "nan",
     loss_dtype: torch.dtype | None = None,
     shift: bool | int = False,
+    memory_budget: int | None = None,
     return_lse: Literal[False] = False,
     return_entropy: Literal[False] = False,
     return_predicted_tokens: Literal[False] = False,
@@ -65,6 +66,7 @@ def linear_cross_entropy(
     all_ignored: AllIgnored = "nan",
     loss_dtype: torch.dtype | None = None,
     shift: bool | int = False,
+    memory_budget: int | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
@@ -88,6 +90,7 @@ def linear_cross_entropy(
     all_ignored: AllIgnored = "nan",
     loss_dtype: torch.dtype | None = None,
     shift: bool | int = False,
+    memory_budget: int | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
@@ -108,6 +111,9 @@ def linear_cross_entropy(
         shift: for a causal language model: the input at position t is scored with the target at position t + shift.
             True is 1; False or 0 is no shift. With it `input` is (T, D) or (..., T, D), `target` holds class indices of
             shape (T) or (..., T), and "none" gives (..., T - shift).
+        memory_budget: bytes beyond the results, for the logits that exist at once and, on CUDA, for sums in float32.
+            None is 1 GiB on CUDA and 64 MB on the CPU. On CUDA a larger one is faster (see the Note). Without effect
+            where `options` sets the rows of a block.
         weight, reduction, label_smoothing, lse_square_scale, softcap, logit_scale, token_weight, all_ignored,
             loss_dtype, return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
             `cross_entropy`. The metrics cost a product of their own.
@@ -120,9 +126,10 @@ def linear_cross_entropy(
     Raises:
         IndexError: a class index outside [0, C) that is not `ignore_index`, before anything is computed; the text names
             it, its position and C. On CUDA see `charlm.synchronize`.
-        ValueError: batch sizes that differ; an unknown `reduction` or `all_ignored`; `softcap` <= 0; a `loss_dtype`
-            that is neither the dtype of `input` nor float32 for half types; a `shift` outside [0, T); `options` whose
-            two ways to set the rows of a block differ.
+        TypeError: a `memory_budget` that is no int.
+        ValueError: batch sizes that differ; an unknown `reduction` or `all_ignored`; `softcap` or `memory_budget`
+            <= 0; a `loss_dtype` that is neither the dtype of `input` nor float32 for half types; a `shift` outside
+            [0, T); `options` whose two ways to set the rows of a block differ.
         RuntimeError: other shapes or dtypes that do not fit, with `shift` also a `target` of another shape; an
             `ignore_index` with class probabilities; a `token_weight`, or a `weight` with class indices, that requires
             grad.
@@ -133,11 +140,21 @@ def linear_cross_entropy(
         tensor(1.3863)
 
     Note:
-        The logits (N, C) are computed in blocks of rows. A block has about 64 MB (one row, if that is larger), is
-        turned into its losses and its own gradient in place, and is used for the gradients of `input`, `linear_weight`
-        and `linear_bias` before the next block is computed. Beyond the gradients a call needs less than 100 MB for any
-        N, and for half types one float32 copy of the gradient of `linear_weight`. Where the device multiplies half
-        types and N <= 2 D, a block has all rows, whose logits are smaller than that copy, which then is not made.
+        On the CPU the logits (N, C) are computed in blocks of rows. A block has about 64 MB (one row, if that is
+        larger), is turned into its losses and its own gradient in place, and is used for the gradients of `input`,
+        `linear_weight` and `linear_bias` before the next block is computed. Beyond the gradients a call needs less than
+        100 MB for any N, and for half types one float32 copy of the gradient of `linear_weight`. Where the device
+        multiplies half types and N <= 2 D, a block has all rows, whose logits are smaller than that copy, which then is
+        not made. A `memory_budget` bounds the logits of a block.
+
+        On CUDA the fastest plan within `memory_budget` is chosen. If it holds the logits, they exist as a whole, and
+        their gradient takes their place: three products. Otherwise there are blocks of rows, for half types with that
+        float32 copy; or tiles of classes for all rows, whose logits are computed twice, first for the softmax, then for
+        the gradient, with a float32 copy of the gradient of `input` for half types. Tiles need a fourth product, except
+        for those whose logits fit into the budget or, until it is written, into the gradient of `linear_weight`. Class
+        probabilities and `label_smoothing` have blocks of rows only. A budget too small for one row and these copies is
+        exceeded. A `linear_weight` whose C is no multiple of 16 bytes is copied with some rows of zeros, by which the
+        products of half types are five times as fast; with tiles only the last tile is copied.
 
         With "mean" or "sum" and arguments that require grad, forward computes the gradients for a unit grad_output in
         three products of (N, C, D), and backward multiplies them by grad_output. A second backward, "none" and float16
@@ -181,9 +198,11 @@ def linear_cross_entropy(
             label_smoothing=label_smoothing,
             options=options,
             shift=shift,
+            memory_budget=memory_budget,
             **extras,
         )
     has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
+    budget = 0 if memory_budget is None else _checks.memory_budget(memory_budget)
     if shift is not False and (positions := _checks.shift(shift)):
         return _shifted(
             positions,
@@ -196,6 +215,7 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             options=options,
+            memory_budget=memory_budget,
             **extras,
         )
     _checks.linear_shapes(input, linear_weight, linear_bias)
@@ -227,6 +247,7 @@ def linear_cross_entropy(
             logit_scale,
             all_ignored,
             loss_dtype,
+            budget,
         )
     checked = CrossEntropyOptions.checked(
         "linear_cross_entropy",
@@ -239,7 +260,7 @@ def linear_cross_entropy(
         all_ignored,
         loss_dtype,
     )
-    scalars = (block_rows, 0, *checked.schema_arguments())  # 0: the op chooses the dtype of the products
+    scalars = (block_rows, 0, *checked.schema_arguments(), budget)  # 0: the op chooses the dtype of the products
     if not returns:
         return torch.ops.charlm.linear_cross_entropy.default(*tensors, False, *scalars)
     if not (return_lse or return_entropy):  # apart from the loss, whose forward then computes the gradients too

@@ -252,8 +252,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         device, dtype: of the parameters.
         weight: (C), a weight for each class.
         reduction, ignore_index, label_smoothing, options, lse_square_scale, softcap, logit_scale, all_ignored,
-            loss_dtype, shift, return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
-            `charlm.functional.linear_cross_entropy`.
+            loss_dtype, shift, memory_budget, return_lse, return_entropy, return_predicted_tokens,
+            return_token_accuracy: as in `charlm.functional.linear_cross_entropy`.
 
     Attributes:
         linear: a `torch.nn.Linear` of C * d1 * ... outputs, which holds the parameters.
@@ -284,6 +284,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     all_ignored: AllIgnored = "nan"
     loss_dtype: torch.dtype | None = None
     shift: bool | int = False
+    memory_budget: int | None = None
     return_lse: bool = False
     return_entropy: bool = False
     return_predicted_tokens: bool = False
@@ -309,6 +310,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         all_ignored: AllIgnored = "nan",
         loss_dtype: torch.dtype | None = None,
         shift: bool | int = False,
+        memory_budget: int | None = None,
         return_lse: bool = False,
         return_entropy: bool = False,
         return_predicted_tokens: bool = False,
@@ -333,6 +335,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         self.all_ignored = all_ignored
         self.loss_dtype = loss_dtype
         self.shift = shift
+        self.memory_budget = memory_budget
         self.return_lse = return_lse
         self.return_entropy = return_entropy
         self.return_predicted_tokens = return_predicted_tokens

@@ -33,6 +33,7 @@ def linear_cross_entropy(
     all_ignored: str = "nan",
     loss_dtype: torch.dtype | None = None,
     shift: bool | int = False,
+    memory_budget: int | None = None,
     return_lse: bool = False,
     return_entropy: bool = False,
     return_predicted_tokens: bool = False,
@@ -43,7 +44,7 @@ def linear_cross_entropy(
     The arguments and the errors are those of `charlm.functional.linear_cross_entropy`.
 
     Args:
-        options: of no effect.
+        options, memory_budget: of no effect.
 
     Returns:
         The result of `charlm.reference.cross_entropy`.

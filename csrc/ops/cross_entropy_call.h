@@ -92,6 +92,15 @@ class CrossEntropyCall {
     p_.row_dense_sum = state.size(0) == 3 ? state_row<C>(state, 2) : nullptr;
   }
 
+  // Instead of the caller's ignore_index.
+  void ignore_only(int64_t target) {
+    p_.ignore_index = target;
+    p_.may_ignore = true;
+  }
+
+  // GPU: targets from `limit` on are no classes, in place of those from V on.
+  void set_target_limit(int64_t limit) { p_.target.against.limit = limit; }
+
   Tensor new_gradient() const { return device_.empty(logits.sizes(), logits.options()); }
 
   // `grad` [N, V] is written by the next kernel; `grad_loss`: [] or [N], null for 1.

@@ -4,6 +4,8 @@
 //
 //   Z = X W^T + b   [n, V]     loss_n, G = d loss / d Z     dX = G W   [n, D]     dW += G^T X   [V, D]     db += G^T 1
 //
+// On a GPU tiles of classes may take the place of blocks of rows: ops/linear_plan.cpp chooses.
+//
 // On the CPU, rows whose target is ignored are left out, unless their lse or entropy is needed. On CUDA that would
 // require waiting for the device.
 #include <ATen/TensorOperators.h>
@@ -22,6 +24,8 @@
 #include "core/checks.h"
 #include "cpu/gemm/gemm.h"
 #include "ops/cross_entropy_call.h"
+#include "ops/linear_class_tiles.h"
+#include "ops/linear_plan.h"
 #include "ops/linear_products.h"
 
 namespace charlm {
@@ -58,6 +62,7 @@ void check_linear_cross_entropy(const LinearCrossEntropyArguments& a) {
                 "expected linear_bias shape ", a.linear_weight.sym_size(0), ", got ", a.linear_bias->sym_sizes());
   }
   TORCH_CHECK(a.block_rows >= 0, "block_rows must not be negative, got ", a.block_rows);
+  TORCH_CHECK_VALUE(a.memory_budget >= 0, "memory_budget must be > 0, got ", a.memory_budget);
   TORCH_CHECK(a.gemm >= 0 && a.gemm <= 2, "gemm must be 0, 1 or 2, got ", a.gemm);
   check_cross_entropy(a.options, like_logits(a), a.target, a.weight, a.token_weight);
 }
@@ -66,7 +71,7 @@ void check_linear_cross_entropy(const LinearCrossEntropyArguments& a) {
 
 namespace {
 
-constexpr int64_t kLogitsBytes = 64 << 20;  // of the logits that exist at once
+constexpr int64_t kLogitsBytes = 64 << 20;  // of the logits that exist at once, on a CPU
 constexpr int64_t kFastRows = 512;          // more make a product of a CPU no faster
 constexpr int64_t kFastLogits = 1 << 20;    // ... unless they are short
 constexpr int64_t kLogitsAtOnce = 1 << 19;  // so few are faster without blocks
@@ -76,7 +81,7 @@ constexpr int64_t kMinPaddedRow = 257;      // tiles of rows of fewer classes ne
 // The call's tensors as rows.
 class Rows {
  public:
-  explicit Rows(const LinearCrossEntropyArguments& arguments) : a(arguments) {
+  explicit Rows(const LinearCrossEntropyArguments& arguments) : a(arguments), is_gpu(Device(arguments.input).is_gpu()) {
     const bool one = a.input.dim() == 1;
     x = one ? a.input.unsqueeze(0) : a.input;
     probabilities = has_probabilities(like_logits(a), a.target);
@@ -86,6 +91,7 @@ class Rows {
   }
 
   const LinearCrossEntropyArguments a;
+  const bool is_gpu;
   bool probabilities;
   Tensor x;                     // [N, D]
   Tensor target;                // [N], or [N, V] probabilities
@@ -97,7 +103,7 @@ class Rows {
 
   // On the CPU: the rows whose targets are not ignored, of which `positions` are the places among all; undefined: all.
   Rows only_counted(Tensor& positions) const {
-    if (!counted.defined() || x.is_cuda()) return *this;
+    if (!counted.defined() || is_gpu) return *this;
     positions = counted.nonzero().squeeze(1);
     if (positions.size(0) == size()) {
       positions.reset();
@@ -132,7 +138,7 @@ class Rows {
     // A uint64 target of 2^63 or more is negative here, but is never ignore_index.
     const bool may_ignore = target.scalar_type() != at::kUInt64 || a.options.ignore_index >= 0;
     counted = may_ignore ? index.ne(a.options.ignore_index) : at::ones(index.sizes(), index.options().dtype(at::kBool));
-    if (x.is_cuda()) return;
+    if (is_gpu) return;
     const Tensor bad = index.lt(0).logical_or_(index.ge(n_classes())).logical_and_(counted);
     if (bad.any().item<bool>()) {
       raise_out_of_range(a.target, bad.nonzero()[0][0].item<int64_t>(), n_classes(), "target", "classes");
@@ -141,55 +147,80 @@ class Rows {
   }
 };
 
-// Of n rows, how many make a block: blocks of equal size, whose logits are within the budget.
-int64_t block_rows(const Rows& rows, int64_t n) {
-  if (n == 0) return 1;
-  const LinearCrossEntropyArguments& a = rows.a;
-  if (a.block_rows > 0) return std::min(a.block_rows, n);
-  const bool widened = is_widened(a), half = rows.x.scalar_type() != compute_dtype(rows.x);
-  // A gradient of W of one block needs no sum in float: up to here that would be the larger of the two.
-  if (half && !widened && n <= 2 * rows.x.size(1)) return n;
-  int64_t row_bytes = rows.n_classes() * (widened ? 4 : rows.x.element_size());
-  if (widened && rows.probabilities) row_bytes *= 2;  // these are converted in addition
-  int64_t most = std::max<int64_t>(1, kLogitsBytes / std::max<int64_t>(1, row_bytes));
-  if (!rows.x.is_cuda()) {
-    most = std::min(most, std::max(kFastRows, kFastLogits / std::max<int64_t>(1, rows.n_classes())));
-  }
+// Blocks of equal size for n rows, of at most `most` rows.
+int64_t equal_blocks(int64_t n, int64_t most) {
   if (most > kMultiple) most -= most % kMultiple;
   const int64_t n_blocks = (n + most - 1) / most, size = (n + n_blocks - 1) / n_blocks;
   return std::min(most, (size + kMultiple - 1) / kMultiple * kMultiple);
 }
 
+// Of n rows, how many make a block on a CPU: their logits are within the budget.
+int64_t block_rows_on_cpu(const Rows& rows, int64_t n) {
+  if (n == 0) return 1;
+  const LinearCrossEntropyArguments& a = rows.a;
+  if (a.block_rows > 0) return std::min(a.block_rows, n);
+  const bool widened = is_widened(a), half = rows.x.scalar_type() != compute_dtype(rows.x);
+  int64_t row_bytes = rows.n_classes() * (widened ? 4 : rows.x.element_size());
+  if (widened && rows.probabilities) row_bytes *= 2;  // these are converted in addition
+  const int64_t budget = a.memory_budget > 0 ? a.memory_budget : kLogitsBytes;
+  const int64_t most = std::max<int64_t>(1, budget / std::max<int64_t>(1, row_bytes));
+  // A gradient of W of one block needs no sum in float: up to here that would be the larger of the two.
+  if (half && !widened && n <= 2 * rows.x.size(1) && (a.memory_budget == 0 || n <= most)) return n;
+  return equal_blocks(n, std::min(most, std::max(kFastRows, kFastLogits / std::max<int64_t>(1, rows.n_classes()))));
+}
+
+LinearPlan plan_on_gpu(const LinearCrossEntropyArguments& a, bool with_gradients, OutputMask mask, bool may_tile) {
+  const int64_t n = a.input.dim() == 1 ? 1 : a.input.size(0);
+  if (a.block_rows > 0) return {.block_rows = a.block_rows};
+  const LinearSizes sizes{.n_rows = n,
+                          .n_features = a.linear_weight.size(1),
+                          .n_classes = a.linear_weight.size(0),
+                          .element_size = a.input.element_size(),
+                          .is_half = a.input.scalar_type() != compute_dtype(a.input),
+                          .with_gradients = with_gradients,
+                          .wants_input = with_gradients && mask[0],
+                          .wants_weight = with_gradients && mask[1],
+                          .may_tile = may_tile && a.options.label_smoothing <= 0 &&
+                                      !has_probabilities(like_logits(a), a.target) && !is_widened(a),
+                          .budget = a.memory_budget > 0 ? a.memory_budget : kDefaultMemoryBudget};
+  LinearPlan plan = choose_linear_plan_on_gpu(sizes);
+  if (plan.block_rows > 0 && plan.block_rows < n) plan.block_rows = equal_blocks(n, plan.block_rows);
+  return plan;
+}
+
 // The blocks of a call, with their logits.
 class LogitBlocks {
  public:
-  // `positions`: see Rows::only_counted().
-  LogitBlocks(const Rows& rows, Tensor positions)
+  // `positions`: see Rows::only_counted(). `block_rows`: on a GPU.
+  LogitBlocks(const Rows& rows, Tensor positions, int64_t block_rows)
       : rows_(rows),
         positions_(std::move(positions)),
         n_(positions_.defined() ? positions_.size(0) : rows.size()),
-        size_(block_rows(rows, n_)),
+        size_(rows.is_gpu ? block_rows : block_rows_on_cpu(rows, n_)),
         products_(new_products(rows.a, /*one_block=*/n_ <= size_)) {}
 
   LinearProducts& products() { return *products_; }
 
-  // f(first, x [n, D], logits [n, V]): the memory of the logits is one for all blocks.
+  // f(first, x [n, D], logits [n, V], padded [n, V']): the memory of the logits, which `padded` has with the classes of
+  // padding, is one for all blocks.
   template <class F>
   void for_each(F f) {
     Tensor memory;
     // With rows that begin at multiples of 64 bytes the products of 50257 classes take 9 % less time (bench/NOTES.md).
-    const int64_t n_classes = rows_.n_classes();
-    const int64_t row_stride =
-        n_classes < kMinPaddedRow ? n_classes : (n_classes + kMultiple - 1) / kMultiple * kMultiple;
+    const int64_t n_classes = products_->n_classes();
+    const bool has_gaps =
+        n_classes >= kMinPaddedRow && !(rows_.is_gpu && n_classes == padded_classes(n_classes, rows_.x.element_size()));
+    const int64_t row_stride = has_gaps ? (n_classes + kMultiple - 1) / kMultiple * kMultiple : n_classes;
     for (int64_t first = 0; first < n_; first += size_) {
       const int64_t n = std::min(size_, n_ - first);
       const Tensor x = (positions_.defined() ? at::index_select(rows_.x, 0, positions_.narrow(0, first, n))
                                              : rows_.x.narrow(0, first, n))
                            .to(products_->dtype());
       if (!memory.defined()) memory = new_memory({n, row_stride}, x.options());
-      Tensor logits = memory.narrow(0, 0, n).narrow(1, 0, n_classes);
-      products_->logits(x, logits);
-      f(first, x, logits);
+      const Tensor padded = memory.narrow(0, 0, n).narrow(1, 0, n_classes);
+      products_->logits(x, padded);
+      Tensor logits = padded.narrow(1, 0, rows_.n_classes());
+      f(first, x, logits, padded);
     }
   }
 
@@ -239,9 +270,11 @@ Tensor grad_of_rows(const Rows& rows, const OptionalTensor& grad_loss, const Ten
 // On the CPU, few logits that are computed in their own dtype: what blocks need in addition to the products would take
 // longer than the products.
 bool fits_at_once(const LinearCrossEntropyArguments& a) {
+  const int64_t n_logits = a.input.dim() == 2 ? a.input.size(0) * a.linear_weight.size(0) : 0;
   return !Device(a.input).is_gpu() && a.input.dim() == 2 && a.block_rows == 0 &&
+         (a.memory_budget == 0 || n_logits * a.input.element_size() <= a.memory_budget) &&
          a.input.scalar_type() == compute_dtype(a.input) && !a.options.is(Reduction::kNone) &&
-         a.input.size(0) * a.linear_weight.size(0) <= kLogitsAtOnce;
+         n_logits <= kLogitsAtOnce;
 }
 
 Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& start = {}) {
@@ -287,6 +320,53 @@ std::optional<LossAndGradients> run_at_once(const LinearCrossEntropyArguments& a
                           mask[1] ? product(logits.t(), a.input) : none, mask[2] ? sum_of_rows<C>(logits) : none};
 }
 
+// The classes of padding of a gradient, which a row of NaN or inf has made NaN.
+void clear_padding(const Tensor& padded, int64_t n_classes) {
+  if (padded.size(1) > n_classes) padded.narrow(1, n_classes, padded.size(1) - n_classes).zero_();
+}
+
+// On a GPU, all logits at once: the kernels reduce the losses.
+template <class T>
+LossAndGradients run_whole_on_gpu(const LinearCrossEntropyArguments& a, bool with_gradients,
+                                  const OptionalTensor& grad_loss, OutputMask mask) {
+  const Tensor x = a.input.dim() == 1 ? a.input.unsqueeze(0) : a.input;
+  const int64_t n = x.size(0), n_classes = a.linear_weight.size(0);
+  const bool probabilities = has_probabilities(like_logits(a), a.target);
+  const auto products = new_products(a, /*one_block=*/true);
+  const Tensor padded = at::empty({n, products->n_classes()}, x.options().dtype(products->dtype()));
+  const Tensor logits = padded.narrow(1, 0, n_classes), x_in = x.to(products->dtype());
+  products->logits(x_in, padded);
+  const Tensor target = probabilities ? a.target.reshape({n, n_classes}) : a.target.reshape({n});
+  const OptionalTensor token_weight = a.token_weight ? OptionalTensor(a.token_weight->reshape({n})) : std::nullopt;
+  const Tensor loss = at::empty({}, a.input.options().dtype(loss_dtype(a)));
+  const Tensor state = at::empty({3, n}, a.input.options().dtype(compute_dtype(a.input)));
+  const Tensor grad = grad_loss ? grad_loss->to(compute_dtype(a.input)).contiguous() : Tensor();
+  CrossEntropyCall<T> call(a.options, logits, target, a.weight, token_weight, a.target, 0);
+  call.set_state(state);
+  if (with_gradients) {
+    call.set_gradient(logits, grad.defined() ? const_data<Compute<T>>(grad) : nullptr, /*one_for_each_row=*/false);
+  }
+  call.forward(loss);
+  if (!with_gradients) return {loss, Tensor(), Tensor(), Tensor()};
+  clear_padding(padded, n_classes);
+  const Tensor none = at::empty({0}, a.input.options());
+  LossAndGradients results{loss, none, none, none};
+  if (mask[0]) {
+    Tensor& grad_input = std::get<1>(results) = at::empty(x.sizes(), x.options());
+    products->input_gradient(padded, grad_input);
+    grad_input = grad_input.view(a.input.sizes());
+  }
+  if (mask[1]) {
+    products->add_weight_gradient(padded, x_in);
+    std::get<2>(results) = products->weight_gradient();
+  }
+  if (mask[2]) {
+    products->add_bias_gradient(logits);
+    std::get<3>(results) = products->bias_gradient();
+  }
+  return results;
+}
+
 LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
                      const MetricGradients& metric_grads, OutputMask mask) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // a backward may be under it
@@ -296,27 +376,42 @@ LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, 
                                                              : run_at_once<float>(a, with_gradients, grad_loss, mask);
     if (result) return *result;
   }
+  const bool is_gpu = Device(a.input).is_gpu();
+  const LinearPlan plan = is_gpu ? plan_on_gpu(a, with_gradients, mask, /*may_tile=*/true) : LinearPlan{};
+  const bool is_whole = is_gpu && plan.block_rows >= (a.input.dim() == 1 ? 1 : a.input.size(0)) &&
+                        a.input.numel() > 0 && a.linear_weight.size(0) > 0 && !is_widened(a);
+  if (is_whole && !metric_grads.is_any() && !a.options.is(Reduction::kNone)) {
+    return with_float_type(a.input.scalar_type(), "linear_cross_entropy",
+                           [&]<class T>() { return run_whole_on_gpu<T>(a, with_gradients, grad_loss, mask); });
+  }
   const Rows all(a);
   Tensor positions;
   const Rows rows = metric_grads.is_any() ? all : all.only_counted(positions);  // every row has an lse
   const Tensor total = a.options.is(Reduction::kMean) ? rows.total() : Tensor();
   const auto compute = a.input.options().dtype(compute_dtype(a.input));
-  Tensor losses = at::zeros({all.size()}, compute), grad_input;
   OptionalTensor g;
   if (with_gradients) g = grad_of_rows(all, grad_loss, total, positions);
+  const Tensor none = with_gradients ? at::empty({0}, a.input.options()) : Tensor();
+  if (is_gpu && plan.block_rows == 0) {
+    const TiledResults of_tiles =
+        run_tiles_of_classes({a, all.x, all.target, all.token_weight, g, metric_grads, mask}, plan);
+    return {reduced(a, of_tiles.losses, total), mask[0] ? of_tiles.grad_input.view(a.input.sizes()) : none,
+            mask[1] ? of_tiles.grad_weight : none, mask[2] ? of_tiles.grad_bias : none};
+  }
+  Tensor losses = at::zeros({all.size()}, compute), grad_input;
   if (mask[0]) grad_input = new_memory(all.x.sizes(), a.input.options());
   if (mask[0] && positions.defined()) grad_input.zero_();
 
-  LogitBlocks blocks(all, positions);
-  blocks.for_each([&](int64_t first, const Tensor& x, Tensor& logits) {
+  LogitBlocks blocks(all, positions, plan.block_rows);
+  blocks.for_each([&](int64_t first, const Tensor& x, Tensor& logits, const Tensor& padded) {
     blocks.put(
         losses, first,
         cross_entropy_of_rows_(a.options, logits, rows.target, a.weight, rows.token_weight, g, metric_grads, first));
-    if (mask[0]) blocks.put_input_gradient(grad_input, first, logits);
-    if (mask[1]) blocks.products().add_weight_gradient(logits, x);
+    if (with_gradients) clear_padding(padded, logits.size(1));
+    if (mask[0]) blocks.put_input_gradient(grad_input, first, padded);
+    if (mask[1]) blocks.products().add_weight_gradient(padded, x);
     if (mask[2]) blocks.products().add_bias_gradient(logits);
   });
-  const Tensor none = with_gradients ? at::empty({0}, a.input.options()) : Tensor();
   return {reduced(a, losses, total), mask[0] ? grad_input.view(a.input.sizes()) : none,
           mask[1] ? blocks.products().weight_gradient() : none, mask[2] ? blocks.products().bias_gradient() : none};
 }
@@ -344,8 +439,10 @@ CrossEntropyMetricsTuple metrics(const LinearCrossEntropyArguments& a) {
   Tensor lse = at::empty({rows.size()}, compute), entropy = at::empty({rows.size()}, compute);
   Tensor predicted = at::empty({rows.size()}, a.input.options().dtype(at::kLong));
   Tensor is_correct = at::empty({rows.size()}, a.input.options().dtype(at::kFloat));
-  LogitBlocks blocks(rows, {});
-  blocks.for_each([&](int64_t first, const Tensor&, const Tensor& logits) {
+  const int64_t block_rows =
+      rows.is_gpu ? plan_on_gpu(a, /*with_gradients=*/false, {}, /*may_tile=*/false).block_rows : 0;
+  LogitBlocks blocks(rows, {}, block_rows);
+  blocks.for_each([&](int64_t first, const Tensor&, const Tensor& logits, const Tensor&) {
     const CrossEntropyMetrics of_block =
         cross_entropy_metrics_of_rows(a.options, logits, rows.target.narrow(0, first, logits.size(0)));
     blocks.put(lse, first, of_block.lse);
@@ -390,10 +487,11 @@ LossAndMetrics meta_with_metrics(const LinearCrossEntropyArguments& a) {
 
 }  // namespace
 
-#define ARGUMENTS                                                                                                  \
-  "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, " \
-  "bool unrounded, int block_rows, int gemm, int reduction, int ignore_index, float label_smoothing, "             \
-  "float lse_square_scale, float softcap, float logit_scale, bool zero_if_all_ignored, ScalarType? loss_dtype=None)"
+#define ARGUMENTS                                                                                                     \
+  "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor? token_weight, "    \
+  "bool unrounded, int block_rows, int gemm, int reduction, int ignore_index, float label_smoothing, "                \
+  "float lse_square_scale, float softcap, float logit_scale, bool zero_if_all_ignored, ScalarType? loss_dtype=None, " \
+  "int memory_budget=0)"
 
 TORCH_LIBRARY_FRAGMENT(charlm, m) {
   m.def("linear_cross_entropy(" ARGUMENTS " -> Tensor");

@@ -25,7 +25,8 @@ Tensor formula(const LinearCrossEntropyArguments& a) {
   return cross_entropy_formula(a.options, z, a.target, to(a.weight, z.scalar_type()), a.token_weight);
 }
 
-struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBackward, 7, bool, int64_t, int64_t> {
+struct LinearCrossEntropyBackward final
+    : CrossEntropyNode<LinearCrossEntropyBackward, 7, bool, int64_t, int64_t, int64_t> {
   static constexpr const char* kName = "LinearCrossEntropyBackward";
   enum { kInput, kLinearWeight, kTarget, kLinearBias, kWeight, kTokenWeight, kEntropy };
 
@@ -33,7 +34,7 @@ struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBac
 
   // Outputs: the loss, and for linear_cross_entropy_with_metrics lse and entropy.
   static variable_list of_call(const BackwardCall& call, const CrossEntropyOptions& options, bool unrounded,
-                               int64_t block_rows, int64_t gemm) {
+                               int64_t block_rows, int64_t gemm, int64_t memory_budget) {
     const bool has_metrics = call.grads.size() > 1;
     LinearCrossEntropyArguments a{call.saved(kInput),
                                   call.saved(kLinearWeight),
@@ -44,7 +45,8 @@ struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBac
                                   unrounded,
                                   block_rows,
                                   gemm,
-                                  options};
+                                  options,
+                                  memory_budget};
     if (at::GradMode::is_enabled()) {
       raise_recorded_index_error(a.target);
       return call.differentiate({a.input, a.linear_weight, tensor_or_undefined(a.linear_bias)},
@@ -72,7 +74,8 @@ struct LinearCrossEntropyBackward final : CrossEntropyNode<LinearCrossEntropyBac
   }
 
   void set_options(const LinearCrossEntropyArguments& a) {
-    CrossEntropyNode::set_options(a.options, loss_dtype(a) != a.input.scalar_type(), a.block_rows, a.gemm);
+    CrossEntropyNode::set_options(a.options, loss_dtype(a) != a.input.scalar_type(), a.block_rows, a.gemm,
+                                  a.memory_budget);
   }
 
   static variable_list only(OutputMask mask, const LossAndGradients& all) {

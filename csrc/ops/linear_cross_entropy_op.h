@@ -19,6 +19,7 @@ struct LinearCrossEntropyArguments {
   int64_t block_rows;           // rows whose logits exist at once; 0: as many as are fast
   int64_t gemm;                 // Gemm
   CrossEntropyOptions options;
+  int64_t memory_budget = 0;  // bytes beyond the results; 0: the default
 };
 
 // The dtype in which products of half types are computed.
@@ -39,7 +40,7 @@ struct FlatLinear<kFunction> {
                      const OptionalTensor& token_weight, bool unrounded, int64_t block_rows, int64_t gemm,
                      int64_t reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
                      double softcap, double logit_scale, bool zero_if_all_ignored,
-                     std::optional<at::ScalarType> loss_dtype) {
+                     std::optional<at::ScalarType> loss_dtype, int64_t memory_budget) {
     return kFunction({input,
                       linear_weight,
                       target,
@@ -50,7 +51,8 @@ struct FlatLinear<kFunction> {
                       block_rows,
                       gemm,
                       {reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale,
-                       zero_if_all_ignored, loss_dtype}},
+                       zero_if_all_ignored, loss_dtype},
+                      memory_budget},
                      before...);
   }
 };
@@ -60,7 +62,7 @@ template <class Result, class... Before>
 class LinearCrossEntropyOp {
   using Signature = Result(Before..., const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                            const OptionalTensor&, const OptionalTensor&, bool, int64_t, int64_t, int64_t, int64_t,
-                           double, double, double, double, bool, std::optional<at::ScalarType>);
+                           double, double, double, double, bool, std::optional<at::ScalarType>, int64_t);
 
  public:
   explicit LinearCrossEntropyOp(const char* name)
@@ -70,7 +72,8 @@ class LinearCrossEntropyOp {
     const CrossEntropyOptions& o = a.options;
     return handle_.call(before..., a.input, a.linear_weight, a.target, a.linear_bias, a.weight, a.token_weight,
                         a.unrounded, a.block_rows, a.gemm, o.reduction, o.ignore_index, o.label_smoothing,
-                        o.lse_square_scale, o.softcap, o.logit_scale, o.zero_if_all_ignored, o.loss_dtype);
+                        o.lse_square_scale, o.softcap, o.logit_scale, o.zero_if_all_ignored, o.loss_dtype,
+                        a.memory_budget);
   }
 
  private:
