@@ -44,10 +44,31 @@ REPORTED_BY_EMULATOR = {
     "grid_of_no_blocks": r"invalid launch configuration: a grid of \(0,1,1\) blocks",
     "grid_of_65536_in_y": r"invalid launch configuration: a grid of \(1,65536,1\) blocks",
     "argument_of_64_bits": r"a kernel's argument, 4294967296, does not fit the type of its parameter",
+    "transfer_barrier_not_initialised": r"(expect_bytes|wait_barrier) at defects\.h:\d+: block .*: the barrier is not initialised",
+    "transfer_barrier_not_published": r"load_bulk at .*: no publish_barriers\(\) after init_barrier\(\) at defects\.h:\d+",
+    "too_few_bytes_expected": r"load_bulk at defects\.h:\d+ .*: more bytes than expected for phase 0 of the barrier of "
+    r"defects\.h:\d+, which misses 0 of 1 arrivals, and -16 of 112 bytes",
+    "too_many_bytes_expected": r"deadlock in block \(0,0,0\): .* waits in wait_barrier at defects\.h:\d+ for phase 0 of "
+    r"the barrier of defects\.h:\d+, which misses 0 of 1 arrivals, and 16 of 144 bytes",
+    "load_never_awaited": r"load_bulk at defects\.h:\d+ of .* ended without waiting for it|one arrival too many",
+    "wrong_parity": r"expect_bytes at .* one arrival too many: .* misses 0 of 1 arrivals, and 0 of 128 bytes",
+    "exit_before_stores_have_read": r"store_bulk at defects\.h:\d+ of .* without waiting until shared memory was read",
+    "arrival_too_many": r"expect_bytes at .* one arrival too many: .* misses 0 of 63 arrivals, and 1008 of 1008 bytes",
+    "bulk_of_20_bytes": r"load_bulk at .* the number of bytes, 20, must be multiples of 16",
+    "message_before_meeting": r"store_in_cluster at .* no wait_for_cluster\(\) before: block \d may not run yet",
+    "exit_before_message": r"store_in_cluster at .* block \(\d,0,0\) ended without waiting for it",
+    "grid_of_no_whole_clusters": r"invalid launch configuration: a grid of \(6,1,1\) blocks in clusters of 4",
+    "previous_kernel_not_awaited": r"of a dependent kernel exited without wait_for_previous_kernel\(\)",
 }
 
 # Seen as a wrong result, in every flavour.
-SEEN_IN_RESULT = ["shared_never_written", "missing_tail"]
+SEEN_IN_RESULT = [
+    "shared_never_written",
+    "missing_tail",
+    "load_awaited_by_some_threads",
+    "stage_loaded_before_it_is_stored",
+]
+
 
 # Reported by AddressSanitizer or UndefinedBehaviorSanitizer, which end the process.
 REPORTED_BY_ADDRESS = {
@@ -61,10 +82,12 @@ REPORTED_BY_ADDRESS = {
     "shared_past_end_by_pointer": r"use-after-poison.*\nWRITE of size 4",
     "dynamic_shared_past_end": r"use-after-poison.*\nWRITE of size 4",
     "local_array_past_end": r"runtime error: index 4 out of bounds for type 'float \[4\]'",
+    "bulk_load_past_end": r"heap-buffer-overflow.*\nREAD of size 8",
+    "bulk_store_past_end": r"heap-buffer-overflow.*\nWRITE of size 4",
     "offset_of_32_bits": r"runtime error: signed integer overflow: 2 \* 2000000000",
 }
 
-# Reported by ThreadSanitizer.
+# Reported by ThreadSanitizer; in the other flavours as above, if at all.
 REPORTED_BY_THREAD = [
     "missing_barrier",
     "reduction_buffer_reused",
@@ -76,6 +99,11 @@ REPORTED_BY_THREAD = [
     "plain_store_beside_atomic",
     "overlapping_vector_stores",
     "last_block_without_fence",
+    "stores_not_fenced",
+    "load_never_awaited",
+    "load_awaited_by_some_threads",
+    "stage_loaded_before_it_is_stored",
+    "exit_before_message",
 ]
 
 CORRECT, WRONG_RESULT, ERROR = 0, 1, 3  # statuses of charlm_run_defect()
@@ -96,9 +124,7 @@ def correct_kernels(executables: dict[str, Path]) -> list[str]:
     names = listed.split()
     correct = [name for name in names if name.startswith("correct_")]
     assert len(correct) >= 4
-    assert sorted(names) == sorted(
-        [*REPORTED_BY_EMULATOR, *SEEN_IN_RESULT, *REPORTED_BY_ADDRESS, *REPORTED_BY_THREAD, *correct]
-    )
+    assert {*names} == {*REPORTED_BY_EMULATOR, *SEEN_IN_RESULT, *REPORTED_BY_ADDRESS, *REPORTED_BY_THREAD, *correct}
     return correct
 
 
@@ -122,6 +148,8 @@ def reports(stderr: str) -> dict[str, tuple[str, int]]:
 @pytest.mark.parametrize("flavour", build.FLAVOURS)
 def test_broken_rules_are_reported_and_correct_kernels_are_not(executables, correct_kernels, flavour, schedule):
     names = [*REPORTED_BY_EMULATOR, *SEEN_IN_RESULT, *correct_kernels]  # a failure leaves nothing behind for the next
+    if flavour == "thread":
+        names = [name for name in names if name not in REPORTED_BY_THREAD]
     found = reports(run(executables[flavour], flavour, schedule, names))
     for name in names:
         report, status = found[name]

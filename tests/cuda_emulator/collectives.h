@@ -19,8 +19,9 @@ CHARLM_EMULATOR_CODE inline bool same_place(const Location& a, const Location& b
 }
 
 CHARLM_EMULATOR_COLD void set_barrier_exit_error() {
-  set_error(describe_wait(*emulator.barrier.first) + " in block " + describe(blockIdx) + ": " +
-            std::to_string(emulator.n_exited) + " of " + std::to_string(emulator.n_threads) +
+  const Block& block = *emulator.block;
+  set_error(describe_wait(*block.barrier.first) + " in block " + describe(block.position) + ": " +
+            std::to_string(block.n_exited) + " of " + std::to_string(emulator.n_threads) +
             " threads have exited without reaching it");
 }
 
@@ -49,12 +50,13 @@ CHARLM_EMULATOR_COLD void set_barrier_exit_error() {
 }
 
 CHARLM_EMULATOR_CODE inline void open_barrier_if_all_wait() {
-  Barrier& barrier = emulator.barrier;
+  Block& block = *emulator.block;
+  Barrier& barrier = block.barrier;
   const unsigned n_threads = emulator.n_threads;
-  if (barrier.n_waiting == 0 || barrier.n_waiting + emulator.n_exited != n_threads) return;
-  if (emulator.n_exited > 0) return set_barrier_exit_error();
+  if (barrier.n_waiting == 0 || barrier.n_waiting + block.n_exited != n_threads) return;
+  if (block.n_exited > 0) return set_barrier_exit_error();
   for (unsigned begin = 0; begin < n_threads; begin += 64) {
-    emulator.runnable[begin / 64] = ~uint64_t{0} >> (n_threads - begin < 64 ? 64 - (n_threads - begin) : 0);
+    block.runnable[begin / 64] = ~uint64_t{0} >> (n_threads - begin < 64 ? 64 - (n_threads - begin) : 0);
   }
   barrier.n_waiting = 0;
   barrier.phase ^= 1;
@@ -62,7 +64,7 @@ CHARLM_EMULATOR_CODE inline void open_barrier_if_all_wait() {
 
 // Returns the number of threads whose predicate is true.
 CHARLM_EMULATOR_CODE inline int wait_for_block(const char* function, bool predicate, const Location& location) {
-  Barrier& barrier = emulator.barrier;
+  Barrier& barrier = emulator.block->barrier;
   Thread& me = *emulator.current;
   me.function = function;
   me.location = location;
@@ -76,7 +78,7 @@ CHARLM_EMULATOR_CODE inline int wait_for_block(const char* function, bool predic
   }
   ++barrier.n_waiting;
   barrier.n_true[phase] += predicate;
-  SyncObject& order = barrier.order[emulator.side][phase];
+  SyncObject& order = barrier.order[phase];
   release(order);
   open_barrier_if_all_wait();
   yield();
@@ -85,7 +87,7 @@ CHARLM_EMULATOR_CODE inline int wait_for_block(const char* function, bool predic
 }
 
 CHARLM_EMULATOR_CODE inline void check_mask(const Thread& me) {
-  const Warp& warp = emulator.warps[me.index / kWarpSize];
+  const Warp& warp = emulator.block->warps[me.index / kWarpSize];
   const unsigned n_lanes = emulator.n_threads - me.index / kWarpSize * kWarpSize;
   if (!(me.mask >> me.index % kWarpSize & 1)) fail_mask(me, "does not name its own lane");
   if (n_lanes < kWarpSize && me.mask >> n_lanes) {
@@ -105,20 +107,20 @@ CHARLM_EMULATOR_CODE inline void wait_for_warp(const char* function, unsigned ma
                                                void (*combine)(Thread* warp, unsigned lanes),
                                                const Location& location) {
   Thread& me = *emulator.current;
-  Warp& warp = emulator.warps[me.index / kWarpSize];
+  Warp& warp = emulator.block->warps[me.index / kWarpSize];
   me.function = function;
   me.location = location;
   me.mask = mask;
   check_mask(me);
   warp.waiting |= 1u << me.index % kWarpSize;
   unsigned& phase = warp.phase[__builtin_ctz(mask)];
-  SyncObject& order = warp.order[emulator.side][__builtin_ctz(mask)][phase];
+  SyncObject& order = warp.order[__builtin_ctz(mask)][phase];
   if (orders_memory) release(order);
   if ((mask & ~warp.waiting) == 0) {  // all lanes have arrived
     if (combine) combine(&me - me.index % kWarpSize, mask);
     warp.waiting &= ~mask;
     phase ^= 1;
-    emulator.runnable[me.index / 64] |= uint64_t{mask} << me.index / kWarpSize % 2 * kWarpSize;
+    emulator.block->runnable[me.index / 64] |= uint64_t{mask} << me.index / kWarpSize % 2 * kWarpSize;
   }
   yield();
   if (orders_memory) acquire(order);
@@ -128,7 +130,7 @@ CHARLM_EMULATOR_CODE inline void wait_for_warp(const char* function, unsigned ma
 CHARLM_EMULATOR_CODE inline void check_exit(const Thread& me) {
   open_barrier_if_all_wait();
   const unsigned lane = me.index % kWarpSize;
-  for (unsigned lanes = emulator.warps[me.index / kWarpSize].waiting; lanes; lanes &= lanes - 1) {
+  for (unsigned lanes = emulator.block->warps[me.index / kWarpSize].waiting; lanes; lanes &= lanes - 1) {
     const Thread& other = (&me - lane)[__builtin_ctz(lanes)];
     if (other.mask >> lane & 1) {
       return set_error(describe(me) + " exited while " + describe(other) + " waits for it in " + describe_wait(other));

@@ -17,8 +17,10 @@
 // time-out.
 #pragma once
 
+#include "async.h"
 #include "collectives.h"
 #include "cuda_types.h"
 #include "device_functions.h"
 #include "launch.h"
 #include "shared_memory.h"
+#include "transfers.h"

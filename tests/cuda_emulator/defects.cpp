@@ -21,6 +21,17 @@ struct Kernel {
 float ones(int i) { return i < 2 * kThreads ? 1 : NAN; }
 float ones_of_one_block(int i) { return i < kThreads ? 1 : NAN; }
 
+float numbers(int i) { return i < 2 * kThreads ? static_cast<float>(i) : NAN; }
+
+// Launches a kernel that adds one to 2 * kThreads numbers.
+void add_one(void (*kernel)(float*, const float*), float* out) {
+  alignas(16) float in[2 * kThreads];
+  for (int i = 0; i < 2 * kThreads; ++i) in[i] = static_cast<float>(i - 1);
+  launch_kernel(kernel, 1, kThreads, 0, nullptr, out, in);
+}
+
+constexpr LaunchOptions kCluster = {4, false}, kDependent = {1, true};
+
 const Kernel kKernels[] = {
     {"barrier_in_branch", [](float* out) { launch_kernel(barrier_in_branch, 1, kThreads, 0, nullptr, out); }, ones},
     {"different_barriers", [](float* out) { launch_kernel(different_barriers, 1, kThreads, 0, nullptr, out); }, ones},
@@ -101,6 +112,34 @@ const Kernel kKernels[] = {
      ones},
     {"missing_tail", [](float* out) { launch_kernel(missing_tail, 1, kThreads, 0, nullptr, out, kNumbers); },
      [](int) { return 1.0f; }},
+
+    {"correct_transfers", [](float* out) { add_one(correct_transfers, out); }, numbers},
+    {"transfer_barrier_not_initialised", [](float* out) { add_one(transfer_barrier_not_initialised, out); }, numbers},
+    {"transfer_barrier_not_published", [](float* out) { add_one(transfer_barrier_not_published, out); }, numbers},
+    {"too_few_bytes_expected", [](float* out) { add_one(too_few_bytes_expected, out); }, numbers},
+    {"too_many_bytes_expected", [](float* out) { add_one(too_many_bytes_expected, out); }, numbers},
+    {"load_never_awaited", [](float* out) { add_one(load_never_awaited, out); }, numbers},
+    {"load_awaited_by_some_threads", [](float* out) { add_one(load_awaited_by_some_threads, out); }, numbers},
+    {"wrong_parity", [](float* out) { add_one(wrong_parity, out); }, numbers},
+    {"stage_loaded_before_it_is_stored", [](float* out) { add_one(stage_loaded_before_it_is_stored, out); }, numbers},
+    {"exit_before_stores_have_read", [](float* out) { add_one(exit_before_stores_have_read, out); }, numbers},
+    {"stores_not_fenced", [](float* out) { add_one(stores_not_fenced, out); }, numbers},
+    {"bulk_of_20_bytes", [](float* out) { add_one(bulk_of_20_bytes, out); }, numbers},
+    {"arrival_too_many", [](float* out) { launch_kernel(arrival_too_many, 1, kThreads, 0, nullptr, out); }, ones},
+    {"bulk_store_past_end", [](float* out) { launch_kernel(bulk_store_past_end, 1, kThreads, 0, nullptr, out); }, ones},
+    {"bulk_load_past_end", [](float* out) { launch_kernel(bulk_load_past_end, 1, kThreads, 0, nullptr, out); }, ones},
+    {"correct_cluster", [](float* out) { launch_kernel(kCluster, correct_cluster, 4, kThreads, 0, nullptr, out); },
+     ones},
+    {"message_before_meeting",
+     [](float* out) { launch_kernel(kCluster, message_before_meeting, 4, kThreads, 0, nullptr, out); }, ones},
+    {"exit_before_message",
+     [](float* out) { launch_kernel(kCluster, exit_before_message, 4, kThreads, 0, nullptr, out); }, ones},
+    {"grid_of_no_whole_clusters",
+     [](float* out) { launch_kernel(kCluster, correct_cluster, 6, kThreads, 0, nullptr, out); }, ones},
+    {"correct_dependent_kernel",
+     [](float* out) { launch_kernel(kDependent, correct_dependent_kernel, 2, kThreads, 0, nullptr, out); }, ones},
+    {"previous_kernel_not_awaited",
+     [](float* out) { launch_kernel(kDependent, previous_kernel_not_awaited, 2, kThreads, 0, nullptr, out); }, ones},
 
     {"correct_atomics",
      [](float* out) {

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "cuda/cuda.cuh"
+#include "cuda/async.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -240,6 +240,162 @@ __global__ void shared_never_written(float* out) {
 __global__ void missing_tail(float* out, int n) {
   const int i = 4 * global_thread();
   if (i + 4 <= n) *reinterpret_cast<float4*>(out + i) = make_float4(1, 1, 1, 1);
+}
+
+// ---- transfers: one correct kernel, and the same without one of its steps
+
+enum class Step {
+  kNone,
+  kInit,
+  kPublish,
+  kExpectLess,
+  kExpectMore,
+  kWaitLoaded,
+  kWaitLoadedInSomeThreads,
+  kParity,
+  kWaitStored,
+  kWaitLastStored,
+  kFence,
+};
+
+constexpr int kChunk = 32, kChunks = 2 * kThreads / kChunk, kStages = 2;
+constexpr unsigned kChunkBytes = kChunk * sizeof(float);
+
+// out[i] = in[i] + 1, for 2 * kThreads numbers: loaded and stored by bulk copies, in chunks.
+template <Step kOmitted>
+__device__ __forceinline__ void add_one_in_chunks(float* out, const float* in) {
+  CHARLM_SHARED(float4, ring, kStages * kChunk / 4);
+  CHARLM_SHARED(TransferBarrier, loaded, kStages);
+  const bool is_first = threadIdx.x == 0;
+  const auto stage_of = [&](int chunk) { return reinterpret_cast<float*>(ring) + chunk % kStages * kChunk; };
+  const auto load = [&](int chunk) {
+    constexpr unsigned kBytes =
+        kChunkBytes + (kOmitted == Step::kExpectMore) * 16 - (kOmitted == Step::kExpectLess) * 16;
+    expect_bytes(loaded + chunk % kStages, kBytes);
+    load_bulk(stage_of(chunk), in + chunk * kChunk, kChunkBytes, loaded + chunk % kStages);
+  };
+  if (is_first) {
+    for (int i = 0; kOmitted != Step::kInit && i < kStages; ++i) init_barrier(loaded + i, 1);
+    if (kOmitted != Step::kPublish) publish_barriers();
+  }
+  __syncthreads();
+  if (is_first) load(0);
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    if (is_first && chunk + 1 < kChunks) {
+      if (kOmitted != Step::kWaitStored) wait_bulk_stores_read<0>();
+      load(chunk + 1);
+    }
+    const unsigned parity = kOmitted == Step::kParity ? chunk % 2 : chunk / kStages % 2;
+    if (kOmitted != Step::kWaitLoaded && (kOmitted != Step::kWaitLoadedInSomeThreads || threadIdx.x < kChunk / 2)) {
+      wait_barrier(loaded + chunk % kStages, parity);
+    }
+    if (threadIdx.x < kChunk) stage_of(chunk)[threadIdx.x] += 1;
+    if (kOmitted != Step::kFence) fence_shared_for_bulk();
+    __syncthreads();
+    if (is_first) {
+      store_bulk(out + chunk * kChunk, stage_of(chunk), kChunkBytes);
+      commit_bulk_stores();
+    }
+  }
+  if (is_first && kOmitted != Step::kWaitLastStored) wait_bulk_stores_read<0>();
+}
+
+#define CHARLM_KERNEL(name, omitted) \
+  __global__ void name(float* out, const float* in) { add_one_in_chunks<Step::omitted>(out, in); }
+CHARLM_KERNEL(correct_transfers, kNone)
+CHARLM_KERNEL(transfer_barrier_not_initialised, kInit)
+CHARLM_KERNEL(transfer_barrier_not_published, kPublish)
+CHARLM_KERNEL(too_few_bytes_expected, kExpectLess)
+CHARLM_KERNEL(too_many_bytes_expected, kExpectMore)
+CHARLM_KERNEL(load_never_awaited, kWaitLoaded)
+CHARLM_KERNEL(load_awaited_by_some_threads, kWaitLoadedInSomeThreads)
+CHARLM_KERNEL(wrong_parity, kParity)
+CHARLM_KERNEL(stage_loaded_before_it_is_stored, kWaitStored)
+CHARLM_KERNEL(exit_before_stores_have_read, kWaitLastStored)
+CHARLM_KERNEL(stores_not_fenced, kFence)
+#undef CHARLM_KERNEL
+
+__global__ void arrival_too_many(float* out) {
+  CHARLM_SHARED(TransferBarrier, barrier, 1);
+  if (threadIdx.x == 0) init_barrier(barrier, kThreads - 1);
+  __syncthreads();
+  expect_bytes(barrier, 16);
+  out[threadIdx.x] = 1;
+}
+
+__global__ void bulk_of_20_bytes(float* out, const float* in) {
+  CHARLM_SHARED(float4, buffer, 2);
+  CHARLM_SHARED(TransferBarrier, barrier, 1);
+  if (threadIdx.x == 0) {
+    init_barrier(barrier, 1);
+    publish_barriers();
+    expect_bytes(barrier, 20);
+    load_bulk(buffer, in, 20, barrier);
+    wait_barrier(barrier, 0);
+  }
+  out[threadIdx.x] = 1;
+}
+
+__global__ void bulk_store_past_end(float* out) {
+  CHARLM_SHARED(float4, buffer, 1);
+  if (threadIdx.x == 0) {
+    buffer[0] = make_float4(1, 1, 1, 1);
+    fence_shared_for_bulk();
+    store_bulk(out + 2 * kThreads, buffer, 16);
+    commit_bulk_stores();
+    wait_bulk_stores_read<0>();
+  }
+}
+
+__global__ void bulk_load_past_end(float* out) {
+  CHARLM_SHARED(float4, buffer, 1);
+  CHARLM_SHARED(TransferBarrier, barrier, 1);
+  if (threadIdx.x == 0) {
+    init_barrier(barrier, 1);
+    publish_barriers();
+    expect_bytes(barrier, 16);
+    load_bulk(buffer, out + 2 * kThreads, 16, barrier);
+    wait_barrier(barrier, 0);
+  }
+}
+
+// Each block sends its share to each block, which adds up what it received.
+template <Step kOmitted>
+__device__ __forceinline__ void add_in_cluster(float* out) {
+  constexpr int kBlocks = 4;
+  CHARLM_SHARED(float, shares, kBlocks);
+  CHARLM_SHARED(TransferBarrier, received, 1);
+  if (threadIdx.x == 0) {
+    init_barrier(received, 1);
+    publish_barriers();
+    expect_bytes(received, kBlocks * sizeof(float));
+  }
+  __syncthreads();
+  if (kOmitted != Step::kPublish) arrive_in_cluster();
+  if (kOmitted != Step::kPublish) wait_for_cluster();
+  const int rank = cluster_rank();
+  if (threadIdx.x < kBlocks) {
+    store_in_cluster(shares + rank, (rank + 1) / 10.0f, static_cast<int>(threadIdx.x), received);
+  }
+  if (kOmitted != Step::kWaitLoaded) wait_barrier(received, 0);
+  float sum = 0;
+  for (int block = 0; block < kBlocks; ++block) sum += shares[block];
+  if (threadIdx.x < kThreads / 2) out[blockIdx.x * (kThreads / 2) + threadIdx.x] = sum;
+}
+
+__global__ void correct_cluster(float* out) { add_in_cluster<Step::kNone>(out); }
+__global__ void message_before_meeting(float* out) { add_in_cluster<Step::kPublish>(out); }
+__global__ void exit_before_message(float* out) { add_in_cluster<Step::kWaitLoaded>(out); }
+
+__global__ void correct_dependent_kernel(float* out) {
+  let_next_kernel_begin();
+  wait_for_previous_kernel();
+  out[global_thread()] = 1;
+}
+
+__global__ void previous_kernel_not_awaited(float* out) {
+  if (threadIdx.x > 0) wait_for_previous_kernel();
+  out[global_thread()] = 1;
 }
 
 // ---- correct kernels
