@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
   using RowSoftmax = typename Row::RowSoftmax;
   CHARLM_SHARED(RowSoftmax, parts, kMaxWarps);
   CHARLM_DYNAMIC_SHARED(Pack<T>, kept);  // [n_kept], each read by the thread that wrote it
-  const double scale = 1 / divisor(params, reduction);
+  const double scale = reciprocal<T>(divisor(params, reduction));
   double loss_sum = 0;
   for (int64_t n = blockIdx.x; n < params.n_rows; n += gridDim.x) {
     Row row(params, n);

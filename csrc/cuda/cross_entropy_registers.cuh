@@ -14,8 +14,10 @@ template <class T, Terms kTerms, int kThreads, int kPacks>
 struct RegisterShape {
   static constexpr int kBlockThreads = kThreads < 128 ? 128 : kThreads;
   static constexpr int kRows = kBlockThreads / kThreads;  // of a block
-  // Registers for 1024 threads of a multiprocessor: 64 each. What kAll computes for a class needs more.
-  static constexpr int kResidentThreads = kTerms == Terms::kAll ? 512 : 1024;
+  // As many as 8 packs leave without spilling: 64 registers for each thread, 80 or 128 with more terms.
+  static constexpr int kResidentThreads = kTerms == Terms::kPlain     ? (kThreads == kWarp ? 896 : 1024)
+                                          : kTerms == Terms::kUniform ? 768
+                                                                      : 512;
   static constexpr int kResidentBlocks = kResidentThreads / kBlockThreads < 1 ? 1 : kResidentThreads / kBlockThreads;
 };
 
@@ -33,70 +35,98 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
   using RowSoftmax = Softmax<T, kDense>;
   CHARLM_SHARED(RowSoftmax, parts, 2 * kWarps * kMaxCluster);
   CHARLM_SHARED(TransferBarrier, barriers, 2);
-  CHARLM_SHARED(double, scales, Shape::kBlockThreads / kWarp);
-  double* const scale = scales + threadIdx.x / kWarp;  // of each warp: registers are scarce
+  // What a warp needs for a row beside its packs, since registers are scarce.
+  struct WarpState {
+    double scale, loss_sum;
+    typename Row::Saved row;
+    C target_logit;  // written by the lane that has it
+  };
+  CHARLM_SHARED(WarpState, states, Shape::kBlockThreads / kWarp);
+  CHARLM_SHARED(T, all_singles, Shape::kRows * kWarp);
+  WarpState& state = states[threadIdx.x / kWarp];
+  T* const singles = all_singles + threadIdx.x / kThreads * kWarp;  // of a row, each for its thread alone
   Joiner<T, kDense, kWarps> joiner(parts, barriers, 1 << log2_cluster);
   const int thread = threadIdx.x % kThreads;
   // Fewer than 2^31: a row has more than kTileMaxClasses classes.
-  const int begin = (blockIdx.x >> log2_cluster) * Shape::kRows + threadIdx.x / kThreads;
   const int step = (gridDim.x >> log2_cluster) * Shape::kRows, n_rows = static_cast<int>(params.n_rows);
   const bool is_first = joiner.rank() == 0 && thread == 0;
-  double loss_sum = 0;
+  const int lane = threadIdx.x % kWarp;
+  if (lane == 0) state.loss_sum = 0;
 
-  for (int n = begin; n < n_rows; n += step) {
-    Row row(params, n);
-    const bool is_counted = row.is_counted();
-    const int target = is_counted ? static_cast<int>(row.target()) : -1;
-    const RowPart<T, int> part(row.logits(), row.grad(), static_cast<int>(params.n_classes), thread, joiner.rank(),
-                               log2_cluster, target);
-    const bool owns_target = part.owns(target, thread, kThreads);
-    // Before anything is written: the gradient may overwrite the logits.
-    const C target_logit = owns_target ? row.target_logit(row.logits()) : C(0);
-    T single = from_compute<T>(-INFINITY);
-    if (part.single >= 0) single = row.logits()[part.single];
+  for (int n = (blockIdx.x >> log2_cluster) * Shape::kRows + threadIdx.x / kThreads; n < n_rows; n += step) {
+    __syncwarp();  // another lane may have added the loss of the previous row
+    const auto row_logits = [&](int row_n) { return params.logits + row_n * params.logits_stride; };
+    const auto row_gradient = [&](int row_n) { return params.grad + row_n * params.grad_stride; };
+    const auto part_of = [&](int row_n) {
+      return RowPart<T, int>(row_logits(row_n), row_gradient(row_n), static_cast<int>(params.n_classes), thread,
+                             joiner.rank(), log2_cluster);
+    };
     uint4 packs[kPacks];
     RowSoftmax softmax;
-    if (is_counted) {
+    bool is_counted;
+    {
+      // The target's load comes first and is used last, since what follows it waits for it.
+      const int64_t loaded_target = Row::load_target(params, n);
+      const RowPart<T, int> part = part_of(n);
       part.load(0, kThreads, packs);
-      add_packs<kTerms>(params, row, softmax, packs, part.left, kThreads, part.class_);
-      if (part.single >= 0) add_single<kTerms>(params, row, softmax, single, part.single);
+      const T single = part.single >= 0 ? row_logits(n)[part.single] : from_compute<T>(-INFINITY);
+      const Row row(params, n, loaded_target);
+      is_counted = row.is_counted();
+      if (is_counted) {
+        // Before anything is written: the gradient may overwrite the logits.
+        const bool owns_target = part.owns(static_cast<int>(row.target()), kThreads);
+        const T target_logit = owns_target ? row_logits(n)[row.target()] : from_compute<T>(0);
+        if (lane == 0) state.row = row.saved();
+        if (part.single >= 0) singles[thread] = single;
+        add_packs<kTerms>(params, row, softmax, packs, part.left, kThreads, part.class_);
+        if (part.single >= 0) add_single<kTerms>(params, row, softmax, singles[thread], part.single);
+        if (owns_target) state.target_logit = row.transformed(target_logit);
+      }
     }
-    if (n == begin) joiner.wait_for_blocks();
+    if (n < step) joiner.wait_for_blocks();
     if (is_counted) {
       softmax = joiner.join(softmax);
-      row.finish(softmax);
+      __syncwarp();
     }
-    if (n == begin) {
+    if (n < step) {
       const double divided_by = divisor(params, reduction);
-      if (threadIdx.x % kWarp == 0) *scale = 1 / divided_by;
+      if (lane == 0) state.scale = reciprocal<T>(divided_by);
       __syncwarp();
     }
 
+    // Computed anew: until here its registers were needed for packs.
+    const RowPart<T, int> part = part_of(opaque(n));
     if (!is_counted) {
+      const Row uncounted(params, opaque(n));
       if (is_first) {
-        row.store_uncounted();
-        if (row.is_bad()) row.record_bad();
+        uncounted.store_uncounted();
+        if (uncounted.is_bad()) uncounted.record_bad();
       }
-      if (!row.template has_zero_gradient<kPass>()) continue;
+      if (!uncounted.template has_zero_gradient<kPass>()) continue;
 #pragma unroll
       for (int i = 0; i < kPacks; i++) {
         if (i * kThreads < part.left) store_bits(part.y + i * kThreads * K, uint4{});
       }
-      if (part.single >= 0) row.grad()[part.single] = from_compute<T>(0);
+      if (part.single >= 0) row_gradient(n)[part.single] = from_compute<T>(0);
       continue;
     }
 
+    Row row(params, n, state.row);
+    const int target = state.row.target;
+    const bool owns_target = part.owns(target, kThreads);
+    const C target_logit = owns_target ? state.target_logit : C(0);
+    row.finish(softmax);
     if (params.has_class_indices ? owns_target : is_first) {
       const C loss = row.loss(softmax, target_logit);
-      loss_sum += loss;
+      state.loss_sum += loss;
       row.store(softmax, loss);
     }
-    row.set_softmax(softmax, *scale);
+    row.set_softmax(softmax, state.scale);
     const auto line = row.line();
     const C max = row.max();
     if (part.single >= 0) {
-      const C z = z_of<kTerms>(params, row, to_compute(single));
-      row.grad()[part.single] =
+      const C z = z_of<kTerms>(params, row, to_compute(singles[thread]));
+      row_gradient(n)[part.single] =
           from_compute<T>(kTerms == Terms::kAll ? row.template gradient<kPass>(z, part.single) : line.at(z, max));
     }
     const T gradient_of_target =
@@ -116,9 +146,10 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       }
       store_bits(part.y + i * kThreads * K, packed<T>(x));
     }
-    if (owns_target) row.grad()[target] = gradient_of_target;  // after the pack that holds it
+    if (owns_target) row_gradient(n)[target] = gradient_of_target;  // after the pack that holds it
   }
-  reduce_losses(params, reduction, loss_sum);
+  __syncwarp();
+  reduce_losses(params, reduction, lane == 0 ? state.loss_sum : 0);
 }
 
 }  // namespace

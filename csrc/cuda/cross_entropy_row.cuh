@@ -32,14 +32,31 @@ class CrossEntropyRow {
   using RowSoftmax = Softmax<T, !kPlain>;
 
   __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& params, int64_t n)
-      : params_(params), n_(n), token_weight_(params.token_weight ? params.token_weight[n] : C(1)) {
-    if constexpr (!kPlain) uniform_dense_ = params.label_smoothing / static_cast<C>(params.n_classes);
+      : CrossEntropyRow(params, n, load_target(params, n)) {}
+  // `target`: what load_target() gave, for a kernel that has more to load before it looks at it.
+  __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& params, int64_t n, int64_t target)
+      : params_(params), n_(n), token_weight_(params.token_weight ? params.token_weight[n] : C(1)), target_(target) {
     if (!has_class_indices()) return;
-    target_ = load_index(params.target, n);
     is_ignored_ = params.may_ignore && target_ == params.ignore_index;
     is_bad_ = !is_ignored_ && !in_range(params.target, target_);
     if (params.weight && is_counted()) target_weight_ = params.weight[target_];
   }
+  __device__ __forceinline__ static int64_t load_target(const CrossEntropyParams<T>& params, int64_t n) {
+    return kPlain || params.has_class_indices ? load_index(params.target, n) : -1;
+  }
+
+  // What a counted row has read from memory, for a kernel that keeps it in shared memory.
+  struct Saved {
+    C token_weight, target_weight;
+    int target;
+  };
+  __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& params, int64_t n, const Saved& saved)
+      : params_(params),
+        n_(n),
+        token_weight_(saved.token_weight),
+        target_weight_(saved.target_weight),
+        target_(saved.target) {}
+  __device__ __forceinline__ Saved saved() const { return {token_weight_, target_weight_, static_cast<int>(target_)}; }
 
   __device__ __forceinline__ int64_t target() const { return target_; }  // -1 without class indices
 
@@ -197,11 +214,13 @@ class CrossEntropyRow {
   }
 
   // d_c without weight and probabilities.
-  __device__ __forceinline__ C uniform_dense() const { return uniform_dense_; }
+  __device__ __forceinline__ C uniform_dense() const {
+    return kPlain ? C(0) : params_.label_smoothing / static_cast<C>(params_.n_classes);
+  }
 
   // d_c
   __device__ __forceinline__ C dense(int64_t c) const {
-    C d = uniform_dense_;
+    C d = uniform_dense();
     if (!has_class_indices()) d += (1 - params_.label_smoothing) * to_compute(probabilities()[c]);
     return params_.weight ? d * params_.weight[c] : d;
   }
@@ -210,7 +229,7 @@ class CrossEntropyRow {
   template <int K>
   __device__ __forceinline__ void dense(int64_t c, C (&d)[K]) const {
 #pragma unroll
-    for (int k = 0; k < K; k++) d[k] = uniform_dense_;
+    for (int k = 0; k < K; k++) d[k] = uniform_dense();
     if (!has_class_indices()) {
       const Pack<T> p = load_any_pack(probabilities() + c);
 #pragma unroll
@@ -241,7 +260,7 @@ class CrossEntropyRow {
 
   // sum_c d_c for class indices, the same for all rows.
   __device__ __forceinline__ C known_dense_sum() const {
-    return params_.weight ? uniform_dense_ * *params_.weight_sum : params_.label_smoothing;
+    return params_.weight ? uniform_dense() * *params_.weight_sum : params_.label_smoothing;
   }
 
   // The coefficient of the target class: (1 - e) w_y, or 0 for probabilities.
@@ -277,7 +296,6 @@ class CrossEntropyRow {
   const CrossEntropyParams<T>& params_;
   const int64_t n_;
   const C token_weight_;
-  C uniform_dense_ = 0;
   C target_weight_ = 1;
   int64_t target_ = -1;
   bool is_ignored_ = false, is_bad_ = false;
@@ -296,9 +314,8 @@ struct Totals {
   int64_t count = 0;
 };
 
-// At most kMaxTotals blocks count the targets, so that each lane of a warp adds up kTotalsPerLane of their totals.
-constexpr int kTotalsPerLane = 2;
-constexpr int kMaxTotals = kTotalsPerLane * kWarp;
+// Blocks that count the targets: each lane of a warp adds up two of their totals.
+constexpr int kMaxTotals = 2 * kWarp;
 constexpr int kTotalsThreads = 256;
 constexpr int kTargetsInFlight = 4;  // targets that a thread loads at once
 
@@ -366,14 +383,28 @@ __device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, c
   if (reduction.is_dependent) wait_for_previous_kernel();
   if (!params.mean) return 1;
   if (reduction.n_totals == 0) return divisor(params, {static_cast<double>(params.n_rows), params.n_rows});
-  Totals sum;
-#pragma unroll
-  for (int k = 0; k < kTotalsPerLane; k++) {
-    const int i = k * kWarp + threadIdx.x % kWarp;
-    sum.weight += i < reduction.n_totals ? reduction.totals[i].weight : 0;
-    sum.count += i < reduction.n_totals ? reduction.totals[i].count : 0;
-  }
-  return divisor(params, {sum_over_lanes(sum.weight), sum_over_lanes(sum.count)});
+  // Loops that are not unrolled: the threads that call this hold a row in their registers.
+  const auto sum_of = [&](auto member) {
+    auto sum = (Totals{}).*member;
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < reduction.n_totals; i += kWarp) sum += reduction.totals[i].*member;
+#pragma unroll 1
+    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    return sum;
+  };
+  if (params.zero_if_all_ignored && sum_of(&Totals::count) == 0) return 1;
+  return sum_of(&Totals::weight);
+}
+
+// The factor of each row's gradient. For types that compute in float: a division would take more registers than the
+// threads that hold a row have left, and two steps of Newton's method give the same up to the last bit of a double.
+template <class T>
+__device__ __forceinline__ double reciprocal(double x) {
+  if constexpr (sizeof(Compute<T>) == sizeof(double)) return 1 / x;
+  const double guess = __fdividef(1, static_cast<float>(x));
+  if (guess == 0 || !(fabs(guess) <= 3e38)) return guess;
+  const double better = guess * (2 - x * guess);
+  return better * (2 - x * better);
 }
 
 // Ends a kernel whose threads have the losses `loss`. The last block to get here adds the sums of the blocks in their

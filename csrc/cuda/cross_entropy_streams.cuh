@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kStreamThreads, kTerms == Terms::kAll ? 2 : 4)
     C target_logit = 0;
     if (row.is_counted()) {
       if (is_first) target_logit = row.target_logit(x);
-      const RowPart<T> part(x, const_cast<T*>(x), params.n_classes, thread, joiner.rank(), log2_cluster, -1);
+      const RowPart<T> part(x, const_cast<T*>(x), params.n_classes, thread, joiner.rank(), log2_cluster);
       for (int i = 0; i * kThreads < part.left; i += kStreamPacks) {
         uint4 packs[kStreamPacks];
         part.load(i, kThreads, packs);
@@ -81,7 +81,7 @@ __device__ __forceinline__ int64_t row_of_item(int64_t item, int64_t n_items, in
 // Gradients from a stored softmax. With grad_is_precomputed nothing is left to do if grad_loss is 1: the launch has few
 // blocks, which then end at once.
 template <class T, CrossEntropyPass kPass, Terms kTerms>
-__global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kAll || sizeof(T) == sizeof(double) ? 1 : 2)
+__global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && sizeof(T) < sizeof(double) ? 2 : 1)
     cross_entropy_gradient(const __grid_constant__ CrossEntropyParams<T> params,
                            const __grid_constant__ Reduction reduction) {
   using C = Compute<T>;
@@ -91,12 +91,12 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kAll || size
     if (*params.grad_loss == 1) return;
     // Each block counts all targets itself: for another factor, one launch is still faster than two.
     if (needs_totals(params)) {
-      scale = 1 / divisor(params, count_targets(params, threadIdx.x, blockDim.x));
+      scale = reciprocal<T>(divisor(params, count_targets(params, threadIdx.x, blockDim.x)));
     } else {
-      scale = 1 / divisor(params, reduction);
+      scale = reciprocal<T>(divisor(params, reduction));
     }
   } else {
-    scale = 1 / divisor(params, reduction);
+    scale = reciprocal<T>(divisor(params, reduction));
   }
   const int lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
   const int64_t n_items = items_of<T>(params.n_classes), end = params.n_rows * n_items;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kAll || size
     if (first == 0 && lane == 0 && row.is_bad()) row.record_bad();
     const bool has_gradient = row.template has_gradient<kPass>();
     if (!has_gradient && !row.template has_zero_gradient<kPass>()) continue;
-    const RowPart<T> part(row.logits(), row.grad(), params.n_classes, lane, 0, 0, -1);
+    const RowPart<T> part(row.logits(), row.grad(), params.n_classes, lane, 0, 0);
     const int64_t single = first == 0 ? part.single : -1;
     if (!has_gradient) {
 #pragma unroll
@@ -121,44 +121,48 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kAll || size
     }
     uint4 packs[kStreamPacks];
     part.load(first, kWarp, packs);
-    const C x_single = single >= 0 ? to_compute(row.logits()[single]) : C(0);
+    // Before anything is written: the gradient may overwrite the logits.
+    const T* const x = row.logits();
+    const C x_single = single >= 0 ? to_compute(x[single]) : C(0);
+    // The target, if this thread has it: its gradient is computed apart.
+    int64_t target = -1;
+    if (params.has_class_indices && kPass != CrossEntropyPass::kTargetBackward && !row.is_bad() &&
+        part.owns(row.target(), kWarp)) {
+      const int64_t i = (row.target() - part.class_) / (kWarp * K);
+      if (row.target() == single || (row.target() != part.single && i >= first && i < first + kStreamPacks)) {
+        target = row.target();
+      }
+    }
+    const C x_target = target >= 0 ? to_compute(x[target]) : C(0);
     row.set_softmax(row.stored(), scale);
     const auto line = row.line();
-    const int64_t target = params.has_class_indices && kPass != CrossEntropyPass::kTargetBackward ? row.target() : -1;
-    const auto gradient = [&](C x, int64_t c, C d) {
-      const C z = z_of<kTerms>(params, row, x);
+    const C max = row.max();
+    const auto gradient = [&](C value, int64_t c, C d) {
+      const C z = z_of<kTerms>(params, row, value);
       if constexpr (kPass == CrossEntropyPass::kTargetBackward) return row.target_gradient(z, c);
-      if constexpr (kTerms != Terms::kAll) return line.at(z, row.max());
+      if constexpr (kTerms != Terms::kAll) return line.at(z, max);
       return row.template gradient_of_other<kPass>(z, d);
-    };
-    const auto gradient_of_target = [&](C x) {
-      return row.template gradient_of_target<kPass>(z_of<kTerms>(params, row, x));
     };
 #pragma unroll
     for (int i = 0; i < kStreamPacks; i++) {
       const int at = (first + i) * kWarp;
       if (at >= part.left) break;
       const int64_t c = part.class_ + int64_t(at) * K;
-      C x[K], d[K] = {};
-      unpack<T>(packs[i], x);
+      C values[K], d[K] = {};
+      unpack<T>(packs[i], values);
       if constexpr (kTerms == Terms::kAll && kPass != CrossEntropyPass::kTargetBackward) {
         if (row.has_dense()) row.template dense<K>(c, d);
       }
-      C y[K];
 #pragma unroll
-      for (int k = 0; k < K; k++) y[k] = gradient(x[k], c + k, d[k]);
-      if (target >= c && target < c + K) {
-#pragma unroll
-        for (int k = 0; k < K; k++) {
-          if (c + k == target) y[k] = gradient_of_target(x[k]);
-        }
-      }
-      store_bits(part.y + int64_t(at) * K, packed<T>(y));
+      for (int k = 0; k < K; k++) values[k] = gradient(values[k], c + k, d[k]);
+      store_bits(part.y + int64_t(at) * K, packed<T>(values));
     }
     if (single >= 0) {
       const C d = kTerms == Terms::kAll && row.has_dense() ? row.dense(single) : C(0);
-      row.grad()[single] =
-          from_compute<T>(single == target ? gradient_of_target(x_single) : gradient(x_single, single, d));
+      row.grad()[single] = from_compute<T>(gradient(x_single, single, d));
+    }
+    if (target >= 0) {  // after the pack that holds it
+      row.grad()[target] = from_compute<T>(row.template gradient_of_target<kPass>(z_of<kTerms>(params, row, x_target)));
     }
   }
 }
@@ -176,7 +180,7 @@ __global__ void __launch_bounds__(kRescaleThreads, 2)
     const int64_t n = row_of_item(item, n_items, end);
     const int first = static_cast<int>(item - n * n_items) * kStreamPacks;
     T* const row = params.grad + n * params.stride;
-    const RowPart<T> part(row, row, params.n_columns, lane, 0, 0, -1);
+    const RowPart<T> part(row, row, params.n_columns, lane, 0, 0);
     uint4 packs[kStreamPacks];
     part.load(first, kWarp, packs);
 #pragma unroll

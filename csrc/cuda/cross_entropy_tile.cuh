@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileResidentBlocks<T, kPlain>)
   using C = Compute<T>;
   constexpr bool kWritesLoss = kPass == CrossEntropyPass::kForward || kPass == CrossEntropyPass::kForwardBackward;
   CHARLM_DYNAMIC_SHARED(Pack<T>, buffer);  // the tile, and a pack more to align it like the logits
-  const double scale = kPass == CrossEntropyPass::kForward ? 1 : 1 / divisor(params, reduction);
+  const double scale = kPass == CrossEntropyPass::kForward ? 1 : reciprocal<T>(divisor(params, reduction));
   const int n_classes = static_cast<int>(params.n_classes), tile_rows = kTileThreads / lanes;
   const int lane = threadIdx.x % lanes, row_in_tile = threadIdx.x / lanes;
   double loss_sum = 0;

@@ -122,6 +122,14 @@ __device__ __forceinline__ uint4 packed(const Compute<T> (&x)[kPackSize<T>]) {
   return __builtin_bit_cast(uint4, pack);
 }
 
+// `value`, of which the compiler knows nothing: what depends on it is computed anew.
+__device__ __forceinline__ int opaque(int value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // The larger, or the smaller, of two words of one float or two halves. NaN is ignored.
 template <class T, bool kLargest>
 __device__ __forceinline__ unsigned extreme_word(unsigned a, unsigned b) {
@@ -181,39 +189,34 @@ __device__ __forceinline__ Compute<T> extreme_of(const uint4 (&packs)[kPacks]) {
 // block of a cluster, and neighbouring threads take neighbouring packs.
 template <class T, class Index = int64_t>
 struct RowPart {
-  const T* x;               // of this thread's first pack
-  T* y;                     // of the same pack
-  int left;                 // pack i of this thread exists if i * n_threads < left
-  Index class_;             // of the first element of this thread's first pack
-  Index single;             // a class, or -1
-  int pack_of_target = -1;  // place of the target's pack in this part, or -1
-  bool is_aligned;          // x as y
+  const T* x;       // of this thread's first pack
+  T* y;             // of the same pack
+  int left;         // pack i of this thread exists if i * n_threads < left
+  Index class_;     // of the first element of this thread's first pack
+  Index single;     // a class, or -1
+  bool is_aligned;  // x as y
 
-  // `thread` of the `n_threads` of part `rank` of `1 << log2_parts`.
-  __device__ __forceinline__ RowPart(const T* row_x, T* row_y, Index n_classes, int thread, int rank, int log2_parts,
-                                     Index target) {
+  // `thread` of part `rank` of 1 << log2_parts.
+  __device__ __forceinline__ RowPart(const T* row_x, T* row_y, Index n_classes, int thread, int rank, int log2_parts) {
     const int aligned = elements_to_alignment(row_y),
               head = aligned < n_classes ? aligned : static_cast<int>(n_classes);
     const int n_packs = static_cast<int>((n_classes - head) / kPackSize<T>);
     const int of_part = (n_packs + (1 << log2_parts) - 1) >> log2_parts;
-    const int first = rank * of_part + thread, end = first - thread + of_part;
+    const int first = rank * of_part + thread, end = (rank + 1) * of_part;
     is_aligned = elements_to_alignment(row_x) == aligned;
     left = (end < n_packs ? end : n_packs) - first;
     class_ = head + Index(first) * kPackSize<T>;
     x = row_x + class_;
     y = row_y + class_;
-    const Index tail = head + Index(n_packs) * kPackSize<T>;
-    const Index other = thread < head ? thread : thread - head + tail;
+    const Index other = thread < head ? thread : thread + Index(n_packs) * kPackSize<T>;
     single = rank == 0 && other < n_classes ? other : -1;
-    if (target >= head && target < tail) {
-      const int place = static_cast<int>((target - head) / kPackSize<T>) - (first - thread);
-      pack_of_target = place < of_part ? place : -1;
-    }
   }
 
-  // Whether this thread writes the gradient of `target`.
-  __device__ __forceinline__ bool owns(Index target, int thread, int n_threads) const {
-    return target >= 0 && (single == target || (pack_of_target >= 0 && (pack_of_target & (n_threads - 1)) == thread));
+  // Whether class c is among the elements of this one of n_threads.
+  __device__ __forceinline__ bool owns(Index c, int n_threads) const {
+    const Index offset = c - class_;
+    return c >= 0 && (c == single || (offset >= 0 && offset < Index(left) * kPackSize<T> &&
+                                      offset % (Index(n_threads) * kPackSize<T>) < kPackSize<T>));
   }
 
   // Loads the packs first, first + 1, ... of this thread; those that do not exist become -inf.
@@ -343,10 +346,9 @@ class Joiner {
     }
     __syncwarp();
     arrive_in_cluster();
-    rank_ = cluster_rank();
   }
 
-  __device__ __forceinline__ int rank() const { return rank_; }
+  __device__ __forceinline__ int rank() const { return blockIdx.x % n_blocks_; }
 
   // Call once before the first join().
   __device__ __forceinline__ void wait_for_blocks() const {
@@ -365,7 +367,7 @@ class Joiner {
       __syncthreads();
     } else {
       TransferBarrier* const barrier = barriers_ + turn_ % 2;
-      if (lane < n_blocks_) send(part, parts + rank_ * kWarps + warp, lane, barrier);
+      if (lane < n_blocks_) send(part, parts + rank() * kWarps + warp, lane, barrier);
       __syncwarp();
       wait_barrier(barrier, turn_ / 2 % 2);
       if (threadIdx.x == 0) expect(barrier);  // for the row after the next one
@@ -397,7 +399,6 @@ class Joiner {
   Part* const parts_;
   TransferBarrier* const barriers_;
   const int n_blocks_;
-  int rank_ = 0;
   unsigned turn_ = 0;
 };
 
