@@ -88,16 +88,17 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       softmax = joiner.join(softmax);
       __syncwarp();
     }
-    if (n < step) {
+    if (opaque(n) < step) {
       const double divided_by = divisor(params, reduction);
       if (lane == 0) state.scale = reciprocal<T>(divided_by);
       __syncwarp();
     }
 
     // Computed anew: until here its registers were needed for packs.
-    const RowPart<T, int> part = part_of(opaque(n));
+    const int again = opaque(n);
+    const RowPart<T, int> part = part_of(again);
     if (!is_counted) {
-      const Row uncounted(params, opaque(n));
+      const Row uncounted(params, again);
       if (is_first) {
         uncounted.store_uncounted();
         if (uncounted.is_bad()) uncounted.record_bad();
@@ -107,11 +108,11 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       for (int i = 0; i < kPacks; i++) {
         if (i * kThreads < part.left) store_bits(part.y + i * kThreads * K, uint4{});
       }
-      if (part.single >= 0) row_gradient(n)[part.single] = from_compute<T>(0);
+      if (part.single >= 0) row_gradient(again)[part.single] = from_compute<T>(0);
       continue;
     }
 
-    Row row(params, n, state.row);
+    Row row(params, again, state.row);
     const int target = state.row.target;
     const bool owns_target = part.owns(target, kThreads);
     const C target_logit = owns_target ? state.target_logit : C(0);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
     const C max = row.max();
     if (part.single >= 0) {
       const C z = z_of<kTerms>(params, row, to_compute(singles[thread]));
-      row_gradient(n)[part.single] =
+      row_gradient(again)[part.single] =
           from_compute<T>(kTerms == Terms::kAll ? row.template gradient<kPass>(z, part.single) : line.at(z, max));
     }
     const T gradient_of_target =
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       }
       store_bits(part.y + i * kThreads * K, packed<T>(x));
     }
-    if (owns_target) row_gradient(n)[target] = gradient_of_target;  // after the pack that holds it
+    if (owns_target) row_gradient(again)[target] = gradient_of_target;  // after the pack that holds it
   }
   __syncwarp();
   reduce_losses(params, reduction, lane == 0 ? state.loss_sum : 0);

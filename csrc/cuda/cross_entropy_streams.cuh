@@ -11,7 +11,7 @@ constexpr int kStreamThreads = 256;
 
 // Losses. A row is shared by a warp or by the blocks of a cluster.
 template <class T, Terms kTerms, int kThreads>
-__global__ void __launch_bounds__(kStreamThreads, kTerms == Terms::kAll ? 2 : 4)
+__global__ void __launch_bounds__(kStreamThreads, kTerms == Terms::kAll || sizeof(T) == sizeof(double) ? 2 : 4)
     cross_entropy_forward(const __grid_constant__ CrossEntropyParams<T> params, const int log2_cluster,
                           const __grid_constant__ Reduction reduction) {
   using C = Compute<T>;
