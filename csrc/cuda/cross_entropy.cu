@@ -243,8 +243,7 @@ class Launcher {
     const int64_t max_kept = (launch_.max_shared_bytes - kOtherShared) / kPackBytes,
                   n_kept = n_packs < max_kept ? n_packs : max_kept;
     next_with_reduction(0, cross_entropy_block<T, kPlain>, block_blocks(params_),
-                        pass_threads<T>(params_.n_classes, kBlockThreads<T, kPlain>), n_kept * kPackBytes, params_,
-                        n_kept);
+                        pass_threads<T>(params_.n_classes, kBlockThreads), n_kept * kPackBytes, params_, n_kept);
     return error_;
   }
 
@@ -284,7 +283,10 @@ class Launcher {
       if (1 << log2 <= most) return registers_of<kTerms, 256, 8>(cluster(log2));
       const int log2_of_512 = log2_blocks(512 * 8);
       if (1 << log2_of_512 <= most) return registers_of<kTerms, 512, 8>(cluster(log2_of_512));
-      return n_packs <= 1024 * 8 && registers_of<kTerms, 1024, 8>(0);
+      if constexpr (kTerms == Terms::kPlain) {  // without clusters
+        if (n_packs <= 1024 * 8) return registers_of<kTerms, 1024, 8>(0);
+      }
+      return false;
     }
   }
 

@@ -96,12 +96,11 @@ __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>&
   });
 }
 
-// Threads of a block for which the registers of a multiprocessor suffice without spilling.
-template <class T, bool kPlain>
-constexpr int kBlockThreads = kPlain && sizeof(Compute<T>) == sizeof(float) ? kMaxThreads : kMaxThreads / 2;
+// For which the registers of a multiprocessor suffice without spilling.
+constexpr int kBlockThreads = 512;
 
 template <class T, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     cross_entropy_block(const __grid_constant__ CrossEntropyParams<T> params, int64_t n_kept,
                         const __grid_constant__ Reduction reduction) {
   using Row = CrossEntropyRow<T, kPlain>;

@@ -66,8 +66,6 @@ __device__ __forceinline__ void store_bits(T* p, uint4 bits) {
 
 template <class T>
 __device__ __forceinline__ void unpack(uint4 bits, Compute<T> (&x)[kPackSize<T>]) {
-  const Pack<T> pack = __builtin_bit_cast(Pack<T>, bits);
-#ifdef __CUDA_ARCH__
   if constexpr (__is_same(T, BFloat16)) {
     const unsigned words[] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
@@ -75,11 +73,11 @@ __device__ __forceinline__ void unpack(uint4 bits, Compute<T> (&x)[kPackSize<T>]
       x[2 * k] = __uint_as_float(words[k] << 16);
       x[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000);
     }
-    return;
-  }
-#endif
+  } else {
+    const auto pack = __builtin_bit_cast(Pack<T>, bits);
 #pragma unroll
-  for (int k = 0; k < kPackSize<T>; k++) x[k] = to_compute(pack.values[k]);
+    for (int k = 0; k < kPackSize<T>; k++) x[k] = to_compute(pack.values[k]);
+  }
 }
 
 // The same by another instruction: after unpack(), ptxas would keep all results of the first call in registers.
@@ -99,27 +97,36 @@ __device__ __forceinline__ void unpack_again(uint4 bits, Compute<T> (&x)[kPackSi
   unpack<T>(bits, x);
 }
 
+// Two halves in a word.
+template <class T>
+__device__ __forceinline__ unsigned two_halves(float low, float high) {
+#ifdef __CUDA_ARCH__
+  unsigned word;
+  if constexpr (__is_same(T, BFloat16)) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#else
+  return from_compute<T>(low).bits | unsigned{from_compute<T>(high).bits} << 16;
+#endif
+}
+
 // Rounds to T.
 template <class T>
 __device__ __forceinline__ uint4 packed(const Compute<T> (&x)[kPackSize<T>]) {
-#ifdef __CUDA_ARCH__
   if constexpr (sizeof(T) == 2) {
     unsigned words[4];
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      if constexpr (__is_same(T, BFloat16)) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[k]) : "f"(x[2 * k + 1]), "f"(x[2 * k]));
-      } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words[k]) : "f"(x[2 * k + 1]), "f"(x[2 * k]));
-      }
-    }
+    for (int k = 0; k < 4; k++) words[k] = two_halves<T>(x[2 * k], x[2 * k + 1]);
     return uint4{words[0], words[1], words[2], words[3]};
-  }
-#endif
-  Pack<T> pack;
+  } else {
+    Pack<T> pack;
 #pragma unroll
-  for (int k = 0; k < kPackSize<T>; k++) pack.values[k] = from_compute<T>(x[k]);
-  return __builtin_bit_cast(uint4, pack);
+    for (int k = 0; k < kPackSize<T>; k++) pack.values[k] = x[k];
+    return __builtin_bit_cast(uint4, pack);
+  }
 }
 
 // `value`, of which the compiler knows nothing: what depends on it is computed anew.
@@ -130,59 +137,54 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
-// The larger, or the smaller, of two words of one float or two halves. NaN is ignored.
-template <class T, bool kLargest>
-__device__ __forceinline__ unsigned extreme_word(unsigned a, unsigned b) {
+// The larger of two words of two halves, each half apart. NaN is ignored.
+template <class T>
+__device__ __forceinline__ unsigned larger_halves(unsigned a, unsigned b) {
 #ifdef __CUDA_ARCH__
   unsigned result;
   if constexpr (__is_same(T, BFloat16)) {
-    if constexpr (kLargest) asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    if constexpr (!kLargest) asm("min.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   } else {
-    if constexpr (kLargest) asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    if constexpr (!kLargest) asm("min.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   }
   return result;
 #else
-  const auto extreme = [](uint16_t x, uint16_t y) {
+  const auto larger = [](uint16_t x, uint16_t y) {
     const float p = to_compute(T{x}), q = to_compute(T{y});
-    if (p != p || q != q) return p != p ? y : x;
-    return (kLargest ? q > p : q < p) ? y : x;
+    return p != p || q > p ? y : x;
   };
-  return extreme(static_cast<uint16_t>(a), static_cast<uint16_t>(b)) |
-         unsigned{extreme(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16))} << 16;
+  return larger(static_cast<uint16_t>(a), static_cast<uint16_t>(b)) |
+         unsigned{larger(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16))} << 16;
 #endif
 }
 
-// The largest or the smallest number of some packs: halves two at a time, before they are unpacked.
-template <class T, bool kLargest, int kPacks>
-__device__ __forceinline__ Compute<T> extreme_of(const uint4 (&packs)[kPacks]) {
-  const auto extreme = [](Compute<T> a, Compute<T> b) { return kLargest ? fmax(a, b) : fmin(a, b); };
+// The largest number of some packs: of halves two at a time, before they are unpacked.
+template <class T, int kPacks>
+__device__ __forceinline__ Compute<T> largest_of(const uint4 (&packs)[kPacks]) {
   if constexpr (sizeof(T) < sizeof(float)) {
     unsigned word = 0;
 #pragma unroll
     for (int i = 0; i < kPacks; i++) {
       const uint4 bits = packs[i];
-      const unsigned of_pack = extreme_word<T, kLargest>(extreme_word<T, kLargest>(bits.x, bits.y),
-                                                         extreme_word<T, kLargest>(bits.z, bits.w));
-      word = i == 0 ? of_pack : extreme_word<T, kLargest>(word, of_pack);
+      const unsigned of_pack = larger_halves<T>(larger_halves<T>(bits.x, bits.y), larger_halves<T>(bits.z, bits.w));
+      word = i == 0 ? of_pack : larger_halves<T>(word, of_pack);
     }
-    return extreme(to_compute(T{static_cast<uint16_t>(word)}), to_compute(T{static_cast<uint16_t>(word >> 16)}));
+    const T low{static_cast<uint16_t>(word)}, high{static_cast<uint16_t>(word >> 16)};
+    return fmax(to_compute(low), to_compute(high));
   } else {
-    Compute<T> result = kLargest ? -INFINITY : INFINITY;
+    Compute<T> largest = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kPacks; i++) {
       Compute<T> x[kPackSize<T>];
       unpack<T>(packs[i], x);
 #pragma unroll
-      for (int k = 0; k < kPackSize<T>; k++) result = extreme(result, x[k]);
+      for (int k = 0; k < kPackSize<T>; k++) largest = fmax(largest, x[k]);
     }
-    return result;
+    return largest;
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- part of a
-// row
+// ------------------------------------------------------------------------------------------------------ part of a row
 
 // The part of the row x, y that this thread handles: packs that are aligned in y, and at most one of the elements
 // before the first or after the last pack. The packs of the row are divided into parts of equal size, one for each
@@ -273,7 +275,7 @@ __device__ __forceinline__ void add_packs(const CrossEntropyParams<T>& params, c
       for (int k = 0; k < K; k++) softmax.add_dense(z[k], d[k]);
     }
   } else {
-    softmax.rescale_to(z_of<kTerms>(params, row, extreme_of<T, true>(packs)));
+    softmax.rescale_to(z_of<kTerms>(params, row, largest_of<T>(packs)));
     const C from = softmax.reference();
     C sums[2] = {}, distance = 0;
     int n_added = 0;
