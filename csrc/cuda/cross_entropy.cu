@@ -1,17 +1,20 @@
 // cross_entropy on a GPU: the choice of kernel, grid and block for each function of ops/cross_entropy.h.
 //
-//   V <= 256                                          tiles of whole rows (cross_entropy_tile.cuh)
-//   forward, fewer than 256 rows of > 16384 classes   several blocks for each row (cross_entropy_block.cuh)
-//   forward otherwise                                 one block for each row (cross_entropy_block.cuh)
-//   a gradient from a stored softmax                  several blocks for each row
+//   V <= 256                                   tiles of whole rows (cross_entropy_tile.cuh)
+//   loss and gradient                          rows in registers (cross_entropy_registers.cuh), or in shared memory
+//                                              where that file has no kernel (cross_entropy_block.cuh)
+//   losses, gradients from a stored softmax    one pass (cross_entropy_streams.cuh)
+//   backward of a gradient that forward made   one launch of few blocks, which end at once if grad_loss is 1
 #include "cuda/cross_entropy_block.cuh"
+#include "cuda/cross_entropy_registers.cuh"
+#include "cuda/cross_entropy_streams.cuh"
 #include "cuda/cross_entropy_tile.cuh"
 
 namespace charlm::cuda {
 namespace {
 
 // ------------------------------------------------------------------------------------------------------- metrics
-// The log-sum-exp, the entropy and the argmax of each row, and the rescaling of a gradient in place.
+// The log-sum-exp, the entropy and the argmax of each row.
 
 // The largest logit and the first class that has it. NaN counts as larger than any number.
 template <class C>
@@ -67,153 +70,266 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
-    cross_entropy_scale_grad_kernel(T* grad, int64_t n_rows, int64_t n_classes, int64_t stride,
-                                    const Compute<T>* factor) {
-  const Compute<T> by = *factor;
-  if (by == 1) return;
-  for (int64_t n = blockIdx.x; n < n_rows; n += gridDim.x) {
-    T* const y = grad + n * stride;
-    const Span<T> span(y, y, n_classes);
-    const auto scaled = [&](T value) { return from_compute<T>(to_compute(value) * by); };
-    span.for_each_single([&](int64_t i) { y[i] = scaled(y[i]); });
-    span.template for_each_pack<kLoadsInFlight>([&](int64_t p) { return load_pack(y + span.pack(p)); },
-                                                [&](int64_t p, Pack<T> pack) {
-#pragma unroll
-                                                  for (T& value : pack.values) value = scaled(value);
-                                                  store_pack(y + span.pack(p), pack);
-                                                });
-  }
-}
-
 // ------------------------------------------------------------------------------------------------------ launches
-
-// Fewer rows than this, with more classes than this, get several blocks each.
-constexpr int64_t kChunksBelowRows = 256;  // twice the multiprocessors of a large GPU
-constexpr int64_t kChunksAboveClasses = 16384;
 
 inline bool uses_tiles(int64_t n_classes) { return n_classes <= kTileMaxClasses; }
 
-inline bool uses_chunks(int64_t n_rows, int64_t n_classes) {
+// Few long rows are shared by more blocks than their length asks for, until about one for each multiprocessor.
+constexpr int64_t kFewBlocks = 128;
+constexpr int64_t kChunksBelowRows = 256;  // without clusters
+constexpr int64_t kChunksAboveClasses = 16384;
+
+inline bool has_few_rows(int64_t n_rows, int64_t n_classes) {
   return n_rows < kChunksBelowRows && n_classes > kChunksAboveClasses;
 }
 
+// log2 of the blocks that share each of few rows.
+inline int log2_cluster_of(int64_t n_rows, int log2_least, bool has_clusters) {
+  int log2 = log2_least;
+  while (has_clusters && n_rows > 0 && 1 << log2 < kMaxCluster && n_rows << (log2 + 1) <= kFewBlocks) log2++;
+  return log2;
+}
+
+// Blocks of a launch whose clusters each take `n_rows_at_once` of n_rows at a time.
+inline int cluster_blocks(int64_t n_rows, int n_rows_at_once, int log2_cluster) {
+  return blocks_for(ceil_div(n_rows, n_rows_at_once), kMaxBlocks >> log2_cluster) << log2_cluster;
+}
+
 // Launches the kernels of one call in order, until a launch fails.
-template <class T, bool kPlain>
+template <class T>
 class Launcher {
  public:
   Launcher(const CrossEntropyParams<T>& params, const Launch& launch)
-      : params_(params),
-        launch_(launch),
-        totals_(static_cast<Totals*>(launch.workspace)),
-        losses_(reinterpret_cast<double*>(totals_ + kMaxTotals)),
-        softmaxes_(reinterpret_cast<RowSoftmax*>(losses_ + kMaxBlocks)) {}
+      : params_(params), launch_(launch), has_clusters_(launch.compute_capability >= kSm90) {
+    reduction_.totals = static_cast<Totals*>(launch.workspace);
+    reduction_.losses = reinterpret_cast<double*>(reduction_.totals + kMaxTotals);
+    reduction_.n_finished = reinterpret_cast<unsigned*>(reduction_.losses + kMaxBlocks);
+  }
 
   static int64_t workspace_bytes(int64_t n_rows, int64_t n_classes) {
-    const int64_t chunks = uses_chunks(n_rows, n_classes) ? n_rows * chunks_of<T>(n_classes) : 0;
-    return kMaxTotals * sizeof(Totals) + kMaxBlocks * sizeof(double) + chunks * sizeof(RowSoftmax);
+    const int64_t chunks = has_few_rows(n_rows, n_classes) ? n_rows * chunks_of<T>(n_classes) : 0;
+    return kMaxTotals * sizeof(Totals) + kMaxBlocks * sizeof(double) + kTicketBytes + chunks * sizeof(Softmax<T, true>);
   }
 
   template <CrossEntropyPass kPass>
   int losses() {
-    launch_totals();
-    int n_losses = block_blocks(params_);
+    constexpr bool kWithGradient = kPass == CrossEntropyPass::kForwardBackward;
+    prepare((kWithGradient && needs_totals(params_)) || params_.reduced_loss);
+    const Terms terms = terms_of(params_);
     if (uses_tiles(params_.n_classes)) {
-      n_losses = tile_blocks(params_);
-      launch_tile<kPass>();
-    } else if (!uses_chunks(params_.n_rows, params_.n_classes)) {
-      constexpr int64_t kOtherShared = kMaxWarps * sizeof(RowSoftmax);
-      const int64_t n_packs =
-          kPass == CrossEntropyPass::kForward ? 0 : (params_.n_classes + kPackSize<T> - 1) / kPackSize<T>;
-      const int64_t max_kept = (launch_.max_shared_bytes - kOtherShared) / kPackBytes,
-                    n_kept = n_packs < max_kept ? n_packs : max_kept;
-      next(cross_entropy_block<T, kPass, kPlain>, n_losses,
-           pass_threads<T>(params_.n_classes, kBlockThreads<T, kPlain>), n_kept * kPackBytes, params_, n_kept, totals_,
-           n_totals_, losses_);
+      terms == Terms::kPlain ? tile<kPass, true>() : tile<kPass, false>();
+    } else if constexpr (kWithGradient) {
+      switch (terms) {
+        case Terms::kPlain:
+          return forward_backward<Terms::kPlain>();
+        case Terms::kUniform:
+          return forward_backward<Terms::kUniform>();
+        case Terms::kAll:
+          return forward_backward<Terms::kAll>();
+      }
     } else {
-      next(cross_entropy_chunk_softmax<T, kPlain>, chunk_blocks(params_), kChunkThreads, 0, params_, softmaxes_);
-      next(cross_entropy_join_chunks<T, kPlain>, n_losses, kWarp, 0, params_, softmaxes_, losses_);
-      if constexpr (kPass == CrossEntropyPass::kForwardBackward) launch_chunk_gradient<CrossEntropyPass::kBackward>();
-    }
-    if (params_.reduced_loss) {
-      next(cross_entropy_reduce<T>, 1, kMaxThreads, 0, params_, totals_, n_totals_, losses_, n_losses);
+      switch (terms) {
+        case Terms::kPlain:
+          return forward<Terms::kPlain>();
+        case Terms::kUniform:
+          return forward<Terms::kUniform>();
+        case Terms::kAll:
+          return forward<Terms::kAll>();
+      }
     }
     return error_;
   }
 
   template <CrossEntropyPass kPass>
   int gradient() {
-    launch_totals();
-    if (uses_tiles(params_.n_classes)) {
-      launch_tile<kPass>();
+    constexpr bool kIsBackward = kPass == CrossEntropyPass::kBackward;
+    const bool is_precomputed = kIsBackward && params_.grad_is_precomputed;
+    if (!is_precomputed) prepare(needs_totals(params_));
+    const Terms terms = terms_of(params_);
+    if (uses_tiles(params_.n_classes) && !is_precomputed) {
+      kIsBackward&& terms == Terms::kPlain ? tile<kPass, kIsBackward>() : tile<kPass, false>();
+    } else if constexpr (kIsBackward) {
+      if (terms == Terms::kPlain) stream<kPass, Terms::kPlain>();
+      if (terms == Terms::kUniform) stream<kPass, Terms::kUniform>();
+      if (terms == Terms::kAll) stream<kPass, Terms::kAll>();
     } else {
-      launch_chunk_gradient<kPass>();
+      stream<kPass, Terms::kAll>();
     }
     return error_;
   }
 
  private:
-  using RowSoftmax = Softmax<T, !kPlain>;
+  static constexpr int64_t kTicketBytes = 16;
 
   template <class Kernel, class... Arguments>
-  void next(Kernel kernel, int blocks, int threads, int64_t shared_bytes, const Arguments&... arguments) {
+  void next(const LaunchOptions& options, Kernel kernel, int blocks, int threads, int64_t shared_bytes,
+            const Arguments&... arguments) {
     if (error_ == cudaSuccess)
-      error_ = launch_kernel(kernel, blocks, threads, shared_bytes, launch_.stream, arguments...);
+      error_ = launch_kernel(options, kernel, blocks, threads, shared_bytes, launch_.stream, arguments...);
   }
 
-  void launch_totals() {
-    if (!needs_totals(params_)) return;
-    n_totals_ = blocks_for(ceil_div(params_.n_rows, kTargetsInFlight * kTotalsThreads), kMaxTotals);
-    next(cross_entropy_totals<T>, n_totals_, kTotalsThreads, 0, params_, totals_);
+  // Launches a kernel that calls divisor() or reduce_losses(). Only the first one after prepare() can be dependent.
+  template <class Kernel, class... Arguments>
+  void next_with_reduction(int log2_cluster, Kernel kernel, int blocks, int threads, int64_t shared_bytes,
+                           const Arguments&... arguments) {
+    next({1 << log2_cluster, reduction_.is_dependent}, kernel, blocks, threads, shared_bytes, arguments..., reduction_);
+    reduction_.is_dependent = false;
   }
 
-  template <CrossEntropyPass kPass>
-  void launch_tile() {
+  // The first of two kernels, if the second needs it.
+  void prepare(bool is_needed) {
+    if (!is_needed) return;
+    reduction_.is_dependent = has_clusters_;
+    if (needs_totals(params_)) {
+      reduction_.n_totals = blocks_for(ceil_div(params_.n_rows, kTargetsInFlight * kTotalsThreads), kMaxTotals);
+    }
+    next({}, cross_entropy_prepare<T>, reduction_.n_totals > 0 ? reduction_.n_totals : 1, kTotalsThreads, 0, params_,
+         reduction_);
+  }
+
+  template <CrossEntropyPass kPass, bool kPlain>
+  void tile() {
     const int lanes = tile_lanes(params_.n_classes);
     const int64_t elements = kTileThreads / lanes * params_.n_classes + kPackSize<T>;
-    next(cross_entropy_tile<T, kPass, kPlain>, tile_blocks(params_), kTileThreads,
-         elements * static_cast<int64_t>(sizeof(T)), params_, lanes, totals_, n_totals_, losses_);
+    next_with_reduction(0, cross_entropy_tile<T, kPass, kPlain>, tile_blocks(params_), kTileThreads,
+                        elements * static_cast<int64_t>(sizeof(T)), params_, lanes);
   }
 
-  template <CrossEntropyPass kPass>
-  void launch_chunk_gradient() {
-    next(cross_entropy_chunk_gradient<T, kPass, kPlain>, chunk_blocks(params_),
-         pass_threads<T>(params_.n_classes, kChunkThreads), 0, params_, totals_, n_totals_);
+  // ------------------------------------------------------------------------------------------------------ losses
+
+  template <Terms kTerms>
+  int forward() {
+    const int64_t n_packs = params_.n_classes / kPackSize<T>;
+    if (n_packs <= kWarp * 8) {
+      next_with_reduction(0, cross_entropy_forward<T, kTerms, kWarp>,
+                          cluster_blocks(params_.n_rows, kStreamThreads / kWarp, 0), kStreamThreads, 0, params_, 0);
+    } else if (has_few_rows(params_.n_rows, params_.n_classes) && !has_clusters_) {
+      chunks<kTerms == Terms::kPlain>();
+    } else {
+      const bool is_long = n_packs >= kStreamThreads * kStreamPacks * 2;
+      const int log2_cluster = log2_cluster_of(params_.n_rows, 0, has_clusters_ && is_long);
+      next_with_reduction(log2_cluster, cross_entropy_forward<T, kTerms, kStreamThreads>,
+                          cluster_blocks(params_.n_rows, 1, log2_cluster), kStreamThreads, 0, params_, log2_cluster);
+    }
+    return error_;
+  }
+
+  template <bool kPlain>
+  void chunks() {
+    using RowSoftmax = Softmax<T, !kPlain>;
+    reduction_.is_dependent = false;  // these kernels do not wait: they are launched in order
+    auto* const softmaxes =
+        reinterpret_cast<RowSoftmax*>(reinterpret_cast<char*>(reduction_.n_finished) + kTicketBytes);
+    next({}, cross_entropy_chunk_softmax<T, kPlain>, chunk_blocks(params_), kChunkThreads, 0, params_, softmaxes);
+    next_with_reduction(0, cross_entropy_join_chunks<T, kPlain>, block_blocks(params_), kWarp, 0, params_, softmaxes);
+  }
+
+  // ------------------------------------------------------------------------------------------- loss and gradient
+
+  template <Terms kTerms>
+  int forward_backward() {
+    if constexpr (sizeof(T) < sizeof(double)) {
+      if (registers<kTerms>()) return error_;
+    }
+    if (has_few_rows(params_.n_rows, params_.n_classes)) {
+      forward<kTerms>();
+      stream<CrossEntropyPass::kBackward, kTerms>();
+      return error_;
+    }
+    constexpr bool kPlain = kTerms == Terms::kPlain;
+    using RowSoftmax = Softmax<T, !kPlain>;
+    constexpr int64_t kOtherShared = kMaxWarps * (sizeof(RowSoftmax) + sizeof(double)) + 64;
+    const int64_t n_packs = ceil_div(params_.n_classes, kPackSize<T>);
+    const int64_t max_kept = (launch_.max_shared_bytes - kOtherShared) / kPackBytes,
+                  n_kept = n_packs < max_kept ? n_packs : max_kept;
+    next_with_reduction(0, cross_entropy_block<T, kPlain>, block_blocks(params_),
+                        pass_threads<T>(params_.n_classes, kBlockThreads), n_kept * kPackBytes, params_, n_kept);
+    return error_;
+  }
+
+  template <Terms kTerms, int kThreads, int kPacks>
+  bool registers_of(int log2_cluster) {
+    using Shape = RegisterShape<T, kTerms, kThreads, kPacks>;
+    next_with_reduction(log2_cluster, cross_entropy_registers<T, kTerms, kThreads, kPacks>,
+                        cluster_blocks(params_.n_rows, Shape::kRows, log2_cluster), Shape::kBlockThreads, 0, params_,
+                        log2_cluster);
+    return true;
+  }
+
+  // The kernel whose threads can hold a row, if there is one. Shares of a copy that these shapes reached in prototypes
+  // on an H200, bf16: 8192 classes 128 x 8 96 %; 32000 256 x 8 x 2 blocks 97 %; 65536 256 x 8 x 4 and 128256 256 x 8 x
+  // 8 92 % (with cache hints, which cost 6 %). More packs for a thread spill; fewer load too little at a time.
+  template <Terms kTerms>
+  bool registers() {
+    const int64_t n_packs = params_.n_classes / kPackSize<T>;
+    // The least log2 of blocks of `packs` packs that hold the row.
+    const auto log2_blocks = [&](int64_t packs) {
+      int log2 = 0;
+      while (packs << log2 < n_packs) log2++;
+      return log2;
+    };
+    const int most = has_clusters_ ? kMaxCluster : 1;
+    const auto cluster = [&](int log2_least) { return log2_cluster_of(params_.n_rows, log2_least, has_clusters_); };
+    if (n_packs <= kWarp * 4) return registers_of<kTerms, kWarp, 4>(0);
+    if constexpr (kTerms == Terms::kAll) {
+      if (n_packs <= 128 * 4) return registers_of<kTerms, 128, 4>(0);
+      const int log2 = log2_blocks(512 * 4);
+      return 1 << log2 <= most && registers_of<kTerms, 512, 4>(cluster(log2));
+    } else {
+      if (n_packs <= kWarp * 8) return registers_of<kTerms, kWarp, 8>(0);
+      if (n_packs <= 128 * 4) return registers_of<kTerms, 128, 4>(0);
+      if (n_packs <= 128 * 8) return registers_of<kTerms, 128, 8>(0);
+      const int log2 = log2_blocks(256 * 8);
+      if (1 << log2 <= most) return registers_of<kTerms, 256, 8>(cluster(log2));
+      const int log2_of_512 = log2_blocks(512 * 8);
+      if (1 << log2_of_512 <= most) return registers_of<kTerms, 512, 8>(cluster(log2_of_512));
+      if constexpr (kTerms == Terms::kPlain) {  // without clusters
+        if (n_packs <= 1024 * 8) return registers_of<kTerms, 1024, 8>(0);
+      }
+      return false;
+    }
+  }
+
+  // ---------------------------------------------------------------------------------------------------- gradient
+
+  template <CrossEntropyPass kPass, Terms kTerms>
+  void stream() {
+    const bool is_rescale = kPass == CrossEntropyPass::kBackward && params_.grad_is_precomputed;
+    const int threads = is_rescale ? kRescaleThreads : kStreamThreads;
+    next_with_reduction(0, cross_entropy_gradient<T, kPass, kTerms>,
+                        blocks_for(ceil_div(params_.n_rows * items_of<T>(params_.n_classes), threads / kWarp),
+                                   is_rescale ? kRescaleBlocks : kMaxBlocks),
+                        threads, 0, params_);
   }
 
   const CrossEntropyParams<T>& params_;
   const Launch& launch_;
-  Totals* const totals_;  // [kMaxTotals]
-  double* const losses_;  // [kMaxBlocks]
-  RowSoftmax* const softmaxes_;
-  int n_totals_ = 0;
+  const bool has_clusters_;
+  Reduction reduction_;
   cudaError_t error_ = cudaSuccess;
 };
 
 template <class T>
 int64_t cross_entropy_workspace(int64_t n_rows, int64_t n_classes) {
-  return Launcher<T, false>::workspace_bytes(n_rows, n_classes);
+  return Launcher<T>::workspace_bytes(n_rows, n_classes);
 }
 
 template <class T, CrossEntropyPass kPass>
 int cross_entropy_losses(const CrossEntropyParams<T>& params, Launch& launch) {
-  return is_plain(params) ? Launcher<T, true>(params, launch).template losses<kPass>()
-                          : Launcher<T, false>(params, launch).template losses<kPass>();
+  return Launcher<T>(params, launch).template losses<kPass>();
 }
 
 template <class T>
 int cross_entropy_backward(const CrossEntropyParams<T>& params, Launch& launch) {
   if (params.grad_lse || params.grad_entropy) {
-    return Launcher<T, false>(params, launch).template gradient<CrossEntropyPass::kBackwardWithMetrics>();
+    return Launcher<T>(params, launch).template gradient<CrossEntropyPass::kBackwardWithMetrics>();
   }
-  return is_plain(params) ? Launcher<T, true>(params, launch).template gradient<CrossEntropyPass::kBackward>()
-                          : Launcher<T, false>(params, launch).template gradient<CrossEntropyPass::kBackward>();
+  return Launcher<T>(params, launch).template gradient<CrossEntropyPass::kBackward>();
 }
 
 template <class T>
 int cross_entropy_target_backward(const CrossEntropyParams<T>& params, Launch& launch) {
-  return Launcher<T, false>(params, launch).template gradient<CrossEntropyPass::kTargetBackward>();
+  return Launcher<T>(params, launch).template gradient<CrossEntropyPass::kTargetBackward>();
 }
 
 template <class T>
@@ -223,10 +339,13 @@ int cross_entropy_metrics(const CrossEntropyParams<T>& params, Launch& launch) {
 }
 
 template <class T>
-int scale_gradient(const ScaleParams<T>& params, Launch& launch) {
-  return launch_kernel(cross_entropy_scale_grad_kernel<T>, blocks_for(params.n_rows),
-                       pass_threads<T>(params.n_columns, kMaxThreads), 0, launch.stream, params.grad, params.n_rows,
-                       params.n_columns, params.stride, params.factor);
+int scale_gradient(const ScaleParams<T>& given, Launch& launch) {
+  ScaleParams<T> params = given;
+  if (params.stride == params.n_columns && params.n_rows > 0) {  // as one row
+    params.n_columns *= params.n_rows;
+    params.n_rows = 1;
+  }
+  return launch_kernel(cross_entropy_scale_gradient<T>, kRescaleBlocks, kRescaleThreads, 0, launch.stream, params);
 }
 
 CHARLM_REGISTER_KERNELS(cross_entropy, {&cross_entropy_losses<T, CrossEntropyPass::kForward>,

@@ -1,6 +1,6 @@
-// Many classes: one block for each row, or several. The threads of a block pass over the row once and join their
-// softmaxes. A pass that also computes the gradient keeps the row in shared memory, as far as it fits (227 KiB a block
-// on an H100), and reads only the rest of a longer row a second time.
+// Many classes, where cross_entropy_registers.cuh has no kernel: float64, rows too long for registers, and few rows on
+// a GPU without clusters. The block of a row keeps it in shared memory, as far as it fits (227 KiB a block on an H100),
+// and reads only the rest of a longer row a second time.
 #pragma once
 
 #include "cuda/cross_entropy_row.cuh"
@@ -73,10 +73,11 @@ __device__ __forceinline__ typename CrossEntropyRow<T, kPlain>::RowSoftmax softm
   return softmax;
 }
 
-// Writes the gradient of these classes to y; load(p) returns their packs.
-template <CrossEntropyPass kPass, int kBatch, class T, bool kPlain, class Load>
+// Writes the gradient of a row to y; load(p) returns its packs.
+template <class T, bool kPlain, class Load>
 __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>& row, const Span<T>& span, const T* x,
-                                               T* y, int64_t begin, Load load) {
+                                               T* y, Load load) {
+  constexpr CrossEntropyPass kPass = CrossEntropyPass::kForwardBackward;
   if (!row.template has_gradient<kPass>()) {
     if (!row.template has_zero_gradient<kPass>()) return;
     const T zero = from_compute<T>(0);
@@ -85,42 +86,39 @@ __device__ __forceinline__ void write_gradient(const CrossEntropyRow<T, kPlain>&
     return;
   }
   const auto gradient = [&](T value, int64_t i) {
-    const Compute<T> z = row.transformed(value);
-    return kPass == CrossEntropyPass::kTargetBackward ? row.target_gradient(z, begin + i)
-                                                      : row.template gradient<kPass>(z, begin + i);
+    return from_compute<T>(row.template gradient<kPass>(row.transformed(value), i));
   };
   span.for_each_single([&](int64_t i) { y[i] = gradient(x[i], i); });
-  span.template for_each_pack<kBatch>(load, [&](int64_t p, Pack<T> pack) {
+  span.template for_each_pack<1>(load, [&](int64_t p, Pack<T> pack) {
 #pragma unroll
     for (int k = 0; k < kPackSize<T>; k++) pack.values[k] = gradient(pack.values[k], span.pack(p) + k);
     store_pack(y + span.pack(p), pack);
   });
 }
 
-// Threads of a block for which the registers of a multiprocessor suffice without spilling.
-template <class T, bool kPlain>
-constexpr int kBlockThreads = kPlain && sizeof(Compute<T>) == sizeof(float) ? kMaxThreads : kMaxThreads / 2;
+// For which the registers of a multiprocessor suffice without spilling.
+constexpr int kBlockThreads = 512;
 
-template <class T, CrossEntropyPass kPass, bool kPlain>
-__global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
-    cross_entropy_block(const __grid_constant__ CrossEntropyParams<T> params, int64_t n_kept, const Totals* totals,
-                        int n_totals, double* losses) {
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    cross_entropy_block(const __grid_constant__ CrossEntropyParams<T> params, int64_t n_kept,
+                        const __grid_constant__ Reduction reduction) {
   using Row = CrossEntropyRow<T, kPlain>;
   using RowSoftmax = typename Row::RowSoftmax;
   CHARLM_SHARED(RowSoftmax, parts, kMaxWarps);
   CHARLM_DYNAMIC_SHARED(Pack<T>, kept);  // [n_kept], each read by the thread that wrote it
-  const double scale = kPass == CrossEntropyPass::kForward ? 1 : 1 / divisor(params, totals, n_totals);
+  const double scale = reciprocal<T>(divisor(params, reduction));
   double loss_sum = 0;
   for (int64_t n = blockIdx.x; n < params.n_rows; n += gridDim.x) {
     Row row(params, n);
     const T* const x = row.logits();
-    T* const y = kPass == CrossEntropyPass::kForward ? nullptr : row.grad();
-    const Span<T> span(x, kPass == CrossEntropyPass::kForward ? x : y, params.n_classes);
+    T* const y = row.grad();
+    const Span<T> span(x, y, params.n_classes);
     if (threadIdx.x == 0 && row.is_bad()) row.record_bad();
     if (row.is_counted()) {
       const Compute<T> target_logit = row.target_logit(x);
       auto softmax = softmax_of(row, span, x, 0, [&](int64_t p, const Pack<T>& pack) {
-        if (kPass == CrossEntropyPass::kForwardBackward && p < n_kept) kept[p] = pack;
+        if (p < n_kept) kept[p] = pack;
       });
       __syncthreads();  // the parts of the previous row have been read
       softmax = softmax.over_block(parts);
@@ -130,16 +128,13 @@ __global__ void __launch_bounds__(kBlockThreads<T, kPlain>, 1)
         loss_sum += loss;
         row.store(softmax, loss);
       }
-      if constexpr (kPass == CrossEntropyPass::kForwardBackward) row.set_softmax(softmax, scale);
+      row.set_softmax(softmax, scale);
     } else if (threadIdx.x == 0) {
       row.store_uncounted();
     }
-    if constexpr (kPass == CrossEntropyPass::kForwardBackward) {
-      write_gradient<kPass, 1>(row, span, x, y, 0,
-                               [&](int64_t p) { return p < n_kept ? kept[p] : load_pack(x + span.pack(p)); });
-    }
+    write_gradient(row, span, x, y, [&](int64_t p) { return p < n_kept ? kept[p] : load_pack(x + span.pack(p)); });
   }
-  if (threadIdx.x == 0) losses[blockIdx.x] = loss_sum;
+  reduce_losses(params, reduction, loss_sum);
 }
 
 template <class T>
@@ -157,9 +152,8 @@ int pass_threads(int64_t n, int most) {
 }
 
 // ----------------------------------------------------------------------------------------- several blocks for each row
-// Each block handles a chunk of the row. The gradients of logits and probabilities need only the stored softmax of the
-// row, so chunks are independent. A forward pass uses chunks where there are too few long rows to occupy the GPU with
-// one block each: it stores the softmax of each chunk and joins them, and a second read computes the gradient.
+// Without clusters, for too few long rows to occupy the GPU with one block each: a block stores the softmax of a chunk
+// of a row, and a second kernel joins those of each row.
 
 constexpr int kChunkPacks = 1024;
 constexpr int kChunkThreads = kChunkPacks / kLoadsInFlight;
@@ -201,7 +195,7 @@ __global__ void __launch_bounds__(kChunkThreads, kMinResidentBlocks)
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(kWarp)
     cross_entropy_join_chunks(const __grid_constant__ CrossEntropyParams<T> params,
-                              const Softmax<T, !kPlain>* softmaxes, double* losses) {
+                              const Softmax<T, !kPlain>* softmaxes, const __grid_constant__ Reduction reduction) {
   using RowSoftmax = Softmax<T, !kPlain>;
   CHARLM_SHARED(RowSoftmax, parts, kMaxWarps);
   const int64_t n_chunks = chunks_of<T>(params.n_classes);
@@ -226,28 +220,7 @@ __global__ void __launch_bounds__(kWarp)
       if (row.is_bad()) row.record_bad();
     }
   }
-  if (threadIdx.x == 0) losses[blockIdx.x] = loss_sum;
-}
-
-template <class T, CrossEntropyPass kPass, bool kPlain>
-__global__ void __launch_bounds__(kChunkThreads, kMinResidentBlocks)
-    cross_entropy_chunk_gradient(const __grid_constant__ CrossEntropyParams<T> params, const Totals* totals,
-                                 int n_totals) {
-  if (kPass == CrossEntropyPass::kBackward && params.grad_is_precomputed && *params.grad_loss == 1) return;
-  const double scale = 1 / divisor(params, totals, n_totals);
-  const int64_t n_chunks = chunks_of<T>(params.n_classes);
-  for (int64_t i = blockIdx.x; i < params.n_rows * n_chunks; i += gridDim.x) {
-    const int64_t n = i / n_chunks, begin = (i - n * n_chunks) * kChunkClasses<T>;
-    CrossEntropyRow<T, kPlain> row(params, n);
-    if (threadIdx.x == 0 && begin == 0 && row.is_bad()) row.record_bad();
-    if (row.template has_gradient<kPass>()) row.set_softmax(row.stored(), scale);
-    const int64_t left = params.n_classes - begin;
-    const T* const x = row.logits() + begin;
-    T* const y = row.grad() + begin;
-    const Span<T> span(x, y, left < kChunkClasses<T> ? left : kChunkClasses<T>);
-    write_gradient<kPass, kLoadsInFlight>(row, span, x, y, begin,
-                                          [&](int64_t p) { return load_pack(x + span.pack(p)); });
-  }
+  reduce_losses(params, reduction, loss_sum);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // 0, and z = x.
 #pragma once
 
+#include "cuda/async.cuh"
 #include "cuda/rows.cuh"
 #include "ops/cross_entropy.h"
 
@@ -15,6 +16,14 @@ bool is_plain(const CrossEntropyParams<T>& params) {
          params.logit_scale == 1 && params.softcap == 0;
 }
 
+// tanh(u), for half types with an absolute error of 2e-7, in a quarter of the instructions.
+template <class T>
+__device__ __forceinline__ Compute<T> tanh_of(Compute<T> u) {
+  if constexpr (sizeof(T) >= sizeof(float)) return tanh(u);
+  constexpr float kTwoLog2e = 2.88539008f;
+  return 1 - __fdividef(2, exp2_approximate(u * kTwoLog2e) + 1);
+}
+
 template <class T, bool kPlain>
 class CrossEntropyRow {
   using C = Compute<T>;
@@ -23,13 +32,33 @@ class CrossEntropyRow {
   using RowSoftmax = Softmax<T, !kPlain>;
 
   __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& params, int64_t n)
-      : params_(params), n_(n), token_weight_(params.token_weight ? params.token_weight[n] : C(1)) {
+      : CrossEntropyRow(params, n, load_target(params, n)) {}
+  // `target`: what load_target() gave, for a kernel that has more to load before it looks at it.
+  __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& params, int64_t n, int64_t target)
+      : params_(params), n_(n), token_weight_(params.token_weight ? params.token_weight[n] : C(1)), target_(target) {
     if (!has_class_indices()) return;
-    target_ = load_index(params.target, n);
     is_ignored_ = params.may_ignore && target_ == params.ignore_index;
     is_bad_ = !is_ignored_ && !in_range(params.target, target_);
     if (params.weight && is_counted()) target_weight_ = params.weight[target_];
   }
+  __device__ __forceinline__ static int64_t load_target(const CrossEntropyParams<T>& params, int64_t n) {
+    return kPlain || params.has_class_indices ? load_index(params.target, n) : -1;
+  }
+
+  // What a counted row has read from memory, for a kernel that keeps it in shared memory.
+  struct Saved {
+    C token_weight, target_weight;
+    int target;
+  };
+  __device__ __forceinline__ CrossEntropyRow(const CrossEntropyParams<T>& params, int64_t n, const Saved& saved)
+      : params_(params),
+        n_(n),
+        token_weight_(saved.token_weight),
+        target_weight_(saved.target_weight),
+        target_(saved.target) {}
+  __device__ __forceinline__ Saved saved() const { return {token_weight_, target_weight_, static_cast<int>(target_)}; }
+
+  __device__ __forceinline__ int64_t target() const { return target_; }  // -1 without class indices
 
   __device__ __forceinline__ bool is_ignored() const { return is_ignored_; }
   __device__ __forceinline__ bool is_bad() const { return is_bad_; }
@@ -52,11 +81,11 @@ class CrossEntropyRow {
   __device__ __forceinline__ T* grad() const { return params_.grad + n_ * params_.grad_stride; }
 
   // z from a logit x.
-  __device__ __forceinline__ C transformed(T given) const {
-    C x = to_compute(given);
+  __device__ __forceinline__ C transformed(T x) const { return transformed_compute(to_compute(x)); }
+  __device__ __forceinline__ C transformed_compute(C x) const {
     if constexpr (kPlain) return x;
     x *= params_.logit_scale;
-    return params_.softcap > 0 ? params_.softcap * tanh(x / params_.softcap) : x;
+    return params_.softcap > 0 ? params_.softcap * tanh_of<T>(x / params_.softcap) : x;
   }
 
   // z of the target class, where `x` are the logits of the row; 0 without a target.
@@ -140,57 +169,98 @@ class CrossEntropyRow {
     log_sum_ = log(sum_);
   }
 
-  // d loss / d x_c, from z_c. For the target class, its coefficient is subtracted from its own share of the softmax,
-  // which avoids cancellation.
+  // d loss / d x_c, from z_c.
   template <CrossEntropyPass kPass>
-  __device__ __forceinline__ T gradient(C z, int64_t c) const {
+  __device__ __forceinline__ C gradient(C z, int64_t c) const {
+    if (has_class_indices() && c == target_) return gradient_of_target<kPass>(z);
+    return gradient_of_other<kPass>(z, has_dense() ? dense(c) : C(0));
+  }
+
+  // Of the target class: its coefficient is subtracted from its own share of the softmax, which avoids cancellation.
+  template <CrossEntropyPass kPass>
+  __device__ __forceinline__ C gradient_of_target(C z) const {
+    const C p = exp_of<T>(z - max_) / sum_;
+    C value = (p - 1) * sparse();
+    if constexpr (!kPlain) value += p * dense_factor_ - (has_dense() ? dense(target_) : C(0));
+    return finished_gradient<kPass>(g_ * value, z, p);
+  }
+
+  // Of another class, where `d` is its d_c.
+  template <CrossEntropyPass kPass>
+  __device__ __forceinline__ C gradient_of_other(C z, C d) const {
     const C e = exp_of<T>(z - max_);
-    C value;
-    if constexpr (kPlain) {
-      value = c == target_ ? g_ * ((e / sum_ - 1) * sparse()) : e * (softmax_factor_ * g_);
-    } else {
-      const C d = has_dense() ? dense(c) : C(0);
-      if (has_class_indices() && c == target_) {
-        const C p = e / sum_;
-        value = g_ * ((p - 1) * sparse() + (p * dense_factor_ - d));
-      } else {
-        value = (e * softmax_factor_ - d) * g_;
-      }
-      if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) {
-        value = (is_ignored_ ? C(0) : value) + metrics_gradient(z, e / sum_);
-      }
-      value *= slope(z);
+    if constexpr (kPlain) return e * (softmax_factor_ * g_);
+    return finished_gradient<kPass>((e * softmax_factor_ - d) * g_, z, e / sum_);
+  }
+
+  // The gradient of another class is e * factor - constant, if all d_c are equal and there is no softcap.
+  struct Line {
+    C factor, constant;
+
+    __device__ __forceinline__ C at(C z, C max) const {
+      const C e = exp_of<T>(z - max);
+      if constexpr (kPlain) return e * factor;
+      return fma(e, factor, -constant);
     }
-    return from_compute<T>(value);
+  };
+  __device__ __forceinline__ Line line() const {
+    const C g = kPlain ? g_ : g_ * params_.logit_scale;
+    return {softmax_factor_ * g, kPlain ? C(0) : uniform_dense() * g};
   }
-
-  // d loss / d p_c for a probability target, from z_c.
-  __device__ __forceinline__ T target_gradient(C z, int64_t c) const {
-    const C value = g_ * (1 - params_.label_smoothing) * ((max_ - z) + log_sum_);
-    return from_compute<T>(params_.weight ? value * params_.weight[c] : value);
-  }
-
- private:
-  __device__ __forceinline__ bool has_class_indices() const { return kPlain || params_.has_class_indices; }
+  __device__ __forceinline__ C max() const { return max_; }
 
   __device__ __forceinline__ bool has_dense() const {
     return !kPlain && (!params_.has_class_indices || params_.label_smoothing > 0);
   }
 
-  __device__ __forceinline__ C n_classes() const { return static_cast<C>(params_.n_classes); }
-
-  // sum_c d_c for class indices, the same for all rows.
-  __device__ __forceinline__ C known_dense_sum() const {
-    return params_.weight ? params_.label_smoothing / n_classes() * *params_.weight_sum : params_.label_smoothing;
+  // d_c without weight and probabilities.
+  __device__ __forceinline__ C uniform_dense() const {
+    return kPlain ? C(0) : params_.label_smoothing / static_cast<C>(params_.n_classes);
   }
 
   // d_c
   __device__ __forceinline__ C dense(int64_t c) const {
-    C d = params_.label_smoothing / n_classes();
-    if (!has_class_indices()) {
-      d += (1 - params_.label_smoothing) * to_compute(params_.probabilities[n_ * params_.probabilities_stride + c]);
-    }
+    C d = uniform_dense();
+    if (!has_class_indices()) d += (1 - params_.label_smoothing) * to_compute(probabilities()[c]);
     return params_.weight ? d * params_.weight[c] : d;
+  }
+
+  // d[k] = d_c of the classes c + k, K of them.
+  template <int K>
+  __device__ __forceinline__ void dense(int64_t c, C (&d)[K]) const {
+#pragma unroll
+    for (int k = 0; k < K; k++) d[k] = uniform_dense();
+    if (!has_class_indices()) {
+      const Pack<T> p = load_any_pack(probabilities() + c);
+#pragma unroll
+      for (int k = 0; k < K; k++) d[k] += (1 - params_.label_smoothing) * to_compute(p.values[k]);
+    }
+    if (params_.weight) {
+#pragma unroll
+      for (int k = 0; k < K; k += kPackSize<C>) {
+        const Pack<C> w = load_any_pack(params_.weight + c + k);
+#pragma unroll
+        for (int j = 0; j < kPackSize<C>; j++) d[k + j] *= w.values[j];
+      }
+    }
+  }
+
+  // d loss / d p_c for a probability target, from z_c.
+  __device__ __forceinline__ C target_gradient(C z, int64_t c) const {
+    const C value = g_ * (1 - params_.label_smoothing) * ((max_ - z) + log_sum_);
+    return params_.weight ? value * params_.weight[c] : value;
+  }
+
+ private:
+  __device__ __forceinline__ bool has_class_indices() const { return kPlain || params_.has_class_indices; }
+
+  __device__ __forceinline__ const T* probabilities() const {
+    return params_.probabilities + n_ * params_.probabilities_stride;
+  }
+
+  // sum_c d_c for class indices, the same for all rows.
+  __device__ __forceinline__ C known_dense_sum() const {
+    return params_.weight ? uniform_dense() * *params_.weight_sum : params_.label_smoothing;
   }
 
   // The coefficient of the target class: (1 - e) w_y, or 0 for probabilities.
@@ -206,6 +276,14 @@ class CrossEntropyRow {
       value -= params_.grad_entropy[n_] * (p * (finite(z - max_) - log_sum_ + params_.entropy[n_]));
     }
     return value;
+  }
+
+  template <CrossEntropyPass kPass>
+  __device__ __forceinline__ C finished_gradient(C value, C z, C p) const {
+    if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) {
+      value = (is_ignored_ ? C(0) : value) + metrics_gradient(z, p);
+    }
+    return kPlain ? value : value * slope(z);
   }
 
   // dz/dx at z.
@@ -225,38 +303,43 @@ class CrossEntropyRow {
 };
 
 // ----------------------------------------------------------------------------------------------------------- reduction
-// The divisor of a mean, and the reduction of the losses. Each block writes a partial result to the workspace, and the
-// kernel that needs the result adds the partial results in order: no block waits for another, and every run gives the
-// same bits.
+// The divisor of a mean, and the reduction of the losses. Each block writes a partial result to the workspace, and who
+// needs the result adds them in the order of the blocks: no block waits for another, and every run gives the same bits.
+// A call is two kernels: cross_entropy_prepare, and one that computes losses or gradients. On sm_90 and later the
+// second begins at once and waits for the first only where it needs the divisor.
 
 // Of the targets that are not ignored.
 struct Totals {
-  double weight;
-  int64_t count;
+  double weight = 0;
+  int64_t count = 0;
 };
 
-// At most kMaxTotals blocks count the targets, so that each lane of a warp adds up kTotalsPerLane of their totals.
-constexpr int kTotalsPerLane = 4;
-constexpr int kMaxTotals = kTotalsPerLane * kWarp;
+// Blocks that count the targets: each lane of a warp adds up two of their totals.
+constexpr int kMaxTotals = 2 * kWarp;
 constexpr int kTotalsThreads = 256;
 constexpr int kTargetsInFlight = 4;  // targets that a thread loads at once
 
+// What the kernels of a call share.
+struct Reduction {
+  Totals* totals = nullptr;        // [kMaxTotals], of which n_totals are written
+  double* losses = nullptr;        // [kMaxBlocks], by the blocks of the second kernel
+  unsigned* n_finished = nullptr;  // [], of these blocks
+  int n_totals = 0;
+  bool is_dependent = false;  // the second kernel must wait for the first
+};
+
 template <class T>
-bool needs_totals(const CrossEntropyParams<T>& params) {
+__host__ __device__ bool needs_totals(const CrossEntropyParams<T>& params) {
   return params.mean && (params.has_class_indices || params.token_weight);
 }
 
+// Counts the targets first, first + step, ... of each thread of a block. All threads get the sum.
 template <class T>
-__global__ void __launch_bounds__(kTotalsThreads, kMinResidentBlocks)
-    cross_entropy_totals(const __grid_constant__ CrossEntropyParams<T> params, Totals* totals) {
-  if (params.grad_is_precomputed && *params.grad_loss == 1) return;  // the next kernel does nothing either
+__device__ __forceinline__ Totals count_targets(const CrossEntropyParams<T>& params, int64_t first, int64_t step) {
   CHARLM_SHARED(double, weights, kMaxWarps);
   CHARLM_SHARED(int64_t, counts, kMaxWarps);
-  double weight = 0;
-  int64_t count = 0;
-  const int64_t step = int64_t(gridDim.x) * kTotalsThreads;
-  for (int64_t first = blockIdx.x * kTotalsThreads + threadIdx.x; first < params.n_rows;
-       first += kTargetsInFlight * step) {
+  Totals sum;
+  for (; first < params.n_rows; first += kTargetsInFlight * step) {
     int64_t targets[kTargetsInFlight];
     if (params.has_class_indices) load_indices(params.target, first, step, params.n_rows, targets);
 #pragma unroll
@@ -268,49 +351,101 @@ __global__ void __launch_bounds__(kTotalsThreads, kMinResidentBlocks)
         if ((params.may_ignore && targets[k] == params.ignore_index) || !in_range(params.target, targets[k])) continue;
         if (params.weight) w *= params.weight[targets[k]];
       }
-      weight += w;
-      count++;
+      sum.weight += w;
+      sum.count++;
     }
   }
-  weight = sum_over_block(weight, weights);
-  count = sum_over_block(count, counts);
-  if (threadIdx.x == 0) totals[blockIdx.x] = {weight, count};
+  sum.weight = sum_over_block(sum.weight, weights);
+  sum.count = sum_over_block(sum.count, counts);
+  return sum;
 }
 
-// The divisor of the sum of the losses. All lanes of a warp must call it.
 template <class T>
-__device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Totals* totals, int n_totals) {
+__global__ void __launch_bounds__(kTotalsThreads, kMinResidentBlocks)
+    cross_entropy_prepare(const __grid_constant__ CrossEntropyParams<T> params, const Reduction reduction) {
+  if (reduction.is_dependent) let_next_kernel_begin();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *reduction.n_finished = 0;
+  if (reduction.n_totals == 0) return;
+  const Totals totals =
+      count_targets(params, blockIdx.x * kTotalsThreads + threadIdx.x, int64_t(gridDim.x) * kTotalsThreads);
+  if (threadIdx.x == 0) reduction.totals[blockIdx.x] = totals;
+}
+
+// The divisor of the sum of the losses.
+template <class T>
+__device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Totals& totals) {
+  return params.zero_if_all_ignored && totals.count == 0 ? 1 : totals.weight;
+}
+
+// The same, from what cross_entropy_prepare wrote, for which it waits. All threads of the block must call it.
+template <class T>
+__device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Reduction& reduction) {
+  if (reduction.is_dependent) wait_for_previous_kernel();
   if (!params.mean) return 1;
-  if (n_totals == 0) return params.zero_if_all_ignored && params.n_rows == 0 ? 1 : static_cast<double>(params.n_rows);
-  double weight = 0;
-  int64_t count = 0;
-#pragma unroll
-  for (int k = 0; k < kTotalsPerLane; k++) {
-    const int i = k * kWarp + threadIdx.x % kWarp;
-    weight += i < n_totals ? totals[i].weight : 0;
-    count += i < n_totals ? totals[i].count : 0;
-  }
-  weight = sum_over_lanes(weight);
-  return params.zero_if_all_ignored && sum_over_lanes(count) == 0 ? 1 : weight;
+  if (reduction.n_totals == 0) return divisor(params, {static_cast<double>(params.n_rows), params.n_rows});
+  // Loops that are not unrolled: the threads that call this hold a row in their registers.
+  const auto sum_of = [&](auto member) {
+    auto sum = (Totals{}).*member;
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarp; i < reduction.n_totals; i += kWarp) sum += reduction.totals[i].*member;
+#pragma unroll 1
+    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    return sum;
+  };
+  if (params.zero_if_all_ignored && sum_of(&Totals::count) == 0) return 1;
+  return sum_of(&Totals::weight);
 }
 
-// One block. The sum or mean of the losses, from the sums that the blocks of a kernel wrote.
+// The factor of each row's gradient. For types that compute in float: a division would take more registers than the
+// threads that hold a row have left, and two steps of Newton's method give the same up to the last bit of a double.
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
-    cross_entropy_reduce(const __grid_constant__ CrossEntropyParams<T> params, const Totals* totals, int n_totals,
-                         const double* losses, int n_losses) {
+__device__ __forceinline__ double reciprocal(double x) {
+  if constexpr (sizeof(Compute<T>) == sizeof(double)) return 1 / x;
+  const double guess = __fdividef(1, static_cast<float>(x));
+  if (guess == 0 || !(fabs(guess) <= 3e38)) return guess;
+  const double better = guess * (2 - x * guess);
+  return better * (2 - x * better);
+}
+
+// Ends a kernel whose threads have the losses `loss`. The last block to get here adds the sums of the blocks in their
+// order and writes the reduced loss. All threads of the block must call it.
+template <class T>
+__device__ __forceinline__ void reduce_losses(const CrossEntropyParams<T>& params, const Reduction& reduction,
+                                              double loss) {
+  if (reduction.is_dependent) wait_for_previous_kernel();
+  if (!params.reduced_loss) return;
+  constexpr unsigned kInFlight = 16;
   CHARLM_SHARED(double, sums, kMaxWarps);
+  CHARLM_SHARED(bool, is_last, 1);
+  loss = sum_over_block(loss, sums);
+  if (threadIdx.x == 0) {
+    reduction.losses[blockIdx.x] = loss;
+    __threadfence();
+    *is_last = atomicAdd(reduction.n_finished, 1) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!*is_last) return;
+  __threadfence();
   double sum = 0;
-  for (int i = threadIdx.x; i < n_losses; i += blockDim.x) sum += losses[i];
+  for (unsigned first = threadIdx.x; first < gridDim.x; first += kInFlight * blockDim.x) {
+    double losses[kInFlight];
+#pragma unroll
+    for (unsigned k = 0; k < kInFlight; k++) {
+      const unsigned i = first + k * blockDim.x;
+      losses[k] = i < gridDim.x ? reduction.losses[i] : 0;
+    }
+#pragma unroll
+    for (unsigned k = 0; k < kInFlight; k++) sum += losses[k];
+  }
   sum = sum_over_block(sum, sums);
-  const double total_weight = divisor(params, totals, n_totals);
+  const double total_weight = divisor(params, reduction);
   if (threadIdx.x != 0) return;
   const bool none = params.mean && !params.zero_if_all_ignored && (params.n_rows == 0 || params.n_classes == 0);
-  const auto loss = static_cast<Compute<T>>(none ? double(NAN) : sum / total_weight);
+  const auto mean = static_cast<Compute<T>>(none ? double(NAN) : sum / total_weight);
   if (params.is_loss_unrounded) {
-    *static_cast<Compute<T>*>(params.reduced_loss) = loss;
+    *static_cast<Compute<T>*>(params.reduced_loss) = mean;
   } else {
-    *static_cast<T*>(params.reduced_loss) = from_compute<T>(loss);
+    *static_cast<T*>(params.reduced_loss) = from_compute<T>(mean);
   }
 }
 

@@ -69,13 +69,12 @@ __device__ __forceinline__ void copy_tile(T* shared, T* global, int64_t stride, 
 
 template <class T, CrossEntropyPass kPass, bool kPlain>
 __global__ void __launch_bounds__(kTileThreads, kTileResidentBlocks<T, kPlain>)
-    cross_entropy_tile(const __grid_constant__ CrossEntropyParams<T> params, int lanes, const Totals* totals,
-                       int n_totals, double* losses) {
+    cross_entropy_tile(const __grid_constant__ CrossEntropyParams<T> params, int lanes,
+                       const __grid_constant__ Reduction reduction) {
   using C = Compute<T>;
   constexpr bool kWritesLoss = kPass == CrossEntropyPass::kForward || kPass == CrossEntropyPass::kForwardBackward;
-  if (kPass == CrossEntropyPass::kBackward && params.grad_is_precomputed && *params.grad_loss == 1) return;
   CHARLM_DYNAMIC_SHARED(Pack<T>, buffer);  // the tile, and a pack more to align it like the logits
-  const double scale = kPass == CrossEntropyPass::kForward ? 1 : 1 / divisor(params, totals, n_totals);
+  const double scale = kPass == CrossEntropyPass::kForward ? 1 : reciprocal<T>(divisor(params, reduction));
   const int n_classes = static_cast<int>(params.n_classes), tile_rows = kTileThreads / lanes;
   const int lane = threadIdx.x % lanes, row_in_tile = threadIdx.x / lanes;
   double loss_sum = 0;
@@ -133,8 +132,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileResidentBlocks<T, kPlain>)
         if (c >= end) continue;
         if (row.template has_zero_gradient<kPass>()) x[c] = from_compute<T>(C(0));
         if (row.template has_gradient<kPass>()) {
-          x[c] = kPass == CrossEntropyPass::kTargetBackward ? row.target_gradient(z[k], c)
-                                                            : row.template gradient<kPass>(z[k], c);
+          x[c] = from_compute<T>(kPass == CrossEntropyPass::kTargetBackward ? row.target_gradient(z[k], c)
+                                                                            : row.template gradient<kPass>(z[k], c));
         }
       }
       __syncthreads();
@@ -145,9 +144,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileResidentBlocks<T, kPlain>)
     __syncthreads();  // before the next tile overwrites this one
   }
   if constexpr (kWritesLoss) {
-    CHARLM_SHARED(double, sums, kMaxWarps);
-    loss_sum = sum_over_block(loss_sum, sums);
-    if (threadIdx.x == 0) losses[blockIdx.x] = loss_sum;
+    reduce_losses(params, reduction, loss_sum);
   }
 }
 

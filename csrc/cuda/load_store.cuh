@@ -74,6 +74,23 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T>& pack) {
 #endif
 }
 
+// A pack from any address of an element, by loads as wide as its alignment allows.
+template <class T>
+__device__ __forceinline__ Pack<T> load_any_pack(const T* p) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  if (address % kPackBytes == 0) return load_pack(p);
+  if constexpr (sizeof(T) < 4) {
+    if (address % 4 == 0) {
+      const auto* const words = reinterpret_cast<const unsigned*>(p);
+      return __builtin_bit_cast(Pack<T>, uint4{words[0], words[1], words[2], words[3]});
+    }
+  }
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < kPackSize<T>; k++) pack.values[k] = p[k];
+  return pack;
+}
+
 // Loads kCount consecutive numbers: one, or whole packs from a multiple of 16 bytes on.
 template <int kCount, class T>
 __device__ __forceinline__ void load_numbers(const T* p, T (&values)[kCount]) {

@@ -19,6 +19,7 @@ SAMPLES = {
     "kl_div": ("tests/test_kl_divergence.py", "-k", "as_close_to_float64 and float32"),
 }
 OFFSETS = ("tests/test_large_offsets.py",)
+FEW_ROWS = ("tests/test_cross_entropy_rows.py", "-k", "float32")
 
 
 @dataclass(frozen=True)
@@ -87,34 +88,33 @@ MUTANTS = (
     Mutant(
         "missing_tail",
         "cross_entropy",
-        "cross_entropy_block.cuh",
-        "    for (int64_t i = pack(n_packs) + threadIdx.x; i < n; i += blockDim.x) use(i);\n",
-        "",
+        "cross_entropy_walk.cuh",
+        "single = rank == 0 && other < n_classes ? other : -1;",
+        "single = rank == 0 && other < head ? other : -1;",
     ),
     Mutant(
         "unaligned_vector_access",
         "cross_entropy",
-        "cross_entropy_block.cuh",
-        "head = first != elements_to_alignment(y) || first > n ? n : first;",
-        "head = 0 * first;",
+        "cross_entropy_walk.cuh",
+        "is_aligned = elements_to_alignment(row_x) == aligned;",
+        "is_aligned = true;",
         flavour="address",
     ),
     Mutant(
         "one_element_too_many",
         "cross_entropy",
-        "cross_entropy_block.cuh",
-        "i = pack(n_packs) + threadIdx.x; i < n; i",
-        "i = pack(n_packs) + threadIdx.x; i <= n; i",
+        "cross_entropy_walk.cuh",
+        "single = rank == 0 && other < n_classes ? other : -1;",
+        "single = rank == 0 && other <= n_classes ? other : -1;",
         flavour="address",
     ),
     Mutant(
-        "kept_pack_past_the_end",
+        "pack_past_the_end",
         "cross_entropy",
-        "cross_entropy.cu",
-        "n_kept * kPackBytes, params_",
-        "(n_kept - 1) * kPackBytes, params_",
+        "cross_entropy_walk.cuh",
+        "left = (end < n_packs ? end : n_packs) - first;",
+        "left = end - first + 1;",
         flavour="address",
-        tests=("tests/test_cross_entropy_inplace.py", "tests/test_cross_entropy_precomputed.py"),
     ),
     Mutant(
         "offset_of_32_bits",
@@ -135,8 +135,40 @@ MUTANTS = (
         "only_the_first_block_counts_targets",
         "cross_entropy",
         "cross_entropy_row.cuh",
-        "weight += i < n_totals ? totals[i].weight : 0;",
-        "weight += i < 1 ? totals[i].weight : 0;",
+        "i < reduction.n_totals; i += kWarp) sum +=",
+        "i < 1; i += kWarp) sum +=",
+    ),
+    Mutant(
+        "divisor_read_before_the_targets_are_counted",
+        "cross_entropy",
+        "cross_entropy_row.cuh",
+        "  if (reduction.is_dependent) wait_for_previous_kernel();\n  if (!params.mean) return 1;",
+        "  if (!params.mean) return 1;",
+    ),
+    Mutant(
+        "parts_of_a_row_read_before_they_have_come",
+        "cross_entropy",
+        "cross_entropy_walk.cuh",
+        "      wait_barrier(barrier, turn_ / 2 % 2);\n",
+        "",
+        tests=FEW_ROWS,
+    ),
+    Mutant(
+        "fewer_bytes_expected_than_are_sent",
+        "cross_entropy",
+        "cross_entropy_walk.cuh",
+        "kWarps * n_blocks_ * (kDense ? 4 : 2) * sizeof(C)",
+        "kWarps * (n_blocks_ - 1) * (kDense ? 4 : 2) * sizeof(C)",
+        tests=FEW_ROWS,
+    ),
+    Mutant(
+        "parts_of_two_rows_in_one_buffer",
+        "cross_entropy",
+        "cross_entropy_walk.cuh",
+        "parts_ + turn_ % 2 * kParts;",
+        "parts_;",
+        flavour="thread",
+        tests=FEW_ROWS,
     ),
     Mutant(
         "index_as_large_as_the_number_of_rows",
@@ -149,10 +181,9 @@ MUTANTS = (
     Mutant(
         "sums_of_losses_added_without_an_atomic",
         "cross_entropy",
-        "cross_entropy_block.cuh",
-        "if (threadIdx.x == 0) losses[blockIdx.x] = loss_sum;\n}\n\ntemplate <class T>\nint block_blocks",
-        "if (threadIdx.x == 0) losses[0] = (blockIdx.x == 0 ? 0 : losses[0]) + loss_sum;\n"
-        "  if (threadIdx.x == 0 && blockIdx.x > 0) losses[blockIdx.x] = 0;\n}\n\ntemplate <class T>\nint block_blocks",
+        "cross_entropy_row.cuh",
+        "    reduction.losses[blockIdx.x] = loss;\n",
+        "    reduction.losses[blockIdx.x] = 0;\n    reduction.losses[0] += loss;\n",
         flavour="thread",
     ),
     Mutant(
