@@ -1,11 +1,11 @@
 // cross_entropy on a GPU: the choice of kernel, grid and block for each function of ops/cross_entropy.h.
 //
-//   V <= 256                                          tiles of whole rows (cross_entropy_tile.cuh)
+//   V <= 256                                          chunks of whole rows (cross_entropy_small.cuh)
 //   forward, fewer than 256 rows of > 16384 classes   several blocks for each row (cross_entropy_block.cuh)
 //   forward otherwise                                 one block for each row (cross_entropy_block.cuh)
 //   a gradient from a stored softmax                  several blocks for each row
 #include "cuda/cross_entropy_block.cuh"
-#include "cuda/cross_entropy_tile.cuh"
+#include "cuda/cross_entropy_small.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 constexpr int64_t kChunksBelowRows = 256;  // twice the multiprocessors of a large GPU
 constexpr int64_t kChunksAboveClasses = 16384;
 
-inline bool uses_tiles(int64_t n_classes) { return n_classes <= kTileMaxClasses; }
+inline bool is_small(int64_t n_classes) { return n_classes <= kSmallMaxClasses; }
 
 inline bool uses_chunks(int64_t n_rows, int64_t n_classes) {
   return n_rows < kChunksBelowRows && n_classes > kChunksAboveClasses;
@@ -119,9 +119,8 @@ class Launcher {
   int losses() {
     launch_totals();
     int n_losses = block_blocks(params_);
-    if (uses_tiles(params_.n_classes)) {
-      n_losses = tile_blocks(params_);
-      launch_tile<kPass>();
+    if (is_small(params_.n_classes)) {
+      n_losses = launch_small(kPass);
     } else if (!uses_chunks(params_.n_rows, params_.n_classes)) {
       constexpr int64_t kOtherShared = kMaxWarps * sizeof(RowSoftmax);
       const int64_t n_packs =
@@ -145,8 +144,8 @@ class Launcher {
   template <CrossEntropyPass kPass>
   int gradient() {
     launch_totals();
-    if (uses_tiles(params_.n_classes)) {
-      launch_tile<kPass>();
+    if (is_small(params_.n_classes)) {
+      launch_small(kPass);
     } else {
       launch_chunk_gradient<kPass>();
     }
@@ -168,12 +167,11 @@ class Launcher {
     next(cross_entropy_totals<T>, n_totals_, kTotalsThreads, 0, params_, totals_);
   }
 
-  template <CrossEntropyPass kPass>
-  void launch_tile() {
-    const int lanes = tile_lanes(params_.n_classes);
-    const int64_t elements = kTileThreads / lanes * params_.n_classes + kPackSize<T>;
-    next(cross_entropy_tile<T, kPass, kPlain>, tile_blocks(params_), kTileThreads,
-         elements * static_cast<int64_t>(sizeof(T)), params_, lanes, totals_, n_totals_, losses_);
+  // Returns the number of blocks.
+  int launch_small(CrossEntropyPass pass) {
+    const SmallPlan<T> plan = small_plan(params_, pass, launch_.compute_capability);
+    next(plan.kernel, plan.blocks, kSmallThreads, plan.shared_bytes, params_, plan.layout, totals_, n_totals_, losses_);
+    return plan.blocks;
   }
 
   template <CrossEntropyPass kPass>
