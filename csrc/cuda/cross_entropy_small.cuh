@@ -20,6 +20,14 @@ constexpr int kSmallWarps = 8;
 constexpr int kSmallThreads = kSmallWarps * kWarp;
 constexpr int kMaxStages = 3;  // of a ring
 
+// Blocks of a multiprocessor, few enough that no registers are spilled.
+template <class T, bool kPlain>
+constexpr int kPacksBlocks = !kPlain                     ? 2
+                             : sizeof(T) < sizeof(float) ? 3
+                                                         : 4;
+template <bool kPlain>
+constexpr int kWordsBlocks = kPlain ? 3 : 2;
+
 // How a chunk of rows moves between global and shared memory.
 enum class ChunkCopy {
   kBulk,    // by bulk copies: contiguous rows, a multiple of 16 bytes from the start
@@ -234,27 +242,14 @@ struct LoadedIndex {
   }
 };
 
-// The factor of each row in the reduction. It is asked for as late as the first gradient is computed.
+// The factor of each row in the reduction. Loads of the first rows come before it: it may wait for another kernel. All
+// lanes of a warp must call it.
 template <class T>
-class LateScale {
- public:
-  __device__ __forceinline__ LateScale(const CrossEntropyParams<T>& params, const Totals* totals, int n_totals)
-      : params_(params), totals_(totals), n_totals_(n_totals) {}
-
-  // All lanes of the warp must call it.
-  __device__ __forceinline__ Compute<T> get() {
-    if (!is_known_) scale_ = static_cast<Compute<T>>(1 / divisor(params_, totals_, n_totals_));
-    is_known_ = true;
-    return scale_;
-  }
-
- private:
-  const CrossEntropyParams<T>& params_;
-  const Totals* const totals_;
-  const int n_totals_;
-  bool is_known_ = false;
-  Compute<T> scale_ = 1;
-};
+__device__ __forceinline__ Compute<T> row_scale(const CrossEntropyParams<T>& params, CrossEntropyPass pass,
+                                                const Totals* totals, int n_totals) {
+  if (pass == CrossEntropyPass::kForward) return 1;
+  return static_cast<Compute<T>>(1 / divisor(params, totals, n_totals));
+}
 
 // What is known of a row before its logits are: all its loads are issued when it is made.
 template <class T>
@@ -262,8 +257,7 @@ struct SmallRow {
   static constexpr int kNone = -1, kIgnored = -2, kBad = -3;  // no row; not counted
 
   int64_t n;
-  int target = kNone;  // or one of the above
-  float target_weight = 1;
+  int target = kNone;      // or one of the above
   float factor = 1;        // of the loss in forward, of the gradient in backward
   float max = 0, sum = 1;  // from forward
 
@@ -281,7 +275,6 @@ struct SmallRow {
     const bool is_ignored = params.may_ignore && y == params.ignore_index, is_class = in_range(params.target, y);
     target = is_ignored ? kIgnored : is_class ? static_cast<int>(y) : kBad;
     if (target == kBad && is_first) record_index_error(params.target, n, y);
-    if (params.weight && is_counted()) target_weight = params.weight[target];
   }
 
   __device__ __forceinline__ bool exists() const { return target != kNone; }
@@ -320,7 +313,8 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
     if (sum == 0) sum = 1;  // a row of -inf; the maximum is -inf for some rows with NaN too
   }
 
-  const float sparse = (1 - smoothing) * row.target_weight;
+  const float target_weight = params.weight && row.is_counted() ? params.weight[row.target] : 1;
+  const float sparse = (1 - smoothing) * target_weight;
   const float dense = smoothing / static_cast<float>(params.n_classes);
   if (is_forward) {
     if (is_target) {
@@ -328,7 +322,7 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
       float loss = sparse * ((max - target_logit) + log_sum);
       if (smoothing != 0) loss += dense * spread + smoothing * log_sum;
       if (lse_square_scale != 0) {
-        loss += lse_square_scale * row.target_weight * (max + log_sum) * (max + log_sum);
+        loss += lse_square_scale * target_weight * (max + log_sum) * (max + log_sum);
       }
       loss *= row.factor;
       loss_sum += loss;
@@ -346,7 +340,7 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   const float g = row.factor * scale * logit_scale;
   float dense_factor = smoothing;
   if (lse_square_scale != 0) {
-    dense_factor += 2 * lse_square_scale * row.target_weight * (max + log(sum));
+    dense_factor += 2 * lse_square_scale * target_weight * (max + log(sum));
   }
   const float inverse = max == -INFINITY ? NAN : reciprocal(sum) * correction;
   float a = (sparse + dense_factor) * inverse * g, b = dense * g;
@@ -451,7 +445,7 @@ struct RowInPacks {
 
 // kPrefetch: the next rows are loaded before the gradient of these is computed.
 template <class T, int L, int K, bool kPlain, bool kPrefetch>
-__global__ void __launch_bounds__(kSmallThreads, kPlain && !kPrefetch ? 4 : 3)
+__global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, kPlain>)
     cross_entropy_packs(const __grid_constant__ CrossEntropyParams<T> params, SmallLayout layout, const Totals* totals,
                         int n_totals, double* losses) {
   using Row = RowInPacks<T, L, K>;
@@ -461,7 +455,6 @@ __global__ void __launch_bounds__(kSmallThreads, kPlain && !kPrefetch ? 4 : 3)
   if (has_nothing_to_do(params, pass)) return;
   const int row_in_chunk = threadIdx.x % kWarp / L, warp = threadIdx.x / kWarp;
   const int n_chunks = static_cast<int>((params.n_rows + kRows - 1) / kRows), step = gridDim.x * kSmallWarps;
-  LateScale<T> scale(params, totals, n_totals);
   double loss_sum = 0;
   uint32_t words[Row::kWords];
   LoadedIndex next;
@@ -471,17 +464,16 @@ __global__ void __launch_bounds__(kSmallThreads, kPlain && !kPrefetch ? 4 : 3)
     if (n < params.n_rows) next.load(params.target, n);
   };
   int chunk = kPrefetch ? warp * gridDim.x + blockIdx.x : blockIdx.x * kSmallWarps + warp;
-  if (kPrefetch && chunk < n_chunks) load(chunk);
+  if (chunk < n_chunks) load(chunk);
+  const float scale = row_scale(params, pass, totals, n_totals);
   for (; chunk < n_chunks; chunk += step) {
-    if (!kPrefetch) load(chunk);
-    const float row_scale = pass == CrossEntropyPass::kForward ? 1 : scale.get();
     const int64_t n = int64_t(chunk) * kRows + row_in_chunk;
     const SmallRow<T> row(params, pass, n, threadIdx.x % L == 0, next);
-    pass_over_row<kPlain, T, L>(params, pass, row, Row(params, n), words, row_scale, loss_sum, [&] {
+    pass_over_row<kPlain, T, L>(params, pass, row, Row(params, n), words, scale, loss_sum, [&] {
       if (kPrefetch && chunk + step < n_chunks) load(chunk + step);
     });
+    if (!kPrefetch && chunk + step < n_chunks) load(chunk + step);
   }
-  if (pass != CrossEntropyPass::kForward) scale.get();
   if (pass != CrossEntropyPass::kBackward) store_losses(loss_sum, losses);
 }
 
@@ -557,22 +549,20 @@ class ChunkRing {
         stage_bytes_((chunk_rows * n_classes() * static_cast<int>(sizeof(T)) + 15) / 16 * 16),
         shared_(shared + threadIdx.x / kWarp * layout.stages * stage_bytes_),
         barriers_(barriers + threadIdx.x / kWarp * kMaxStages),
-        n_chunks_(static_cast<int>((params.n_rows + chunk_rows - 1) / chunk_rows)),
-        step_(gridDim.x * kSmallWarps),
         chunk_(threadIdx.x / kWarp * gridDim.x + blockIdx.x) {
     if (loads_bulk() && lane() == 0) {
 #pragma unroll
       for (int s = 0; s < kMaxStages; s++) init_barrier(barriers_ + s, 1);
       publish_barriers();
 #pragma unroll 1
-      for (int s = 0; s + 1 < layout_.stages; s++) fill(chunk_ + s * step_, s);
+      for (int s = 0; s + 1 < layout_.stages; s++) fill(chunk_ + s * step(), s);
     }
     __syncwarp();
   }
 
-  __device__ __forceinline__ bool has_chunk() const { return chunk_ < n_chunks_; }
+  __device__ __forceinline__ bool has_chunk() const { return has(chunk_); }
   __device__ __forceinline__ int64_t first_row() const { return int64_t(chunk_) * chunk_rows_; }
-  __device__ __forceinline__ int64_t next_first_row() const { return int64_t(chunk_ + step_) * chunk_rows_; }
+  __device__ __forceinline__ int64_t next_first_row() const { return int64_t(chunk_ + step()) * chunk_rows_; }
   __device__ __forceinline__ int n_rows() const { return rows_of(chunk_); }
 
   // The logits of the chunk.
@@ -601,7 +591,7 @@ class ChunkRing {
   __device__ __forceinline__ void refill() {
     if (!loads_bulk() || lane() != 0) return;
     if (stores_bulk()) wait_bulk_stores_read<0>();
-    fill(chunk_ + (layout_.stages - 1) * step_, stage_ == 0 ? layout_.stages - 1 : stage_ - 1);
+    fill(chunk_ + (layout_.stages - 1) * step(), stage_ == 0 ? layout_.stages - 1 : stage_ - 1);
   }
 
   // Stores the gradient, which is where the logits were, and goes on to the next chunk.
@@ -625,7 +615,7 @@ class ChunkRing {
         __syncwarp();
       }
     }
-    chunk_ += step_;
+    chunk_ += step();
     if (++stage_ < layout_.stages) return;
     stage_ = 0;
     parity_ ^= 1;
@@ -646,6 +636,8 @@ class ChunkRing {
     return how == ChunkCopy::kBulk;
   }
 
+  __device__ __forceinline__ static int step() { return gridDim.x * kSmallWarps; }  // to the next chunk of the warp
+  __device__ __forceinline__ bool has(int chunk) const { return int64_t(chunk) * chunk_rows_ < params_.n_rows; }
   __device__ __forceinline__ static int lane() { return threadIdx.x % kWarp; }
   __device__ __forceinline__ int n_classes() const { return static_cast<int>(params_.n_classes); }
   __device__ __forceinline__ T* stage(int s) const { return reinterpret_cast<T*>(shared_ + s * stage_bytes_); }
@@ -656,7 +648,7 @@ class ChunkRing {
   }
 
   __device__ __forceinline__ void fill(int chunk, int s) const {
-    if (chunk >= n_chunks_) return;
+    if (!has(chunk)) return;
     const unsigned bytes = rows_of(chunk) * n_classes() / kPackSize<T> * kPackBytes;
     expect_bytes(barriers_ + s, bytes);
     if (bytes == 0) return;
@@ -668,7 +660,6 @@ class ChunkRing {
   const int chunk_rows_, stage_bytes_;
   unsigned char* const shared_;
   TransferBarrier* const barriers_;
-  const int n_chunks_, step_;
   int chunk_, stage_ = 0;
   unsigned parity_ = 0;
 };
@@ -741,12 +732,8 @@ __host__ __device__ constexpr int chunk_rows_of(int lanes) {
   return kWarp / lanes > kPackSize<T> ? kWarp / lanes : kPackSize<T>;
 }
 
-// Blocks of a multiprocessor, few enough that no registers are spilled.
-template <class T, bool kPlain>
-constexpr int kWordsBlocks = kPlain && sizeof(T) < sizeof(float) ? 4 : 3;
-
 template <class T, int L, int N, bool kPlain, bool kExact>
-__global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<T, kPlain>)
+__global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
     cross_entropy_words(const __grid_constant__ CrossEntropyParams<T> params,
                         const __grid_constant__ SmallLayout layout, const Totals* totals, int n_totals,
                         double* losses) {
@@ -758,7 +745,6 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<T, kPlain>)
   if (has_nothing_to_do(params, pass)) return;
   ChunkRing<T, false> ring(params, layout, kChunkRows, shared, barriers);
   const int row_in_chunk = threadIdx.x % kWarp / L;
-  LateScale<T> scale(params, totals, n_totals);
   double loss_sum = 0;
   LoadedIndex next[kPasses];
   const auto load_next = [&](int64_t first) {
@@ -769,33 +755,26 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<T, kPlain>)
     }
   };
   load_next(ring.first_row());
+  const float scale = row_scale(params, pass, totals, n_totals);
 #pragma unroll 1
   while (ring.has_chunk()) {
-    LoadedIndex index[kPasses];
-#pragma unroll
-    for (int p = 0; p < kPasses; p++) index[p] = next[p];
-    load_next(ring.next_first_row());
     T* chunk = nullptr;
-    float row_scale = 1;
 #pragma unroll
     for (int p = 0; p < kPasses; p++) {
       const int r = p * kRows + row_in_chunk;
-      const SmallRow<T> row(params, pass, ring.first_row() + r, threadIdx.x % L == 0, index[p]);
-      if (p == 0) {
-        chunk = ring.wait();
-        if (pass != CrossEntropyPass::kForward) row_scale = scale.get();
-      }
+      const SmallRow<T> row(params, pass, ring.first_row() + r, threadIdx.x % L == 0, next[p]);
+      if (p + 1 == kPasses) load_next(ring.next_first_row());
+      if (p == 0) chunk = ring.wait();
       const Row numbers(chunk, row.exists() ? r : 0, static_cast<int>(params.n_classes));
       uint32_t words[Row::kWords];
       numbers.load(words);
-      pass_over_row<kPlain, T, L>(params, pass, row, numbers, words, row_scale, loss_sum, [&] {
+      pass_over_row<kPlain, T, L>(params, pass, row, numbers, words, scale, loss_sum, [&] {
         if (p == 0) ring.refill();
       });
     }
     ring.finish(pass != CrossEntropyPass::kForward);
   }
   ring.end();
-  if (pass != CrossEntropyPass::kForward) scale.get();
   if (pass != CrossEntropyPass::kBackward) store_losses(loss_sum, losses);
 }
 
@@ -817,7 +796,7 @@ __global__ void __launch_bounds__(kSmallThreads, kMinResidentBlocks)
   const bool has_gradient = layout.pass != CrossEntropyPass::kForward;
   const int lanes = layout.lanes, lane = threadIdx.x % lanes, n_classes = static_cast<int>(params.n_classes);
   ChunkRing<T, true> ring(params, layout, chunk_rows_of<T>(lanes), shared, barriers);
-  LateScale<T> scale(params, totals, n_totals);
+  const C scale = row_scale(params, layout.pass, totals, n_totals);
   double loss_sum = 0;
   for (; ring.has_chunk(); ring.finish(has_gradient)) {
     T* const chunk = ring.wait();
@@ -858,8 +837,7 @@ __global__ void __launch_bounds__(kSmallThreads, kMinResidentBlocks)
       if (first == 0) ring.refill();
       if (!has_gradient) continue;
       __syncwarp();  // the other lanes of the row have read the logit of the target
-      const C row_scale = scale.get();
-      if (row.template has_gradient<kPass>()) row.set_softmax(softmax, row_scale);
+      if (row.template has_gradient<kPass>()) row.set_softmax(softmax, scale);
 #pragma unroll
       for (int k = 0; k < kLaneClasses; k++) {
         const int c = k * lanes + lane;
@@ -873,7 +851,6 @@ __global__ void __launch_bounds__(kSmallThreads, kMinResidentBlocks)
     }
   }
   ring.end();
-  if (has_gradient) scale.get();
   if (kWritesLoss) store_losses(loss_sum, losses);
 }
 
@@ -968,24 +945,25 @@ SmallPlan<T> small_plan(const CrossEntropyParams<T>& params, CrossEntropyPass pa
   plan.layout.pass = pass;
   plan.layout.load = plan.layout.store = chunk_copy(params.logits, params.logits_stride, n_classes, has_bulk_copies);
   if (has_gradient) plan.layout.store = chunk_copy(params.grad, params.grad_stride, n_classes, has_bulk_copies);
-  int resident = kMinResidentBlocks;  // blocks of a multiprocessor
+  int resident = kMinResidentBlocks;
   if constexpr (sizeof(T) <= sizeof(float)) {
     if (has_row_factors(params) && n_classes > 0 &&
         (!has_gradient || pass == CrossEntropyPass::kForwardBackward || pass == CrossEntropyPass::kBackward)) {
       if (n_classes % kPackSize<T> == 0 && is_aligned(params.logits, params.logits_stride * size) &&
           (!has_gradient || is_aligned(params.grad, params.grad_stride * size))) {
-        const bool prefetches = size < 4 && (!has_gradient || (pass == CrossEntropyPass::kForwardBackward &&
+        const bool prefetches = plain && size < 4 && (!has_gradient || (pass == CrossEntropyPass::kForwardBackward &&
                                                                n_rows * n_classes * size < kPrefetchBelowBytes));
         const int lanes = small_lanes(n_classes, 4 * kPackSize<T>);
         plan.kernel = packs_kernel<T, 1>(lanes, plain, prefetches);
-        const int most = kSmallMultiprocessors * (prefetches ? 3 : 4 * kSmallWaves);
+        const int resident = plain ? kPacksBlocks<T, true> : kPacksBlocks<T, false>;
+        const int most = kSmallMultiprocessors * resident * (prefetches ? 1 : kSmallWaves);
         plan.blocks = blocks_for(ceil_div(n_rows, kWarp / lanes * kSmallWarps), most);
         return plan;
       }
       if (plan.layout.load != ChunkCopy::kSingles && plan.layout.store != ChunkCopy::kSingles) {
         plan.layout.lanes = small_lanes(n_classes - n_classes % 2, 32);
         plan.kernel = words_kernel<T, 1>(n_classes, plan.layout.lanes, plain);
-        resident = plain ? kWordsBlocks<T, true> : kWordsBlocks<T, false>;
+        resident = plain ? kWordsBlocks<true> : kWordsBlocks<false>;
       }
     }
   }
