@@ -27,6 +27,8 @@ constexpr int kPacksBlocks = !kPlain                     ? 2
                                                          : 4;
 template <bool kPlain>
 constexpr int kWordsBlocks = kPlain ? 3 : 2;
+template <class T>
+constexpr int kOptionsBlocks = sizeof(Compute<T>) == sizeof(float) ? 2 : 1;
 
 // How a chunk of rows moves between global and shared memory.
 enum class ChunkCopy {
@@ -285,7 +287,8 @@ struct SmallRow {
 //   owns(c)                   whether class c is this lane's
 //   spread(words, from, s)    the sum of from - s x over its numbers x
 //   logit(c), put(c, y)       reads or writes one number
-//   store(values, a, b)       writes a value - b for each
+//   extra                     with kHasExtra: one number more, apart from the words, or -inf
+//   store(values, v, a, b)    writes a value - b for each, and a v - b for the extra number
 // between() is called when the words are not needed any more.
 template <bool kPlain, class T, int L, int kWords, class Row, class Between>
 __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& params, CrossEntropyPass pass,
@@ -299,15 +302,24 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   const bool is_first = threadIdx.x % L == 0, is_target = row.is_counted() && numbers.owns(row.target);
   const float target_logit = is_target ? to_compute(numbers.logit(row.target)) * logit_scale : 0;
   float max = row.max, sum = row.sum, spread = 0;
-  if (is_forward) max = max_over<L>(fmax(max_of<T>(words), -INFINITY)) * logit_scale;
+  if (is_forward) {
+    max = fmax(max_of<T>(words), -INFINITY);
+    if constexpr (Row::kHasExtra) max = fmax(max, numbers.extra);
+    max = max_over<L>(max) * logit_scale;
+  }
   const Exponential<T> exponential(max);
   if (is_forward && smoothing != 0) {
     spread = sum_over<L>(numbers.spread(words, exponential.from(), logit_scale));
   }
   float values[kWords * kWordSize<T>];
-  const float part = exponentials<T>(words, exponential, logit_scale, values);
+  float part = exponentials<T>(words, exponential, logit_scale, values);
+  float extra_value = 0;
+  if constexpr (Row::kHasExtra) {
+    extra_value = exponential(numbers.extra * logit_scale);
+    part += extra_value;
+  }
+  const float correction = exponential.correction(), target_value = exponential(target_logit) * correction;
   between();
-  const float correction = exponential.correction();
   if (is_forward) {
     sum = sum_over<L>(part) * correction;
     if (sum == 0) sum = 1;  // a row of -inf; the maximum is -inf for some rows with NaN too
@@ -342,16 +354,18 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   if (lse_square_scale != 0) {
     dense_factor += 2 * lse_square_scale * target_weight * (max + log(sum));
   }
-  const float inverse = max == -INFINITY ? NAN : reciprocal(sum) * correction;
-  float a = (sparse + dense_factor) * inverse * g, b = dense * g;
+  const float inverse = max == -INFINITY ? NAN : reciprocal(sum);
+  float a = (sparse + dense_factor) * inverse * correction * g, b = dense * g;
   if (!row.is_counted()) {
     a = b = 0;
 #pragma unroll
     for (float& value : values) value = 0;  // not a NaN
+    extra_value = 0;
   }
-  if (row.exists() && !(row.target == row.kBad && params.grad == params.logits)) numbers.store(values, a, b);
+  if (row.exists() && !(row.target == row.kBad && params.grad == params.logits))
+    numbers.store(values, extra_value, a, b);
   if (is_target) {
-    const float p = exponential(target_logit) * inverse;
+    const float p = target_value * inverse;
     numbers.put(row.target, from_compute<T>(g * ((p - 1) * sparse + (p * dense_factor - dense))));
   }
 }
@@ -391,6 +405,7 @@ __device__ __forceinline__ bool has_nothing_to_do(const CrossEntropyParams<T>& p
 template <class T, int L, int K>
 struct RowInPacks {
   static constexpr int kWords = K * kPackBytes / 4;
+  static constexpr bool kHasExtra = false;
 
   const T* from;
   T* to;
@@ -428,7 +443,7 @@ struct RowInPacks {
     return sum;
   }
 
-  __device__ __forceinline__ void store(const float (&values)[kWords * kWordSize<T>], float a, float b) const {
+  __device__ __forceinline__ void store(const float (&values)[kWords * kWordSize<T>], float, float a, float b) const {
 #pragma unroll
     for (int k = 0; k < K; k++) {
       if (k * L >= n) continue;
@@ -670,36 +685,32 @@ class ChunkRing {
 // number more, before or after the words, which belongs to the first lane. kExact: all lanes have N numbers.
 template <class T, int L, int N, bool kExact>
 struct RowInWords {
-  static constexpr int P = kWordSize<T>, kInWords = N / P, kWords = kInWords + 1;  // the last word: the one more
+  static constexpr int P = kWordSize<T>, kWords = N / P;
+  static constexpr bool kHasExtra = true;
 
   T* row;
   uint32_t* first;
-  int begin, n, single;  // the class of the first word; number of words; the class of the one more, or -1
+  int begin, n, single;  // the class of the first word; number of words; the class of the number more, or -1
+  float extra;           // the number more, or -inf
 
   __device__ __forceinline__ RowInWords(T* chunk, int r, int n_classes) {
     const int j = threadIdx.x % L, n_words = P == 2 ? n_classes / 2 : n_classes & ~1;
-    const int each = kExact ? kInWords : (n_words + L - 1) / L, left = n_words - j * each;
+    const int each = kExact ? kWords : (n_words + L - 1) / L, left = n_words - j * each;
     const int odd = P == 2 ? r * n_classes & 1 : 0;
     row = chunk + r * n_classes;
     begin = odd + j * each * P;
     first = reinterpret_cast<uint32_t*>(row + begin);
-    n = kExact ? kInWords : left < each ? left : each;
+    n = kExact ? kWords : left < each ? left : each;
     if (n < 0) n = 0;
     single = n_classes % 2 == 0 || j != 0 ? -1 : odd ? 0 : n_classes - 1;
+    extra = single < 0 ? -INFINITY : to_compute(row[single]);
   }
 
   __device__ __forceinline__ bool has(int k) const { return kExact || k < n; }
 
   __device__ __forceinline__ void load(uint32_t (&words)[kWords]) const {
 #pragma unroll
-    for (int k = 0; k < kInWords; k++) words[k] = has(k) ? first[k] : kWordOfMinusInfinity<T>;
-    words[kInWords] = kWordOfMinusInfinity<T>;
-    if (single < 0) return;
-    if constexpr (P == 2) {
-      words[kInWords] = (words[kInWords] & 0xffff0000) | row[single].bits;
-    } else {
-      words[kInWords] = __float_as_uint(row[single]);
-    }
+    for (int k = 0; k < kWords; k++) words[k] = has(k) ? first[k] : kWordOfMinusInfinity<T>;
   }
 
   __device__ __forceinline__ bool owns(int c) const {
@@ -711,18 +722,18 @@ struct RowInWords {
   __device__ __forceinline__ float spread(const uint32_t (&words)[kWords], float max, float logit_scale) const {
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < kInWords; k++) {
+    for (int k = 0; k < kWords; k++) {
       if (has(k)) sum += spread_of<T>(words[k], max, logit_scale);
     }
-    return single < 0 ? sum : sum + (max - to_compute(row[single]) * logit_scale);
+    return single < 0 ? sum : sum + (max - extra * logit_scale);
   }
 
-  __device__ __forceinline__ void store(const float (&values)[kWords * P], float a, float b) const {
+  __device__ __forceinline__ void store(const float (&values)[kWords * P], float extra_value, float a, float b) const {
 #pragma unroll
-    for (int k = 0; k < kInWords; k++) {
+    for (int k = 0; k < kWords; k++) {
       if (has(k)) first[k] = gradient_of<T>(values + k * P, a, b);
     }
-    if (single >= 0) row[single] = from_compute<T>(fmaf(values[kInWords * P], a, -b));
+    if (single >= 0) row[single] = from_compute<T>(fmaf(extra_value, a, -b));
   }
 };
 
@@ -784,7 +795,7 @@ constexpr int kLaneClasses = 8;  // classes of a row in each lane
 
 // Any option and type. kForward is kForwardBackward without the gradient.
 template <class T, CrossEntropyPass kPass>
-__global__ void __launch_bounds__(kSmallThreads, kMinResidentBlocks)
+__global__ void __launch_bounds__(kSmallThreads, kOptionsBlocks<T>)
     cross_entropy_options(const __grid_constant__ CrossEntropyParams<T> params,
                           const __grid_constant__ SmallLayout layout, const Totals* totals, int n_totals,
                           double* losses) {
@@ -892,16 +903,21 @@ inline int small_lanes(int64_t n_classes, int each) {
   return lanes;
 }
 
+template <class T, int L, int K>
+typename SmallPlan<T>::Kernel packs_kernel_of(bool is_plain, bool prefetches) {
+  if (!is_plain) return &cross_entropy_packs<T, L, K, false, false>;
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (prefetches) return &cross_entropy_packs<T, L, K, true, true>;
+  }
+  return &cross_entropy_packs<T, L, K, true, false>;
+}
+
 template <class T, int L>
 typename SmallPlan<T>::Kernel packs_kernel(int lanes, bool is_plain, bool prefetches) {
   if constexpr (L * 4 * kPackSize<T> < kSmallMaxClasses) {
     if (lanes > L) return packs_kernel<T, 2 * L>(lanes, is_plain, prefetches);
   }
-  if (!is_plain) return &cross_entropy_packs<T, L, 4, false, false>;
-  if constexpr (sizeof(T) < sizeof(float)) {
-    if (prefetches) return &cross_entropy_packs<T, L, 4, true, true>;
-  }
-  return &cross_entropy_packs<T, L, 4, true, false>;
+  return packs_kernel_of<T, L, 4>(is_plain, prefetches);
 }
 
 template <class T, int L>
@@ -945,16 +961,20 @@ SmallPlan<T> small_plan(const CrossEntropyParams<T>& params, CrossEntropyPass pa
   plan.layout.pass = pass;
   plan.layout.load = plan.layout.store = chunk_copy(params.logits, params.logits_stride, n_classes, has_bulk_copies);
   if (has_gradient) plan.layout.store = chunk_copy(params.grad, params.grad_stride, n_classes, has_bulk_copies);
-  int resident = kMinResidentBlocks;
+  int resident = kOptionsBlocks<T>;
   if constexpr (sizeof(T) <= sizeof(float)) {
     if (has_row_factors(params) && n_classes > 0 &&
         (!has_gradient || pass == CrossEntropyPass::kForwardBackward || pass == CrossEntropyPass::kBackward)) {
       if (n_classes % kPackSize<T> == 0 && is_aligned(params.logits, params.logits_stride * size) &&
           (!has_gradient || is_aligned(params.grad, params.grad_stride * size))) {
-        const bool prefetches = plain && size < 4 && (!has_gradient || (pass == CrossEntropyPass::kForwardBackward &&
-                                                               n_rows * n_classes * size < kPrefetchBelowBytes));
-        const int lanes = small_lanes(n_classes, 4 * kPackSize<T>);
-        plan.kernel = packs_kernel<T, 1>(lanes, plain, prefetches);
+        const bool prefetches = plain && size < 4 &&
+                                (!has_gradient || (pass == CrossEntropyPass::kForwardBackward &&
+                                                   n_rows * n_classes * size < kPrefetchBelowBytes));
+        // At least two lanes a row: they store 32 bytes, the unit of the memory, together.
+        const bool is_short = n_classes <= 4 * kPackSize<T>;
+        const int lanes = is_short ? 2 : small_lanes(n_classes, 4 * kPackSize<T>);
+        plan.kernel =
+            is_short ? packs_kernel_of<T, 2, 2>(plain, prefetches) : packs_kernel<T, 2>(lanes, plain, prefetches);
         const int resident = plain ? kPacksBlocks<T, true> : kPacksBlocks<T, false>;
         const int most = kSmallMultiprocessors * resident * (prefetches ? 1 : kSmallWaves);
         plan.blocks = blocks_for(ceil_div(n_rows, kWarp / lanes * kSmallWarps), most);
