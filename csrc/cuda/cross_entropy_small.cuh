@@ -765,16 +765,17 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
       if (n < params.n_rows) next[p].load(params.target, n);
     }
   };
-  load_next(ring.first_row());
+  if (kPasses == 1) load_next(ring.first_row());
   const float scale = row_scale(params, pass, totals, n_totals);
 #pragma unroll 1
   while (ring.has_chunk()) {
+    if (kPasses > 1) load_next(ring.first_row());  // not in the chunk before, which saves registers
     T* chunk = nullptr;
 #pragma unroll
     for (int p = 0; p < kPasses; p++) {
       const int r = p * kRows + row_in_chunk;
       const SmallRow<T> row(params, pass, ring.first_row() + r, threadIdx.x % L == 0, next[p]);
-      if (p + 1 == kPasses) load_next(ring.next_first_row());
+      if (kPasses == 1) load_next(ring.next_first_row());
       if (p == 0) chunk = ring.wait();
       const Row numbers(chunk, row.exists() ? r : 0, static_cast<int>(params.n_classes));
       uint32_t words[Row::kWords];
