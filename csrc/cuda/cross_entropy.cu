@@ -1,14 +1,14 @@
 // cross_entropy on a GPU: the choice of kernel, grid and block for each function of ops/cross_entropy.h.
 //
-//   V <= 256                                   tiles of whole rows (cross_entropy_tile.cuh)
+//   V <= 256                                   chunks of whole rows (cross_entropy_small.cuh)
 //   loss and gradient                          rows in registers (cross_entropy_registers.cuh), or in shared memory
 //                                              where that file has no kernel (cross_entropy_block.cuh)
 //   losses, gradients from a stored softmax    one pass (cross_entropy_streams.cuh)
 //   backward of a gradient that forward made   one launch of few blocks, which end at once if grad_loss is 1
 #include "cuda/cross_entropy_block.cuh"
 #include "cuda/cross_entropy_registers.cuh"
+#include "cuda/cross_entropy_small.cuh"
 #include "cuda/cross_entropy_streams.cuh"
-#include "cuda/cross_entropy_tile.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 // ------------------------------------------------------------------------------------------------------ launches
 
-inline bool uses_tiles(int64_t n_classes) { return n_classes <= kTileMaxClasses; }
+inline bool is_small(int64_t n_classes) { return n_classes <= kSmallMaxClasses; }
 
 // Few long rows are shared by more blocks than their length asks for, until about one for each multiprocessor.
 constexpr int64_t kFewBlocks = 128;
@@ -116,8 +116,8 @@ class Launcher {
     constexpr bool kWithGradient = kPass == CrossEntropyPass::kForwardBackward;
     prepare((kWithGradient && needs_totals(params_)) || params_.reduced_loss);
     const Terms terms = terms_of(params_);
-    if (uses_tiles(params_.n_classes)) {
-      terms == Terms::kPlain ? tile<kPass, true>() : tile<kPass, false>();
+    if (is_small(params_.n_classes)) {
+      small(kPass);
     } else if constexpr (kWithGradient) {
       switch (terms) {
         case Terms::kPlain:
@@ -146,8 +146,8 @@ class Launcher {
     const bool is_precomputed = kIsBackward && params_.grad_is_precomputed;
     if (!is_precomputed) prepare(needs_totals(params_));
     const Terms terms = terms_of(params_);
-    if (uses_tiles(params_.n_classes) && !is_precomputed) {
-      kIsBackward&& terms == Terms::kPlain ? tile<kPass, kIsBackward>() : tile<kPass, false>();
+    if (is_small(params_.n_classes) && !is_precomputed) {
+      small(kPass);
     } else if constexpr (kIsBackward) {
       if (terms == Terms::kPlain) stream<kPass, Terms::kPlain>();
       if (terms == Terms::kUniform) stream<kPass, Terms::kUniform>();
@@ -187,12 +187,9 @@ class Launcher {
          reduction_);
   }
 
-  template <CrossEntropyPass kPass, bool kPlain>
-  void tile() {
-    const int lanes = tile_lanes(params_.n_classes);
-    const int64_t elements = kTileThreads / lanes * params_.n_classes + kPackSize<T>;
-    next_with_reduction(0, cross_entropy_tile<T, kPass, kPlain>, tile_blocks(params_), kTileThreads,
-                        elements * static_cast<int64_t>(sizeof(T)), params_, lanes);
+  void small(CrossEntropyPass pass) {
+    const SmallPlan<T> plan = small_plan(params_, pass, launch_.compute_capability);
+    next_with_reduction(0, plan.kernel, plan.blocks, kSmallThreads, plan.shared_bytes, params_, plan.layout);
   }
 
   // ------------------------------------------------------------------------------------------------------ losses
