@@ -131,6 +131,12 @@ def test_it_is_the_entropy_that_cross_entropy_returns(isa: str) -> None:
     torch.testing.assert_close(functional.entropy(logits), output.entropy)
 
 
+@pytest.mark.parametrize("n_classes", [5, 64, 5000])
+def test_no_rows_have_no_entropy_and_no_gradient(n_classes: int, isa: str) -> None:
+    result, gradient = _with_gradient(torch.zeros(0, n_classes))
+    assert (result.shape, gradient.shape) == ((0,), (0, n_classes))
+
+
 def test_an_empty_class_dimension_has_entropy_zero() -> None:
     assert functional.entropy(torch.zeros(3, 0)).tolist() == reference.entropy(torch.zeros(3, 0)).tolist() == [0, 0, 0]
 

@@ -7,7 +7,8 @@
 // alignment, or short rows are no multiple of 16 bytes, the same kernels run with packs of one element.
 //
 // An Op is made from `Op::Params` and has
-//   T, kInputs, kResidentBlocks    the element type, the rows that it reads (1 or 2), a bound of the registers
+//   T, kInputs                     the element type, the rows that it reads (1 or 2)
+//   kResidentBlocks, kMaxThreads   bounds of the registers: blocks of kRowThreads, threads of a block of a long row
 //   kManyShapes                    whether short rows have a kernel for each number of lanes, or for few of them
 //   input(j, n), absent(j)         row n of input j, and the element that adds nothing to the result
 //   Part                           what some threads know of a row, see EntropyPart
@@ -197,7 +198,7 @@ __device__ __forceinline__ void load_packs(const Op& op, const typename Op::T* c
   }
 }
 
-constexpr int kRowThreads = 256;     // of a block
+constexpr int kRowThreads = 256;   // of a block
 constexpr int kPacksInFlight = 4;  // of each row that a thread reads
 
 template <class Op, int K, int kLanes, int P>
@@ -222,8 +223,7 @@ __global__ void __launch_bounds__(kRowThreads, P > kPacksInFlight ? 2 : Op::kRes
 }
 
 template <class Op, int K>
-__global__ void __launch_bounds__(Op::kMaxThreads, Op::kResidentBlocks* kRowThreads / Op::kMaxThreads)
-    long_rows(const __grid_constant__ typename Op::Params params) {
+__global__ void __launch_bounds__(Op::kMaxThreads, 1) long_rows(const __grid_constant__ typename Op::Params params) {
   using T = typename Op::T;
   using Part = typename Op::Part;
   CHARLM_SHARED(Part, parts, kMaxWarps);
@@ -381,6 +381,7 @@ int launch_long_rows(const typename Op::Params& params, const Launch& launch) {
 
 template <class Op, class T, int kCount>
 int launch_forward(const typename Op::Params& params, const Rows<T> (&inputs)[kCount], const Launch& launch) {
+  if (params.n_rows == 0) return 0;
   const Alignment alignment = alignment_of(inputs, params.n_rows, params.n_classes);
   if (alignment == Alignment::kWhole && params.n_classes <= kMaxShortPacks<Op, kPackSize<T>> * kPackSize<T>) {
     return launch_short_rows<Op, kPackSize<T>>(params, launch);
@@ -403,6 +404,7 @@ int launch_gradients(const typename Op::Params& params, const Launch& launch) {
 template <class Op, class T, int kCount>
 int launch_backward(const typename Op::Params& params, const Rows<T> (&inputs_and_gradients)[kCount],
                     const Launch& launch) {
+  if (params.n_rows == 0) return 0;
   const Alignment alignment = alignment_of(inputs_and_gradients, params.n_rows, params.n_classes);
   if (alignment == Alignment::kWhole) return launch_gradients<Op, kPackSize<T>, true>(params, launch);
   // Of a short row, most threads would handle single elements.
