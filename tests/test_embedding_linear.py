@@ -138,8 +138,8 @@ def test_a_forced_plan_is_the_one_that_is_returned() -> None:
         assert (output.plan, output.backward_plan) == (plan, plan)
 
 
-# V, T, D on both sides of each limit of the GPU's paths: of what is computed in a block's shared memory (fewer places or
-# dimensions for float64), of the tokens whose gradients are added there, and of the places that are added at a time.
+# V, T, D on both sides of each limit of the GPU's paths: of what is computed in a block's shared memory (less
+# for float64), of the tokens whose gradients are added there, and of the places that are added at a time.
 BORDERS = {
     "most_dimensions": (64, 4, 87),
     "too_many_dimensions": (64, 4, 88),
