@@ -56,7 +56,8 @@ NARROW = {
     r"(entropy|kl_divergence)_(forward|backward)_rows<": "a warp reads 32 neighbours of a row",
     r"kl_div_(values|gradients)<": "a warp reads 32 neighbours, at any alignment",
     r"kl_div_total<": "a few numbers of each block",
-    r"embedding_fill_tables<": "a thread sums a column: a warp reads 32 neighbours",
+    r"embedding_(linear_)?fill_tables<": "a thread sums a column: a warp reads 32 neighbours",
+    r"embedding_linear_join_shares<": "a few numbers of each block",
 }
 
 

@@ -138,8 +138,8 @@ def test_a_forced_plan_is_the_one_that_is_returned() -> None:
         assert (output.plan, output.backward_plan) == (plan, plan)
 
 
-# V, T, D on both sides of each limit of the GPU's paths: of what is computed in a block's shared memory (fewer places or
-# dimensions for float64), of the tokens whose gradients are added there, and of the places that are added at a time.
+# V, T, D on both sides of each limit of the GPU's paths: of what is computed in a block's shared memory (less
+# for float64), of the tokens whose gradients are added there, and of the places that are added at a time.
 BORDERS = {
     "most_dimensions": (64, 4, 87),
     "too_many_dimensions": (64, 4, 88),
@@ -178,14 +178,16 @@ def test_both_sides_of_each_border_between_paths(border: str, dtype: torch.dtype
 def test_more_contexts_than_a_block_handles_at_a_time(n: int, places: int, hidden: int) -> None:
     generator = torch.Generator().manual_seed(n)
     index = torch.randint(27, (n, places), generator=generator).to(torch.uint8)
-    arguments = {
-        "embedding_weight": torch.randn(27, 2, generator=generator),
-        "linear_weight": torch.randn(hidden, 2 * places, generator=generator) / 8,
-        "linear_bias": torch.randn(hidden, generator=generator),
-    }
-    options = {"input": index, "activation": "tanh", "plan": "folded"}
-    sample = SampleInput("many_contexts", {**arguments, **options}, tuple(arguments))
-    assert_matches_reference(functional.embedding_linear, reference.embedding_linear, sample)
+    shapes = ((27, 2), (hidden, 2 * places), (hidden,))
+    parameters = [torch.randn(shape, generator=generator).div_(8).requires_grad_() for shape in shapes]
+    exact = [p.detach().double().requires_grad_() for p in parameters]
+    ours = functional.embedding_linear(index, *parameters, activation="tanh", plan="folded")
+    expected = reference.embedding_linear(index, *exact, activation="tanh")
+    torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=1e-5)
+    cotangent = torch.randn(n, hidden, generator=generator)
+    gradients = torch.autograd.grad(ours, parameters, cotangent)
+    for a, b in zip(gradients, torch.autograd.grad(expected, exact, cotangent.double()), strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-4, atol=1e-3)
 
 
 def test_an_output_changed_in_place_before_backward_raises() -> None:
