@@ -10,6 +10,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/gather.h>
 #include <ATen/ops/mm.h>
@@ -17,7 +18,6 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include "cpu/gemm/gemm.h"
 #include "ops/cross_entropy_call.h"
@@ -36,6 +36,7 @@ class ClassTiles {
   ClassTiles(const TiledCall& call, const LinearPlan& plan)
       : call_(call),
         plan_(plan),
+        x_(with_a_unit_stride(call.x)),
         weight_(with_a_unit_stride(call.a.linear_weight)),
         n_(call.x.size(0)),
         n_features_(call.x.size(1)),
@@ -43,14 +44,16 @@ class ClassTiles {
         multiple_(class_multiple(weight_.element_size())),
         row_stride_(plan.tile_classes + multiple_),
         compute_(call.x.options().dtype(compute_dtype(call.x))),
-        index_(call.target.to(at::kLong)) {
+        index_(call.target.to(at::kLong)),
+        zero_(at::zeros({}, index_.options())),
+        ignored_(at::full({}, kIgnored, index_.options())) {
     // A uint64 target of 2^63 or more is negative here, but is never ignore_index.
     const int64_t ignore_index = call.a.options.ignore_index;
     const bool may_ignore = call.target.scalar_type() != at::kUInt64 || ignore_index >= 0;
     const Tensor in_range = index_.ge(0).logical_and_(index_.lt(n_classes_));
     is_counted_ = may_ignore ? in_range.logical_and(index_.ne(ignore_index)) : in_range;
     is_bad_ = may_ignore ? in_range.logical_or(index_.eq(ignore_index)).logical_not_() : in_range.logical_not();
-    tile_ = at::where(is_counted_, index_.div(plan.tile_classes, "floor"), kIgnored);
+    tile_ = at::where(is_counted_, index_.div(plan.tile_classes, "floor"), ignored_);
     in_tile_ = index_.remainder(plan.tile_classes);
   }
 
@@ -81,8 +84,7 @@ class ClassTiles {
   // IndexError for the first target that is no class: a loss of one class with the bad targets and otherwise class 0.
   void record_bad_targets() const {
     const Tensor one_class = at::zeros({n_, 1}, call_.x.options()), unused = at::empty({3, n_}, compute_);
-    CrossEntropyCall<T> call(options(), one_class, at::where(is_bad_, index_, at::zeros_like(index_)), {}, {},
-                             call_.a.target, 0);
+    CrossEntropyCall<T> call(options(), one_class, at::where(is_bad_, index_, zero_), {}, {}, call_.a.target, 0);
     call.set_target_limit(n_classes_);
     call.set_state(unused);
     call.forward_rows(unused[2]);
@@ -130,7 +132,7 @@ class ClassTiles {
   // [N, v or more]
   Tensor compute_logits(int64_t tile) {
     const Tensor weight = weight_of(tile), logits = memory(tile).narrow(1, 0, weight.size(0));
-    multiply(logits, call_.x, weight.t(), bias_of(tile));
+    multiply(logits, x_, weight.t(), bias_of(tile));
     return logits;
   }
 
@@ -143,7 +145,7 @@ class ClassTiles {
     Tensor z = at::zeros({n_}, call_.x.options());  // of the targets
     for (int64_t tile = n_tiles() - 1; tile >= 0; tile--) {
       const Tensor logits = compute_logits(tile).narrow(1, 0, n_classes(tile));
-      const Tensor is_inside = tile_.eq(tile), target = at::where(is_inside, in_tile_, 0);
+      const Tensor is_inside = tile_.eq(tile), target = at::where(is_inside, in_tile_, zero_);
       z = at::where(is_inside, logits.gather(1, target.unsqueeze(1)).squeeze(1), z);
       CrossEntropyCall<T> call(plain, logits, target, {}, {});  // no row is ignored
       call.ignore_only(kIgnored);
@@ -175,13 +177,13 @@ class ClassTiles {
     for (int64_t tile = 0; tile < n_tiles(); tile++) {
       const Tensor logits = tile < n_kept() ? memory(tile).narrow(1, 0, weight_of(tile).size(0)) : compute_logits(tile);
       if (tile == 0 || tile == n_tiles() - 1) {
-        elsewhere = at::where(is_counted_, at::full_like(index_, class_after(tile)), kIgnored);
+        elsewhere = at::where(is_counted_, at::full_like(index_, class_after(tile)), ignored_);
       }
       write_gradient(tile, g, elsewhere);
       const int64_t n = n_classes(tile), padded = logits.size(1);
       if (padded > n) logits.narrow(1, n, padded - n).zero_();
       if (call_.mask[0]) add_input_gradient(input_sum, logits, weight_of(tile));
-      if (call_.mask[1]) multiply(all_grad_weight_.narrow(0, first_class(tile), padded), logits.t(), call_.x);
+      if (call_.mask[1]) multiply(all_grad_weight_.narrow(0, first_class(tile), padded), logits.t(), x_);
       if (call_.mask[2]) {
         results.grad_bias.narrow(0, first_class(tile), n)
             .copy_(at::sum(logits.narrow(1, 0, n), /*dim=*/0, /*keepdim=*/false, compute_dtype(weight_)));
@@ -223,17 +225,18 @@ class ClassTiles {
 
   const TiledCall& call_;
   const LinearPlan& plan_;
-  const Tensor weight_;  // [V, D], with a stride of 1
+  const Tensor x_, weight_;  // [N, D] and [V, D], with a stride of 1
   const int64_t n_, n_features_, n_classes_, multiple_, row_stride_;
   const at::TensorOptions compute_;
-  const Tensor index_;          // [N] int64
-  Tensor is_counted_, is_bad_;  // [N] bool: a class; neither a class nor ignored
-  OptionalTensor row_weight_;   // [N]
-  Tensor tile_, in_tile_;       // [N] the tile of a counted target, and its place there
-  Tensor scratch_;              // [kept, N * row_stride]
-  Tensor all_grad_weight_;      // [V or more, D]
-  Tensor last_weight_;          // see weight_of()
-  Tensor state_;                // [2, N]
+  const Tensor index_;           // [N] int64
+  const Tensor zero_, ignored_;  // [] int64: scalars would be copied to the device
+  Tensor is_counted_, is_bad_;   // [N] bool: a class; neither a class nor ignored
+  OptionalTensor row_weight_;    // [N]
+  Tensor tile_, in_tile_;        // [N] the tile of a counted target, and its place there
+  Tensor scratch_;               // [kept, N * row_stride]
+  Tensor all_grad_weight_;       // [V or more, D]
+  Tensor last_weight_;           // see weight_of()
+  Tensor state_;                 // [2, N]
 };
 
 }  // namespace

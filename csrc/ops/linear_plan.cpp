@@ -39,8 +39,10 @@ double choose_rows(const LinearSizes& s, int64_t row_bytes, LinearPlan& plan) {
 LinearPlan tiles_of(const LinearSizes& s, int64_t classes, int64_t left) {
   const int64_t n_tiles = (s.n_classes + classes - 1) / classes;
   const int64_t logits = s.n_rows * (classes + class_multiple(s.element_size)), gradient = classes * s.n_features;
-  LinearPlan plan{.tile_classes = classes, .kept = std::clamp<int64_t>(left / (logits * s.element_size), 1, n_tiles)};
-  if (!s.with_gradients || !s.wants_weight || gradient == 0) return plan;
+  LinearPlan plan{.tile_classes = classes, .kept = 1};
+  if (!s.with_gradients) return plan;
+  plan.kept = std::clamp<int64_t>(left / (logits * s.element_size), 1, n_tiles);
+  if (!s.wants_weight || gradient == 0) return plan;
   // The tiles in the memory of dW lie at its end, in order. Tile k writes its rows of dW after the tiles before it were
   // read, but before its own logits may be overwritten:
   //   (kept + k + 1) * gradient <= V * D - (kept_in_weight - k) * logits     for k in [0, kept_in_weight)
