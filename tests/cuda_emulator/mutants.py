@@ -146,6 +146,27 @@ MUTANTS = (
         "  if (!params.mean) return 1;",
     ),
     Mutant(
+        "chunk_read_before_it_is_loaded",
+        "cross_entropy",
+        "cross_entropy_small.cuh",
+        "      wait_barrier(barriers_ + stage_, parity_);\n",
+        "",
+    ),
+    Mutant(
+        "more_bytes_expected_than_are_loaded",
+        "cross_entropy",
+        "cross_entropy_small.cuh",
+        "    expect_bytes(barriers_ + s, bytes);\n",
+        "    expect_bytes(barriers_ + s, bytes + 16);\n",
+    ),
+    Mutant(
+        "exit_before_the_gradient_is_stored",
+        "cross_entropy",
+        "cross_entropy_small.cuh",
+        "    if (stores_bulk() && lane() == 0) wait_bulk_stores_read<0>();\n  }\n",
+        "  }\n",
+    ),
+    Mutant(
         "parts_of_a_row_read_before_they_have_come",
         "cross_entropy",
         "cross_entropy_walk.cuh",
