@@ -13,8 +13,8 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 constexpr int kSortThreads = 512, kSortWarps = kSortThreads / kWarp;
-constexpr int kSortKeys = 4;  // of a thread at a time
-constexpr int kSortRows = kSortKeys * kSortThreads;
+constexpr int kSortRows = 2048;                      // of a block at a time
+constexpr int kSortKeys = kSortRows / kSortThreads;  // of a thread at a time
 
 // Each block reads the counts of all, so their number is bounded, until the 16 bits of a count are.
 constexpr int kMaxSortBlocks = 256, kMaxSortSteps = 31;
