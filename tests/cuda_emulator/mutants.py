@@ -177,14 +177,6 @@ MUTANTS = (
         "0",
     ),
     Mutant(
-        "counts_read_before_they_are_written",
-        "embedding",
-        "embedding_sort.cuh",
-        "      if (pass.overlaps) wait_for_previous_kernel();\n      load_base();",
-        "      load_base();",
-        tests=("tests/test_embedding.py", "-k", "hundreds_of_chunks"),
-    ),
-    Mutant(
         "a_segment_that_goes_on_is_taken_for_whole",
         "embedding",
         "embedding_sorted.cuh",
