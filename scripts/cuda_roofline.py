@@ -21,6 +21,7 @@ H100_SHARED_BYTES = 227 << 10  # of a block
 SOFTMAX_SHARED_BYTES = 512  # of these, used by the partial results of a row
 TARGET, PARTIAL_SOFTMAX = 8, 16  # bytes; a float32 row's softmax is stored as a maximum and a sum
 LAUNCHES = "cross_entropy.cu"
+DIGITS = 256  # values of a digit of the sort of indices
 DTYPES = {"float32": 4, "bfloat16": 2}
 
 HEADER = """<!-- Written by scripts/cuda_roofline.py; do not edit. -->
@@ -87,30 +88,20 @@ def embedding(call: str, n: int, v: int, d: int, dtype: str) -> Row:
             "embedding forward", f"{n} of {v} × {d}", dtype, "rows", read + rows + n * index, read + rows + n * index
         )
     fewest = rows + n * index + table
-    table_bytes, columns = (
-        constant("embedding_tables.cuh", "kTableBytes"),
-        constant("embedding_tables.cuh", "kTableColumns"),
-    )
-    if v < table_bytes // (columns * 4):
-        return Row(
-            "embedding backward", f"{n} of {v} × {d}", dtype, "tables", fewest + tables_workspace(n, v, d, size), fewest
-        )
-    # torch's sort: about four passes of 8 + 8 bytes, in and out; then zeros, sums of chunks, and joining the parts.
-    chunk = constant("embedding_sorted.cuh", "kChunkRows")
-    moved = fewest + n * (4 * 32 + 8) + table + 2 * (2 * n / chunk * d * 4)
-    return Row("embedding backward", f"{n} of {v} × {d}", dtype, "sorted", moved, fewest)
-
-
-def tables_workspace(n: int, v: int, d: int, size: int) -> float:
-    """Bytes in and out of the workspace, from the plan of embedding_tables.cuh."""
-    tiles = -(-d // constant("embedding_tables.cuh", "kTableColumns"))
-    tile = -(-d // tiles)
-    threads = constant("embedding_tables.cuh", "kTableThreads")
-    a_column = min(constant("embedding_tables.cuh", "kTableBytes") // ((v + 1) * tile * 4), threads // tile)
-    few = constant("embedding_tables.cuh", "kMinTableBlocks")
-    parts = max(min(n * size // (8 * v * 4), -(-3 * few // tiles)), -(-few // tiles))
-    parts = min(parts, -(-n // (a_column * (64 // size))))
-    return 2 * parts * v * d * 4 if parts > 1 else 0
+    # The table that blocks sum into has 64 columns at V = 256, and at most as many for more.
+    tiles, block_rows = -(-d // 64), constant("embedding_sort.cuh", "kSortRows")
+    blocks = constant("embedding_tables.cuh", "kTableBlocks")
+    narrow = d * size < constant("embedding_tables.cuh", "kStagedRowBytes")
+    if v <= DIGITS and (narrow or n * tiles <= 2 * blocks * block_rows):
+        part = max(-(-n // -(-blocks // tiles)), constant("embedding_tables.cuh", "kFewestTableRows"), v)
+        moved = fewest + (tiles - 1) * n * index + 2 * -(-n // part) * v * d * 4
+        return Row("embedding backward", f"{n} of {v} × {d}", dtype, "tables", moved, fewest)
+    if v <= DIGITS:  # indices again, positions out and in; the pieces' sums
+        moved = fewest + n * (index + 8) + 2 * (n / constant("embedding_sorted.cuh", "kLongPiece") + v) * d * 4
+        return Row("embedding backward", f"{n} of {v} × {d}", dtype, "pieces", moved, fewest)
+    # The second digit's keys are counted; keys and positions twice out and in. Segments over whole chunks are rare.
+    moved = fewest + n * (index + 4 + 2 * 16)
+    return Row("embedding backward", f"{n} of {v} × {d}", dtype, "chunks", moved, fewest)
 
 
 def rows() -> list[Row]:

@@ -206,7 +206,8 @@ def assert_gradient_is_summed(grad: torch.Tensor, index: torch.Tensor, v: int, p
     exact = torch.zeros(v, grad.size(1), dtype=torch.float64).index_add_(0, index, grad.double())
     size = torch.zeros_like(exact).index_add_(0, index, grad.double().abs())
     if scale:
-        exact /= index.bincount(minlength=v).clamp(min=1)[:, None]
+        count = index.bincount(minlength=v).clamp(min=1)[:, None]
+        exact, size = exact / count, size / count
     if padding_idx >= 0:
         exact[padding_idx] = 0
     compute = torch.float64 if grad.dtype == torch.float64 else torch.float32

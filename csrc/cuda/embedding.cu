@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(kCopyThreads, kCopyBlocks)
       for (int k = 0; k < kCopiesInFlight; k++) {
         const int64_t from = __shfl_sync(~0u, own, (row + k * rows_at_once) % kWarp);
         words[k] = Word{};  // zeros for an index out of range, until its IndexError is raised
-        if (from >= 0 && word < n_words) words[k] = *reinterpret_cast<const Word*>(column + from);
+        if (from >= 0 && row + k * rows_at_once < n_rows && word < n_words)
+          words[k] = *reinterpret_cast<const Word*>(column + from);
       }
 #pragma unroll
       for (int k = 0; k < kCopiesInFlight; k++) {

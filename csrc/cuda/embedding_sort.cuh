@@ -13,8 +13,8 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 constexpr int kSortThreads = 512, kSortWarps = kSortThreads / kWarp;
-constexpr int kSortKeys = 4;  // of a thread at a time
-constexpr int kSortRows = kSortKeys * kSortThreads;
+constexpr int kSortRows = 2048;                      // of a block at a time
+constexpr int kSortKeys = kSortRows / kSortThreads;  // of a thread at a time
 
 // Each block reads the counts of all, so their number is bounded, until the 16 bits of a count are.
 constexpr int kMaxSortBlocks = 256, kMaxSortSteps = 31;
@@ -41,12 +41,11 @@ class Workspace {
 // What the sort leaves. Int holds V and N.
 template <class Int>
 struct SortedRows {
-  const Int* keys;       // [n_sorted], sorted; none after a sort by one digit
-  const Int* positions;  // [n_sorted]: where they were
-  const Int* n_sorted;   // at most N
-  const Int* starts;     // [kDigits + 1]: where the keys of each highest digit begin
-  const Int*
-      piece_starts;  // [kDigits + 1]: how many pieces of segments lie before each index, after a sort by one digit
+  const Int* keys;          // [n_sorted], sorted; null if there are pieces
+  const Int* positions;     // [n_sorted]: where they were
+  const Int* n_sorted;      // at most N
+  const Int* starts;        // [kDigits + 1]: where the keys of each highest digit begin
+  const Int* piece_starts;  // [kDigits + 1]: how many pieces of segments lie before each index
 };
 
 template <class Int>
@@ -291,8 +290,9 @@ class Sort {
     pass_.counts = workspace.take<uint16_t>(pass_.n_blocks * kDigits);
     for (int i = 0; i < 2; i++) {
       starts_[i] = workspace.take<Int>(kDigits + 1);
-      if (n_passes_ > 1) keys_[i] = workspace.take<Int>(n_rows);
-      if (n_passes_ > i) positions_[i] = workspace.take<Int>(n_rows);
+      if (n_passes_ <= i) continue;
+      if (piece_rows == 0) keys_[i] = workspace.take<Int>(n_rows);
+      positions_[i] = workspace.take<Int>(n_rows);
     }
     if (piece_rows > 0) pass_.piece_starts = workspace.take<Int>(kDigits + 1);
   }

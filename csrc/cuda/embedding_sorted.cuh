@@ -295,6 +295,10 @@ __device__ __forceinline__ void clear_absent_rows(const ChunkParams<T, Int>& par
   }
 }
 
+// Blocks of a multiprocessor: with three, half types and float64 spill registers on sm_100.
+template <class T>
+constexpr int kChunkBlocks = sizeof(T) == 4 ? kSumBlocks : kMinResidentBlocks;
+
 // Where a group of threads begins that owns the segments from row `begin` on: after the rows of a segment that began
 // before, unless it covers a whole chunk.
 template <class Int>
@@ -321,7 +325,7 @@ struct ChunkBegin {
 };
 
 template <class T, int kWidth, class Int>
-__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
+__global__ void __launch_bounds__(kSumThreads, kChunkBlocks<T>)
     embedding_sum_chunks(const __grid_constant__ ChunkParams<T, Int> params) {
   using C = Compute<T>;
   if (params.overlaps) {
@@ -403,7 +407,7 @@ constexpr int kJoinGroups = kSumThreads / kJoinLanes;
 // Adds up the parts of the segments whose first split is at the end of one of a block's chunks. Grid [tiles of columns,
 // chunks / kJoinChunks], block [kJoinLanes, kJoinGroups].
 template <class T, class Int>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kMinResidentBlocks)
     embedding_join_chunks(const __grid_constant__ ChunkParams<T, Int> params) {
   using C = Compute<T>;
   CHARLM_SHARED(Pack<C>, shared, kJoinGroups * kJoinLanes);
