@@ -1,4 +1,4 @@
-"""Rows of many classes: each number of classes and rows at which the GPU's choice of kernel changes, and its neighbours."""
+"""Rows of many classes: the numbers of classes and rows at which the GPU's choice of kernel changes, and neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from charlm import functional
 
-# csrc/cuda/cross_entropy.cu: the packs of 16 bytes that the threads of a row hold, 8 halves or 4 floats each. A row of a
+# csrc/cuda/cross_entropy.cu: the packs of 16 bytes that the threads of a row hold, of 8 halves or 4 floats. A row of a
 # warp, of 128, of 256 threads, of clusters of 2, 4 and 8 blocks, of 512 threads, and one too long for registers.
 PACKS = (128, 256, 512, 1024, 2048, 4096, 8192)
 CLASSES = sorted({257, 1000, *(4 * packs + more for packs in PACKS for more in (0, 1))})
