@@ -153,9 +153,16 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
-// exp(z - max) for the numbers z of a row, times 1 / correction(). Half types: 2^(z log2(e) - max log2(e)), one fma.
-// The second product is rounded, which changes all numbers of the row by the same factor. For a maximum so large that
-// other numbers differ from it by 64 or more, log2(e) is left out: exact, and the other numbers give 0 as before.
+// a / b, where `inverse` is 1 / b: exactly 1 if a is b.
+__device__ __forceinline__ float quotient(float a, float b, float inverse) {
+  const float first = a * inverse;
+  return fmaf(fmaf(-first, b, a), inverse, first);
+}
+
+// exp(z - max) for the numbers z of a row, times that of the maximum, which need not be 1. Half types: 2^(z log2(e) -
+// max log2(e)), one fma. The second product is rounded, which changes all numbers of the row by the same factor. For a
+// maximum so large that other numbers differ from it by 64 or more, log2(e) is left out: exact, and the other numbers
+// give 0 as before.
 template <class T>
 class Exponential {
   static constexpr float kLog2e = 1.44269504f, kLarge = 0x1p18f;
@@ -169,11 +176,6 @@ class Exponential {
   __device__ __forceinline__ float operator()(float z) const {
     if constexpr (sizeof(T) == sizeof(float)) return exp_of<T>(z - from_);
     return exp2_approximate(fmaf(z, factor_, offset_));
-  }
-
-  __device__ __forceinline__ float correction() const {
-    if constexpr (sizeof(T) == sizeof(float)) return 1;
-    return exp2_approximate(-fmaf(from_, factor_, offset_));
   }
 
   __device__ __forceinline__ float from() const { return from_; }
@@ -318,10 +320,16 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
     extra_value = exponential(numbers.extra * logit_scale);
     part += extra_value;
   }
-  const float correction = exponential.correction(), target_value = exponential(target_logit) * correction;
+  float target_value = exponential(target_logit), of_max = 1, correction = 1;
+  if constexpr (sizeof(T) < sizeof(float)) {
+    of_max = exponential(exponential.from());
+    correction = reciprocal(of_max);
+    target_value = quotient(target_value, of_max, correction);
+  }
   between();
   if (is_forward) {
-    sum = sum_over<L>(part) * correction;
+    sum = sum_over<L>(part);
+    if constexpr (sizeof(T) < sizeof(float)) sum = quotient(sum, of_max, correction);
     if (sum == 0) sum = 1;  // a row of -inf; the maximum is -inf for some rows with NaN too
   }
 
@@ -494,32 +502,28 @@ __global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, kPlain>)
 
 // -------------------------------------------------------------------------------------------- a warp's ring of chunks
 
-// Copies n numbers between global and shared memory by a warp, in rows that start every `stride` numbers in global
-// memory.
-template <class T, bool kToShared>
-__device__ __forceinline__ void copy_chunk(ChunkCopy how, T* shared, T* global, int64_t stride, int n_classes, int n) {
-  constexpr int kBatch = 4;
-  const int lane = threadIdx.x % kWarp;
-  int first = lane;
-  if (how != ChunkCopy::kSingles) {
-    const int n_packs = n / kPackSize<T>;
-    auto* const from = reinterpret_cast<const uint4*>(kToShared ? global : shared);
-    auto* const to = reinterpret_cast<uint4*>(kToShared ? shared : global);
+constexpr int kCopiesInFlight = 4;  // loads of a lane
+
+// Copies n packs by the lanes of a warp.
+__device__ __forceinline__ void copy_packs(uint4* to, const uint4* from, int n) {
 #pragma unroll 1
-    for (int i = lane; i < n_packs; i += kBatch * kWarp) {
-      uint4 packs[kBatch];
+  for (int i = threadIdx.x % kWarp; i < n; i += kCopiesInFlight * kWarp) {
+    uint4 packs[kCopiesInFlight];
 #pragma unroll
-      for (int k = 0; k < kBatch; k++) {
-        if (i + k * kWarp < n_packs) packs[k] = from[i + k * kWarp];
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; k++) {
-        if (i + k * kWarp < n_packs) to[i + k * kWarp] = packs[k];
-      }
+    for (int k = 0; k < kCopiesInFlight; k++) {
+      if (i + k * kWarp < n) packs[k] = from[i + k * kWarp];
     }
-    stride = n_classes;
-    first += n_packs * kPackSize<T>;
+#pragma unroll
+    for (int k = 0; k < kCopiesInFlight; k++) {
+      if (i + k * kWarp < n) to[i + k * kWarp] = packs[k];
+    }
   }
+}
+
+// Copies n numbers between shared memory and rows that start every `stride` numbers in global memory.
+template <bool kToShared, class T>
+__device__ __forceinline__ void copy_rows(T* shared, T* global, int64_t stride, int n_classes, int n) {
+  const int first = threadIdx.x % kWarp;
   if (first >= n) return;
   const int rows_a_step = kWarp / n_classes, step = kWarp - rows_a_step * n_classes;
   const int row = first / n_classes;
@@ -536,17 +540,17 @@ __device__ __forceinline__ void copy_chunk(ChunkCopy how, T* shared, T* global, 
     return element;
   };
 #pragma unroll 1
-  for (int i = first; i < n; i += kBatch * kWarp) {
-    T* elements[kBatch];
+  for (int i = first; i < n; i += kCopiesInFlight * kWarp) {
+    T* elements[kCopiesInFlight];
 #pragma unroll
     for (T*& element : elements) element = next();
-    T values[kBatch];
+    T values[kCopiesInFlight];
 #pragma unroll
-    for (int k = 0; k < kBatch; k++) {
+    for (int k = 0; k < kCopiesInFlight; k++) {
       if (i + k * kWarp < n) values[k] = kToShared ? *elements[k] : shared[i + k * kWarp];
     }
 #pragma unroll
-    for (int k = 0; k < kBatch; k++) {
+    for (int k = 0; k < kCopiesInFlight; k++) {
       if (i + k * kWarp < n) *(kToShared ? shared + i + k * kWarp : elements[k]) = values[k];
     }
   }
@@ -587,17 +591,19 @@ class ChunkRing {
     const int n = n_rows() * n_classes();
     if (loads_bulk()) {
       wait_barrier(barriers_ + stage_, parity_);
-      if (n % kPackSize<T> != 0) {  // of the last chunk
-        const int i = n / kPackSize<T> * kPackSize<T> + lane();
-        if (i < n) x[i] = from[i];
-        __syncwarp();
+    } else {
+      if (stores_bulk() && lane() == 0) wait_bulk_stores_read<0>();
+      __syncwarp();
+      if (kAnyRows && layout_.load == ChunkCopy::kSingles) {
+        copy_rows<true>(x, const_cast<T*>(from), params_.logits_stride, n_classes(), n);
+      } else {
+        copy_packs(reinterpret_cast<uint4*>(x), reinterpret_cast<const uint4*>(from), n / kPackSize<T>);
       }
-      return x;
     }
-    if (stores_bulk() && lane() == 0) wait_bulk_stores_read<0>();
-    __syncwarp();
-    copy_chunk<T, true>(kAnyRows ? layout_.load : ChunkCopy::kPacks, x, const_cast<T*>(from), params_.logits_stride,
-                        n_classes(), n);
+    if (!kAnyRows || layout_.load != ChunkCopy::kSingles) {
+      const int i = n / kPackSize<T> * kPackSize<T> + lane();  // of the last chunk
+      if (i < n) x[i] = from[i];
+    }
     __syncwarp();
     return x;
   }
@@ -617,18 +623,21 @@ class ChunkRing {
       T* const y = stage(stage_);
       T* const to = params_.grad + first_row() * params_.grad_stride;
       const int n = n_rows() * n_classes();
-      if (stores_bulk()) {
-        if (lane() == 0 && n >= kPackSize<T>) {
-          store_bulk(to, y, n / kPackSize<T> * kPackBytes);
+      if (kAnyRows && layout_.store == ChunkCopy::kSingles) {
+        copy_rows<false>(y, to, params_.grad_stride, n_classes(), n);
+      } else {
+        const int n_packs = n / kPackSize<T>;
+        if (!stores_bulk()) {
+          copy_packs(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4*>(y), n_packs);
+        } else if (lane() == 0 && n_packs > 0) {
+          store_bulk(to, y, n_packs * kPackBytes);
           commit_bulk_stores();
         }
-        const int i = n / kPackSize<T> * kPackSize<T> + lane();
+        const int i = n_packs * kPackSize<T> + lane();
         if (i < n) to[i] = y[i];
-      } else {
-        copy_chunk<T, false>(kAnyRows ? layout_.store : ChunkCopy::kPacks, y, to, params_.grad_stride, n_classes(), n);
-        if (loads_bulk()) fence_shared_for_bulk();
-        __syncwarp();
       }
+      if (loads_bulk() && !stores_bulk()) fence_shared_for_bulk();
+      __syncwarp();  // before the stage is filled again
     }
     chunk_ += step();
     if (++stage_ < layout_.stages) return;
