@@ -25,8 +25,13 @@ template <class T, bool kPlain>
 constexpr int kPacksBlocks = !kPlain                     ? 2
                              : sizeof(T) < sizeof(float) ? 3
                                                          : 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <bool kPlain>
+constexpr int kWordsBlocks = 2;  // lanes that copy take registers
+#else
 template <bool kPlain>
 constexpr int kWordsBlocks = kPlain ? 3 : 2;
+#endif
 template <class T>
 constexpr int kOptionsBlocks = sizeof(Compute<T>) == sizeof(float) ? 2 : 1;
 
@@ -289,7 +294,7 @@ struct SmallRow {
 //   owns(c)                   whether class c is this lane's
 //   spread(words, from, s)    the sum of from - s x over its numbers x
 //   logit(c), put(c, y)       reads or writes one number
-//   extra                     with kHasExtra: one number more, apart from the words, or -inf
+//   extra                     with kIsShared: one number more, apart from the words, or -inf
 //   store(values, v, a, b)    writes a value - b for each, and a v - b for the extra number
 // between() is called when the words are not needed any more.
 template <bool kPlain, class T, int L, int kWords, class Row, class Between>
@@ -302,11 +307,14 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   const float smoothing = kPlain ? 0 : params.label_smoothing;
   const float lse_square_scale = kPlain ? 0 : params.lse_square_scale;
   const bool is_first = threadIdx.x % L == 0, is_target = row.is_counted() && numbers.owns(row.target);
-  const float target_logit = is_target ? to_compute(numbers.logit(row.target)) * logit_scale : 0;
+  // From global memory it is loaded before it is needed; from shared memory that would only take a register.
+  const auto load_target = [&] { return is_target ? to_compute(numbers.logit(row.target)) * logit_scale : 0; };
+  float target_logit = 0;
+  if constexpr (!Row::kIsShared) target_logit = load_target();
   float max = row.max, sum = row.sum, spread = 0;
   if (is_forward) {
     max = fmax(max_of<T>(words), -INFINITY);
-    if constexpr (Row::kHasExtra) max = fmax(max, numbers.extra);
+    if constexpr (Row::kIsShared) max = fmax(max, numbers.extra);
     max = max_over<L>(max) * logit_scale;
   }
   const Exponential<T> exponential(max);
@@ -316,17 +324,17 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   float values[kWords * kWordSize<T>];
   float part = exponentials<T>(words, exponential, logit_scale, values);
   float extra_value = 0;
-  if constexpr (Row::kHasExtra) {
+  if constexpr (Row::kIsShared) {
     extra_value = exponential(numbers.extra * logit_scale);
     part += extra_value;
   }
+  if constexpr (Row::kIsShared) target_logit = load_target();
   float target_value = exponential(target_logit), of_max = 1, correction = 1;
   if constexpr (sizeof(T) < sizeof(float)) {
     of_max = exponential(exponential.from());
     correction = reciprocal(of_max);
     target_value = quotient(target_value, of_max, correction);
   }
-  between();
   if (is_forward) {
     sum = sum_over<L>(part);
     if constexpr (sizeof(T) < sizeof(float)) sum = quotient(sum, of_max, correction);
@@ -354,8 +362,6 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
       if (!row.is_counted() && params.loss) params.loss[row.n] = 0;
     }
   }
-  if (pass == CrossEntropyPass::kForward) return;
-
   // See CrossEntropyRow::gradient().
   const float g = row.factor * scale * logit_scale;
   float dense_factor = smoothing;
@@ -364,6 +370,10 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   }
   const float inverse = max == -INFINITY ? NAN : reciprocal(sum);
   float a = (sparse + dense_factor) * inverse * correction * g, b = dense * g;
+  const float p = target_value * inverse;
+  const float target_gradient = g * ((p - 1) * sparse + (p * dense_factor - dense));
+  between();
+  if (pass == CrossEntropyPass::kForward) return;
   if (!row.is_counted()) {
     a = b = 0;
 #pragma unroll
@@ -373,8 +383,7 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   if (row.exists() && !(row.target == row.kBad && params.grad == params.logits))
     numbers.store(values, extra_value, a, b);
   if (is_target) {
-    const float p = target_value * inverse;
-    numbers.put(row.target, from_compute<T>(g * ((p - 1) * sparse + (p * dense_factor - dense))));
+    numbers.put(row.target, from_compute<T>(target_gradient));
   }
 }
 
@@ -413,7 +422,7 @@ __device__ __forceinline__ bool has_nothing_to_do(const CrossEntropyParams<T>& p
 template <class T, int L, int K>
 struct RowInPacks {
   static constexpr int kWords = K * kPackBytes / 4;
-  static constexpr bool kHasExtra = false;
+  static constexpr bool kIsShared = false;
 
   const T* from;
   T* to;
@@ -695,7 +704,7 @@ class ChunkRing {
 template <class T, int L, int N, bool kExact>
 struct RowInWords {
   static constexpr int P = kWordSize<T>, kWords = N / P;
-  static constexpr bool kHasExtra = true;
+  static constexpr bool kIsShared = true;
 
   T* row;
   uint32_t* first;
