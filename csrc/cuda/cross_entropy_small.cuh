@@ -768,6 +768,7 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
                         double* losses) {
   using Row = RowInWords<T, L, N, kExact>;
   constexpr int kRows = kWarp / L, kChunkRows = chunk_rows_of<T>(L), kPasses = kChunkRows / kRows;
+  constexpr bool kLoadsAhead = kPasses == 1 && (kExact || N < 32);  // targets; the others lack the registers
   CHARLM_DYNAMIC_SHARED(unsigned char, shared);
   CHARLM_SHARED(TransferBarrier, barriers, kSmallWarps * kMaxStages);
   const CrossEntropyPass pass = layout.pass;
@@ -783,17 +784,17 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
       if (n < params.n_rows) next[p].load(params.target, n);
     }
   };
-  if (kPasses == 1) load_next(ring.first_row());
+  if (kLoadsAhead) load_next(ring.first_row());
   const float scale = row_scale(params, pass, totals, n_totals);
 #pragma unroll 1
   while (ring.has_chunk()) {
-    if (kPasses > 1) load_next(ring.first_row());  // not in the chunk before, which saves registers
+    if (!kLoadsAhead) load_next(ring.first_row());
     T* chunk = nullptr;
 #pragma unroll
     for (int p = 0; p < kPasses; p++) {
       const int r = p * kRows + row_in_chunk;
       const SmallRow<T> row(params, pass, ring.first_row() + r, threadIdx.x % L == 0, next[p]);
-      if (kPasses == 1) load_next(ring.next_first_row());
+      if (kLoadsAhead) load_next(ring.next_first_row());
       if (p == 0) chunk = ring.wait();
       const Row numbers(chunk, row.exists() ? r : 0, static_cast<int>(params.n_classes));
       uint32_t words[Row::kWords];
