@@ -768,7 +768,8 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
                         double* losses) {
   using Row = RowInWords<T, L, N, kExact>;
   constexpr int kRows = kWarp / L, kChunkRows = chunk_rows_of<T>(L), kPasses = kChunkRows / kRows;
-  constexpr bool kLoadsAhead = kPasses == 1 && (kExact || N < 32);  // targets; the others lack the registers
+  constexpr bool kLoadsAhead =
+      kPasses == 1 && (kExact || N < 32 || sizeof(T) == 4);  // targets; the others lack the registers
   CHARLM_DYNAMIC_SHARED(unsigned char, shared);
   CHARLM_SHARED(TransferBarrier, barriers, kSmallWarps * kMaxStages);
   const CrossEntropyPass pass = layout.pass;
