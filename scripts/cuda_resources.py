@@ -44,11 +44,12 @@ REGISTER_STEP = 8  # the hardware allocates registers to a thread in multiples o
 NVCC_FLAGS = ("-O3", "-std=c++20", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}")
 
 # Patterns for the names of kernels that read whole rows and write one number for each.
-READ_ONLY = (r"cross_entropy_(block|tile)<\w+, kForward,", r"cross_entropy_chunk_softmax<")
+READ_ONLY = (r"cross_entropy_block<\w+, kForward,", r"cross_entropy_chunk_softmax<")
 
 # Kernels that need not move 128 bits at once, and why.
 NARROW = {
     r"cross_entropy_(totals|reduce|join_chunks)<": "a few numbers of each row",
+    r"cross_entropy_words<": "bulk copies through shared memory, from sm_90 on",
     r"cross_entropy_metrics_kernel<": "for logging, not for training",
     r"embedding_copy_rows<unsigned ": "rows that do not start at multiples of 16 bytes",
     r"embedding_(sum|join)_chunks<\w+, 1>": "the same",

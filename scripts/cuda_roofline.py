@@ -64,8 +64,8 @@ def cross_entropy(call: str, n: int, v: int, dtype: str) -> Row:
     # The targets are read twice: the divisor of a mean is needed before a gradient is written.
     moved = row * (2 if both else 1) + 2 * TARGET + 8
     path = "block"
-    if v <= constant("cross_entropy_tile.cuh", "kTileClasses") * 32:
-        path = "tile"
+    if v <= constant("cross_entropy_small.cuh", "kSmallMaxClasses"):
+        path = "small"
     elif call == "backward":
         path = "chunks"
     elif n < constant(LAUNCHES, "kChunksBelowRows") and v > constant(LAUNCHES, "kChunksAboveClasses"):

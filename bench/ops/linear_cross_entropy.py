@@ -1,6 +1,6 @@
 """linear_cross_entropy: the loss and the gradients of input and weight. Shape: (N, D, V).
 
-Variants: "default"; "large_budget" and "small_budget", with a memory_budget of five and of half a billion bytes.
+Variants: "default"; "large_budget" and "small_budget", with a memory_budget of 5 GiB and of 480 MB.
 
 The lower bound "gemms" is the three matrix products alone, of logits that exist already: x Wᵀ, g W and gᵀ x. On a CPU
 without instructions for a half type, torch's products in it take a hundred times as long as in float32: there the bound
@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.providers import Call, Unavailable, Workload, imported
 from charlm import functional
 
-BUDGETS = {"large_budget": 5_000_000_000, "small_budget": 500_000_000}
+BUDGETS = {"large_budget": 5 << 30, "small_budget": 480_000_000}
 CHECKED_LOGITS = 1 << 25  # of float64, 256 MB: rows are checked in blocks of so many
 
 

@@ -25,8 +25,13 @@ template <class T, bool kPlain>
 constexpr int kPacksBlocks = !kPlain                     ? 2
                              : sizeof(T) < sizeof(float) ? 3
                                                          : 4;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <bool kPlain>
+constexpr int kWordsBlocks = 2;  // lanes that copy take registers
+#else
 template <bool kPlain>
 constexpr int kWordsBlocks = kPlain ? 3 : 2;
+#endif
 template <class T>
 constexpr int kOptionsBlocks = sizeof(Compute<T>) == sizeof(float) ? 2 : 1;
 
@@ -153,9 +158,16 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
-// exp(z - max) for the numbers z of a row, times 1 / correction(). Half types: 2^(z log2(e) - max log2(e)), one fma.
-// The second product is rounded, which changes all numbers of the row by the same factor. For a maximum so large that
-// other numbers differ from it by 64 or more, log2(e) is left out: exact, and the other numbers give 0 as before.
+// a / b, where `inverse` is 1 / b: exactly 1 if a is b.
+__device__ __forceinline__ float quotient(float a, float b, float inverse) {
+  const float first = a * inverse;
+  return fmaf(fmaf(-first, b, a), inverse, first);
+}
+
+// exp(z - max) for the numbers z of a row, times that of the maximum, which need not be 1. Half types: 2^(z log2(e) -
+// max log2(e)), one fma. The second product is rounded, which changes all numbers of the row by the same factor. For a
+// maximum so large that other numbers differ from it by 64 or more, log2(e) is left out: exact, and the other numbers
+// give 0 as before.
 template <class T>
 class Exponential {
   static constexpr float kLog2e = 1.44269504f, kLarge = 0x1p18f;
@@ -169,11 +181,6 @@ class Exponential {
   __device__ __forceinline__ float operator()(float z) const {
     if constexpr (sizeof(T) == sizeof(float)) return exp_of<T>(z - from_);
     return exp2_approximate(fmaf(z, factor_, offset_));
-  }
-
-  __device__ __forceinline__ float correction() const {
-    if constexpr (sizeof(T) == sizeof(float)) return 1;
-    return exp2_approximate(-fmaf(from_, factor_, offset_));
   }
 
   __device__ __forceinline__ float from() const { return from_; }
@@ -287,7 +294,7 @@ struct SmallRow {
 //   owns(c)                   whether class c is this lane's
 //   spread(words, from, s)    the sum of from - s x over its numbers x
 //   logit(c), put(c, y)       reads or writes one number
-//   extra                     with kHasExtra: one number more, apart from the words, or -inf
+//   extra                     with kIsShared: one number more, apart from the words, or -inf
 //   store(values, v, a, b)    writes a value - b for each, and a v - b for the extra number
 // between() is called when the words are not needed any more.
 template <bool kPlain, class T, int L, int kWords, class Row, class Between>
@@ -300,11 +307,14 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   const float smoothing = kPlain ? 0 : params.label_smoothing;
   const float lse_square_scale = kPlain ? 0 : params.lse_square_scale;
   const bool is_first = threadIdx.x % L == 0, is_target = row.is_counted() && numbers.owns(row.target);
-  const float target_logit = is_target ? to_compute(numbers.logit(row.target)) * logit_scale : 0;
+  // From global memory it is loaded before it is needed; from shared memory that would only take a register.
+  const auto load_target = [&] { return is_target ? to_compute(numbers.logit(row.target)) * logit_scale : 0; };
+  float target_logit = 0;
+  if constexpr (!Row::kIsShared) target_logit = load_target();
   float max = row.max, sum = row.sum, spread = 0;
   if (is_forward) {
     max = fmax(max_of<T>(words), -INFINITY);
-    if constexpr (Row::kHasExtra) max = fmax(max, numbers.extra);
+    if constexpr (Row::kIsShared) max = fmax(max, numbers.extra);
     max = max_over<L>(max) * logit_scale;
   }
   const Exponential<T> exponential(max);
@@ -314,14 +324,20 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   float values[kWords * kWordSize<T>];
   float part = exponentials<T>(words, exponential, logit_scale, values);
   float extra_value = 0;
-  if constexpr (Row::kHasExtra) {
+  if constexpr (Row::kIsShared) {
     extra_value = exponential(numbers.extra * logit_scale);
     part += extra_value;
   }
-  const float correction = exponential.correction(), target_value = exponential(target_logit) * correction;
-  between();
+  if constexpr (Row::kIsShared) target_logit = load_target();
+  float target_value = exponential(target_logit), of_max = 1, correction = 1;
+  if constexpr (sizeof(T) < sizeof(float)) {
+    of_max = exponential(exponential.from());
+    correction = reciprocal(of_max);
+    target_value = quotient(target_value, of_max, correction);
+  }
   if (is_forward) {
-    sum = sum_over<L>(part) * correction;
+    sum = sum_over<L>(part);
+    if constexpr (sizeof(T) < sizeof(float)) sum = quotient(sum, of_max, correction);
     if (sum == 0) sum = 1;  // a row of -inf; the maximum is -inf for some rows with NaN too
   }
 
@@ -346,8 +362,6 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
       if (!row.is_counted() && params.loss) params.loss[row.n] = 0;
     }
   }
-  if (pass == CrossEntropyPass::kForward) return;
-
   // See CrossEntropyRow::gradient().
   const float g = row.factor * scale * logit_scale;
   float dense_factor = smoothing;
@@ -356,6 +370,10 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   }
   const float inverse = max == -INFINITY ? NAN : reciprocal(sum);
   float a = (sparse + dense_factor) * inverse * correction * g, b = dense * g;
+  const float p = target_value * inverse;
+  const float target_gradient = g * ((p - 1) * sparse + (p * dense_factor - dense));
+  between();
+  if (pass == CrossEntropyPass::kForward) return;
   if (!row.is_counted()) {
     a = b = 0;
 #pragma unroll
@@ -365,8 +383,7 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
   if (row.exists() && !(row.target == row.kBad && params.grad == params.logits))
     numbers.store(values, extra_value, a, b);
   if (is_target) {
-    const float p = target_value * inverse;
-    numbers.put(row.target, from_compute<T>(g * ((p - 1) * sparse + (p * dense_factor - dense))));
+    numbers.put(row.target, from_compute<T>(target_gradient));
   }
 }
 
@@ -393,7 +410,7 @@ __device__ __forceinline__ float spread_of(uint32_t word, float from, float logi
 template <class T, int L, int K>
 struct RowInPacks {
   static constexpr int kWords = K * kPackBytes / 4;
-  static constexpr bool kHasExtra = false;
+  static constexpr bool kIsShared = false;
 
   const T* from;
   T* to;
@@ -481,32 +498,28 @@ __global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, kPlain>)
 
 // -------------------------------------------------------------------------------------------- a warp's ring of chunks
 
-// Copies n numbers between global and shared memory by a warp, in rows that start every `stride` numbers in global
-// memory.
-template <class T, bool kToShared>
-__device__ __forceinline__ void copy_chunk(ChunkCopy how, T* shared, T* global, int64_t stride, int n_classes, int n) {
-  constexpr int kBatch = 4;
-  const int lane = threadIdx.x % kWarp;
-  int first = lane;
-  if (how != ChunkCopy::kSingles) {
-    const int n_packs = n / kPackSize<T>;
-    auto* const from = reinterpret_cast<const uint4*>(kToShared ? global : shared);
-    auto* const to = reinterpret_cast<uint4*>(kToShared ? shared : global);
+constexpr int kCopiesInFlight = 4;  // loads of a lane
+
+// Copies n packs by the lanes of a warp.
+__device__ __forceinline__ void copy_packs(uint4* to, const uint4* from, int n) {
 #pragma unroll 1
-    for (int i = lane; i < n_packs; i += kBatch * kWarp) {
-      uint4 packs[kBatch];
+  for (int i = threadIdx.x % kWarp; i < n; i += kCopiesInFlight * kWarp) {
+    uint4 packs[kCopiesInFlight];
 #pragma unroll
-      for (int k = 0; k < kBatch; k++) {
-        if (i + k * kWarp < n_packs) packs[k] = from[i + k * kWarp];
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; k++) {
-        if (i + k * kWarp < n_packs) to[i + k * kWarp] = packs[k];
-      }
+    for (int k = 0; k < kCopiesInFlight; k++) {
+      if (i + k * kWarp < n) packs[k] = from[i + k * kWarp];
     }
-    stride = n_classes;
-    first += n_packs * kPackSize<T>;
+#pragma unroll
+    for (int k = 0; k < kCopiesInFlight; k++) {
+      if (i + k * kWarp < n) to[i + k * kWarp] = packs[k];
+    }
   }
+}
+
+// Copies n numbers between shared memory and rows that start every `stride` numbers in global memory.
+template <bool kToShared, class T>
+__device__ __forceinline__ void copy_rows(T* shared, T* global, int64_t stride, int n_classes, int n) {
+  const int first = threadIdx.x % kWarp;
   if (first >= n) return;
   const int rows_a_step = kWarp / n_classes, step = kWarp - rows_a_step * n_classes;
   const int row = first / n_classes;
@@ -523,17 +536,17 @@ __device__ __forceinline__ void copy_chunk(ChunkCopy how, T* shared, T* global, 
     return element;
   };
 #pragma unroll 1
-  for (int i = first; i < n; i += kBatch * kWarp) {
-    T* elements[kBatch];
+  for (int i = first; i < n; i += kCopiesInFlight * kWarp) {
+    T* elements[kCopiesInFlight];
 #pragma unroll
     for (T*& element : elements) element = next();
-    T values[kBatch];
+    T values[kCopiesInFlight];
 #pragma unroll
-    for (int k = 0; k < kBatch; k++) {
+    for (int k = 0; k < kCopiesInFlight; k++) {
       if (i + k * kWarp < n) values[k] = kToShared ? *elements[k] : shared[i + k * kWarp];
     }
 #pragma unroll
-    for (int k = 0; k < kBatch; k++) {
+    for (int k = 0; k < kCopiesInFlight; k++) {
       if (i + k * kWarp < n) *(kToShared ? shared + i + k * kWarp : elements[k]) = values[k];
     }
   }
@@ -574,17 +587,19 @@ class ChunkRing {
     const int n = n_rows() * n_classes();
     if (loads_bulk()) {
       wait_barrier(barriers_ + stage_, parity_);
-      if (n % kPackSize<T> != 0) {  // of the last chunk
-        const int i = n / kPackSize<T> * kPackSize<T> + lane();
-        if (i < n) x[i] = from[i];
-        __syncwarp();
+    } else {
+      if (stores_bulk() && lane() == 0) wait_bulk_stores_read<0>();
+      __syncwarp();
+      if (kAnyRows && layout_.load == ChunkCopy::kSingles) {
+        copy_rows<true>(x, const_cast<T*>(from), params_.logits_stride, n_classes(), n);
+      } else {
+        copy_packs(reinterpret_cast<uint4*>(x), reinterpret_cast<const uint4*>(from), n / kPackSize<T>);
       }
-      return x;
     }
-    if (stores_bulk() && lane() == 0) wait_bulk_stores_read<0>();
-    __syncwarp();
-    copy_chunk<T, true>(kAnyRows ? layout_.load : ChunkCopy::kPacks, x, const_cast<T*>(from), params_.logits_stride,
-                        n_classes(), n);
+    if (!kAnyRows || layout_.load != ChunkCopy::kSingles) {
+      const int i = n / kPackSize<T> * kPackSize<T> + lane();  // of the last chunk
+      if (i < n) x[i] = from[i];
+    }
     __syncwarp();
     return x;
   }
@@ -604,18 +619,21 @@ class ChunkRing {
       T* const y = stage(stage_);
       T* const to = params_.grad + first_row() * params_.grad_stride;
       const int n = n_rows() * n_classes();
-      if (stores_bulk()) {
-        if (lane() == 0 && n >= kPackSize<T>) {
-          store_bulk(to, y, n / kPackSize<T> * kPackBytes);
+      if (kAnyRows && layout_.store == ChunkCopy::kSingles) {
+        copy_rows<false>(y, to, params_.grad_stride, n_classes(), n);
+      } else {
+        const int n_packs = n / kPackSize<T>;
+        if (!stores_bulk()) {
+          copy_packs(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4*>(y), n_packs);
+        } else if (lane() == 0 && n_packs > 0) {
+          store_bulk(to, y, n_packs * kPackBytes);
           commit_bulk_stores();
         }
-        const int i = n / kPackSize<T> * kPackSize<T> + lane();
+        const int i = n_packs * kPackSize<T> + lane();
         if (i < n) to[i] = y[i];
-      } else {
-        copy_chunk<T, false>(kAnyRows ? layout_.store : ChunkCopy::kPacks, y, to, params_.grad_stride, n_classes(), n);
-        if (loads_bulk()) fence_shared_for_bulk();
-        __syncwarp();
       }
+      if (loads_bulk() && !stores_bulk()) fence_shared_for_bulk();
+      __syncwarp();  // before the stage is filled again
     }
     chunk_ += step();
     if (++stage_ < layout_.stages) return;
@@ -673,7 +691,7 @@ class ChunkRing {
 template <class T, int L, int N, bool kExact>
 struct RowInWords {
   static constexpr int P = kWordSize<T>, kWords = N / P;
-  static constexpr bool kHasExtra = true;
+  static constexpr bool kIsShared = true;
 
   T* row;
   uint32_t* first;
@@ -736,6 +754,8 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
                         const __grid_constant__ SmallLayout layout, const __grid_constant__ Reduction reduction) {
   using Row = RowInWords<T, L, N, kExact>;
   constexpr int kRows = kWarp / L, kChunkRows = chunk_rows_of<T>(L), kPasses = kChunkRows / kRows;
+  constexpr bool kLoadsAhead =
+      kPasses == 1 && (kExact || N < 32 || sizeof(T) == 4);  // targets; the others lack the registers
   CHARLM_DYNAMIC_SHARED(unsigned char, shared);
   CHARLM_SHARED(TransferBarrier, barriers, kSmallWarps * kMaxStages);
   const CrossEntropyPass pass = layout.pass;
@@ -750,17 +770,17 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
       if (n < params.n_rows) next[p].load(params.target, n);
     }
   };
-  if (kPasses == 1) load_next(ring.first_row());
+  if (kLoadsAhead) load_next(ring.first_row());
   const float scale = row_scale(params, pass, reduction);
 #pragma unroll 1
   while (ring.has_chunk()) {
-    if (kPasses > 1) load_next(ring.first_row());  // not in the chunk before, which saves registers
+    if (!kLoadsAhead) load_next(ring.first_row());
     T* chunk = nullptr;
 #pragma unroll
     for (int p = 0; p < kPasses; p++) {
       const int r = p * kRows + row_in_chunk;
       const SmallRow<T> row(params, pass, ring.first_row() + r, threadIdx.x % L == 0, next[p]);
-      if (kPasses == 1) load_next(ring.next_first_row());
+      if (kLoadsAhead) load_next(ring.next_first_row());
       if (p == 0) chunk = ring.wait();
       const Row numbers(chunk, row.exists() ? r : 0, static_cast<int>(params.n_classes));
       uint32_t words[Row::kWords];
