@@ -132,7 +132,7 @@ __device__ __forceinline__ void copy_to_shared(const T* from, int n, T* stage) {
 // Grid [n_tiles, n_parts]. kStaged: one tile, rows by way of shared memory. is_sm90: with bulk copies, if grad_output
 // begins at a multiple of 16 bytes, and overlapping with the second kernel.
 template <class T, int kWidth, bool kStaged>
-__global__ void __launch_bounds__(kSortThreads)
+__global__ void __launch_bounds__(kSortThreads, 1)
     embedding_fill_tables(const __grid_constant__ EmbeddingGradientParams<T> params, int lanes, int batch_rows,
                           int64_t rows_a_part, int64_t stride, bool is_sm90, Compute<T>* parts) {
   using C = Compute<T>;
