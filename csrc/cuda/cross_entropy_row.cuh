@@ -24,6 +24,19 @@ __device__ __forceinline__ Compute<T> tanh_of(Compute<T> u) {
   return 1 - __fdividef(2, exp2_approximate(u * kTwoLog2e) + 1);
 }
 
+// Of row n; 1 if there is none.
+template <class T>
+__device__ __forceinline__ Compute<T> grad_loss_of(const CrossEntropyParams<T>& params, int64_t n) {
+  if (!params.grad_loss && !params.unconverted_grad_loss) return 1;
+  return load_gradient<T>(params.grad_loss, params.unconverted_grad_loss, n * params.grad_loss_stride);
+}
+
+template <class T>
+__device__ __forceinline__ void store_loss(const CrossEntropyParams<T>& params, int64_t n, Compute<T> loss) {
+  if (params.loss) params.loss[n] = loss;
+  if (params.rounded_loss) params.rounded_loss[n] = from_compute<T>(loss);
+}
+
 template <class T, bool kPlain>
 class CrossEntropyRow {
   using C = Compute<T>;
@@ -132,7 +145,7 @@ class CrossEntropyRow {
     params_.row_max[n_] = softmax.max;
     params_.row_sum[n_] = softmax.sum;
     if (params_.row_dense_sum) params_.row_dense_sum[n_] = softmax.dense_sum;
-    if (params_.loss) params_.loss[n_] = loss;
+    store_loss(params_, n_, loss);
   }
 
   __device__ __forceinline__ void store_uncounted() const {
@@ -157,8 +170,7 @@ class CrossEntropyRow {
   __device__ __forceinline__ void set_softmax(const RowSoftmax& softmax, double scale) {
     max_ = softmax.max;
     sum_ = softmax.sum;
-    const C grad_loss = params_.grad_loss ? params_.grad_loss[n_ * params_.grad_loss_stride] : C(1);
-    g_ = static_cast<C>(grad_loss * scale * token_weight_);
+    g_ = static_cast<C>(grad_loss_of(params_, n_) * scale * token_weight_);
     if constexpr (!kPlain) {
       dense_factor_ = softmax.dense_sum;
       if (params_.lse_square_scale != 0) {
@@ -316,7 +328,7 @@ struct Totals {
 
 // Blocks that count the targets: each lane of a warp adds up two of their totals.
 constexpr int kMaxTotals = 2 * kWarp;
-constexpr int kTotalsThreads = 256;
+constexpr int kTotalsThreads = 1024;
 constexpr int kTargetsInFlight = 4;  // targets that a thread loads at once
 
 // What the kernels of a call share.
@@ -355,13 +367,14 @@ __device__ __forceinline__ Totals count_targets(const CrossEntropyParams<T>& par
       sum.count++;
     }
   }
-  sum.weight = sum_over_block(sum.weight, weights);
   sum.count = sum_over_block(sum.count, counts);
+  sum.weight =
+      params.weight || params.token_weight ? sum_over_block(sum.weight, weights) : static_cast<double>(sum.count);
   return sum;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTotalsThreads, kMinResidentBlocks)
+__global__ void __launch_bounds__(kTotalsThreads)
     cross_entropy_prepare(const __grid_constant__ CrossEntropyParams<T> params, const Reduction reduction) {
   if (reduction.is_dependent) let_next_kernel_begin();
   if (blockIdx.x == 0 && threadIdx.x == 0) *reduction.n_finished = 0;
@@ -383,14 +396,18 @@ __device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, c
   if (reduction.is_dependent) wait_for_previous_kernel();
   if (!params.mean) return 1;
   if (reduction.n_totals == 0) return divisor(params, {static_cast<double>(params.n_rows), params.n_rows});
-  // Loops that are not unrolled: the threads that call this hold a row in their registers.
+  // Few registers: the threads that call this hold a row in theirs.
   const auto sum_of = [&](auto member) {
-    auto sum = (Totals{}).*member;
+    const int first = threadIdx.x % kWarp, second = first + kWarp;
+    auto sum = (Totals{}).*member, other = sum;
+    if (first < reduction.n_totals) sum = reduction.totals[first].*member;
+    if (second < reduction.n_totals) other = reduction.totals[second].*member;
+    sum += other;
 #pragma unroll 1
-    for (int i = threadIdx.x % kWarp; i < reduction.n_totals; i += kWarp) sum += reduction.totals[i].*member;
-#pragma unroll 1
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    return sum;
+    for (int step = kWarp / 2; step > 0 && reduction.n_totals > 1; step /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, step);
+    }
+    return reduction.n_totals > 1 ? sum : __shfl_sync(kAllLanes, sum, 0);
   };
   if (params.zero_if_all_ignored && sum_of(&Totals::count) == 0) return 1;
   return sum_of(&Totals::weight);

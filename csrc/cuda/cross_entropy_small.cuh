@@ -275,7 +275,7 @@ struct SmallRow {
       : n(n) {
     if (n >= params.n_rows) return;
     if (params.token_weight) factor = params.token_weight[n];
-    if (params.grad_loss) factor *= params.grad_loss[n * params.grad_loss_stride];
+    factor *= grad_loss_of(params, n);
     if (pass == CrossEntropyPass::kBackward) {
       max = params.row_max[n];
       sum = params.row_sum[n];
@@ -354,12 +354,12 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
       }
       loss *= row.factor;
       loss_sum += loss;
-      if (params.loss) params.loss[row.n] = loss;
+      store_loss(params, row.n, loss);
     }
     if (row.exists() && is_first) {
       params.row_max[row.n] = row.is_counted() ? max : 0;
       params.row_sum[row.n] = row.is_counted() ? sum : 1;
-      if (!row.is_counted() && params.loss) params.loss[row.n] = 0;
+      if (!row.is_counted()) store_loss(params, row.n, 0.0f);
     }
   }
   // See CrossEntropyRow::gradient().

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
   constexpr int K = kPackSize<T>;
   double scale = 1;
   if (kPass == CrossEntropyPass::kBackward && params.grad_is_precomputed) {
-    if (*params.grad_loss == 1) return;
+    if (grad_loss_of(params, 0) == 1) return;
     // Each block counts all targets itself: for another factor, one launch is still faster than two.
     if (needs_totals(params)) {
       scale = reciprocal<T>(divisor(params, count_targets(params, threadIdx.x, blockDim.x)));
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
 template <class T>
 __global__ void __launch_bounds__(kRescaleThreads, 2)
     cross_entropy_scale_gradient(const __grid_constant__ ScaleParams<T> params) {
-  const Compute<T> by = *params.factor;
+  const Compute<T> by = load_gradient<T>(params.factor, params.unconverted_factor, 0);
   if (by == 1) return;
   const int lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
   const int64_t n_items = items_of<T>(params.n_columns), end = params.n_rows * n_items;

@@ -391,6 +391,7 @@ class Joiner {
     struct Words {
       uint64_t words[sizeof(Part) / sizeof(uint64_t)];
     };
+    static_assert(alignof(Part) >= sizeof(uint64_t));
     const Words from = __builtin_bit_cast(Words, part);
 #pragma unroll
     for (int i = 0; i < kWords; i++) {
