@@ -1,0 +1,108 @@
+// Rows of whole packs of 16 bytes, from global memory into registers and back. L lanes of a warp share a row.
+#pragma once
+
+#include "cuda/cross_entropy_lanes.cuh"
+
+namespace charlm::cuda {
+namespace {
+
+constexpr int kMaxPacks = 8;  // of a lane
+
+// Blocks of a multiprocessor, few enough that no registers are spilled.
+template <class T, int K, bool kPlain>
+constexpr int kPacksBlocks = !kPlain || K * kPackSize<T> > 32     ? 2
+                             : sizeof(T) < sizeof(float) || K > 4 ? 3
+                                                                  : 4;
+
+// Of a row, L lanes have up to K packs each: lane j has packs j, j + L, ...
+template <class T, int L, int K>
+struct RowInPacks {
+  static constexpr int kWords = K * kPackBytes / 4;
+  static constexpr bool kIsShared = false;
+
+  const T* from;
+  T* to;
+  int j, n;  // this lane; packs from its first to the end of the row
+
+  __device__ __forceinline__ RowInPacks(const CrossEntropyParams<T>& params, int64_t row)
+      : from(params.logits + row * params.logits_stride),
+        to(params.grad + row * params.grad_stride),
+        j(threadIdx.x % L),
+        n(static_cast<int>(params.n_classes) / kPackSize<T> - j) {}
+
+  __device__ __forceinline__ void load(bool exists, uint32_t (&words)[kWords]) const {
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      constexpr uint32_t kNone = kWordOfMinusInfinity<T>;
+      uint4 pack = {kNone, kNone, kNone, kNone};
+      if (exists && k * L < n) pack = *reinterpret_cast<const uint4*>(from + (k * L + j) * kPackSize<T>);
+      words[4 * k] = pack.x;
+      words[4 * k + 1] = pack.y;
+      words[4 * k + 2] = pack.z;
+      words[4 * k + 3] = pack.w;
+    }
+  }
+
+  __device__ __forceinline__ bool owns(int c) const { return c / kPackSize<T> % L == j; }
+  __device__ __forceinline__ T logit(int c) const { return from[c]; }
+  __device__ __forceinline__ void put(int c, T y) const { to[c] = y; }
+
+  __device__ __forceinline__ float spread(const uint32_t (&words)[kWords], float max, float logit_scale) const {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < kWords; k++) {
+      if (k / 4 * L < n) sum += spread_of<T>(words[k], max, logit_scale);
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ void store(const float (&values)[kWords * kWordSize<T>], float, float a, float b) const {
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      if (k * L >= n) continue;
+      uint4 pack;
+      const float* const first = values + k * kPackSize<T>;
+      pack.x = gradient_of<T>(first, a, b);
+      pack.y = gradient_of<T>(first + kWordSize<T>, a, b);
+      pack.z = gradient_of<T>(first + 2 * kWordSize<T>, a, b);
+      pack.w = gradient_of<T>(first + 3 * kWordSize<T>, a, b);
+      *reinterpret_cast<uint4*>(to + (k * L + j) * kPackSize<T>) = pack;
+    }
+  }
+};
+
+// kPrefetch: the next rows are loaded before the gradient of these is computed.
+template <class T, int L, int K, bool kPlain, bool kPrefetch>
+__global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, K, kPlain>)
+    cross_entropy_packs(const __grid_constant__ CrossEntropyParams<T> params, SmallLayout layout,
+                        const __grid_constant__ Reduction reduction) {
+  using Row = RowInPacks<T, L, K>;
+  constexpr int kRows = kWarp / L;  // of a warp
+  const CrossEntropyPass pass =
+      kPrefetch && layout.pass != CrossEntropyPass::kForward ? CrossEntropyPass::kForwardBackward : layout.pass;
+  const int row_in_chunk = threadIdx.x % kWarp / L, warp = threadIdx.x / kWarp;
+  const int n_chunks = static_cast<int>((params.n_rows + kRows - 1) / kRows), step = gridDim.x * kSmallWarps;
+  double loss_sum = 0;
+  uint32_t words[Row::kWords];
+  LoadedIndex next;
+  const auto load = [&](int chunk) {
+    const int64_t n = int64_t(chunk) * kRows + row_in_chunk;
+    Row(params, n).load(n < params.n_rows, words);
+    if (n < params.n_rows) next.load(params.target, n);
+  };
+  int chunk = kPrefetch ? warp * gridDim.x + blockIdx.x : blockIdx.x * kSmallWarps + warp;
+  if (chunk < n_chunks) load(chunk);
+  const float scale = row_scale(params, pass, reduction);
+  for (; chunk < n_chunks; chunk += step) {
+    const int64_t n = int64_t(chunk) * kRows + row_in_chunk;
+    const SmallRow<T> row(params, pass, n, threadIdx.x % L == 0, next);
+    pass_over_row<kPlain, T, L>(params, pass, row, Row(params, n), words, scale, loss_sum, [&] {
+      if (kPrefetch && chunk + step < n_chunks) load(chunk + step);
+    });
+    if (!kPrefetch && chunk + step < n_chunks) load(chunk + step);
+  }
+  if (pass != CrossEntropyPass::kBackward) reduce_losses(params, reduction, loss_sum);
+}
+
+}  // namespace
+}  // namespace charlm::cuda
