@@ -91,6 +91,7 @@ class ChunkRing {
   }
 
   __device__ __forceinline__ bool has_chunk() const { return has(chunk_); }
+  __device__ __forceinline__ int chunk() const { return chunk_; }
   __device__ __forceinline__ int64_t first_row() const { return int64_t(chunk_) * chunk_rows_; }
   __device__ __forceinline__ int64_t next_first_row() const { return int64_t(chunk_ + step()) * chunk_rows_; }
   __device__ __forceinline__ int n_rows() const { return rows_of(chunk_); }

@@ -64,19 +64,39 @@ __device__ __forceinline__ Compute<T> row_scale(const CrossEntropyParams<T>& par
   return static_cast<Compute<T>>(reciprocal<T>(divisor(params, reduction)));
 }
 
+// What is the same for all rows, in shared memory, since registers are scarce.
+struct SmallState {
+  float scales[kSmallWarps];  // of the rows of each warp
+  double loss_sums[kSmallThreads];
+
+  template <class T>
+  __device__ __forceinline__ void begin(const CrossEntropyParams<T>& params, CrossEntropyPass pass,
+                                        const Reduction& reduction) {
+    loss_sum() = 0;
+    const float scale = row_scale(params, pass, reduction);
+    if (threadIdx.x % kWarp == 0) scales[threadIdx.x / kWarp] = scale;
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ float scale() const { return scales[threadIdx.x / kWarp]; }
+  __device__ __forceinline__ double& loss_sum() { return loss_sums[threadIdx.x]; }
+};
+
 // What is known of a row before its logits are: all its loads are issued when it is made.
 template <class T>
 struct SmallRow {
   static constexpr int kNone = -1, kIgnored = -2, kBad = -3;  // no row; not counted
 
-  int64_t n;
+  int chunk, chunk_rows, r;
   int target = kNone;      // or one of the above
   float factor = 1;        // of the loss in forward, of the gradient in backward
   float max = 0, sum = 1;  // from forward
 
-  __device__ __forceinline__ SmallRow(const CrossEntropyParams<T>& params, CrossEntropyPass pass, int64_t n,
-                                      bool is_first, const LoadedIndex& index)
-      : n(n) {
+  // Row r of a chunk.
+  __device__ __forceinline__ SmallRow(const CrossEntropyParams<T>& params, CrossEntropyPass pass, int chunk,
+                                      int chunk_rows, int r, bool is_first, const LoadedIndex& index)
+      : chunk(chunk), chunk_rows(chunk_rows), r(r) {
+    const int64_t n = int64_t(chunk) * chunk_rows + r;
     if (n >= params.n_rows) return;
     if (params.token_weight) factor = params.token_weight[n];
     if (params.grad_loss) factor *= params.grad_loss[n * params.grad_loss_stride];
@@ -90,6 +110,8 @@ struct SmallRow {
     if (target == kBad && is_first) record_index_error(params.target, n, y);
   }
 
+  // Computed anew: registers are scarce.
+  __device__ __forceinline__ int64_t n() const { return int64_t(opaque(chunk)) * chunk_rows + r; }
   __device__ __forceinline__ bool exists() const { return target != kNone; }
   __device__ __forceinline__ bool is_counted() const { return target >= 0; }
 };
@@ -100,12 +122,12 @@ struct SmallRow {
 //   logit(c), put(c, y)       reads or writes one number
 //   extra                     with kIsShared: one number more, apart from the words, or -inf
 //   store(values, v, a, b)    writes a value - b for each, and a v - b for the extra number
+//   store_zero()              writes 0 for each
 // between() is called when the words are not needed any more.
 template <bool kPlain, class T, int L, int kWords, class Row, class Between>
 __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& params, CrossEntropyPass pass,
                                               const SmallRow<T>& row, const Row& numbers,
-                                              const uint32_t (&words)[kWords], float scale, double& loss_sum,
-                                              Between between) {
+                                              const uint32_t (&words)[kWords], SmallState& state, Between between) {
   const bool is_forward = pass != CrossEntropyPass::kBackward;
   const float logit_scale = kPlain ? 1 : params.logit_scale;
   const float smoothing = kPlain ? 0 : params.label_smoothing;
@@ -141,7 +163,7 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
 
   const float target_weight = params.weight && row.is_counted() ? params.weight[row.target] : 1;
   const float sparse = (1 - smoothing) * target_weight;
-  const float dense = smoothing / static_cast<float>(params.n_classes);
+  const float dense = kPlain ? 0 : smoothing / static_cast<float>(params.n_classes);
   if (is_forward) {
     if (is_target) {
       const float log_sum = log(sum);
@@ -151,38 +173,35 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
         loss += lse_square_scale * target_weight * (max + log_sum) * (max + log_sum);
       }
       loss *= row.factor;
-      loss_sum += loss;
-      if (params.loss) params.loss[row.n] = loss;
+      state.loss_sum() += loss;
+      if (params.loss) params.loss[row.n()] = loss;
     }
     if (row.exists() && is_first) {
-      params.row_max[row.n] = row.is_counted() ? max : 0;
-      params.row_sum[row.n] = row.is_counted() ? sum : 1;
-      if (!row.is_counted() && params.loss) params.loss[row.n] = 0;
+      const int64_t n = row.n();
+      params.row_max[n] = row.is_counted() ? max : 0;
+      params.row_sum[n] = row.is_counted() ? sum : 1;
+      if (!row.is_counted() && params.loss) params.loss[n] = 0;
     }
   }
   // See CrossEntropyRow::gradient().
-  const float g = row.factor * scale * logit_scale;
+  const float g = row.factor * state.scale() * logit_scale;
   float dense_factor = smoothing;
   if (lse_square_scale != 0) {
     dense_factor += 2 * lse_square_scale * target_weight * (max + log(sum));
   }
   const float inverse = max == -INFINITY ? NAN : reciprocal(sum);
-  float a = exponential.corrected_factor((sparse + dense_factor) * inverse * g, max), b = dense * g;
+  const float a = exponential.corrected_factor((kPlain ? sparse : sparse + dense_factor) * inverse * g, max);
   const float p = target_value * inverse;
-  const float target_gradient = g * ((p - 1) * sparse + (p * dense_factor - dense));
+  float of_target = (p - 1) * sparse;
+  if constexpr (!kPlain) of_target += p * dense_factor - dense;
   between();
   if (pass == CrossEntropyPass::kForward) return;
-  if (!row.is_counted()) {
-    a = b = 0;
-#pragma unroll
-    for (float& value : values) value = 0;  // not a NaN
-    extra_value = 0;
+  if (row.is_counted()) {
+    numbers.store(values, extra_value, a, kPlain ? 0 : dense * g);
+  } else if (row.exists() && !(row.target == row.kBad && params.grad == params.logits)) {
+    numbers.store_zero();
   }
-  if (row.exists() && !(row.target == row.kBad && params.grad == params.logits))
-    numbers.store(values, extra_value, a, b);
-  if (is_target) {
-    numbers.put(row.target, from_compute<T>(target_gradient));
-  }
+  if (is_target) numbers.put(row.target, from_compute<T>(g * of_target));
 }
 
 template <class T>

@@ -7,6 +7,14 @@
 namespace charlm::cuda {
 namespace {
 
+// `value`, of which the compiler knows nothing: what depends on it is computed anew.
+__device__ __forceinline__ int opaque(int value) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(value));
+#endif
+  return value;
+}
+
 // ------------------------------------------------------------------------------------------------ words of 4 bytes
 
 template <class T>

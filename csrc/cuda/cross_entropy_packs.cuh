@@ -33,9 +33,8 @@ struct RowInPacks {
   __device__ __forceinline__ void load(bool exists, uint32_t (&words)[kWords]) const {
 #pragma unroll
     for (int k = 0; k < K; k++) {
-      constexpr uint32_t kNone = kWordOfMinusInfinity<T>;
-      uint4 pack = {kNone, kNone, kNone, kNone};
-      if (exists && k * L < n) pack = *reinterpret_cast<const uint4*>(from + (k * L + j) * kPackSize<T>);
+      uint4 pack = bits_of_minus_infinity<T>();
+      if (exists && k * L < n) pack = load_bits(from + (k * L + j) * kPackSize<T>);
       words[4 * k] = pack.x;
       words[4 * k + 1] = pack.y;
       words[4 * k + 2] = pack.z;
@@ -66,7 +65,14 @@ struct RowInPacks {
       pack.y = gradient_of<T>(first + kWordSize<T>, a, b);
       pack.z = gradient_of<T>(first + 2 * kWordSize<T>, a, b);
       pack.w = gradient_of<T>(first + 3 * kWordSize<T>, a, b);
-      *reinterpret_cast<uint4*>(to + (k * L + j) * kPackSize<T>) = pack;
+      store_bits(to + (k * L + j) * kPackSize<T>, pack);
+    }
+  }
+
+  __device__ __forceinline__ void store_zero() const {
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+      if (k * L < n) store_bits(to + (k * L + j) * kPackSize<T>, uint4{});
     }
   }
 };
@@ -82,7 +88,7 @@ __global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, K, kPlain>)
       kPrefetch && layout.pass != CrossEntropyPass::kForward ? CrossEntropyPass::kForwardBackward : layout.pass;
   const int row_in_chunk = threadIdx.x % kWarp / L, warp = threadIdx.x / kWarp;
   const int n_chunks = static_cast<int>((params.n_rows + kRows - 1) / kRows), step = gridDim.x * kSmallWarps;
-  double loss_sum = 0;
+  CHARLM_SHARED(SmallState, state, 1);
   uint32_t words[Row::kWords];
   LoadedIndex next;
   const auto load = [&](int chunk) {
@@ -92,16 +98,16 @@ __global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, K, kPlain>)
   };
   int chunk = kPrefetch ? warp * gridDim.x + blockIdx.x : blockIdx.x * kSmallWarps + warp;
   if (chunk < n_chunks) load(chunk);
-  const float scale = row_scale(params, pass, reduction);
+  state->begin(params, pass, reduction);
   for (; chunk < n_chunks; chunk += step) {
     const int64_t n = int64_t(chunk) * kRows + row_in_chunk;
-    const SmallRow<T> row(params, pass, n, threadIdx.x % L == 0, next);
-    pass_over_row<kPlain, T, L>(params, pass, row, Row(params, n), words, scale, loss_sum, [&] {
+    const SmallRow<T> row(params, pass, chunk, kRows, row_in_chunk, threadIdx.x % L == 0, next);
+    pass_over_row<kPlain, T, L>(params, pass, row, Row(params, n), words, *state, [&] {
       if (kPrefetch && chunk + step < n_chunks) load(chunk + step);
     });
     if (!kPrefetch && chunk + step < n_chunks) load(chunk + step);
   }
-  if (pass != CrossEntropyPass::kBackward) reduce_losses(params, reduction, loss_sum);
+  if (pass != CrossEntropyPass::kBackward) reduce_losses(params, reduction, state->loss_sum());
 }
 
 }  // namespace

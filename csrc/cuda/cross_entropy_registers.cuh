@@ -8,14 +8,6 @@
 namespace charlm::cuda {
 namespace {
 
-// `value`, of which the compiler knows nothing: what depends on it is computed anew.
-__device__ __forceinline__ int opaque(int value) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
 // kThreads of a block share a row with the other blocks of its cluster; each has kPacks packs. A row of one warp is one
 // of four of a block.
 template <class T, Terms kTerms, int kThreads, int kPacks>

@@ -28,9 +28,11 @@ struct RowInWords {
   int begin, n, single;  // the class of the first word; number of words; the class of the number more, or -1
   float extra;           // the number more, or -inf
 
+  // Opaque: what follows from r and from the lane is computed anew for each row, not kept in registers.
   __device__ __forceinline__ RowInWords(T* chunk, int r, int n_classes) {
-    const int j = threadIdx.x % L, n_words = P == 2 ? n_classes / 2 : n_classes & ~1;
+    const int j = opaque(threadIdx.x) % L, n_words = P == 2 ? n_classes / 2 : n_classes & ~1;
     const int each = kExact ? kWords : (n_words + L - 1) / L, left = n_words - j * each;
+    r = opaque(r);
     const int odd = P == 2 ? r * n_classes & 1 : 0;
     row = chunk + r * n_classes;
     begin = odd + j * each * P;
@@ -70,6 +72,12 @@ struct RowInWords {
     }
     if (single >= 0) row[single] = from_compute<T>(fmaf(extra_value, a, -b));
   }
+
+  __device__ __forceinline__ void store_zero() const {
+#pragma unroll 1
+    for (int k = 0; k < n; k++) first[k] = 0;
+    if (single >= 0) row[single] = from_compute<T>(0.0f);
+  }
 };
 
 template <class T, int L, int N, bool kPlain, bool kExact>
@@ -77,46 +85,39 @@ __global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
     cross_entropy_words(const __grid_constant__ CrossEntropyParams<T> params,
                         const __grid_constant__ SmallLayout layout, const __grid_constant__ Reduction reduction) {
   using Row = RowInWords<T, L, N, kExact>;
-  constexpr int kRows = kWarp / L, kChunkRows = chunk_rows_of<T>(L), kPasses = kChunkRows / kRows;
-  constexpr bool kLoadsAhead =
-      kPasses == 1 && (kExact || N < 32 || sizeof(T) == 4);  // targets; the others lack the registers
+  constexpr int kRows = kWarp / L, kChunkRows = chunk_rows_of<T>(L);
   CHARLM_DYNAMIC_SHARED(unsigned char, shared);
   CHARLM_SHARED(TransferBarrier, barriers, kSmallWarps * kMaxStages);
+  CHARLM_SHARED(SmallState, state, 1);
   const CrossEntropyPass pass = layout.pass;
   ChunkRing<T, false> ring(params, layout, kChunkRows, shared, barriers);
-  const int row_in_chunk = threadIdx.x % kWarp / L;
-  double loss_sum = 0;
-  LoadedIndex next[kPasses];
-  const auto load_next = [&](int64_t first) {
-#pragma unroll
-    for (int p = 0; p < kPasses; p++) {
-      const int64_t n = first + p * kRows + row_in_chunk;
-      if (n < params.n_rows) next[p].load(params.target, n);
-    }
+  const int row_in_pass = threadIdx.x % kWarp / L;
+  LoadedIndex next;  // the target of this lane's next row
+  const auto load_next = [&](int64_t n) {
+    if (n < params.n_rows) next.load(params.target, n);
   };
-  if (kLoadsAhead) load_next(ring.first_row());
-  const float scale = row_scale(params, pass, reduction);
+  load_next(ring.first_row() + row_in_pass);
+  state->begin(params, pass, reduction);
 #pragma unroll 1
   while (ring.has_chunk()) {
-    if (!kLoadsAhead) load_next(ring.first_row());
     T* chunk = nullptr;
-#pragma unroll
-    for (int p = 0; p < kPasses; p++) {
-      const int r = p * kRows + row_in_chunk;
-      const SmallRow<T> row(params, pass, ring.first_row() + r, threadIdx.x % L == 0, next[p]);
-      if (kLoadsAhead) load_next(ring.next_first_row());
-      if (p == 0) chunk = ring.wait();
-      const Row numbers(chunk, r, static_cast<int>(params.n_classes));  // any numbers if the row does not exist
+#pragma unroll 1
+    for (int r = row_in_pass; r < kChunkRows; r += kRows) {
+      const SmallRow<T> row(params, pass, ring.chunk(), kChunkRows, r, threadIdx.x % L == 0, next);
+      load_next(r + kRows < kChunkRows ? ring.first_row() + r + kRows : ring.next_first_row() + row_in_pass);
+      if (r == row_in_pass) chunk = ring.wait();
+      // Any numbers if the row does not exist.
+      const Row numbers(chunk, r, static_cast<int>(params.n_classes));
       uint32_t words[Row::kWords];
       numbers.load(words);
-      pass_over_row<kPlain, T, L>(params, pass, row, numbers, words, scale, loss_sum, [&] {
-        if (p == 0) ring.refill();
+      pass_over_row<kPlain, T, L>(params, pass, row, numbers, words, *state, [&] {
+        if (r == row_in_pass) ring.refill();
       });
     }
     ring.finish(pass != CrossEntropyPass::kForward);
   }
   ring.end();
-  if (pass != CrossEntropyPass::kBackward) reduce_losses(params, reduction, loss_sum);
+  if (pass != CrossEntropyPass::kBackward) reduce_losses(params, reduction, state->loss_sum());
 }
 
 }  // namespace
