@@ -298,13 +298,18 @@ template <class T, int kWords>
 __device__ __forceinline__ float exponentials(const uint32_t (&words)[kWords], const Exponential<T>& exponential,
                                               float logit_scale, float (&values)[kWords * kWordSize<T>]) {
   constexpr int P = kWordSize<T>, kUsed = kWords * P < kChains ? kWords * P : kChains;
+  float sums[kUsed];
   const auto compute = [&](auto scaled) {
 #pragma unroll
     for (int k = 0; k < kWords; k++) {
       float z[P];
       unpack<T>(words[k], z);
 #pragma unroll
-      for (int i = 0; i < P; i++) values[k * P + i] = exponential(scaled(z[i]));
+      for (int j = 0; j < P; j++) {
+        const int i = k * P + j;
+        values[i] = exponential(scaled(z[j]));
+        sums[i % kUsed] = i < kUsed ? values[i] : sums[i % kUsed] + values[i];
+      }
     }
   };
   if (logit_scale == 1) {
@@ -312,9 +317,6 @@ __device__ __forceinline__ float exponentials(const uint32_t (&words)[kWords], c
   } else {
     compute([&](float x) { return x * logit_scale; });
   }
-  float sums[kUsed];
-#pragma unroll
-  for (int i = 0; i < kWords * P; i++) sums[i % kUsed] = i < kUsed ? values[i] : sums[i % kUsed] + values[i];
 #pragma unroll
   for (int i = 1; i < kUsed; i++) sums[0] += sums[i];
   return sums[0];
