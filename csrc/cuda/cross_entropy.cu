@@ -272,8 +272,7 @@ class Launcher {
       const int log2 = log2_blocks(512 * 4);
       return 1 << log2 <= most && registers_of<kTerms, 512, 4>(cluster(log2));
     } else {
-      if (n_packs <= kWarp * 8) return registers_of<kTerms, kWarp, 8>(0);
-      if (n_packs <= 128 * 4) return registers_of<kTerms, 128, 4>(0);
+      if (n_packs <= 64 * 8) return registers_of<kTerms, 64, 8>(0);
       if (n_packs <= 128 * 8) return registers_of<kTerms, 128, 8>(0);
       const int log2 = log2_blocks(256 * 8);
       if (1 << log2 <= most) return registers_of<kTerms, 256, 8>(cluster(log2));

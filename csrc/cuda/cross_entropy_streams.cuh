@@ -135,12 +135,11 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
     }
     const C x_target = target >= 0 ? to_compute(x[target]) : C(0);
     row.set_softmax(row.stored(), scale);
-    const auto line = row.line();
-    const C max = row.max();
+    const GradientLine<T, kTerms == Terms::kPlain> line(row);
     const auto gradient = [&](C value, int64_t c, C d) {
       const C z = z_of<kTerms>(params, row, value);
       if constexpr (kPass == CrossEntropyPass::kTargetBackward) return row.target_gradient(z, c);
-      if constexpr (kTerms != Terms::kAll) return line.at(z, max);
+      if constexpr (kTerms != Terms::kAll) return line.at(z);
       return row.template gradient_of_other<kPass>(z, d);
     };
 #pragma unroll

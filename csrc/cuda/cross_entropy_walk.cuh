@@ -144,6 +144,22 @@ __device__ __forceinline__ void add_packs(const CrossEntropyParams<T>& params, c
   }
 }
 
+// The gradients of a row from its z, where they are on a line.
+template <class T, bool kPlain>
+class GradientLine {
+ public:
+  __device__ __forceinline__ explicit GradientLine(const CrossEntropyRow<T, kPlain>& row)
+      : line_(row.line()), exponential_(row.max()) {
+    line_.factor = exponential_.corrected_factor(line_.factor, row.max());
+  }
+
+  __device__ __forceinline__ Compute<T> at(Compute<T> z) const { return line_.at(exponential_(z)); }
+
+ private:
+  typename CrossEntropyRow<T, kPlain>::Line line_;
+  const Exponential<T> exponential_;
+};
+
 // Adds one class.
 template <Terms kTerms, class T>
 __device__ __forceinline__ void add_single(const CrossEntropyParams<T>& params, const TermsRow<T, kTerms>& row,
