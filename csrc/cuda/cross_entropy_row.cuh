@@ -165,7 +165,7 @@ class CrossEntropyRow {
         dense_factor_ += 2 * params_.lse_square_scale * target_weight_ * (max_ + log(sum_));
       }
     }
-    softmax_factor_ = (sparse() + dense_factor_) / sum_;
+    softmax_factor_ = (kPlain ? sparse() : sparse() + dense_factor_) / sum_;
     log_sum_ = log(sum_);
   }
 
@@ -264,6 +264,7 @@ class CrossEntropyRow {
 
   // The coefficient of the target class: (1 - e) w_y, or 0 for probabilities.
   __device__ __forceinline__ C sparse() const {
+    if constexpr (kPlain) return target_weight_;
     return has_class_indices() ? (1 - params_.label_smoothing) * target_weight_ : C(0);
   }
 

@@ -67,7 +67,10 @@ struct RowPart {
   template <int kPacks>
   __device__ __forceinline__ void load(int first, int n_threads, uint4 (&packs)[kPacks]) const {
     const T* const from = x + int64_t(first) * n_threads * kPackSize<T>;
-    if (is_aligned) {
+    if (is_aligned && (first + kPacks - 1) * n_threads < left) {  // nothing to fill in
+#pragma unroll
+      for (int i = 0; i < kPacks; i++) packs[i] = load_bits(from + i * n_threads * kPackSize<T>);
+    } else if (is_aligned) {
 #pragma unroll
       for (int i = 0; i < kPacks; i++) {
         packs[i] = (first + i) * n_threads < left ? load_bits(from + i * n_threads * kPackSize<T>)
@@ -171,14 +174,14 @@ __device__ __forceinline__ void add_single(const CrossEntropyParams<T>& params, 
   }
 }
 
-// The softmax of all lanes of a warp, the same bits in each.
+// The softmax of each group of `lanes` neighbouring lanes, the same bits in each.
 template <class T, bool kDense>
-__device__ __forceinline__ Softmax<T, kDense> over_lanes(Softmax<T, kDense> s) {
-  s.rescale_to(max_over_lanes(s.max));
-  s.sum = sum_over_lanes(s.sum);
+__device__ __forceinline__ Softmax<T, kDense> over_lanes(Softmax<T, kDense> s, int lanes = kWarp) {
+  s.rescale_to(max_over_lanes(s.max, lanes));
+  s.sum = sum_over_lanes(s.sum, lanes);
   if constexpr (kDense) {
-    s.dense_loss = sum_over_lanes(s.dense_loss);
-    s.dense_sum = sum_over_lanes(s.dense_sum);
+    s.dense_loss = sum_over_lanes(s.dense_loss, lanes);
+    s.dense_sum = sum_over_lanes(s.dense_sum, lanes);
   }
   return s;
 }
@@ -225,6 +228,8 @@ class Joiner {
     if (n_blocks_ == 1) {
       if (lane == 0) parts[warp] = part;
       __syncthreads();
+      turn_++;
+      return over_lanes(parts[lane % kWarps], kWarps);
     } else {
       TransferBarrier* const barrier = barriers_ + turn_ % 2;
       if (lane < n_blocks_) send(part, parts + rank() * kWarps + warp, lane, barrier);
@@ -234,7 +239,9 @@ class Joiner {
     }
     turn_++;
     part = lane < n_parts ? parts[lane] : Part{};
-    for (int i = lane + kWarp; i < n_parts; i += kWarp) part = Part::join(part, parts[i]);
+    if constexpr (kParts > kWarp) {
+      for (int i = lane + kWarp; i < n_parts; i += kWarp) part = Part::join(part, parts[i]);
+    }
     return over_lanes(part);
   }
 
