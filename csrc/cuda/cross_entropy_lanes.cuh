@@ -67,6 +67,7 @@ __device__ __forceinline__ Compute<T> row_scale(const CrossEntropyParams<T>& par
 // What is the same for all rows, in shared memory, since registers are scarce.
 struct SmallState {
   float scales[kSmallWarps];  // of the rows of each warp
+  float dense[kSmallWarps];   // d_c, likewise
   double loss_sums[kSmallThreads];
 
   template <class T>
@@ -74,7 +75,10 @@ struct SmallState {
                                         const Reduction& reduction) {
     loss_sum() = 0;
     const float scale = row_scale(params, pass, reduction);
-    if (threadIdx.x % kWarp == 0) scales[threadIdx.x / kWarp] = scale;
+    if (threadIdx.x % kWarp == 0) {
+      scales[threadIdx.x / kWarp] = scale;
+      dense[threadIdx.x / kWarp] = params.label_smoothing / static_cast<float>(params.n_classes);
+    }
     __syncwarp();
   }
 
@@ -163,7 +167,7 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
 
   const float target_weight = params.weight && row.is_counted() ? params.weight[row.target] : 1;
   const float sparse = (1 - smoothing) * target_weight;
-  const float dense = kPlain ? 0 : smoothing / static_cast<float>(params.n_classes);
+  const float dense = kPlain ? 0 : state.dense[threadIdx.x / kWarp];
   if (is_forward) {
     if (is_target) {
       const float log_sum = log(sum);

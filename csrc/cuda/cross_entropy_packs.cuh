@@ -10,9 +10,9 @@ constexpr int kMaxPacks = 8;  // of a lane
 
 // Blocks of a multiprocessor, few enough that no registers are spilled.
 template <class T, int K, bool kPlain>
-constexpr int kPacksBlocks = !kPlain || K > 4            ? 2
-                             : sizeof(T) < sizeof(float) ? 3
-                                                         : 4;
+constexpr int kPacksBlocks = K > 4                                  ? 2
+                             : !kPlain || sizeof(T) < sizeof(float) ? 3
+                                                                    : 4;
 
 // Of a row, L lanes have up to K packs each: lane j has packs j, j + L, ...
 template <class T, int L, int K>
@@ -23,12 +23,12 @@ struct RowInPacks {
   const CrossEntropyParams<T>& params;
   const int chunk;  // of kWarp / L rows
 
-  __device__ __forceinline__ static int lane() { return threadIdx.x % L; }
+  __device__ __forceinline__ static int lane() { return opaque(threadIdx.x) % L; }
   // Packs from this lane's first to the end of the row.
   __device__ __forceinline__ int n_left() const { return static_cast<int>(params.n_classes) / kPackSize<T> - lane(); }
   // Computed anew: registers are scarce.
   __device__ __forceinline__ int64_t n() const {
-    return int64_t(opaque(chunk)) * (kWarp / L) + threadIdx.x % kWarp / L;
+    return int64_t(opaque(chunk)) * (kWarp / L) + opaque(threadIdx.x) % kWarp / L;
   }
   __device__ __forceinline__ const T* from() const { return params.logits + n() * params.logits_stride; }
   __device__ __forceinline__ T* to() const { return params.grad + n() * params.grad_stride; }
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, K, kPlain>)
   const CrossEntropyPass pass =
       kPrefetch && layout.pass != CrossEntropyPass::kForward ? CrossEntropyPass::kForwardBackward : layout.pass;
   const int row_in_chunk = threadIdx.x % kWarp / L, warp = threadIdx.x / kWarp;
-  const int n_chunks = static_cast<int>((params.n_rows + kRows - 1) / kRows), step = gridDim.x * kSmallWarps;
+  const int step = gridDim.x * kSmallWarps;
+  const auto has = [&](int chunk) { return int64_t(chunk) * kRows < params.n_rows; };
   CHARLM_SHARED(SmallState, state, 1);
   uint32_t words[Row::kWords];
   LoadedIndex next;
@@ -104,14 +105,14 @@ __global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, K, kPlain>)
     if (n < params.n_rows) next.load(params.target, n);
   };
   int chunk = kPrefetch ? warp * gridDim.x + blockIdx.x : blockIdx.x * kSmallWarps + warp;
-  if (chunk < n_chunks) load(chunk);
+  if (has(chunk)) load(chunk);
   state->begin(params, pass, reduction);
-  for (; chunk < n_chunks; chunk += step) {
+  for (; has(chunk); chunk += step) {
     const SmallRow<T> row(params, pass, chunk, kRows, row_in_chunk, threadIdx.x % L == 0, next);
     pass_over_row<kPlain, T, L>(params, pass, row, Row{params, chunk}, words, *state, [&] {
-      if (kPrefetch && chunk + step < n_chunks) load(chunk + step);
+      if (kPrefetch && has(chunk + step)) load(chunk + step);
     });
-    if (!kPrefetch && chunk + step < n_chunks) load(chunk + step);
+    if (!kPrefetch && has(chunk + step)) load(chunk + step);
   }
   if (pass != CrossEntropyPass::kBackward) reduce_losses(params, reduction, state->loss_sum());
 }

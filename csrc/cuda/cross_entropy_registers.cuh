@@ -16,7 +16,7 @@ struct RegisterShape {
   static constexpr int kRows = kBlockThreads / kThreads;  // of a block
   // As many as 8 packs leave without spilling: 64 registers for each thread, 80 or 128 with more terms.
   static constexpr int kResidentThreads = kTerms == Terms::kPlain     ? (kThreads == kWarp ? 896 : 1024)
-                                          : kTerms == Terms::kUniform ? 768
+                                          : kTerms == Terms::kUniform ? 896
                                                                       : 512;
   static constexpr int kResidentBlocks = kResidentThreads / kBlockThreads < 1 ? 1 : kResidentThreads / kBlockThreads;
 };

@@ -154,7 +154,7 @@ SmallPlan<T> small_plan(const CrossEntropyParams<T>& params, CrossEntropyPass pa
           plan.layout.store != ChunkCopy::kSingles) {
         plan.layout.lanes = small_lanes(n_classes - n_classes % 2, 32);
         plan.kernel = words_kernel<T, 1>(n_classes, plan.layout.lanes, plain);
-        resident = plain ? kWordsBlocks<true> : kWordsBlocks<false>;
+        resident = kWordsBlocks;
       }
     }
   }

@@ -9,11 +9,9 @@ namespace {
 
 // Blocks of a multiprocessor, few enough that no registers are spilled.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <bool kPlain>
 constexpr int kWordsBlocks = 2;  // lanes that copy take registers
 #else
-template <bool kPlain>
-constexpr int kWordsBlocks = kPlain ? 3 : 2;
+constexpr int kWordsBlocks = 3;
 #endif
 
 // A row in shared memory, of which L lanes have up to N numbers each, in consecutive words; a row of odd length has one
@@ -81,7 +79,7 @@ struct RowInWords {
 };
 
 template <class T, int L, int N, bool kPlain, bool kExact>
-__global__ void __launch_bounds__(kSmallThreads, kWordsBlocks<kPlain>)
+__global__ void __launch_bounds__(kSmallThreads, kWordsBlocks)
     cross_entropy_words(const __grid_constant__ CrossEntropyParams<T> params,
                         const __grid_constant__ SmallLayout layout, const __grid_constant__ Reduction reduction) {
   using Row = RowInWords<T, L, N, kExact>;
