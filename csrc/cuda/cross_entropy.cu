@@ -268,9 +268,11 @@ class Launcher {
     const auto cluster = [&](int log2_least) { return log2_cluster_of(params_.n_rows, log2_least, has_clusters_); };
     if (n_packs <= kWarp * 4) return registers_of<kTerms, kWarp, 4>(0);
     if constexpr (kTerms == Terms::kAll) {
-      if (n_packs <= 128 * 4) return registers_of<kTerms, 128, 4>(0);
-      const int log2 = log2_blocks(512 * 4);
-      return 1 << log2 <= most && registers_of<kTerms, 512, 4>(cluster(log2));
+      if (n_packs <= 64 * 8) return registers_of<kTerms, 64, 8>(0);
+      const int log2 = log2_blocks(128 * 8);
+      if (1 << log2 <= most) return registers_of<kTerms, 128, 8>(cluster(log2));
+      const int log2_of_512 = log2_blocks(512 * 4);
+      return 1 << log2_of_512 <= most && registers_of<kTerms, 512, 4>(cluster(log2_of_512));
     } else {
       if (n_packs <= 64 * 8) return registers_of<kTerms, 64, 8>(0);
       if (n_packs <= 128 * 8) return registers_of<kTerms, 128, 8>(0);

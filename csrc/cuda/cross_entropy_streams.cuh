@@ -152,8 +152,13 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
       if constexpr (kTerms == Terms::kAll && kPass != CrossEntropyPass::kTargetBackward) {
         if (row.has_dense()) row.template dense<K>(c, d);
       }
+      if constexpr (kTerms == Terms::kAll && kPass == CrossEntropyPass::kBackward) {
+        row.template transform<K>(values);
+        row.template gradients_of_others<K>(values, d);
+      } else {
 #pragma unroll
-      for (int k = 0; k < K; k++) values[k] = gradient(values[k], c + k, d[k]);
+        for (int k = 0; k < K; k++) values[k] = gradient(values[k], c + k, d[k]);
+      }
       store_bits(part.y + int64_t(at) * K, packed<T>(values));
     }
     if (single >= 0) {
