@@ -1,6 +1,6 @@
 // cross_entropy on a GPU: the choice of kernel, grid and block for each function of ops/cross_entropy.h.
 //
-//   V <= 256                                   chunks of whole rows (cross_entropy_small.cuh)
+//   V <= 256, and up to 512 or 2048            a warp works on whole rows (cross_entropy_small.cuh)
 //   loss and gradient                          rows in registers (cross_entropy_registers.cuh), or in shared memory
 //                                              where that file has no kernel (cross_entropy_block.cuh)
 //   losses, gradients from a stored softmax    one pass (cross_entropy_streams.cuh)
@@ -72,8 +72,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 // ------------------------------------------------------------------------------------------------------ launches
 
-inline bool is_small(int64_t n_classes) { return n_classes <= kSmallMaxClasses; }
-
 // Few long rows are shared by more blocks than their length asks for, until about one for each multiprocessor.
 constexpr int64_t kFewBlocks = 128;
 constexpr int64_t kChunksBelowRows = 256;  // without clusters
@@ -116,9 +114,8 @@ class Launcher {
     constexpr bool kWithGradient = kPass == CrossEntropyPass::kForwardBackward;
     prepare((kWithGradient && needs_totals(params_)) || params_.reduced_loss);
     const Terms terms = terms_of(params_);
-    if (is_small(params_.n_classes)) {
-      small(kPass);
-    } else if constexpr (kWithGradient) {
+    if (small(kPass)) return error_;
+    if constexpr (kWithGradient) {
       switch (terms) {
         case Terms::kPlain:
           return forward_backward<Terms::kPlain>();
@@ -146,9 +143,8 @@ class Launcher {
     const bool is_precomputed = kIsBackward && params_.grad_is_precomputed;
     if (!is_precomputed) prepare(needs_totals(params_));
     const Terms terms = terms_of(params_);
-    if (is_small(params_.n_classes) && !is_precomputed) {
-      small(kPass);
-    } else if constexpr (kIsBackward) {
+    if (!is_precomputed && small(kPass)) return error_;
+    if constexpr (kIsBackward) {
       if (terms == Terms::kPlain) stream<kPass, Terms::kPlain>();
       if (terms == Terms::kUniform) stream<kPass, Terms::kUniform>();
       if (terms == Terms::kAll) stream<kPass, Terms::kAll>();
@@ -187,9 +183,12 @@ class Launcher {
          reduction_);
   }
 
-  void small(CrossEntropyPass pass) {
+  // Whether there is a kernel of whole rows for a warp.
+  bool small(CrossEntropyPass pass) {
     const SmallPlan<T> plan = small_plan(params_, pass, launch_.compute_capability);
+    if (!plan.kernel) return false;
     next_with_reduction(0, plan.kernel, plan.blocks, kSmallThreads, plan.shared_bytes, params_, plan.layout);
+    return true;
   }
 
   // ------------------------------------------------------------------------------------------------------ losses
@@ -269,12 +268,13 @@ class Launcher {
     const auto cluster = [&](int log2_least) { return log2_cluster_of(params_.n_rows, log2_least, has_clusters_); };
     if (n_packs <= kWarp * 4) return registers_of<kTerms, kWarp, 4>(0);
     if constexpr (kTerms == Terms::kAll) {
-      if (n_packs <= 128 * 4) return registers_of<kTerms, 128, 4>(0);
-      const int log2 = log2_blocks(512 * 4);
-      return 1 << log2 <= most && registers_of<kTerms, 512, 4>(cluster(log2));
+      if (n_packs <= 64 * 8) return registers_of<kTerms, 64, 8>(0);
+      const int log2 = log2_blocks(128 * 8);
+      if (1 << log2 <= most) return registers_of<kTerms, 128, 8>(cluster(log2));
+      const int log2_of_512 = log2_blocks(512 * 4);
+      return 1 << log2_of_512 <= most && registers_of<kTerms, 512, 4>(cluster(log2_of_512));
     } else {
-      if (n_packs <= kWarp * 8) return registers_of<kTerms, kWarp, 8>(0);
-      if (n_packs <= 128 * 4) return registers_of<kTerms, 128, 4>(0);
+      if (n_packs <= 64 * 8) return registers_of<kTerms, 64, 8>(0);
       if (n_packs <= 128 * 8) return registers_of<kTerms, 128, 8>(0);
       const int log2 = log2_blocks(256 * 8);
       if (1 << log2 <= most) return registers_of<kTerms, 256, 8>(cluster(log2));

@@ -12,12 +12,12 @@ namespace {
 // of four of a block.
 template <class T, Terms kTerms, int kThreads, int kPacks>
 struct RegisterShape {
-  static constexpr int kBlockThreads = kThreads < 128 ? 128 : kThreads;
+  static constexpr int kBlockThreads = kThreads == kWarp ? 128 : kThreads;
   static constexpr int kRows = kBlockThreads / kThreads;  // of a block
-  // As many as 8 packs leave without spilling: 64 registers for each thread, 80 or 128 with more terms.
-  static constexpr int kResidentThreads = kTerms == Terms::kPlain     ? (kThreads == kWarp ? 896 : 1024)
-                                          : kTerms == Terms::kUniform ? 768
-                                                                      : 512;
+  // As many as 8 packs leave without spilling: 64, 72 or 80 registers for each thread.
+  static constexpr int kResidentThreads = kTerms == Terms::kAll                            ? 768
+                                          : kTerms == Terms::kUniform || kThreads == kWarp ? 896
+                                                                                           : 1024;
   static constexpr int kResidentBlocks = kResidentThreads / kBlockThreads < 1 ? 1 : kResidentThreads / kBlockThreads;
 };
 
@@ -123,27 +123,27 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       row.store(softmax, loss);
     }
     row.set_softmax(softmax, state.scale);
-    const auto line = row.line();
-    const C max = row.max();
+    const GradientLine<T, kTerms == Terms::kPlain> line(row);
     if (part.single >= 0) {
       const C z = z_of<kTerms>(params, row, to_compute(singles[thread]));
       row_gradient(again)[part.single] =
-          from_compute<T>(kTerms == Terms::kAll ? row.template gradient<kPass>(z, part.single) : line.at(z, max));
+          from_compute<T>(kTerms == Terms::kAll ? row.template gradient<kPass>(z, part.single) : line.at(z));
     }
     const T gradient_of_target =
         from_compute<T>(owns_target ? row.template gradient_of_target<kPass>(target_logit) : C(0));
 #pragma unroll
     for (int i = 0; i < kPacks; i++) {
       if (i * kThreads >= part.left) break;
-      C x[K], d[K] = {};
+      C x[K];
       unpack_again<T>(packs[i], x);
       if constexpr (kTerms == Terms::kAll) {
+        C d[K] = {};
         if (row.has_dense()) row.template dense<K>(part.class_ + i * kThreads * K, d);
-      }
+        row.template transform<K>(x);
+        row.template gradients_of_others<K>(x, d);
+      } else {
 #pragma unroll
-      for (int k = 0; k < K; k++) {
-        const C z = z_of<kTerms>(params, row, x[k]);
-        x[k] = kTerms == Terms::kAll ? row.template gradient_of_other<kPass>(z, d[k]) : line.at(z, max);
+        for (C& value : x) value = line.at(z_of<kTerms>(params, row, value));
       }
       store_bits(part.y + i * kThreads * K, packed<T>(x));
     }

@@ -98,7 +98,18 @@ class CrossEntropyRow {
   __device__ __forceinline__ C transformed_compute(C x) const {
     if constexpr (kPlain) return x;
     x *= params_.logit_scale;
-    return params_.softcap > 0 ? params_.softcap * tanh_of<T>(x / params_.softcap) : x;
+    return params_.softcap > 0 ? params_.softcap * tanh_of<T>(over_softcap(x)) : x;
+  }
+
+  // The same for K logits. The branch is outside of the loop, so that no element waits for another.
+  template <int K>
+  __device__ __forceinline__ void transform(C (&x)[K]) const {
+    if constexpr (kPlain) return;
+#pragma unroll
+    for (C& value : x) value *= params_.logit_scale;
+    if (!(params_.softcap > 0)) return;
+#pragma unroll
+    for (C& value : x) value = params_.softcap * tanh_of<T>(over_softcap(value));
   }
 
   // z of the target class, where `x` are the logits of the row; 0 without a target.
@@ -177,7 +188,7 @@ class CrossEntropyRow {
         dense_factor_ += 2 * params_.lse_square_scale * target_weight_ * (max_ + log(sum_));
       }
     }
-    softmax_factor_ = (sparse() + dense_factor_) / sum_;
+    softmax_factor_ = (kPlain ? sparse() : sparse() + dense_factor_) / sum_;
     log_sum_ = log(sum_);
   }
 
@@ -205,12 +216,25 @@ class CrossEntropyRow {
     return finished_gradient<kPass>((e * softmax_factor_ - d) * g_, z, e / sum_);
   }
 
+  // Turns the z of K other classes, whose d_c are `d`, into their gradients.
+  template <int K>
+  __device__ __forceinline__ void gradients_of_others(C (&z)[K], const C (&d)[K]) const {
+    C slopes[K];
+#pragma unroll
+    for (C& slope : slopes) slope = params_.logit_scale;
+    if (params_.softcap > 0) {
+#pragma unroll
+      for (int k = 0; k < K; k++) slopes[k] = softcap_slope(z[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++) z[k] = (exp_of<T>(z[k] - max_) * softmax_factor_ - d[k]) * g_ * slopes[k];
+  }
+
   // The gradient of another class is e * factor - constant, if all d_c are equal and there is no softcap.
   struct Line {
     C factor, constant;
 
-    __device__ __forceinline__ C at(C z, C max) const {
-      const C e = exp_of<T>(z - max);
+    __device__ __forceinline__ C at(C e) const {
       if constexpr (kPlain) return e * factor;
       return fma(e, factor, -constant);
     }
@@ -277,6 +301,7 @@ class CrossEntropyRow {
 
   // The coefficient of the target class: (1 - e) w_y, or 0 for probabilities.
   __device__ __forceinline__ C sparse() const {
+    if constexpr (kPlain) return target_weight_;
     return has_class_indices() ? (1 - params_.label_smoothing) * target_weight_ : C(0);
   }
 
@@ -298,11 +323,22 @@ class CrossEntropyRow {
     return kPlain ? value : value * slope(z);
   }
 
+  // x / softcap. Half types: by its reciprocal, which is the same for all elements, in place of a division for each.
+  __device__ __forceinline__ C over_softcap(C x) const {
+    if constexpr (sizeof(T) >= sizeof(float)) return x / params_.softcap;
+    constexpr float kLargest = 0x1.fffffep127f;
+    return x * fmin(1 / params_.softcap, kLargest);
+  }
+
+  __device__ __forceinline__ C softcap_slope(C z) const {
+    const C t = over_softcap(z);
+    return params_.logit_scale * (1 - t * t);
+  }
+
   // dz/dx at z.
   __device__ __forceinline__ C slope(C z) const {
     if (!(params_.softcap > 0)) return params_.logit_scale;
-    const C t = z / params_.softcap;
-    return params_.logit_scale * (1 - t * t);
+    return softcap_slope(z);
   }
 
   const CrossEntropyParams<T>& params_;

@@ -135,12 +135,11 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
     }
     const C x_target = target >= 0 ? to_compute(x[target]) : C(0);
     row.set_softmax(row.stored(), scale);
-    const auto line = row.line();
-    const C max = row.max();
+    const GradientLine<T, kTerms == Terms::kPlain> line(row);
     const auto gradient = [&](C value, int64_t c, C d) {
       const C z = z_of<kTerms>(params, row, value);
       if constexpr (kPass == CrossEntropyPass::kTargetBackward) return row.target_gradient(z, c);
-      if constexpr (kTerms != Terms::kAll) return line.at(z, max);
+      if constexpr (kTerms != Terms::kAll) return line.at(z);
       return row.template gradient_of_other<kPass>(z, d);
     };
 #pragma unroll
@@ -153,8 +152,13 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
       if constexpr (kTerms == Terms::kAll && kPass != CrossEntropyPass::kTargetBackward) {
         if (row.has_dense()) row.template dense<K>(c, d);
       }
+      if constexpr (kTerms == Terms::kAll && kPass == CrossEntropyPass::kBackward) {
+        row.template transform<K>(values);
+        row.template gradients_of_others<K>(values, d);
+      } else {
 #pragma unroll
-      for (int k = 0; k < K; k++) values[k] = gradient(values[k], c + k, d[k]);
+        for (int k = 0; k < K; k++) values[k] = gradient(values[k], c + k, d[k]);
+      }
       store_bits(part.y + int64_t(at) * K, packed<T>(values));
     }
     if (single >= 0) {

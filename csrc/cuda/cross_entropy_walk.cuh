@@ -2,6 +2,7 @@
 // softmaxes of all threads of a row. A row is shared by a warp, by a block, or by the blocks of a cluster.
 #pragma once
 
+#include "cuda/cross_entropy_numbers.cuh"
 #include "cuda/cross_entropy_row.cuh"
 
 namespace charlm::cuda {
@@ -24,165 +25,6 @@ Terms terms_of(const CrossEntropyParams<T>& params) {
 
 template <class T, Terms kTerms>
 using TermsRow = CrossEntropyRow<T, kTerms == Terms::kPlain>;
-
-// -------------------------------------------------------------------------------------------------------------- packs
-
-// A pack is kept as its bits: as numbers, ptxas would give each half a register of its own.
-
-template <class T>
-__device__ __forceinline__ uint4 bits_of_minus_infinity() {
-  constexpr bool kIsFloat = sizeof(T) == sizeof(float), kIsDouble = sizeof(T) == sizeof(double);
-  constexpr unsigned kLow = kIsDouble ? 0 : kIsFloat ? 0xff800000 : __is_same(T, BFloat16) ? 0xff80ff80 : 0xfc00fc00;
-  constexpr unsigned kHigh = kIsDouble ? 0xfff00000 : kLow;
-  return uint4{kLow, kHigh, kLow, kHigh};
-}
-
-// A pack from any address of an element.
-template <class T>
-__device__ __forceinline__ uint4 load_any_bits(const T* p) {
-  if constexpr (sizeof(T) == 2) {
-    if (reinterpret_cast<uintptr_t>(p) % 4 != 0) {
-      const auto word = [&](int i) { return p[i].bits | unsigned{p[i + 1].bits} << 16; };
-      return uint4{word(0), word(2), word(4), word(6)};
-    }
-  }
-  if constexpr (sizeof(T) == 8) {
-    return __builtin_bit_cast(uint4, Pack<T>{p[0], p[1]});
-  } else {
-    const auto* const words = reinterpret_cast<const unsigned*>(p);
-    return uint4{words[0], words[1], words[2], words[3]};
-  }
-}
-
-template <class T>
-__device__ __forceinline__ uint4 load_bits(const T* p) {
-  return *reinterpret_cast<const uint4*>(p);
-}
-
-template <class T>
-__device__ __forceinline__ void store_bits(T* p, uint4 bits) {
-  *reinterpret_cast<uint4*>(p) = bits;
-}
-
-template <class T>
-__device__ __forceinline__ void unpack(uint4 bits, Compute<T> (&x)[kPackSize<T>]) {
-  if constexpr (__is_same(T, BFloat16)) {
-    const unsigned words[] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      x[2 * k] = __uint_as_float(words[k] << 16);
-      x[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000);
-    }
-  } else {
-    const auto pack = __builtin_bit_cast(Pack<T>, bits);
-#pragma unroll
-    for (int k = 0; k < kPackSize<T>; k++) x[k] = to_compute(pack.values[k]);
-  }
-}
-
-// The same by another instruction: after unpack(), ptxas would keep all results of the first call in registers.
-template <class T>
-__device__ __forceinline__ void unpack_again(uint4 bits, Compute<T> (&x)[kPackSize<T>]) {
-#ifdef __CUDA_ARCH__
-  if constexpr (__is_same(T, BFloat16)) {
-    const unsigned words[] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      x[2 * k] = __uint_as_float(__byte_perm(words[k], 0, 0x1044));
-      x[2 * k + 1] = __uint_as_float(__byte_perm(words[k], 0, 0x3244));
-    }
-    return;
-  }
-#endif
-  unpack<T>(bits, x);
-}
-
-// Two halves in a word.
-template <class T>
-__device__ __forceinline__ unsigned two_halves(float low, float high) {
-#ifdef __CUDA_ARCH__
-  unsigned word;
-  if constexpr (__is_same(T, BFloat16)) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  }
-  return word;
-#else
-  return from_compute<T>(low).bits | unsigned{from_compute<T>(high).bits} << 16;
-#endif
-}
-
-// Rounds to T.
-template <class T>
-__device__ __forceinline__ uint4 packed(const Compute<T> (&x)[kPackSize<T>]) {
-  if constexpr (sizeof(T) == 2) {
-    unsigned words[4];
-#pragma unroll
-    for (int k = 0; k < 4; k++) words[k] = two_halves<T>(x[2 * k], x[2 * k + 1]);
-    return uint4{words[0], words[1], words[2], words[3]};
-  } else {
-    Pack<T> pack;
-#pragma unroll
-    for (int k = 0; k < kPackSize<T>; k++) pack.values[k] = x[k];
-    return __builtin_bit_cast(uint4, pack);
-  }
-}
-
-// `value`, of which the compiler knows nothing: what depends on it is computed anew.
-__device__ __forceinline__ int opaque(int value) {
-#ifdef __CUDA_ARCH__
-  asm volatile("" : "+r"(value));
-#endif
-  return value;
-}
-
-// The larger of two words of two halves, each half apart. NaN is ignored.
-template <class T>
-__device__ __forceinline__ unsigned larger_halves(unsigned a, unsigned b) {
-#ifdef __CUDA_ARCH__
-  unsigned result;
-  if constexpr (__is_same(T, BFloat16)) {
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  } else {
-    asm("max.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-  }
-  return result;
-#else
-  const auto larger = [](uint16_t x, uint16_t y) {
-    const float p = to_compute(T{x}), q = to_compute(T{y});
-    return p != p || q > p ? y : x;
-  };
-  return larger(static_cast<uint16_t>(a), static_cast<uint16_t>(b)) |
-         unsigned{larger(static_cast<uint16_t>(a >> 16), static_cast<uint16_t>(b >> 16))} << 16;
-#endif
-}
-
-// The largest number of some packs: of halves two at a time, before they are unpacked.
-template <class T, int kPacks>
-__device__ __forceinline__ Compute<T> largest_of(const uint4 (&packs)[kPacks]) {
-  if constexpr (sizeof(T) < sizeof(float)) {
-    unsigned word = 0;
-#pragma unroll
-    for (int i = 0; i < kPacks; i++) {
-      const uint4 bits = packs[i];
-      const unsigned of_pack = larger_halves<T>(larger_halves<T>(bits.x, bits.y), larger_halves<T>(bits.z, bits.w));
-      word = i == 0 ? of_pack : larger_halves<T>(word, of_pack);
-    }
-    const T low{static_cast<uint16_t>(word)}, high{static_cast<uint16_t>(word >> 16)};
-    return fmax(to_compute(low), to_compute(high));
-  } else {
-    Compute<T> largest = -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kPacks; i++) {
-      Compute<T> x[kPackSize<T>];
-      unpack<T>(packs[i], x);
-#pragma unroll
-      for (int k = 0; k < kPackSize<T>; k++) largest = fmax(largest, x[k]);
-    }
-    return largest;
-  }
-}
 
 // ------------------------------------------------------------------------------------------------------ part of a row
 
@@ -225,7 +67,10 @@ struct RowPart {
   template <int kPacks>
   __device__ __forceinline__ void load(int first, int n_threads, uint4 (&packs)[kPacks]) const {
     const T* const from = x + int64_t(first) * n_threads * kPackSize<T>;
-    if (is_aligned) {
+    if (is_aligned && (first + kPacks - 1) * n_threads < left) {  // nothing to fill in
+#pragma unroll
+      for (int i = 0; i < kPacks; i++) packs[i] = load_bits(from + i * n_threads * kPackSize<T>);
+    } else if (is_aligned) {
 #pragma unroll
       for (int i = 0; i < kPacks; i++) {
         packs[i] = (first + i) * n_threads < left ? load_bits(from + i * n_threads * kPackSize<T>)
@@ -266,8 +111,7 @@ __device__ __forceinline__ void add_packs(const CrossEntropyParams<T>& params, c
     for (int i = 0; i < kPacks; i++) {
       if (i * n_threads >= left) break;
       unpack<T>(packs[i], z);
-#pragma unroll
-      for (int k = 0; k < K; k++) z[k] = z_of<kTerms>(params, row, z[k]);
+      row.template transform<K>(z);
       softmax.template add<K>(z);
       if (!row.has_dense()) continue;
       row.template dense<K>(c + int64_t(i) * n_threads * K, d);
@@ -276,7 +120,9 @@ __device__ __forceinline__ void add_packs(const CrossEntropyParams<T>& params, c
     }
   } else {
     softmax.rescale_to(z_of<kTerms>(params, row, largest_of<T>(packs)));
-    const C from = softmax.reference();
+    const Exponential<T> exponential(softmax.max);
+    // The sum of the distances from the maximum. Half types: of the z, which takes one instruction less; the error is
+    // small next to that of the logits.
     C sums[2] = {}, distance = 0;
     int n_added = 0;
 #pragma unroll
@@ -288,11 +134,12 @@ __device__ __forceinline__ void add_packs(const CrossEntropyParams<T>& params, c
 #pragma unroll
       for (int k = 0; k < K; k++) {
         const C z = z_of<kTerms>(params, row, x[k]);
-        sums[k & 1] += exp_of<T>(z - from);
-        if constexpr (kTerms == Terms::kUniform) distance += from - z;
+        sums[k & 1] += exponential(z);
+        if constexpr (kTerms == Terms::kUniform) distance += Exponential<T>::kIsExact ? exponential.from() - z : z;
       }
     }
-    softmax.sum += sums[0] + sums[1];
+    if constexpr (!Exponential<T>::kIsExact) distance = static_cast<C>(n_added) * exponential.from() - distance;
+    softmax.sum += exponential.corrected(sums[0] + sums[1]);
     if constexpr (kTerms == Terms::kUniform) {
       if (row.has_dense()) {
         softmax.dense_loss += row.uniform_dense() * distance;
@@ -301,6 +148,22 @@ __device__ __forceinline__ void add_packs(const CrossEntropyParams<T>& params, c
     }
   }
 }
+
+// The gradients of a row from its z, where they are on a line.
+template <class T, bool kPlain>
+class GradientLine {
+ public:
+  __device__ __forceinline__ explicit GradientLine(const CrossEntropyRow<T, kPlain>& row)
+      : line_(row.line()), exponential_(row.max()) {
+    line_.factor = exponential_.corrected_factor(line_.factor, row.max());
+  }
+
+  __device__ __forceinline__ Compute<T> at(Compute<T> z) const { return line_.at(exponential_(z)); }
+
+ private:
+  typename CrossEntropyRow<T, kPlain>::Line line_;
+  const Exponential<T> exponential_;
+};
 
 // Adds one class.
 template <Terms kTerms, class T>
@@ -313,14 +176,14 @@ __device__ __forceinline__ void add_single(const CrossEntropyParams<T>& params, 
   }
 }
 
-// The softmax of all lanes of a warp, the same bits in each.
+// The softmax of each group of `lanes` neighbouring lanes, the same bits in each.
 template <class T, bool kDense>
-__device__ __forceinline__ Softmax<T, kDense> over_lanes(Softmax<T, kDense> s) {
-  s.rescale_to(max_over_lanes(s.max));
-  s.sum = sum_over_lanes(s.sum);
+__device__ __forceinline__ Softmax<T, kDense> over_lanes(Softmax<T, kDense> s, int lanes = kWarp) {
+  s.rescale_to(max_over_lanes(s.max, lanes));
+  s.sum = sum_over_lanes(s.sum, lanes);
   if constexpr (kDense) {
-    s.dense_loss = sum_over_lanes(s.dense_loss);
-    s.dense_sum = sum_over_lanes(s.dense_sum);
+    s.dense_loss = sum_over_lanes(s.dense_loss, lanes);
+    s.dense_sum = sum_over_lanes(s.dense_sum, lanes);
   }
   return s;
 }
@@ -367,6 +230,8 @@ class Joiner {
     if (n_blocks_ == 1) {
       if (lane == 0) parts[warp] = part;
       __syncthreads();
+      turn_++;
+      return over_lanes(parts[lane % kWarps], kWarps);
     } else {
       TransferBarrier* const barrier = barriers_ + turn_ % 2;
       if (lane < n_blocks_) send(part, parts + rank() * kWarps + warp, lane, barrier);
@@ -376,7 +241,9 @@ class Joiner {
     }
     turn_++;
     part = lane < n_parts ? parts[lane] : Part{};
-    for (int i = lane + kWarp; i < n_parts; i += kWarp) part = Part::join(part, parts[i]);
+    if constexpr (kParts > kWarp) {
+      for (int i = lane + kWarp; i < n_parts; i += kWarp) part = Part::join(part, parts[i]);
+    }
     return over_lanes(part);
   }
 
