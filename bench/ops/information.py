@@ -62,11 +62,7 @@ class Information(Workload):
         def surprisal(logits: Any, target: Any) -> Any:
             return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
 
-        def kl_div(log_q: Any, p: Any) -> Any:
-            return jax.scipy.special.xlogy(p, p) - p * log_q
-
-        functions = {"entropy": entropy, "kl_divergence": kl_divergence, "kl_div": kl_div, "surprisal": surprisal}
-        return functions[self.case.op]
+        return {"entropy": entropy, "kl_divergence": kl_divergence, "surprisal": surprisal}[self.case.op]
 
 
 def entropy(logits: Tensor) -> Tensor:
