@@ -325,9 +325,12 @@ class CrossEntropyRow {
 
   // x / softcap. Half types: by its reciprocal, which is the same for all elements, in place of a division for each.
   __device__ __forceinline__ C over_softcap(C x) const {
-    if constexpr (sizeof(T) >= sizeof(float)) return x / params_.softcap;
-    constexpr float kLargest = 0x1.fffffep127f;
-    return x * fmin(1 / params_.softcap, kLargest);
+    if constexpr (sizeof(T) >= sizeof(float)) {
+      return x / params_.softcap;
+    } else {
+      constexpr float kLargest = 0x1.fffffep127f;
+      return x * fminf(1 / params_.softcap, kLargest);
+    }
   }
 
   __device__ __forceinline__ C softcap_slope(C z) const {
@@ -372,6 +375,7 @@ struct Reduction {
   Totals* totals = nullptr;        // [kMaxTotals], of which n_totals are written
   double* losses = nullptr;        // [kMaxBlocks], by the blocks of the second kernel
   unsigned* n_finished = nullptr;  // [], of these blocks
+  double known_divisor = 1;        // without totals
   int n_totals = 0;
   bool is_dependent = false;  // the second kernel must wait for the first
 };
@@ -422,7 +426,7 @@ __global__ void __launch_bounds__(kTotalsThreads)
 
 // The divisor of the sum of the losses.
 template <class T>
-__device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Totals& totals) {
+__host__ __device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Totals& totals) {
   return params.zero_if_all_ignored && totals.count == 0 ? 1 : totals.weight;
 }
 
@@ -430,8 +434,7 @@ __device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, c
 template <class T>
 __device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Reduction& reduction) {
   if (reduction.is_dependent) wait_for_previous_kernel();
-  if (!params.mean) return 1;
-  if (reduction.n_totals == 0) return divisor(params, {static_cast<double>(params.n_rows), params.n_rows});
+  if (reduction.n_totals == 0) return reduction.known_divisor;
   // Few registers: the threads that call this hold a row in theirs.
   const auto sum_of = [&](auto member) {
     const int first = threadIdx.x % kWarp, second = first + kWarp;
