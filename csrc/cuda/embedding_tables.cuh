@@ -15,15 +15,15 @@ namespace charlm::cuda {
 namespace {
 
 // Shared memory of a block: a table of at most kTableBytes. All of it fits in the 99 KiB of the architectures 8.6, 8.9
-// and 12.0; a multiprocessor of an H100 (227 KiB) holds two blocks.
+// and 12.0.
 constexpr int64_t kTableBytes = 64 << 10, kTableBlockBytes = 96 << 10;
 // Tiles are this narrow only where the table has fewer columns, or more would not fit.
 constexpr int kMinTableLanes = 8, kMaxTableLanes = 16, kMaxUnpackedTableLanes = 64;
 constexpr int kStagedRowBytes = 64;  // rows narrower than this are copied to shared memory first
 constexpr int kRowAlignment = 16;    // parts and staged rows begin at multiples of this many rows, so of 16 bytes
 
-// The 132 multiprocessors of an H100, one block each, or two if a block has more rows than it sorts at once. The same
-// for every GPU, so that results do not depend on the GPU.
+// The 132 multiprocessors of an H100, one block each, or two, one after the other, if a block has more rows than it
+// sorts at once. The same for every GPU, so that results do not depend on the GPU.
 constexpr int64_t kTableBlocks = 132;
 constexpr int64_t kFewestTableRows = 128;  // of a part
 
