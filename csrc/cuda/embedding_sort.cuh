@@ -198,7 +198,7 @@ __device__ __forceinline__ Int sum_counts_of_blocks(const uint16_t* counts, int 
 // Writes each row where its digit belongs, in the order of the digits: the rows of a digit, 8 of a step for random
 // ones, are then written together. The first block also writes `starts` and `piece_starts`.
 template <class Int, bool kFirst>
-__global__ void __launch_bounds__(kSortThreads)
+__global__ void __launch_bounds__(kSortThreads, sizeof(Int) == 4 ? kMinResidentBlocks : 1)
     embedding_scatter_by_digit(SortPass<Int> pass, Indices indices, int64_t padding_idx) {
   CHARLM_SHARED(uint16_t, counts, kSortWarps* kDigits);
   CHARLM_SHARED(Int, part, kSortWarps * kDigits);  // also a step's keys and positions
