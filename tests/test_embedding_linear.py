@@ -15,6 +15,7 @@ from charlm.reference import INDEX_DTYPES
 from charlm.testing import (
     FLOAT_DTYPES,
     SampleInput,
+    assert_close_to_reference,
     assert_matches_reference,
     evaluate,
     sample_inputs_embedding_linear,
@@ -42,6 +43,25 @@ def _arguments(dtype: torch.dtype = torch.float64, n: int = 5) -> tuple[Tensor, 
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_results_and_gradients_are_as_close_to_float64_as_torchs(sample: SampleInput, isa: str) -> None:
     assert_matches_reference(functional.embedding_linear, reference.embedding_linear, sample)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_gradients_of_one_sign_of_many_contexts_are_as_close_to_float64_as_torchs(plan: str, isa: str) -> None:
+    # So many blocks for columns and places that a thread of a GPU gets a thousand contexts.
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randint(256, (4000, 4), generator=generator)
+    shapes = ((256, 1), (1056, 4), (1056,))
+    parameters = [torch.rand(shape, generator=generator) for shape in shapes]
+    grad = torch.rand(4000, 1056, generator=generator)
+    ours = torch.ops.charlm._embedding_linear_backward(
+        grad, index, *parameters[:2], grad, -1, 0, 1 + PLANS.index(plan), [True] * 3
+    )
+    expected = []
+    for dtype in (torch.float32, torch.float64):
+        copies = [p.to(dtype).requires_grad_() for p in parameters]
+        expected.append(torch.autograd.grad(reference.embedding_linear(index, *copies), copies, grad.to(dtype)))
+    for name, *grads in zip(("C", "W", "b"), ours, *expected, strict=True):
+        assert_close_to_reference(*grads, name)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -1,4 +1,6 @@
 // embedding on a GPU: the lookup, and the registration of the gradient's kernels.
+#include <type_traits>
+
 #include "cuda/embedding_tables.cuh"
 #include "cuda/load_store.cuh"
 #include "ops/embedding.h"
@@ -10,19 +12,21 @@ namespace {
 // The lookup copies rows of the table in words as wide as the sizes and addresses of the rows allow, or element by
 // element if the elements of a row are not contiguous. Reads N * D elements and N indices, writes N * D elements.
 
-constexpr int kCopyThreads = 256, kCopyBlocks = 5;  // blocks of a multiprocessor
-constexpr int kCopiesInFlight = 4;                  // words that a thread loads before it stores the first
-constexpr int kMaxCopyRows = kWarp;                 // of a warp
+constexpr int kCopyThreads = 256, kCopyBlocks = 5, kShortCopyBlocks = 4;  // blocks of a multiprocessor
+constexpr int kCopiesInFlight = 4;   // words that a thread loads before it stores the first
+constexpr int kShortCopies = 8;      // the same for short rows: all that a thread copies
+constexpr int kMaxCopyRows = kWarp;  // of a warp
+constexpr int64_t kMaxShortWords = int64_t{1} << 31;
 // A warp copies at most this many words of a row, and this many long rows one after the other if there are enough for
 // every multiprocessor.
 constexpr int kLongTile = 2 * kCopiesInFlight * kWarp, kLongRows = 4;
 constexpr int64_t kManyRows = 65536;
 
 // A warp copies `warp_rows` rows, of which each lane loads and checks one index, or a tile of these rows. `lanes`
-// threads copy a row: so short rows are copied kWarp / lanes at once, kCopiesInFlight times (kShort: n_words <= lanes);
-// of a longer row each thread copies kCopiesInFlight words at once.
+// threads copy a row: so short rows are copied kWarp / lanes at once, kShortCopies times (kShort: n_words <= lanes, and
+// the table has at most kMaxShortWords); of a longer row each thread copies kCopiesInFlight words at once.
 template <class Word, bool kShort>
-__global__ void __launch_bounds__(kCopyThreads, kCopyBlocks)
+__global__ void __launch_bounds__(kCopyThreads, kShort ? kShortCopyBlocks : kCopyBlocks)
     embedding_copy_rows(const __grid_constant__ EmbeddingParams params, int64_t n_words, int lanes, int warp_rows,
                         unsigned n_tiles) {
   const int lane = threadIdx.x % kWarp;
@@ -31,32 +35,30 @@ __global__ void __launch_bounds__(kCopyThreads, kCopyBlocks)
   const int64_t n_left = params.n_indices - first;
   if (n_left <= 0) return;
   const int n_rows = n_left < warp_rows ? static_cast<int>(n_left) : warp_rows;
-  int64_t own = -1;  // bytes from the table's begin to this lane's row; -1 for an index out of range
+  using Offset = std::conditional_t<kShort, int32_t, int64_t>;  // one shuffle each, or two
+  constexpr int64_t kUnit = kShort ? sizeof(Word) : 1;
+  Offset own = -1;  // kUnit bytes each from the table's begin to this lane's row; -1 for an index out of range
   if (lane < n_rows) {
     const int64_t index = load_index(params.indices, first + lane);
     BadIndex bad;
-    if (bad.check(params.indices, first + lane, index)) own = index * params.row_stride;
+    if (bad.check(params.indices, first + lane, index)) own = static_cast<Offset>(index * (params.row_stride / kUnit));
     bad.record(params.indices);
   }
   Word* const output = reinterpret_cast<Word*>(params.output) + first * n_words;
   if constexpr (kShort) {
-    const int word = lane % lanes, rows_at_once = kWarp / lanes;
-    const char* const column = params.weight + word * params.column_stride;
-#pragma unroll 1
-    for (int row = lane / lanes; row - lane / lanes < n_rows; row += kCopiesInFlight * rows_at_once) {
-      Word words[kCopiesInFlight];
+    const int word = lane % lanes, row = lane / lanes, rows_at_once = kWarp / lanes;
+    const Word* const column = reinterpret_cast<const Word*>(params.weight + word * params.column_stride);
+    Word words[kShortCopies];
 #pragma unroll
-      for (int k = 0; k < kCopiesInFlight; k++) {
-        const int64_t from = __shfl_sync(~0u, own, (row + k * rows_at_once) % kWarp);
-        words[k] = Word{};  // zeros for an index out of range, until its IndexError is raised
-        if (from >= 0 && row + k * rows_at_once < n_rows && word < n_words)
-          words[k] = *reinterpret_cast<const Word*>(column + from);
-      }
+    for (int k = 0; k < kShortCopies; k++) {
+      const Offset from = __shfl_sync(~0u, own, (row + k * rows_at_once) % kWarp);
+      words[k] = Word{};  // zeros for an index out of range, until its IndexError is raised
+      if (from >= 0 && row + k * rows_at_once < n_rows && word < n_words) words[k] = column[from];
+    }
 #pragma unroll
-      for (int k = 0; k < kCopiesInFlight; k++) {
-        const int to = row + k * rows_at_once;
-        if (to < n_rows && word < n_words) output[to * static_cast<int>(n_words) + word] = words[k];
-      }
+    for (int k = 0; k < kShortCopies; k++) {
+      const int to = row + k * rows_at_once;
+      if (to < n_rows && word < n_words) output[to * static_cast<int>(n_words) + word] = words[k];
     }
   } else {
     const int64_t begin = n_tiles == 1 ? 0 : warp % n_tiles * kLongTile;
@@ -87,11 +89,12 @@ __global__ void __launch_bounds__(kCopyThreads, kCopyBlocks)
 
 template <class Word>
 int copy_rows(const EmbeddingParams& params, int64_t n_words, Stream stream) {
-  const bool is_short = n_words <= kWarp;
+  const int64_t table_words = params.num_embeddings * (params.row_stride / static_cast<int64_t>(sizeof(Word)));
+  const bool is_short = n_words <= kWarp && table_words <= kMaxShortWords;
   const int lanes = is_short ? power_of_two(n_words) : kWarp;
   int warp_rows = params.n_indices < kManyRows ? 1 : kLongRows;
-  if (is_short) {  // two rounds of loads
-    warp_rows = 2 * kCopiesInFlight * kWarp / lanes;
+  if (is_short) {
+    warp_rows = kShortCopies * kWarp / lanes;
     if (warp_rows > kMaxCopyRows) warp_rows = kMaxCopyRows;
   }
   const int64_t n_tiles = is_short ? 1 : ceil_div(n_words, kLongTile);

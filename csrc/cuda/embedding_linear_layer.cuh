@@ -210,6 +210,8 @@ constexpr int64_t kFillBytes = 96'000;  // of a block's tables; with the offsets
 constexpr int kFillIndices = 8;         // that a thread loads at a time
 constexpr int64_t kFewestRowsOfAWarp = 16;
 constexpr int64_t kManyRowsOfAWarp = 128;  // so many pay for a second block on each multiprocessor
+// A thread adds all rows of a token in one number, so that more would round worse than torch's products.
+constexpr int64_t kMostRowsOfAWarp = 4096;
 // Rows that a thread loads at a time.
 template <class T>
 constexpr int kFillLoads = sizeof(T) == 8 ? 4 : 16;
@@ -236,7 +238,9 @@ struct FillPlan {
     const int64_t few = ceil_div(kLayerBlocks, n_tiles * n_groups),
                   many = ceil_div(2 * kLayerBlocks, n_tiles * n_groups);
     const int64_t busy = n / (n_warps * kManyRowsOfAWarp), needed = ceil_div(n, n_warps * kFewestRowsOfAWarp);
+    const int64_t exact = ceil_div(n, n_warps * kMostRowsOfAWarp);
     n_parts = busy < few ? few : busy < many ? busy : many;
+    if (n_parts < exact) n_parts = exact < kMaxBlocks ? exact : kMaxBlocks;
     if (n_parts > needed) n_parts = needed;
     rows_a_part = ceil_div(n, n_parts);
     n_parts = ceil_div(n, rows_a_part);
@@ -249,6 +253,20 @@ struct FillPlan {
       : FillPlan(params.n_rows, params.n_places, params.vocabulary, params.hidden, sizeof(Compute<T>),
                  kFillWarps<Compute<T>>) {}
 };
+
+// The sum of kCount numbers, a power of two: of neighbours, then of neighbouring sums, and so on.
+template <int kCount, class C>
+__device__ __forceinline__ C sum_of_pairs(const C (&numbers)[kCount]) {
+  C sums[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; i++) sums[i] = numbers[i];
+#pragma unroll
+  for (int step = 1; step < kCount; step *= 2) {
+#pragma unroll
+    for (int i = 0; i + step < kCount; i += 2 * step) sums[i] += sums[i + step];
+  }
+  return sums[0];
+}
 
 // Block [kTileThreads, S], grid [n_tiles * n_groups, P]. kPlaces: of a group, or more.
 template <class T, int kPlaces>
@@ -305,7 +323,7 @@ __global__ void __launch_bounds__(kTileThreads* kFillWarps<Compute<T>>, kMinResi
   load_gradients(begin + warp);
   C* const table = tables + thread;  // a row starts every n_threads numbers
   for (int entry = 0; entry <= n_entries; entry++) table[entry * n_threads] = 0;
-  C bias = 0;
+  C bias = 0;                  // the sum of the sums of the chunks: of all rows, unlike those of a token
   Offsets* written = offsets;  // the half that this chunk uses
   for (int64_t chunk = begin; chunk < end; chunk += chunk_rows) {
     uint16_t* const values = written->values;
@@ -322,6 +340,7 @@ __global__ void __launch_bounds__(kTileThreads* kFillWarps<Compute<T>>, kMinResi
     }
     load_chunk(chunk + chunk_rows);
     __syncthreads();
+    C chunk_bias = 0;
     for (int row = warp; row < chunk_rows && chunk + row < end; row += kLoads * n_warps) {
       C grad[kLoads], kept[kLoads];
 #pragma unroll
@@ -331,11 +350,11 @@ __global__ void __launch_bounds__(kTileThreads* kFillWarps<Compute<T>>, kMinResi
       }
       load_gradients(chunk + row + kLoads * n_warps);
       activate_backward(params.activation, kept, grad);
+      chunk_bias += sum_of_pairs(grad);
       Offsets next_offset = written[row];
 #pragma unroll
       for (int k = 0; k < kLoads; k++) {
         if (chunk + row + k * n_warps >= end) break;
-        bias += grad[k];
         const Offsets offset = next_offset;
         if (k + 1 < kLoads) next_offset = written[row + (k + 1) * n_warps];  // a chunk's rows are all written
         C sum[kPlaces];
@@ -345,6 +364,7 @@ __global__ void __launch_bounds__(kTileThreads* kFillWarps<Compute<T>>, kMinResi
         for (int place = 0; place < kPlaces; place++) table[offset.values[place]] = sum[place] + grad[k];
       }
     }
+    bias += chunk_bias;
     written = written == offsets ? offsets + chunk_rows : offsets;
   }
   if (tile == 0) bad.record(params.indices);

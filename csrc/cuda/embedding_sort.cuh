@@ -195,13 +195,16 @@ __device__ __forceinline__ Int sum_counts_of_blocks(const uint16_t* counts, int 
   return total;
 }
 
-// Writes each row where its digit belongs. The first block also writes `starts` and `piece_starts`.
+// Writes each row where its digit belongs, in the order of the digits: the rows of a digit, 8 of a step for random
+// ones, are then written together. The first block also writes `starts` and `piece_starts`.
 template <class Int, bool kFirst>
-__global__ void __launch_bounds__(kSortThreads)
+__global__ void __launch_bounds__(kSortThreads, sizeof(Int) == 4 ? kMinResidentBlocks : 1)
     embedding_scatter_by_digit(SortPass<Int> pass, Indices indices, int64_t padding_idx) {
   CHARLM_SHARED(uint16_t, counts, kSortWarps* kDigits);
-  CHARLM_SHARED(Int, part, kSortWarps * kDigits);
+  CHARLM_SHARED(Int, part, kSortWarps * kDigits);  // also a step's keys and positions
+  static_assert(2 * kSortRows <= kSortWarps * kDigits);
   CHARLM_SHARED(Int, base, kDigits);
+  CHARLM_SHARED(int, starts, kDigits + 1);  // of the digits among a step's rows
   CHARLM_SHARED(Int, warp_sums, kDigits / kWarp);
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   if (pass.overlaps) {
@@ -261,16 +264,32 @@ __global__ void __launch_bounds__(kSortThreads)
       if (pass.overlaps) wait_for_previous_kernel();
       load_base();
     }
+    const int start = static_cast<int>(sum_before(Int(in_step), warp_sums));
+    if (thread < kDigits) {
+      starts[thread] = start;
+      base[thread] -= start;
+    }
+    if (thread == kDigits - 1) starts[kDigits] = start + in_step;
     __syncthreads();
+    Int *const step_keys = part, *const step_positions = part + kSortRows;
 #pragma unroll
     for (int k = 0; k < kSortKeys; k++) {
       if (digit[k] < 0) continue;
-      const Int to = base[digit[k]] + counts[warp * kDigits + digit[k]] + rank[k];
-      if (pass.next_keys) pass.next_keys[to] = static_cast<Int>(key[k]);
-      pass.next_positions[to] = position[k];
+      const int to = starts[digit[k]] + counts[warp * kDigits + digit[k]] + rank[k];
+      step_keys[to] = static_cast<Int>(key[k]);
+      step_positions[to] = position[k];
     }
     __syncthreads();
-    if (thread < kDigits) base[thread] += in_step;
+#pragma unroll
+    for (int k = 0; k < kSortKeys; k++) {
+      const int i = k * kSortThreads + thread;
+      if (i >= starts[kDigits]) break;
+      const Int next = step_keys[i], to = base[next >> pass.shift & (kDigits - 1)] + i;
+      if (pass.next_keys) pass.next_keys[to] = next;
+      pass.next_positions[to] = step_positions[i];
+    }
+    __syncthreads();
+    if (thread < kDigits) base[thread] += start + in_step;
   }
 }
 

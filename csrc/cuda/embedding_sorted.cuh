@@ -181,14 +181,14 @@ __device__ __forceinline__ void sum_parts(const C* parts, int64_t stride, int64_
   }
 }
 
-// Adds up the sums of a block's groups in the first, in their order. `shared`: [groups, kJoinLanes]. All threads of the
-// block call it.
+// Adds up the sums of groups in the first, in their order. `shared`: [n_groups, kJoinLanes]. All threads of the block
+// call it.
 template <class C>
-__device__ __forceinline__ void sum_groups(Pack<C>* shared, C (&sum)[kPackSize<C>]) {
-  store_to_shared(shared[threadIdx.y * kJoinLanes + threadIdx.x].values, sum);
+__device__ __forceinline__ void sum_groups(Pack<C>* shared, int group, int n_groups, C (&sum)[kPackSize<C>]) {
+  store_to_shared(shared[group * kJoinLanes + threadIdx.x].values, sum);
   __syncthreads();
-  if (threadIdx.y == 0) {
-    for (int g = 1; g < static_cast<int>(blockDim.y); g++) {
+  if (group == 0) {
+    for (int g = 1; g < n_groups; g++) {
       C values[kPackSize<C>];
       load_numbers(shared[g * kJoinLanes + threadIdx.x].values, values);
       add_numbers(values, sum);
@@ -208,25 +208,50 @@ __device__ __forceinline__ void store_columns(T* row, int64_t column, int64_t en
 }
 
 constexpr int kMaxJoinGroups = 32;
+// Where one for each index would be several waves, blocks join the parts of kJoinTeams indices.
+constexpr int kJoinTeams = 8;
+constexpr int64_t kManyJoinBlocks = 1024;
 
 // grad[v, :n_columns] = the sum of the parts [piece_starts[v], piece_starts[v + 1]), or of `n_parts` if there are no
-// pieces. Grid [tiles of columns, V], block [kJoinLanes, groups].
+// pieces. Grid [tiles of columns, V / n_teams], block [kJoinLanes, groups]. Each team of groups joins an index, or the
+// whole block one after the other if one of them has many parts.
 template <class T>
-__global__ void __launch_bounds__(kJoinLanes* kMaxJoinGroups)
-    embedding_join_parts(const int32_t* piece_starts, const int32_t* counts_before, int n_parts, int64_t n_columns,
-                         int64_t stride, bool overlaps, const Compute<T>* parts, T* grad) {
+__global__ void __launch_bounds__(kJoinLanes* kMaxJoinGroups, kMinResidentBlocks)
+    embedding_join_parts(const int32_t* piece_starts, const int32_t* counts_before, int n_parts, int n_indices,
+                         int n_teams, int64_t n_columns, int64_t stride, bool overlaps, const Compute<T>* parts,
+                         T* grad) {
   using C = Compute<T>;
   CHARLM_SHARED(Pack<C>, shared, kMaxJoinGroups * kJoinLanes);
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kJoinColumns<C> + threadIdx.x * kPackSize<C>;
-  const unsigned v = blockIdx.y;
+  const int first = static_cast<int>(blockIdx.y) * n_teams;
+  int n_groups = static_cast<int>(blockDim.y) / n_teams, group = threadIdx.y % n_groups, team = threadIdx.y / n_groups;
   if (overlaps) wait_for_previous_kernel();
-  const int begin = piece_starts ? piece_starts[v] : 0, end = piece_starts ? piece_starts[v + 1] : n_parts;
-  C sum[kPackSize<C>] = {};
-  if (column < n_columns) sum_parts(parts + column, stride, begin + threadIdx.y, blockDim.y, end, sum);
-  sum_groups(shared, sum);
-  if (threadIdx.y != 0 || column >= n_columns) return;
-  const C factor = counts_before && end > begin ? C(1) / static_cast<C>(counts_before[v + 1] - counts_before[v]) : C(1);
-  store_columns(grad + v * n_columns, column, n_columns, sum, factor);
+  bool one_by_one = false;
+  if (n_teams > 1) {
+    const int v = first + team;
+    one_by_one = __syncthreads_or(v < n_indices && piece_starts[v + 1] - piece_starts[v] > n_groups * kJoinLoads);
+    if (one_by_one) {
+      n_groups = blockDim.y;
+      group = threadIdx.y;
+      team = 0;
+    }
+  }
+  for (int i = team; i < n_teams; i += one_by_one ? 1 : n_teams) {
+    const int v = first + i;
+    const bool exists = v < n_indices && column < n_columns;
+    int begin = 0, end = n_parts;
+    if (exists && piece_starts) {
+      begin = piece_starts[v];
+      end = piece_starts[v + 1];
+    }
+    C sum[kPackSize<C>] = {};
+    if (exists) sum_parts(parts + column, stride, begin + group, n_groups, end, sum);
+    sum_groups(shared + team * n_groups * kJoinLanes, group, n_groups, sum);
+    if (group != 0 || !exists) continue;
+    const C factor =
+        counts_before && end > begin ? C(1) / static_cast<C>(counts_before[v + 1] - counts_before[v]) : C(1);
+    store_columns(grad + v * n_columns, column, n_columns, sum, factor);
+  }
 }
 
 template <class T>
@@ -235,12 +260,13 @@ int join_parts(const Launch& launch, const int32_t* piece_starts, const int32_t*
   const int64_t n_tiles = ceil_div(n_columns, kJoinColumns<Compute<T>>);
   // Few blocks get many threads each.
   const int n_groups = n_tiles * v <= kDigits ? kMaxJoinGroups : kMaxJoinGroups / 2;
+  const int n_teams = piece_starts && n_tiles * v > kManyJoinBlocks ? kJoinTeams : 1;
   LaunchOptions options;
   options.is_dependent = launch.compute_capability >= kSm90;
   return launch_kernel(options, &embedding_join_parts<T>,
-                       dim3(static_cast<unsigned>(n_tiles), static_cast<unsigned>(v)), dim3(kJoinLanes, n_groups), 0,
-                       launch.stream, piece_starts, counts_before, n_parts, n_columns, stride, options.is_dependent,
-                       parts, grad);
+                       dim3(static_cast<unsigned>(n_tiles), static_cast<unsigned>(ceil_div(v, n_teams))),
+                       dim3(kJoinLanes, n_groups), 0, launch.stream, piece_starts, counts_before, n_parts,
+                       static_cast<int>(v), n_teams, n_columns, stride, options.is_dependent, parts, grad);
 }
 
 // ------------------------------------------------------------------------------------------------------------- chunks
@@ -438,7 +464,7 @@ __global__ void __launch_bounds__(kSumThreads, kMinResidentBlocks)
       }
       sum_parts(params.parts + column, 2 * stride, chunk + 1 + threadIdx.y, kJoinGroups, last + 1, sum);
     }
-    sum_groups(shared, sum);
+    sum_groups(shared, threadIdx.y, kJoinGroups, sum);
     if (threadIdx.y != 0 || column >= d) continue;
     C factor = 1;
     if (params.gradient.scale_grad_by_freq) {

@@ -15,17 +15,23 @@ namespace charlm::cuda {
 namespace {
 
 // Shared memory of a block: a table of at most kTableBytes. All of it fits in the 99 KiB of the architectures 8.6, 8.9
-// and 12.0; a multiprocessor of an H100 (227 KiB) holds two blocks.
+// and 12.0.
 constexpr int64_t kTableBytes = 64 << 10, kTableBlockBytes = 96 << 10;
 // Tiles are this narrow only where the table has fewer columns, or more would not fit.
 constexpr int kMinTableLanes = 8, kMaxTableLanes = 16, kMaxUnpackedTableLanes = 64;
 constexpr int kStagedRowBytes = 64;  // rows narrower than this are copied to shared memory first
 constexpr int kRowAlignment = 16;    // parts and staged rows begin at multiples of this many rows, so of 16 bytes
 
-// The 132 multiprocessors of an H100, one block each, or two if a block has more rows than it sorts at once. The same
-// for every GPU, so that results do not depend on the GPU.
+// The 132 multiprocessors of an H100, one block each, or two, one after the other, if a block has more rows than it
+// sorts at once. The same for every GPU, so that results do not depend on the GPU.
 constexpr int64_t kTableBlocks = 132;
 constexpr int64_t kFewestTableRows = 128;  // of a part
+
+// Numbers of a block's table and of the first sums of its groups, in whole packs.
+__host__ __device__ constexpr int64_t table_numbers(int64_t v, int n_groups, int columns) {
+  constexpr int64_t kPack = kPackBytes / sizeof(float);
+  return ((v + n_groups) * columns + kPack - 1) / kPack * kPack;
+}
 
 template <class T, int kWidth, bool kStaged>
 struct TablesPlan {
@@ -39,7 +45,7 @@ struct TablesPlan {
     constexpr int64_t kSize = sizeof(Compute<T>);
     constexpr int kMost = kWidth == 1 ? kMaxUnpackedTableLanes : kMaxTableLanes;
     const int64_t packs = ceil_div(d, kWidth);
-    lanes = packs < kMost ? power_of_two(packs) : kMost;
+    lanes = packs >= kMost ? kMost : kStaged ? static_cast<int>(packs) : power_of_two(packs);
     if (lanes < kMinTableLanes) lanes = kMinTableLanes;
     while (v * columns() * kSize > kTableBytes) lanes /= 2;
     n_tiles = ceil_div(packs, lanes);
@@ -61,8 +67,7 @@ struct TablesPlan {
 
   // Shared memory: the table, the first sums of the groups, counts, positions and keys, and staged rows.
   int64_t stage_begin(int64_t v) const {
-    const int64_t numbers = (v + n_groups()) * columns();
-    return numbers * sizeof(Compute<T>) + kSortWarps * kDigits * sizeof(uint16_t) +
+    return table_numbers(v, n_groups(), columns()) * sizeof(Compute<T>) + kSortWarps * kDigits * sizeof(uint16_t) +
            kSortRows * (sizeof(uint16_t) + sizeof(uint8_t));
   }
   int64_t shared_bytes(int64_t v, int64_t d) const {
@@ -145,13 +150,13 @@ __global__ void __launch_bounds__(kSortThreads, 1)
   const int group = thread / lanes, n_groups = kSortThreads / lanes, columns = lanes * kWidth;
   const int column = thread % lanes * kWidth;  // in the tile
   C* const firsts = table + v * columns;       // [groups, columns]
-  auto* const counts = reinterpret_cast<uint16_t*>(firsts + n_groups * columns);
+  auto* const counts = reinterpret_cast<uint16_t*>(table + table_numbers(v, n_groups, columns));
   uint16_t* const positions = counts + kSortWarps * kDigits;
   auto* const keys = reinterpret_cast<uint8_t*>(positions + kSortRows);
   T* const stage = reinterpret_cast<T*>(keys + kSortRows);  // [batch_rows, D]
   const BlockSort sort{counts, positions, keys, warp_sums, n_sorted};
   const int64_t d = params.embedding_dim, first_column = static_cast<int64_t>(blockIdx.x) * columns;
-  const bool mine = first_column + column < d;
+  const bool mine = group < n_groups && first_column + column < d;
   const bool bulk = kStaged && is_sm90 && reinterpret_cast<uintptr_t>(params.grad_output) % kPackBytes == 0;
   if (is_sm90) let_next_kernel_begin();
   if (bulk && thread == 0) {
@@ -185,8 +190,10 @@ __global__ void __launch_bounds__(kSortThreads, 1)
       }
     }
 
-    // This group's share of the sorted rows. Its first segment may have begun in an earlier share.
-    const int share = (n + n_groups - 1) / n_groups, share_begin = group * share;
+    // This group's share of the sorted rows, from whole packs of positions on. Its first segment may have begun in an
+    // earlier share.
+    const int share = ((n + n_groups - 1) / n_groups + kSumLoads - 1) / kSumLoads * kSumLoads;
+    const int share_begin = group * share;
     const int share_end = share_begin + share < n ? share_begin + share : n;
     bool began_before = share_begin > 0 && share_begin < n && keys[share_begin - 1] == keys[share_begin];
     if (column == 0) first_keys[group] = began_before ? keys[share_begin] : -1;
@@ -204,11 +211,14 @@ __global__ void __launch_bounds__(kSortThreads, 1)
         store_to_shared(table + current * columns + column, sum);
       };
       for (int first = share_begin; first < share_end; first += kSumLoads) {
+        const Pack<uint16_t> next_positions = load_pack(positions + first);
+        const uint64_t next_keys = *reinterpret_cast<const uint64_t*>(keys + first);
+        static_assert(kSumLoads == kPackSize<uint16_t> && kSumLoads == sizeof(uint64_t));
         LoadedNumbers<T, kWidth> loaded[kSumLoads];
 #pragma unroll
         for (int r = 0; r < kSumLoads; r++) {
           if (first + r >= share_end || !mine) continue;
-          const int position = positions[first + r];
+          const int position = next_positions.values[r];
           if constexpr (kStaged) {
             loaded[r].load(stage + position * static_cast<int>(d) + column);
           } else {
@@ -218,7 +228,7 @@ __global__ void __launch_bounds__(kSortThreads, 1)
 #pragma unroll
         for (int r = 0; r < kSumLoads; r++) {
           if (first + r >= share_end) break;
-          const int key = keys[first + r];
+          const int key = static_cast<uint8_t>(next_keys >> 8 * r);
           if (key != current) {
             store();
 #pragma unroll

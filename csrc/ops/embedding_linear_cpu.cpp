@@ -363,7 +363,7 @@ class EmbeddingLinear {
   }
 
   static constexpr int64_t kFewGradients = 1 << 12;
-  static constexpr int64_t kMaxSums = 64;           // partial sums of the bias's gradient
+  static constexpr int64_t kMaxSums = 1024;         // partial sums of the bias's gradient
   static constexpr int64_t kThreadNumbers = 32768;  // additions that take as long as to start a thread
   static constexpr int64_t kActivationCost = 4;     // of a number, in additions of numbers
 
