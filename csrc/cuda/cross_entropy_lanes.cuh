@@ -93,7 +93,7 @@ struct SmallRow {
 
   int chunk, chunk_rows, r;
   int target = kNone;      // or one of the above
-  float factor = 1;        // of the loss in forward, of the gradient in backward
+  float factor = 1;        // of the gradient, beside the reduction's
   float max = 0, sum = 1;  // from forward
 
   // Row r of a chunk.
@@ -176,7 +176,7 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
       if (lse_square_scale != 0) {
         loss += lse_square_scale * target_weight * (max + log_sum) * (max + log_sum);
       }
-      loss *= row.factor;
+      if (params.token_weight) loss *= params.token_weight[row.n()];
       state.loss_sum() += loss;
       store_loss(params, row.n(), loss);
     }
