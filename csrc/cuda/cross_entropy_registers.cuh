@@ -3,7 +3,7 @@
 // load and store.
 #pragma once
 
-#include "cuda/cross_entropy_walk.cuh"
+#include "cuda/cross_entropy_dense.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -17,7 +17,8 @@ struct RegisterShape {
   // As many as 8 packs leave without spilling: 64 registers for each thread, 80 or 128 with more terms.
   static constexpr int kResidentThreads = kTerms == Terms::kPlain     ? (kThreads == kWarp ? 896 : 1024)
                                           : kTerms == Terms::kUniform ? 896
-                                                                      : 512;
+                                          : kPacks == 2               ? 1024
+                                                                      : 768;
   static constexpr int kResidentBlocks = kResidentThreads / kBlockThreads < 1 ? 1 : kResidentThreads / kBlockThreads;
 };
 
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
   T* const singles = all_singles + threadIdx.x / kThreads * kWarp;  // of a row, each for its thread alone
   Joiner<T, kDense, kWarps> joiner(parts, barriers, 1 << log2_cluster);
   const int thread = threadIdx.x % kThreads;
-  // Fewer than 2^31: a row has more than kTileMaxClasses classes.
+  // Fewer than 2^31: a row has 128 bytes or more.
   const int step = (gridDim.x >> log2_cluster) * Shape::kRows, n_rows = static_cast<int>(params.n_rows);
   const bool is_first = joiner.rank() == 0 && thread == 0;
   const int lane = threadIdx.x % kWarp;
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
                              joiner.rank(), log2_cluster);
     };
     uint4 packs[kPacks];
+    [[maybe_unused]] DenseNumbers<T, kPacks> numbers;  // kAll: in place of the packs, from add() on
     RowSoftmax softmax;
     bool is_counted;
     {
@@ -69,6 +71,7 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       const int64_t loaded_target = Row::load_target(params, n);
       const RowPart<T, int> part = part_of(n);
       part.load(0, kThreads, packs);
+      if constexpr (kTerms == Terms::kAll) numbers.load(params, n, part, kThreads);
       const T single = part.single >= 0 ? row_logits(n)[part.single] : from_compute<T>(-INFINITY);
       const Row row(params, n, loaded_target);
       is_counted = row.is_counted();
@@ -78,7 +81,11 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
         const T target_logit = owns_target ? row_logits(n)[row.target()] : from_compute<T>(0);
         if (lane == 0) state.row = row.saved();
         if (part.single >= 0) singles[thread] = single;
-        add_packs<kTerms>(params, row, softmax, packs, part.left, kThreads, part.class_);
+        if constexpr (kTerms == Terms::kAll) {
+          numbers.add(params, row, softmax, packs, part.left, kThreads, part.class_);
+        } else {
+          add_packs<kTerms>(params, row, softmax, packs, part.left, kThreads, part.class_);
+        }
         if (part.single >= 0) add_single<kTerms>(params, row, softmax, singles[thread], part.single);
         if (owns_target) state.target_logit = row.transformed(target_logit);
       }
@@ -123,28 +130,34 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       row.store(softmax, loss);
     }
     row.set_softmax(softmax, state.scale);
-    const GradientLine<T, kTerms == Terms::kPlain> line(row);
-    if (part.single >= 0) {
-      const C z = z_of<kTerms>(params, row, to_compute(singles[thread]));
-      row_gradient(again)[part.single] =
-          from_compute<T>(kTerms == Terms::kAll ? row.template gradient<kPass>(z, part.single) : line.at(z));
-    }
     const T gradient_of_target =
         from_compute<T>(owns_target ? row.template gradient_of_target<kPass>(target_logit) : C(0));
-#pragma unroll
-    for (int i = 0; i < kPacks; i++) {
-      if (i * kThreads >= part.left) break;
-      C x[K], d[K] = {};
-      unpack_again<T>(packs[i], x);
-      if constexpr (kTerms == Terms::kAll) {
-        if (row.has_dense()) row.template dense<K>(part.class_ + i * kThreads * K, d);
+    if constexpr (kTerms == Terms::kAll) {
+      const typename DenseNumbers<T, kPacks>::Gradient gradient(params, row, numbers);
+      if (part.single >= 0) {
+        const C z = row.transformed(singles[thread]), d = row.has_dense() ? row.dense(part.single) : C(0);
+        row_gradient(again)[part.single] = from_compute<T>(gradient.at(row, z, d));
       }
 #pragma unroll
-      for (int k = 0; k < K; k++) {
-        const C z = z_of<kTerms>(params, row, x[k]);
-        x[k] = kTerms == Terms::kAll ? row.template gradient_of_other<kPass>(z, d[k]) : line.at(z);
+      for (int i = 0; i < kPacks; i++) {
+        if (i * kThreads >= part.left) break;
+        store_bits(part.y + i * kThreads * K, numbers.gradient(row, gradient, i, part.class_ + i * kThreads * K));
       }
-      store_bits(part.y + i * kThreads * K, packed<T>(x));
+    } else {
+      const GradientLine<T, kTerms == Terms::kPlain> line(row);
+      if (part.single >= 0) {
+        row_gradient(again)[part.single] =
+            from_compute<T>(line.at(z_of<kTerms>(params, row, to_compute(singles[thread]))));
+      }
+#pragma unroll
+      for (int i = 0; i < kPacks; i++) {
+        if (i * kThreads >= part.left) break;
+        C x[K];
+        unpack_again<T>(packs[i], x);
+#pragma unroll
+        for (int k = 0; k < K; k++) x[k] = line.at(z_of<kTerms>(params, row, x[k]));
+        store_bits(part.y + i * kThreads * K, packed<T>(x));
+      }
     }
     if (owns_target) row_gradient(again)[target] = gradient_of_target;  // after the pack that holds it
   }

@@ -1,7 +1,7 @@
 // One pass over rows of any length: losses alone, and gradients from a stored softmax.
 #pragma once
 
-#include "cuda/cross_entropy_walk.cuh"
+#include "cuda/cross_entropy_dense.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -135,12 +135,18 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
     }
     const C x_target = target >= 0 ? to_compute(x[target]) : C(0);
     row.set_softmax(row.stored(), scale);
-    const GradientLine<T, kTerms == Terms::kPlain> line(row);
+    const TermsGradient<T, kTerms> of_row(row);
     const auto gradient = [&](C value, int64_t c, C d) {
       const C z = z_of<kTerms>(params, row, value);
-      if constexpr (kPass == CrossEntropyPass::kTargetBackward) return row.target_gradient(z, c);
-      if constexpr (kTerms != Terms::kAll) return line.at(z);
-      return row.template gradient_of_other<kPass>(z, d);
+      if constexpr (kPass == CrossEntropyPass::kTargetBackward) {
+        return row.target_gradient(z, c);
+      } else if constexpr (kTerms != Terms::kAll) {
+        return of_row.at(z);
+      } else if constexpr (kPass == CrossEntropyPass::kBackward) {
+        return of_row.at(row, z, d);
+      } else {
+        return row.template gradient_of_other<kPass>(z, d);
+      }
     };
 #pragma unroll
     for (int i = 0; i < kStreamPacks; i++) {
