@@ -50,18 +50,22 @@ struct TermsGradient<T, Terms::kAll> : DenseGradient<T> {
   using DenseGradient<T>::DenseGradient;
 };
 
+// Each pack of 16 bytes has two in registers: of its logits, which become z for float, and of its probabilities.
+// With is_small_cap() they become floats.
 template <class T, int kPacks>
 class DenseNumbers {
   using C = Compute<T>;
   using Row = TermsRow<T, Terms::kAll>;
   using RowSoftmax = Softmax<T, true>;
   static constexpr int K = kPackSize<T>;
+  static constexpr bool kIsHalf = sizeof(T) < sizeof(float);
 
  public:
-  // The class probabilities of the part's packs, all before the first is used.
+  // All loads before the first is used.
   template <class Index>
   __device__ __forceinline__ void load(const CrossEntropyParams<T>& params, int64_t n, const RowPart<T, Index>& part,
                                        int n_threads) {
+    part.load(0, n_threads, packs_);
     if (params.has_class_indices) return;
     const T* const from = params.probabilities + n * params.probabilities_stride + part.class_;
     const bool is_aligned = elements_to_alignment(from) == 0;
@@ -75,118 +79,116 @@ class DenseNumbers {
 
   // Adds the packs, of which pack i exists if i * n_threads < left, to the softmax, which is empty.
   __device__ __forceinline__ void add(const CrossEntropyParams<T>& params, const Row& row, RowSoftmax& softmax,
-                                      const uint4 (&packs)[kPacks], int left, int n_threads, int64_t c) {
-    if constexpr (sizeof(T) < sizeof(float)) {
-      if (is_small_cap(params, row.has_dense())) return add_capped(params, softmax, packs, left, n_threads);
+                                      int left, int n_threads, int c) {
+    if constexpr (kIsHalf) {
+      if (is_small_cap(params, row.has_dense())) return add_capped(params, softmax, left, n_threads);
     }
-    C largest = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kPacks; i++) {
       if (i * n_threads >= left) break;
-      C x[K];
-      unpack<T>(packs[i], x);
+      C z[K], d[K];
+      unpack<T>(packs_[i], z);
 #pragma unroll
-      for (int k = 0; k < K; k++) {
-        const C z = row.transformed_compute(x[k]);
-        values_[i * K + k] = z;
-        largest = fmax(largest, z);
-      }
-    }
-    softmax.rescale_to(largest);
-    const Exponential<T> exponential(softmax.max);
-    C sums[2] = {}, dense_loss = 0, dense_sum = 0;
-#pragma unroll
-    for (int i = 0; i < kPacks; i++) {
-      if (i * n_threads >= left) break;
-#pragma unroll
-      for (int k = 0; k < K; k++) sums[k & 1] += exponential(values_[i * K + k]);
+      for (int k = 0; k < K; k++) z[k] = row.transformed_compute(z[k]);
+      if constexpr (!kIsHalf) packs_[i] = packed<T>(z);
+      softmax.template add<K>(z);
       if (!row.has_dense()) continue;
-      C d[K];
-      row.template dense<K>(probabilities_[i], c + int64_t(i) * n_threads * K, d);
+      row.template dense<K>(probabilities_[i], c + i * n_threads * K, d);
 #pragma unroll
-      for (int k = 0; k < K; k++) {
-        dense_loss += d[k] * (exponential.from() - values_[i * K + k]);
-        dense_sum += d[k];
-      }
+      for (int k = 0; k < K; k++) softmax.add_dense(z[k], d[k]);
     }
-    softmax.sum += exponential.corrected(sums[0] + sums[1]);
-    softmax.dense_loss += dense_loss;
-    softmax.dense_sum += dense_sum;
   }
 
   // What makes gradients of the numbers; call after set_softmax().
-  class Gradient {
+  class Gradient : public DenseGradient<T> {
    public:
     __device__ __forceinline__ Gradient(const CrossEntropyParams<T>& params, const Row& row,
                                         const DenseNumbers& numbers)
-        : dense_(row), is_small_cap_(is_small_cap(params, row.has_dense())) {
-      if constexpr (sizeof(T) < sizeof(float)) {
+        : DenseGradient<T>(row), is_small_cap_(is_small_cap(params, row.has_dense())) {
+      if constexpr (kIsHalf) {
         if (is_small_cap_) factor_ = 4 * row.line().factor * exp_of<T>(numbers.max_ - row.max());
       }
     }
 
-    __device__ __forceinline__ C at(const Row& row, C z, C d) const { return dense_.at(row, z, d); }
-
    private:
     friend DenseNumbers;
-    const DenseGradient<T> dense_;
     const bool is_small_cap_;
     C factor_ = 0;
   };
 
   // The gradients of pack i, whose first class is c.
-  __device__ __forceinline__ uint4 gradient(const Row& row, const Gradient& gradient, int i, int64_t c) const {
+  __device__ __forceinline__ uint4 gradient(const Row& row, const Gradient& gradient, int i, int c) const {
     C y[K];
-    if (gradient.is_small_cap_) {
+    if constexpr (kIsHalf) {
+      if (gradient.is_small_cap_) {
+        get(i, y);
 #pragma unroll
-      for (int k = 0; k < K; k++) y[k] = values_[i * K + k] * gradient.factor_;
-    } else {
-      C d[K] = {};
-      if (row.has_dense()) row.template dense<K>(probabilities_[i], c, d);
-#pragma unroll
-      for (int k = 0; k < K; k++) y[k] = gradient.at(row, values_[i * K + k], d[k]);
+        for (int k = 0; k < K; k++) y[k] *= gradient.factor_;
+        return packed<T>(y);
+      }
     }
+    C d[K] = {};
+    if (row.has_dense()) row.template dense<K>(probabilities_[i], c, d);
+    unpack_again<T>(packs_[i], y);
+#pragma unroll
+    for (int k = 0; k < K; k++) y[k] = gradient.at(row, kIsHalf ? row.transformed_compute(y[k]) : y[k], d[k]);
     return packed<T>(y);
   }
 
  private:
-  // Leaves exp(z - max) r (1 - r) in the values, where max is that of this thread.
-  __device__ __forceinline__ void add_capped(const CrossEntropyParams<T>& params, RowSoftmax& softmax,
-                                             const uint4 (&packs)[kPacks], int left, int n_threads) {
+  __device__ __forceinline__ void get(int i, float (&x)[8]) const {
+    const uint4 a = packs_[i], b = probabilities_[i];
+    const uint32_t words[] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int k = 0; k < 8; k++) x[k] = __uint_as_float(words[k]);
+  }
+  __device__ __forceinline__ void set(int i, const float (&x)[8]) {
+    uint32_t words[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++) words[k] = __float_as_uint(x[k]);
+    packs_[i] = uint4{words[0], words[1], words[2], words[3]};
+    probabilities_[i] = uint4{words[4], words[5], words[6], words[7]};
+  }
+
+  // Leaves exp(z - max) r (1 - r) in the registers, where max is that of this thread.
+  __device__ __forceinline__ void add_capped(const CrossEntropyParams<T>& params, RowSoftmax& softmax, int left,
+                                             int n_threads) {
     constexpr float kTwoLog2e = 2.88539008f;
-    const C rate = kTwoLog2e / params.softcap, scale = params.logit_scale;
-    C least = INFINITY;
+    const float rate = kTwoLog2e / params.softcap, scale = params.logit_scale;
+    float least = INFINITY;
 #pragma unroll
     for (int i = 0; i < kPacks; i++) {
       if (i * n_threads >= left) break;
-      C x[K];
-      unpack<T>(packs[i], x);
+      float r[K];
+      unpack<T>(packs_[i], r);
 #pragma unroll
       for (int k = 0; k < K; k++) {
-        const C r = reciprocal_approximate(exp2_approximate(x[k] * scale * rate) + 1);
-        values_[i * K + k] = r;
-        least = fmin(least, r);
+        r[k] = reciprocal_approximate(exp2_approximate(r[k] * scale * rate) + 1);
+        least = fmin(least, r[k]);
       }
+      set(i, r);
     }
     softmax.max = max_ = params.softcap - 2 * params.softcap * least;
-    const C to_exponent = -params.softcap * kTwoLog2e;
-    C sums[2] = {};
+    const float to_exponent = -params.softcap * kTwoLog2e;
+    float sums[2] = {};
 #pragma unroll
     for (int i = 0; i < kPacks; i++) {
       if (i * n_threads >= left) break;
+      float r[K];
+      get(i, r);
 #pragma unroll
       for (int k = 0; k < K; k++) {
-        const C r = values_[i * K + k], e = exp2_approximate((r - least) * to_exponent);
+        const float e = exp2_approximate((r[k] - least) * to_exponent);
         sums[k & 1] += e;
-        values_[i * K + k] = e * fma(-r, r, r);
+        r[k] = e * fmaf(-r[k], r[k], r[k]);
       }
+      set(i, r);
     }
     softmax.sum = sums[0] + sums[1];
   }
 
-  C values_[kPacks * K];  // z, or what add_capped() makes of it
-  C max_;
-  uint4 probabilities_[kPacks];
+  uint4 packs_[kPacks], probabilities_[kPacks];
+  C max_;  // with is_small_cap()
 };
 
 }  // namespace

@@ -62,16 +62,19 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       return RowPart<T, int>(row_logits(row_n), row_gradient(row_n), static_cast<int>(params.n_classes), thread,
                              joiner.rank(), log2_cluster);
     };
-    uint4 packs[kPacks];
-    [[maybe_unused]] DenseNumbers<T, kPacks> numbers;  // kAll: in place of the packs, from add() on
+    [[maybe_unused]] uint4 packs[kPacks];
+    [[maybe_unused]] DenseNumbers<T, kPacks> numbers;  // kAll: in place of the packs
     RowSoftmax softmax;
     bool is_counted;
     {
       // The target's load comes first and is used last, since what follows it waits for it.
       const int64_t loaded_target = Row::load_target(params, n);
       const RowPart<T, int> part = part_of(n);
-      part.load(0, kThreads, packs);
-      if constexpr (kTerms == Terms::kAll) numbers.load(params, n, part, kThreads);
+      if constexpr (kTerms == Terms::kAll) {
+        numbers.load(params, n, part, kThreads);
+      } else {
+        part.load(0, kThreads, packs);
+      }
       const T single = part.single >= 0 ? row_logits(n)[part.single] : from_compute<T>(-INFINITY);
       const Row row(params, n, loaded_target);
       is_counted = row.is_counted();
@@ -82,7 +85,7 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
         if (lane == 0) state.row = row.saved();
         if (part.single >= 0) singles[thread] = single;
         if constexpr (kTerms == Terms::kAll) {
-          numbers.add(params, row, softmax, packs, part.left, kThreads, part.class_);
+          numbers.add(params, row, softmax, part.left, kThreads, part.class_);
         } else {
           add_packs<kTerms>(params, row, softmax, packs, part.left, kThreads, part.class_);
         }
