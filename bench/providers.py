@@ -110,11 +110,11 @@ class Workload:
     def call(self, forward: Callable[..., Tensor]) -> Call:
         """The output and the gradients of the leaves."""
         leaves = [t.detach().requires_grad_() for t in self.leaves]  # the same memory
-        arguments, cotangent = self.arguments, self.cotangent
+        arguments, gradients = self.arguments, gradients_with(self.cotangent)
 
         def call() -> tuple[Tensor, ...]:
             output = forward(*leaves, *arguments)
-            return output, *torch.autograd.grad(output, leaves, cotangent)
+            return output, *gradients(output, leaves)
 
         return call
 
@@ -156,6 +156,17 @@ class Workload:
 
     def _cotangents(self) -> tuple[Tensor, ...]:
         return () if self.cotangent is None else (self.cotangent,)
+
+
+def gradients_with(cotangent: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+    """torch.autograd.grad with a cotangent. None: 1, made by the first call; loss.backward() fills one each time."""
+
+    def gradients(output: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        nonlocal cotangent
+        cotangent = torch.ones_like(output) if cotangent is None else cotangent
+        return torch.autograd.grad(output, inputs, cotangent)
+
+    return gradients
 
 
 def assert_close(actual: Tensor, baseline: Tensor, exact: Tensor, label: str) -> None:

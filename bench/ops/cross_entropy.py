@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.providers import CHECKED_ELEMENTS, Call, Unavailable, Workload, assert_close, imported, spread_rows, to_jax
+from bench.providers import (
+    CHECKED_ELEMENTS,
+    Call,
+    Unavailable,
+    Workload,
+    assert_close,
+    gradients_with,
+    imported,
+    spread_rows,
+    to_jax,
+)
 from charlm import functional
 
 INPLACE = {"inplace_forward": "forward", "inplace_backward": "backward"}
@@ -46,7 +56,7 @@ class CrossEntropy(Workload):
         elif variant == "token_weight":
             self.options = {"token_weight": self.uniform(n) + 0.5}
         self.options |= OWN_OPTIONS.get(variant, {})
-        self.leaves, self.arguments, self.copied = (logits,), (target,), (logits,)
+        self.leaves, self.arguments, self.copied = (logits,), (target,), (logits.contiguous(),)
         forward_only = variant == "forward_only"
         self.parts = "output" if forward_only else "both"
         self.bounds = ("read",) if forward_only else ("scale", "copy")
@@ -54,8 +64,9 @@ class CrossEntropy(Workload):
         self.gpu_peers = ("liger", "quack") if variant in ("default", *INPLACE) else ()
 
     def minimal_bytes(self) -> int:
-        not_written = self.leaves[0].nbytes if self.case.variant == "forward_only" else 0
-        return super().minimal_bytes() - not_written
+        """Where the gradient is not made in forward, backward reads the logits again."""
+        times = {"forward_only": -1, "reduction_none": 1, "inplace_backward": 1}.get(self.case.variant, 0)
+        return super().minimal_bytes() + times * self.leaves[0].nbytes
 
     def forward(self, provider: str) -> Callable[..., Tensor]:
         if provider == "liger":
@@ -84,9 +95,11 @@ class CrossEntropy(Workload):
         memory = logits.clone().untyped_storage()
         leaf = logits.new_zeros(()).expand(logits.shape).requires_grad_()  # their shape, and memory for one element
 
+        gradients = gradients_with(None)
+
         def call() -> tuple[Tensor, Tensor]:
             loss = forward(_Produced.apply(leaf, memory), target)
-            return loss, torch.autograd.grad(loss, leaf)[0]
+            return loss, gradients(loss, [leaf])[0]
 
         return call
 
@@ -192,7 +205,7 @@ def composed(
         losses = losses + lse_square_scale * logits.logsumexp(-1).square()
     total = len(losses) if token_weight is None else token_weight.sum()
     losses = losses if token_weight is None else losses * token_weight.to(losses.dtype)
-    return losses if reduction == "none" else losses.sum() / total
+    return losses if reduction == "none" else (losses.sum() / total).to(losses.dtype)
 
 
 class _Produced(torch.autograd.Function):

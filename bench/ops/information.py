@@ -34,6 +34,10 @@ class Information(Workload):
         self.cotangent = self.uniform(*((n, v) if op == "kl_div" else (n,))).to(self.dtype)
         self.labels = ("output", "p.grad", "q.grad")[: 2 + two]
 
+    def minimal_bytes(self) -> int:
+        """Backward reads the inputs again."""
+        return super().minimal_bytes() + sum(t.nbytes for t in self.leaves)
+
     def elements(self) -> int:
         return sum(t.numel() for t in self.leaves)
 

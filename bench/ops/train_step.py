@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.providers import Call, Unavailable, Workload, assert_close, compiled, load_jax, to_jax
+from bench.providers import Call, Unavailable, Workload, assert_close, compiled, gradients_with, load_jax, to_jax
 from charlm import functional
 
 EXAMPLES = 1 << 17
@@ -101,9 +101,11 @@ class TrainStep(Workload):
     def gradients(self, loss_of: Callable[..., Tensor], parameters: list[Tensor], rows: tuple[Tensor, ...]) -> Call:
         """The loss and the gradients, launched by Python or, for "graph" on a GPU, by a CUDA graph."""
 
+        gradients = gradients_with(None)
+
         def call() -> tuple[Tensor, ...]:
             loss = loss_of(*parameters, *rows)
-            return loss, *torch.autograd.grad(loss, parameters)
+            return loss, *gradients(loss, parameters)
 
         if self.case.variant != "graph" or self.device != "cuda":
             return call
@@ -111,12 +113,12 @@ class TrainStep(Workload):
         with torch.cuda.stream(stream):
             for _ in range(3):
                 call()
-        stream.synchronize()
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             result = call()
 
-        def replay() -> tuple[Tensor, ...]:
+        def replay(kept_alive: object = (call, stream)) -> tuple[Tensor, ...]:
             graph.replay()
             return result
 

@@ -94,6 +94,19 @@ class Device {
     check(kernel(params, launch));
   }
 
+  // Sets one of two pointers to a gradient of the caller's, of which kernels read Compute<T>: a GPU's kernel can
+  // convert it as it reads. The returned tensor keeps the memory.
+  template <class T>
+  at::Tensor gradient(const at::Tensor& given, const Compute<T>*& converted, const T*& unconverted) const {
+    constexpr at::ScalarType kDtype = __is_same(T, BFloat16) ? at::kBFloat16 : at::kHalf;
+    const bool as_given = is_gpu() && sizeof(T) == 2 && given.scalar_type() == kDtype;
+    const at::ScalarType dtype = sizeof(T) == sizeof(double) ? at::kDouble : at::kFloat;
+    const at::Tensor gradient = (as_given ? given : given.to(dtype)).contiguous();
+    converted = as_given ? nullptr : static_cast<const Compute<T>*>(gradient.const_data_ptr());
+    unconverted = as_given ? static_cast<const T*>(gradient.const_data_ptr()) : nullptr;
+    return gradient;
+  }
+
   // Waits for all work on the GPU, unless the stream is being captured, and raises its recorded IndexError.
   void wait() const;
 

@@ -99,6 +99,7 @@ class Launcher {
  public:
   Launcher(const CrossEntropyParams<T>& params, const Launch& launch)
       : params_(params), launch_(launch), has_clusters_(launch.compute_capability >= kSm90) {
+    if (params.mean) reduction_.known_divisor = divisor(params, {static_cast<double>(params.n_rows), params.n_rows});
     reduction_.totals = static_cast<Totals*>(launch.workspace);
     reduction_.losses = reinterpret_cast<double*>(reduction_.totals + kMaxTotals);
     reduction_.n_finished = reinterpret_cast<unsigned*>(reduction_.losses + kMaxBlocks);

@@ -16,40 +16,6 @@ __device__ __forceinline__ bool is_small_cap(const CrossEntropyParams<T>& params
   return sizeof(T) < sizeof(float) && params.softcap > 0 && params.softcap <= kMaxSmallCap && !has_dense;
 }
 
-// The gradient of a class that is not the target, from its z and its d_c.
-template <class T>
-class DenseGradient {
-  using C = Compute<T>;
-  using Row = TermsRow<T, Terms::kAll>;
-
- public:
-  __device__ __forceinline__ explicit DenseGradient(const Row& row)
-      : exponential_(row.max()),
-        factor_(exponential_.corrected_factor(row.line().factor, row.max())),
-        dense_factor_(row.dense_line_factor()) {}
-
-  __device__ __forceinline__ C at(const Row& row, C z, C d) const {
-    if constexpr (Exponential<T>::kIsExact) {
-      return row.template gradient_of_other<CrossEntropyPass::kForwardBackward>(z, d);
-    } else {
-      return fma(exponential_(z), factor_, -d * dense_factor_) * row.cap_slope(z);
-    }
-  }
-
- private:
-  const Exponential<T> exponential_;
-  const C factor_, dense_factor_;
-};
-
-template <class T, Terms kTerms>
-struct TermsGradient : GradientLine<T, kTerms == Terms::kPlain> {
-  using GradientLine<T, kTerms == Terms::kPlain>::GradientLine;
-};
-template <class T>
-struct TermsGradient<T, Terms::kAll> : DenseGradient<T> {
-  using DenseGradient<T>::DenseGradient;
-};
-
 // Each pack of 16 bytes has two in registers: of its logits, which become z for float, and of its probabilities.
 // With is_small_cap() they become floats.
 template <class T, int kPacks>
@@ -88,8 +54,7 @@ class DenseNumbers {
       if (i * n_threads >= left) break;
       C z[K], d[K];
       unpack<T>(packs_[i], z);
-#pragma unroll
-      for (int k = 0; k < K; k++) z[k] = row.transformed_compute(z[k]);
+      row.template transform<K>(z);
       if constexpr (!kIsHalf) packs_[i] = packed<T>(z);
       softmax.template add<K>(z);
       if (!row.has_dense()) continue;
@@ -99,39 +64,29 @@ class DenseNumbers {
     }
   }
 
-  // What makes gradients of the numbers; call after set_softmax().
-  class Gradient : public DenseGradient<T> {
-   public:
-    __device__ __forceinline__ Gradient(const CrossEntropyParams<T>& params, const Row& row,
-                                        const DenseNumbers& numbers)
-        : DenseGradient<T>(row), is_small_cap_(is_small_cap(params, row.has_dense())) {
-      if constexpr (kIsHalf) {
-        if (is_small_cap_) factor_ = 4 * row.line().factor * exp_of<T>(numbers.max_ - row.max());
-      }
+  // Call after set_softmax(), before gradient().
+  __device__ __forceinline__ void begin_gradients(const CrossEntropyParams<T>& params, const Row& row) {
+    if constexpr (kIsHalf) {
+      if (is_small_cap(params, row.has_dense())) factor_ = 4 * row.line().factor * exp_of<T>(max_ - row.max());
     }
-
-   private:
-    friend DenseNumbers;
-    const bool is_small_cap_;
-    C factor_ = 0;
-  };
+  }
 
   // The gradients of pack i, whose first class is c.
-  __device__ __forceinline__ uint4 gradient(const Row& row, const Gradient& gradient, int i, int c) const {
+  __device__ __forceinline__ uint4 gradient(const CrossEntropyParams<T>& params, const Row& row, int i, int c) const {
     C y[K];
     if constexpr (kIsHalf) {
-      if (gradient.is_small_cap_) {
+      if (is_small_cap(params, row.has_dense())) {
         get(i, y);
 #pragma unroll
-        for (int k = 0; k < K; k++) y[k] *= gradient.factor_;
+        for (C& value : y) value *= factor_;
         return packed<T>(y);
       }
     }
     C d[K] = {};
     if (row.has_dense()) row.template dense<K>(probabilities_[i], c, d);
     unpack_again<T>(packs_[i], y);
-#pragma unroll
-    for (int k = 0; k < K; k++) y[k] = gradient.at(row, kIsHalf ? row.transformed_compute(y[k]) : y[k], d[k]);
+    if constexpr (kIsHalf) row.template transform<K>(y);
+    row.template gradients_of_others<K>(y, d);
     return packed<T>(y);
   }
 
@@ -188,7 +143,7 @@ class DenseNumbers {
   }
 
   uint4 packs_[kPacks], probabilities_[kPacks];
-  C max_;  // with is_small_cap()
+  C max_ = 0, factor_ = 0;  // with is_small_cap()
 };
 
 }  // namespace

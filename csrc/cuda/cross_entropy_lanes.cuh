@@ -103,7 +103,7 @@ struct SmallRow {
     const int64_t n = int64_t(chunk) * chunk_rows + r;
     if (n >= params.n_rows) return;
     if (params.token_weight) factor = params.token_weight[n];
-    if (params.grad_loss) factor *= params.grad_loss[n * params.grad_loss_stride];
+    factor *= grad_loss_of(params, n);
     if (pass == CrossEntropyPass::kBackward) {
       max = params.row_max[n];
       sum = params.row_sum[n];
@@ -178,13 +178,13 @@ __device__ __forceinline__ void pass_over_row(const CrossEntropyParams<T>& param
       }
       loss *= row.factor;
       state.loss_sum() += loss;
-      if (params.loss) params.loss[row.n()] = loss;
+      store_loss(params, row.n(), loss);
     }
     if (row.exists() && is_first) {
       const int64_t n = row.n();
       params.row_max[n] = row.is_counted() ? max : 0;
       params.row_sum[n] = row.is_counted() ? sum : 1;
-      if (!row.is_counted() && params.loss) params.loss[n] = 0;
+      if (!row.is_counted()) store_loss(params, n, 0.0f);
     }
   }
   // See CrossEntropyRow::gradient().

@@ -14,11 +14,10 @@ template <class T, Terms kTerms, int kThreads, int kPacks>
 struct RegisterShape {
   static constexpr int kBlockThreads = kThreads == kWarp ? 128 : kThreads;
   static constexpr int kRows = kBlockThreads / kThreads;  // of a block
-  // As many as 8 packs leave without spilling: 64 registers for each thread, 80 or 128 with more terms.
-  static constexpr int kResidentThreads = kTerms == Terms::kPlain     ? (kThreads == kWarp ? 896 : 1024)
-                                          : kTerms == Terms::kUniform ? 896
-                                          : kPacks == 2               ? 1024
-                                                                      : 768;
+  // As many as 8 packs leave without spilling: 64, 72 or 80 registers for each thread.
+  static constexpr int kResidentThreads = kTerms == Terms::kAll                            ? (kPacks == 2 ? 896 : 768)
+                                          : kTerms == Terms::kUniform || kThreads == kWarp ? 896
+                                                                                           : 1024;
   static constexpr int kResidentBlocks = kResidentThreads / kBlockThreads < 1 ? 1 : kResidentThreads / kBlockThreads;
 };
 
@@ -136,15 +135,15 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
     const T gradient_of_target =
         from_compute<T>(owns_target ? row.template gradient_of_target<kPass>(target_logit) : C(0));
     if constexpr (kTerms == Terms::kAll) {
-      const typename DenseNumbers<T, kPacks>::Gradient gradient(params, row, numbers);
+      numbers.begin_gradients(params, row);
       if (part.single >= 0) {
-        const C z = row.transformed(singles[thread]), d = row.has_dense() ? row.dense(part.single) : C(0);
-        row_gradient(again)[part.single] = from_compute<T>(gradient.at(row, z, d));
+        row_gradient(again)[part.single] =
+            from_compute<T>(row.template gradient<kPass>(row.transformed(singles[thread]), part.single));
       }
 #pragma unroll
       for (int i = 0; i < kPacks; i++) {
         if (i * kThreads >= part.left) break;
-        store_bits(part.y + i * kThreads * K, numbers.gradient(row, gradient, i, part.class_ + i * kThreads * K));
+        store_bits(part.y + i * kThreads * K, numbers.gradient(params, row, i, part.class_ + i * kThreads * K));
       }
     } else {
       const GradientLine<T, kTerms == Terms::kPlain> line(row);

@@ -37,6 +37,19 @@ __device__ __forceinline__ Compute<T> tanh_of(Compute<T> u) {
   return square < 0.015625f ? near : far;
 }
 
+// Of row n; 1 if there is none.
+template <class T>
+__device__ __forceinline__ Compute<T> grad_loss_of(const CrossEntropyParams<T>& params, int64_t n) {
+  if (!params.grad_loss && !params.unconverted_grad_loss) return 1;
+  return load_gradient<T>(params.grad_loss, params.unconverted_grad_loss, n * params.grad_loss_stride);
+}
+
+template <class T>
+__device__ __forceinline__ void store_loss(const CrossEntropyParams<T>& params, int64_t n, Compute<T> loss) {
+  if (params.loss) params.loss[n] = loss;
+  if (params.rounded_loss) params.rounded_loss[n] = from_compute<T>(loss);
+}
+
 template <class T, bool kPlain>
 class CrossEntropyRow {
   using C = Compute<T>;
@@ -101,6 +114,17 @@ class CrossEntropyRow {
     return params_.softcap > 0 ? params_.softcap * tanh_of<T>(over_softcap(x)) : x;
   }
 
+  // The same for K logits. The branch is outside of the loop, so that no element waits for another.
+  template <int K>
+  __device__ __forceinline__ void transform(C (&x)[K]) const {
+    if constexpr (kPlain) return;
+#pragma unroll
+    for (C& value : x) value *= params_.logit_scale;
+    if (!(params_.softcap > 0)) return;
+#pragma unroll
+    for (C& value : x) value = params_.softcap * tanh_of<T>(over_softcap(value));
+  }
+
   // z of the target class, where `x` are the logits of the row; 0 without a target.
   __device__ __forceinline__ C target_logit(const T* x) const {
     return has_class_indices() && is_counted() ? transformed(x[target_]) : C(0);
@@ -145,7 +169,7 @@ class CrossEntropyRow {
     params_.row_max[n_] = softmax.max;
     params_.row_sum[n_] = softmax.sum;
     if (params_.row_dense_sum) params_.row_dense_sum[n_] = softmax.dense_sum;
-    if (params_.loss) params_.loss[n_] = loss;
+    store_loss(params_, n_, loss);
   }
 
   __device__ __forceinline__ void store_uncounted() const {
@@ -170,8 +194,7 @@ class CrossEntropyRow {
   __device__ __forceinline__ void set_softmax(const RowSoftmax& softmax, double scale) {
     max_ = softmax.max;
     sum_ = softmax.sum;
-    const C grad_loss = params_.grad_loss ? params_.grad_loss[n_ * params_.grad_loss_stride] : C(1);
-    g_ = static_cast<C>(grad_loss * scale * token_weight_);
+    g_ = static_cast<C>(grad_loss_of(params_, n_) * scale * token_weight_);
     if constexpr (!kPlain) {
       dense_factor_ = softmax.dense_sum;
       if (params_.lse_square_scale != 0) {
@@ -206,6 +229,20 @@ class CrossEntropyRow {
     return finished_gradient<kPass>((e * softmax_factor_ - d) * g_, z, e / sum_);
   }
 
+  // Turns the z of K other classes, whose d_c are `d`, into their gradients.
+  template <int K>
+  __device__ __forceinline__ void gradients_of_others(C (&z)[K], const C (&d)[K]) const {
+    C slopes[K];
+#pragma unroll
+    for (C& slope : slopes) slope = params_.logit_scale;
+    if (params_.softcap > 0) {
+#pragma unroll
+      for (int k = 0; k < K; k++) slopes[k] = softcap_slope(z[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++) z[k] = (exp_of<T>(z[k] - max_) * softmax_factor_ - d[k]) * g_ * slopes[k];
+  }
+
   // The gradient of another class is e * factor - constant, if all d_c are equal and there is no softcap.
   struct Line {
     C factor, constant;
@@ -220,14 +257,6 @@ class CrossEntropyRow {
     return {softmax_factor_ * g, kPlain ? C(0) : uniform_dense() * g};
   }
   __device__ __forceinline__ C max() const { return max_; }
-  // The factor of d_c in the same gradient.
-  __device__ __forceinline__ C dense_line_factor() const { return g_ * params_.logit_scale; }
-  // dz/dx at z, without logit_scale.
-  __device__ __forceinline__ C cap_slope(C z) const {
-    if (!(params_.softcap > 0)) return 1;
-    const C t = over_softcap(z);
-    return 1 - t * t;
-  }
 
   __device__ __forceinline__ bool has_dense() const {
     return !kPlain && (!params_.has_class_indices || params_.label_smoothing > 0);
@@ -321,12 +350,21 @@ class CrossEntropyRow {
     if constexpr (sizeof(T) >= sizeof(float)) {
       return x / params_.softcap;
     } else {
-      return x * (1 / params_.softcap);
+      constexpr float kLargest = 0x1.fffffep127f;
+      return x * fminf(1 / params_.softcap, kLargest);
     }
   }
 
+  __device__ __forceinline__ C softcap_slope(C z) const {
+    const C t = over_softcap(z);
+    return params_.logit_scale * (1 - t * t);
+  }
+
   // dz/dx at z.
-  __device__ __forceinline__ C slope(C z) const { return params_.logit_scale * cap_slope(z); }
+  __device__ __forceinline__ C slope(C z) const {
+    if (!(params_.softcap > 0)) return params_.logit_scale;
+    return softcap_slope(z);
+  }
 
   const CrossEntropyParams<T>& params_;
   const int64_t n_;
@@ -351,7 +389,7 @@ struct Totals {
 
 // Blocks that count the targets: each lane of a warp adds up two of their totals.
 constexpr int kMaxTotals = 2 * kWarp;
-constexpr int kTotalsThreads = 256;
+constexpr int kTotalsThreads = 1024;
 constexpr int kTargetsInFlight = 4;  // targets that a thread loads at once
 
 // What the kernels of a call share.
@@ -359,6 +397,7 @@ struct Reduction {
   Totals* totals = nullptr;        // [kMaxTotals], of which n_totals are written
   double* losses = nullptr;        // [kMaxBlocks], by the blocks of the second kernel
   unsigned* n_finished = nullptr;  // [], of these blocks
+  double known_divisor = 1;        // without totals
   int n_totals = 0;
   bool is_dependent = false;  // the second kernel must wait for the first
 };
@@ -390,13 +429,14 @@ __device__ __forceinline__ Totals count_targets(const CrossEntropyParams<T>& par
       sum.count++;
     }
   }
-  sum.weight = sum_over_block(sum.weight, weights);
   sum.count = sum_over_block(sum.count, counts);
+  sum.weight =
+      params.weight || params.token_weight ? sum_over_block(sum.weight, weights) : static_cast<double>(sum.count);
   return sum;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTotalsThreads, kMinResidentBlocks)
+__global__ void __launch_bounds__(kTotalsThreads)
     cross_entropy_prepare(const __grid_constant__ CrossEntropyParams<T> params, const Reduction reduction) {
   if (reduction.is_dependent) let_next_kernel_begin();
   if (blockIdx.x == 0 && threadIdx.x == 0) *reduction.n_finished = 0;
@@ -408,7 +448,7 @@ __global__ void __launch_bounds__(kTotalsThreads, kMinResidentBlocks)
 
 // The divisor of the sum of the losses.
 template <class T>
-__device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Totals& totals) {
+__host__ __device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Totals& totals) {
   return params.zero_if_all_ignored && totals.count == 0 ? 1 : totals.weight;
 }
 
@@ -416,16 +456,19 @@ __device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, c
 template <class T>
 __device__ __forceinline__ double divisor(const CrossEntropyParams<T>& params, const Reduction& reduction) {
   if (reduction.is_dependent) wait_for_previous_kernel();
-  if (!params.mean) return 1;
-  if (reduction.n_totals == 0) return divisor(params, {static_cast<double>(params.n_rows), params.n_rows});
-  // Loops that are not unrolled: the threads that call this hold a row in their registers.
+  if (reduction.n_totals == 0) return reduction.known_divisor;
+  // Few registers: the threads that call this hold a row in theirs.
   const auto sum_of = [&](auto member) {
-    auto sum = (Totals{}).*member;
+    const int first = threadIdx.x % kWarp, second = first + kWarp;
+    auto sum = (Totals{}).*member, other = sum;
+    if (first < reduction.n_totals) sum = reduction.totals[first].*member;
+    if (second < reduction.n_totals) other = reduction.totals[second].*member;
+    sum += other;
 #pragma unroll 1
-    for (int i = threadIdx.x % kWarp; i < reduction.n_totals; i += kWarp) sum += reduction.totals[i].*member;
-#pragma unroll 1
-    for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    return sum;
+    for (int step = kWarp / 2; step > 0 && reduction.n_totals > 1; step /= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, step);
+    }
+    return reduction.n_totals > 1 ? sum : __shfl_sync(kAllLanes, sum, 0);
   };
   if (params.zero_if_all_ignored && sum_of(&Totals::count) == 0) return 1;
   return sum_of(&Totals::weight);

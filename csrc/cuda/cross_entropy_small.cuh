@@ -103,11 +103,13 @@ typename SmallPlan<T>::Kernel words_kernel(int64_t n_classes, int lanes, bool is
   if constexpr (L == 1) {
     if (even == kFewer) return &cross_entropy_words<T, L, kFewer, true, true>;  // V = 27
   }
-  if constexpr (L == 2) {
-    if (even == L * kMost) return &cross_entropy_words<T, L, kMost, true, true>;  // V = 65
+  if constexpr (L == 2 || L == 8) {
+    if (even == L * kMost) return &cross_entropy_words<T, L, kMost, true, true>;  // V = 65 and 257
   }
-  return even <= L * kFewer ? &cross_entropy_words<T, L, kFewer, true, false>
-                            : &cross_entropy_words<T, L, kMost, true, false>;
+  if constexpr (L < 16) {
+    if (even <= L * kFewer) return &cross_entropy_words<T, L, kFewer, true, false>;
+  }
+  return &cross_entropy_words<T, L, kMost, true, false>;
 }
 
 template <class T>

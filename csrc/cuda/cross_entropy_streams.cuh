@@ -1,7 +1,7 @@
 // One pass over rows of any length: losses alone, and gradients from a stored softmax.
 #pragma once
 
-#include "cuda/cross_entropy_dense.cuh"
+#include "cuda/cross_entropy_walk.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
   constexpr int K = kPackSize<T>;
   double scale = 1;
   if (kPass == CrossEntropyPass::kBackward && params.grad_is_precomputed) {
-    if (*params.grad_loss == 1) return;
+    if (grad_loss_of(params, 0) == 1) return;
     // Each block counts all targets itself: for another factor, one launch is still faster than two.
     if (needs_totals(params)) {
       scale = reciprocal<T>(divisor(params, count_targets(params, threadIdx.x, blockDim.x)));
@@ -135,18 +135,12 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
     }
     const C x_target = target >= 0 ? to_compute(x[target]) : C(0);
     row.set_softmax(row.stored(), scale);
-    const TermsGradient<T, kTerms> of_row(row);
+    const GradientLine<T, kTerms == Terms::kPlain> line(row);
     const auto gradient = [&](C value, int64_t c, C d) {
       const C z = z_of<kTerms>(params, row, value);
-      if constexpr (kPass == CrossEntropyPass::kTargetBackward) {
-        return row.target_gradient(z, c);
-      } else if constexpr (kTerms != Terms::kAll) {
-        return of_row.at(z);
-      } else if constexpr (kPass == CrossEntropyPass::kBackward) {
-        return of_row.at(row, z, d);
-      } else {
-        return row.template gradient_of_other<kPass>(z, d);
-      }
+      if constexpr (kPass == CrossEntropyPass::kTargetBackward) return row.target_gradient(z, c);
+      if constexpr (kTerms != Terms::kAll) return line.at(z);
+      return row.template gradient_of_other<kPass>(z, d);
     };
 #pragma unroll
     for (int i = 0; i < kStreamPacks; i++) {
@@ -158,8 +152,13 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
       if constexpr (kTerms == Terms::kAll && kPass != CrossEntropyPass::kTargetBackward) {
         if (row.has_dense()) row.template dense<K>(c, d);
       }
+      if constexpr (kTerms == Terms::kAll && kPass == CrossEntropyPass::kBackward) {
+        row.template transform<K>(values);
+        row.template gradients_of_others<K>(values, d);
+      } else {
 #pragma unroll
-      for (int k = 0; k < K; k++) values[k] = gradient(values[k], c + k, d[k]);
+        for (int k = 0; k < K; k++) values[k] = gradient(values[k], c + k, d[k]);
+      }
       store_bits(part.y + int64_t(at) * K, packed<T>(values));
     }
     if (single >= 0) {
@@ -176,7 +175,7 @@ __global__ void __launch_bounds__(kRescaleThreads, kTerms == Terms::kPlain && si
 template <class T>
 __global__ void __launch_bounds__(kRescaleThreads, 2)
     cross_entropy_scale_gradient(const __grid_constant__ ScaleParams<T> params) {
-  const Compute<T> by = *params.factor;
+  const Compute<T> by = load_gradient<T>(params.factor, params.unconverted_factor, 0);
   if (by == 1) return;
   const int lane = threadIdx.x % kWarp, n_warps = blockDim.x / kWarp;
   const int64_t n_items = items_of<T>(params.n_columns), end = params.n_rows * n_items;

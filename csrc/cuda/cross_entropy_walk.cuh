@@ -111,8 +111,7 @@ __device__ __forceinline__ void add_packs(const CrossEntropyParams<T>& params, c
     for (int i = 0; i < kPacks; i++) {
       if (i * n_threads >= left) break;
       unpack<T>(packs[i], z);
-#pragma unroll
-      for (int k = 0; k < K; k++) z[k] = z_of<kTerms>(params, row, z[k]);
+      row.template transform<K>(z);
       softmax.template add<K>(z);
       if (!row.has_dense()) continue;
       row.template dense<K>(c + int64_t(i) * n_threads * K, d);
@@ -259,6 +258,7 @@ class Joiner {
     struct Words {
       uint64_t words[sizeof(Part) / sizeof(uint64_t)];
     };
+    static_assert(alignof(Part) >= sizeof(uint64_t));
     const Words from = __builtin_bit_cast(Words, part);
 #pragma unroll
     for (int i = 0; i < kWords; i++) {

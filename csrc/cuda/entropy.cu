@@ -157,7 +157,8 @@ struct EntropyOp {
         : row_(op.params.grad + n * op.params.n_classes),
           m_(op.params.row_max[n]),
           distance_(op.params.row_distance[n]),
-          factor_(op.params.grad_output[n] / op.params.row_sum[n]) {}
+          factor_(load_gradient<T>(op.params.grad_output, op.params.unconverted_grad_output, n) /
+                  op.params.row_sum[n]) {}
 
     template <int K>
     __device__ __forceinline__ void write(const Elements<T, K> (&x)[1], int64_t c) const {

@@ -35,7 +35,12 @@ template <bool kOne, int K, class T>
 __device__ __forceinline__ void load_grad_output(const KlDivParams<T>& params, int64_t i, Compute<T> (&g)[K]) {
   if constexpr (kOne) {
 #pragma unroll
-    for (int k = 0; k < K; k++) g[k] = *params.grad_output;
+    for (int k = 0; k < K; k++) g[k] = load_gradient<T>(params.grad_output, params.unconverted_grad_output, 0);
+  } else if (params.unconverted_grad_output) {
+    T given[K];
+    load_numbers<K>(params.unconverted_grad_output + i, given);
+#pragma unroll
+    for (int k = 0; k < K; k++) g[k] = to_compute(given[k]);
   } else {
     load_numbers<K>(params.grad_output + i, g);
   }
@@ -189,7 +194,8 @@ bool have_packs(const KlDivParams<T>& params) {
   const int head = elements_to_alignment(params.target);
   const auto is_aligned = [&](const auto* p) { return !p || reinterpret_cast<uintptr_t>(p + head) % kPackBytes == 0; };
   return is_aligned(params.input) && is_aligned(params.output) && is_aligned(params.grad_input) &&
-         is_aligned(params.grad_target) && (params.grad_stride == 0 || is_aligned(params.grad_output));
+         is_aligned(params.grad_target) &&
+         (params.grad_stride == 0 || (is_aligned(params.grad_output) && is_aligned(params.unconverted_grad_output)));
 }
 
 template <int K>

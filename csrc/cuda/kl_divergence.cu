@@ -251,7 +251,7 @@ struct KlDivergenceOp {
           mass_(kLogits ? C(1) : op.params.mass[n]),
           centre_(op.params.centre[n]) {
       const C p_sum = op.params.p_sum[n], q_sum = op.params.q_sum[n];
-      g_ = op.params.grad_output[n];
+      g_ = load_gradient<T>(op.params.grad_output, op.params.unconverted_grad_output, n);
       p_factor_ = g_ / p_sum;
       q_factor_ = g_ / q_sum;
       ratio_ = q_sum / p_sum;

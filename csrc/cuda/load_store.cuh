@@ -45,6 +45,12 @@ __device__ __forceinline__ T from_compute(Compute<T> x) {
   }
 }
 
+// Number i of a gradient (Device::gradient).
+template <class T>
+__device__ __forceinline__ Compute<T> load_gradient(const Compute<T>* converted, const T* unconverted, int64_t i) {
+  return unconverted ? to_compute(unconverted[i]) : converted[i];
+}
+
 constexpr int kPackBytes = 16;  // the widest load and store
 
 template <class T>

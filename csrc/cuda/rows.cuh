@@ -104,7 +104,7 @@ __device__ __forceinline__ double exp_of(double x) {
 // far and the sum of exponentials relative to it, and the results of the threads are joined. With kDense it also has
 // the sums over d_c of ops/cross_entropy.h.
 template <class T, bool kDense>
-struct Softmax {
+struct alignas(sizeof(uint64_t)) Softmax {  // 8 bytes at a time between the blocks of a cluster
   using C = Compute<T>;
 
   C max = -INFINITY;

@@ -148,9 +148,11 @@ void backward(const CrossEntropyOptions& options, const Tensor& given_grad_loss,
   TORCH_CHECK(given_grad_loss.numel() == (none ? n_rows : 1) && given_grad_loss.device() == input.device(),
               "grad_loss must have the shape and device of the loss, got ", given_grad_loss.sizes(), " on ",
               given_grad_loss.device());
-  const Tensor grad_loss = given_grad_loss.to(compute_dtype(input)).contiguous();
+  const Compute<T>* grad_loss = nullptr;
+  const T* unconverted = nullptr;
+  const Tensor keep_alive = call.device().template gradient<T>(given_grad_loss, grad_loss, unconverted);
   call.set_state(state);
-  call.set_gradient(grad, const_data<Compute<T>>(grad_loss), none);
+  call.set_gradient(grad, grad_loss, none, unconverted);
   (call.*write)();
 }
 
@@ -240,10 +242,9 @@ void scale_gradient_(Tensor& grad, const Tensor& factor) {
     grad.mul_(factor);
   } else {
     with_float_type(grad.scalar_type(), "scale_gradient_", [&]<class T>() {
-      const Tensor by = factor.to(compute_dtype(grad));
-      device.run_on_gpu(device.kernels<T>().cross_entropy.scale,
-                        ScaleParams<T>{rows.size(0), rows.size(1), mutable_data<T>(rows), rows.stride(0),
-                                       const_data<Compute<T>>(by)});
+      ScaleParams<T> params{rows.size(0), rows.size(1), mutable_data<T>(rows), rows.stride(0)};
+      const Tensor by = device.gradient<T>(factor, params.factor, params.unconverted_factor);
+      device.run_on_gpu(device.kernels<T>().cross_entropy.scale, params);
     });
   }
 }

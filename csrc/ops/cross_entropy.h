@@ -50,9 +50,11 @@ struct CrossEntropyParams {
   C* row_sum = nullptr;          // [N] sum_c exp(z_c - row_max)
   C* row_dense_sum = nullptr;    // [N] sum_c d_c, for probabilities only
   C* loss = nullptr;             // [N], optional: the loss of each row
+  T* rounded_loss = nullptr;     // [N], optional, GPU: in place of `loss`
   void* reduced_loss = nullptr;  // [], optional, GPU: the sum or mean of the losses, T or (unrounded) C
 
-  const C* grad_loss = nullptr;  // [], or [N] with `grad_loss_stride` 1; null: 1
+  const C* grad_loss = nullptr;              // [], or [N] with `grad_loss_stride` 1; null: 1
+  const T* unconverted_grad_loss = nullptr;  // GPU: in place of grad_loss
   int64_t grad_loss_stride = 0;
   bool is_loss_unrounded = false;    // GPU: of reduced_loss
   bool grad_is_precomputed = false;  // GPU: `grad` already holds the gradient for a unit grad_loss
@@ -75,7 +77,8 @@ struct ScaleParams {
   int64_t n_rows = 0, n_columns = 0;
   T* grad = nullptr;  // [n_rows, n_columns], a row every `stride` elements
   int64_t stride = 0;
-  const Compute<T>* factor = nullptr;  // []
+  const Compute<T>* factor = nullptr;     // []
+  const T* unconverted_factor = nullptr;  // in place of factor
 };
 
 template <class T>

@@ -89,7 +89,7 @@ class CrossEntropyCall {
   void set_state(const Tensor& state) {
     p_.row_max = state_row<C>(state, 0);
     p_.row_sum = state_row<C>(state, 1);
-    p_.row_dense_sum = state.size(0) == 3 ? state_row<C>(state, 2) : nullptr;
+    p_.row_dense_sum = p_.has_class_indices ? nullptr : state_row<C>(state, 2);
   }
 
   // Instead of the caller's ignore_index.
@@ -101,14 +101,17 @@ class CrossEntropyCall {
   // GPU: targets from `limit` on are no classes, in place of those from V on.
   void set_target_limit(int64_t limit) { p_.target.against.limit = limit; }
 
+  const Device& device() const { return device_; }
+
   Tensor new_gradient() const { return device_.empty(logits.sizes(), logits.options()); }
 
-  // `grad` [N, V] is written by the next kernel; `grad_loss`: [] or [N], null for 1.
-  void set_gradient(const Tensor& grad, const C* grad_loss, bool one_for_each_row) {
+  // `grad` [N, V] is written by the next kernel; `grad_loss`: [] or [N], null for 1; `unconverted`: in place of it.
+  void set_gradient(const Tensor& grad, const C* grad_loss, bool one_for_each_row, const T* unconverted = nullptr) {
     static const C kOne = 1;
     p_.grad = mutable_data<T>(grad);
     p_.grad_stride = grad.stride(0);
     p_.grad_loss = grad_loss || device_.is_gpu() ? grad_loss : &kOne;
+    p_.unconverted_grad_loss = unconverted;
     p_.grad_loss_stride = one_for_each_row ? 1 : 0;
     p_.grad_scale = 1 / divisor_;
   }
@@ -126,6 +129,10 @@ class CrossEntropyCall {
     const bool unrounded = loss.scalar_type() == compute_dtype(logits);
     if (options_.is(Reduction::kNone)) {
       if (unrounded) return forward_rows(loss);
+      if (device_.is_gpu()) {
+        p_.rounded_loss = mutable_data<T>(loss);
+        return run(forward_kernel());
+      }
       const Tensor losses = at::empty(loss.sizes(), loss.options().dtype(at::kFloat));
       forward_rows(losses);
       loss.copy_(losses);

@@ -76,11 +76,10 @@ Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& s
               "grad_output must have the shape and device of the entropies of logits of shape ", logits.sizes(),
               ", got ", grad_output.sizes(), " on ", grad_output.device());
   check_state(state, kStateRows, n, logits, "entropy");
-  const Tensor grad_of_rows = grad_output.to(compute_dtype(logits)).contiguous();
   const Tensor grad = device.empty(logits.sizes(), logits.options());
   with_float_type(logits.scalar_type(), "entropy_backward", [&]<class T>() {
     EntropyParams<T> p = params_of<T>(rows, state);
-    p.grad_output = const_data<Compute<T>>(grad_of_rows);
+    const Tensor gradient = device.gradient<T>(grad_output, p.grad_output, p.unconverted_grad_output);
     p.grad = mutable_data<T>(grad);
     device.run(device.kernels<T>().entropy.backward, p, p.n_rows, p.n_classes);
   });

@@ -27,8 +27,9 @@ struct EntropyParams {
   C* row_distance = nullptr;  // [N] d
   T* entropy = nullptr;       // [N] nats, written by forward
 
-  const C* grad_output = nullptr;  // [N]
-  T* grad = nullptr;               // [N, V], contiguous, written by backward
+  const C* grad_output = nullptr;              // [N]
+  const T* unconverted_grad_output = nullptr;  // GPU: in place of grad_output
+  T* grad = nullptr;                           // [N, V], contiguous, written by backward
 };
 
 template <class T>

@@ -105,14 +105,13 @@ Gradients backward(const Tensor& given_grad, const Tensor& given_input, const Te
   check_same_device(given_input, "input", given_grad, "grad_output");
   const Device device(given_input);
   const Tensor input = given_input.contiguous(), target = given_target.contiguous();
-  const Tensor grad = given_grad.to(compute_dtype(input)).contiguous();
   Tensor grad_input, grad_target;
   if (output_mask[0]) grad_input = device.empty(input.sizes(), input.options());
   if (output_mask[1]) grad_target = device.empty(input.sizes(), input.options());
   with_float_type(input.scalar_type(), "kl_div_backward", [&]<class T>() {
     using C = Compute<T>;
     KlDivParams<T> p = params_of<T>(input, target, log_target);
-    p.grad_output = const_data<C>(grad);
+    const Tensor gradient = device.gradient<T>(given_grad, p.grad_output, p.unconverted_grad_output);
     p.grad_stride = reduce ? 0 : 1;
     p.factor = reduce ? static_cast<C>(1.0 / static_cast<double>(divisor.expect_int())) : C(1);
     if (grad_input.defined()) p.grad_input = mutable_data<T>(grad_input);

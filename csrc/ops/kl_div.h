@@ -25,7 +25,8 @@ struct KlDivParams {
   T* total = nullptr;   // [], GPU, without `output`: the sum divided by `divisor`
   double divisor = 1;
 
-  const C* grad_output = nullptr;  // [n], or [] with `grad_stride` 0
+  const C* grad_output = nullptr;              // [n], or [] with `grad_stride` 0
+  const T* unconverted_grad_output = nullptr;  // GPU: in place of grad_output
   int64_t grad_stride = 0;
   C factor = 1;              // of grad_output
   T* grad_input = nullptr;   // [n], optional

@@ -102,13 +102,12 @@ Gradients backward(const Tensor& grad_output, const Tensor& p, const Tensor& q, 
               "grad_output must have the shape and device of the divergences of distributions of shape ", p.sizes(),
               ", got ", grad_output.sizes(), " on ", grad_output.device());
   check_state(state, kStateRows, n, p, "kl_divergence");
-  const Tensor grad_of_rows = grad_output.to(compute_dtype(p)).contiguous();
   Tensor p_grad, q_grad;
   if (output_mask[0]) p_grad = device.empty(p.sizes(), p.options());
   if (output_mask[1]) q_grad = device.empty(q.sizes(), q.options());
   with_float_type(p.scalar_type(), "kl_divergence_backward", [&]<class T>() {
     KlDivergenceParams<T> params = params_of<T>(p_rows, q_rows, state, p_kind, q_kind);
-    params.grad_output = const_data<Compute<T>>(grad_of_rows);
+    const Tensor gradient = device.gradient<T>(grad_output, params.grad_output, params.unconverted_grad_output);
     if (p_grad.defined()) params.p_grad = mutable_data<T>(p_grad);
     if (q_grad.defined()) params.q_grad = mutable_data<T>(q_grad);
     device.run(device.kernels<T>().kl_divergence.backward, params, params.n_rows, 2 * params.n_classes);

@@ -46,9 +46,10 @@ struct KlDivergenceParams {
   C* offset = nullptr;  // [N] what is added to u^p_c - u^q_c - centre in the gradient of p
   T* output = nullptr;  // [N] nats, written by forward
 
-  const C* grad_output = nullptr;  // [N]
-  T* p_grad = nullptr;             // [N, V], contiguous, optional, written by backward
-  T* q_grad = nullptr;             // [N, V], contiguous, optional, written by backward
+  const C* grad_output = nullptr;              // [N]
+  const T* unconverted_grad_output = nullptr;  // GPU: in place of grad_output
+  T* p_grad = nullptr;                         // [N, V], contiguous, optional, written by backward
+  T* q_grad = nullptr;                         // [N, V], contiguous, optional, written by backward
 };
 
 template <class T>
