@@ -8,8 +8,8 @@ namespace charlm::cuda {
 namespace {
 
 // Blocks of a multiprocessor, few enough that no registers are spilled.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kWordsBlocks = 2;  // lanes that copy take registers
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int kWordsBlocks = 2;  // lanes that copy take registers; ptxas needs more for sm_120
 #else
 constexpr int kWordsBlocks = 3;
 #endif
