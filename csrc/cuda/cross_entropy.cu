@@ -247,9 +247,11 @@ class Launcher {
   template <Terms kTerms, int kThreads, int kPacks>
   bool registers_of(int log2_cluster) {
     using Shape = RegisterShape<T, kTerms, kThreads, kPacks>;
-    next_with_reduction(log2_cluster, cross_entropy_registers<T, kTerms, kThreads, kPacks>,
-                        cluster_blocks(params_.n_rows, Shape::kRows, log2_cluster), Shape::kBlockThreads, 0, params_,
-                        log2_cluster);
+    const int blocks = kPacks == 2 ? blocks_for(ceil_div(params_.n_rows, Shape::kRows),
+                                                kSmallMultiprocessors * Shape::kResidentBlocks * kSmallWaves)
+                                   : cluster_blocks(params_.n_rows, Shape::kRows, log2_cluster);
+    next_with_reduction(log2_cluster, cross_entropy_registers<T, kTerms, kThreads, kPacks>, blocks,
+                        Shape::kBlockThreads, 0, params_, log2_cluster);
     return true;
   }
 
@@ -267,11 +269,14 @@ class Launcher {
     };
     const int most = has_clusters_ ? kMaxCluster : 1;
     const auto cluster = [&](int log2_least) { return log2_cluster_of(params_.n_rows, log2_least, has_clusters_); };
+    if constexpr (kTerms == Terms::kAll) {
+      if (n_packs <= kWarp * 2) return registers_of<kTerms, kWarp, 2>(0);
+    }
     if (n_packs <= kWarp * 4) return registers_of<kTerms, kWarp, 4>(0);
     if constexpr (kTerms == Terms::kAll) {
-      if (n_packs <= 64 * 8) return registers_of<kTerms, 64, 8>(0);
-      const int log2 = log2_blocks(128 * 8);
-      if (1 << log2 <= most) return registers_of<kTerms, 128, 8>(cluster(log2));
+      if (n_packs <= 128 * 4) return registers_of<kTerms, 128, 4>(0);
+      const int log2 = log2_blocks(256 * 4);
+      if (1 << log2 <= most) return registers_of<kTerms, 256, 4>(cluster(log2));
       const int log2_of_512 = log2_blocks(512 * 4);
       return 1 << log2_of_512 <= most && registers_of<kTerms, 512, 4>(cluster(log2_of_512));
     } else {

@@ -3,7 +3,7 @@
 // load and store.
 #pragma once
 
-#include "cuda/cross_entropy_walk.cuh"
+#include "cuda/cross_entropy_dense.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -15,7 +15,7 @@ struct RegisterShape {
   static constexpr int kBlockThreads = kThreads == kWarp ? 128 : kThreads;
   static constexpr int kRows = kBlockThreads / kThreads;  // of a block
   // As many as 8 packs leave without spilling: 64, 72 or 80 registers for each thread.
-  static constexpr int kResidentThreads = kTerms == Terms::kAll                            ? 768
+  static constexpr int kResidentThreads = kTerms == Terms::kAll                            ? (kPacks == 2 ? 896 : 768)
                                           : kTerms == Terms::kUniform || kThreads == kWarp ? 896
                                                                                            : 1024;
   static constexpr int kResidentBlocks = kResidentThreads / kBlockThreads < 1 ? 1 : kResidentThreads / kBlockThreads;
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
   T* const singles = all_singles + threadIdx.x / kThreads * kWarp;  // of a row, each for its thread alone
   Joiner<T, kDense, kWarps> joiner(parts, barriers, 1 << log2_cluster);
   const int thread = threadIdx.x % kThreads;
-  // Fewer than 2^31: a row has more than kTileMaxClasses classes.
+  // Fewer than 2^31: a row has 128 bytes or more.
   const int step = (gridDim.x >> log2_cluster) * Shape::kRows, n_rows = static_cast<int>(params.n_rows);
   const bool is_first = joiner.rank() == 0 && thread == 0;
   const int lane = threadIdx.x % kWarp;
@@ -61,14 +61,19 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       return RowPart<T, int>(row_logits(row_n), row_gradient(row_n), static_cast<int>(params.n_classes), thread,
                              joiner.rank(), log2_cluster);
     };
-    uint4 packs[kPacks];
+    [[maybe_unused]] uint4 packs[kPacks];
+    [[maybe_unused]] DenseNumbers<T, kPacks> numbers;  // kAll: in place of the packs
     RowSoftmax softmax;
     bool is_counted;
     {
       // The target's load comes first and is used last, since what follows it waits for it.
       const int64_t loaded_target = Row::load_target(params, n);
       const RowPart<T, int> part = part_of(n);
-      part.load(0, kThreads, packs);
+      if constexpr (kTerms == Terms::kAll) {
+        numbers.load(params, n, part, kThreads);
+      } else {
+        part.load(0, kThreads, packs);
+      }
       const T single = part.single >= 0 ? row_logits(n)[part.single] : from_compute<T>(-INFINITY);
       const Row row(params, n, loaded_target);
       is_counted = row.is_counted();
@@ -78,7 +83,11 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
         const T target_logit = owns_target ? row_logits(n)[row.target()] : from_compute<T>(0);
         if (lane == 0) state.row = row.saved();
         if (part.single >= 0) singles[thread] = single;
-        add_packs<kTerms>(params, row, softmax, packs, part.left, kThreads, part.class_);
+        if constexpr (kTerms == Terms::kAll) {
+          numbers.add(params, row, softmax, part.left, kThreads, part.class_);
+        } else {
+          add_packs<kTerms>(params, row, softmax, packs, part.left, kThreads, part.class_);
+        }
         if (part.single >= 0) add_single<kTerms>(params, row, softmax, singles[thread], part.single);
         if (owns_target) state.target_logit = row.transformed(target_logit);
       }
@@ -123,29 +132,34 @@ __global__ void __launch_bounds__(RegisterShape<T, kTerms, kThreads, kPacks>::kB
       row.store(softmax, loss);
     }
     row.set_softmax(softmax, state.scale);
-    const GradientLine<T, kTerms == Terms::kPlain> line(row);
-    if (part.single >= 0) {
-      const C z = z_of<kTerms>(params, row, to_compute(singles[thread]));
-      row_gradient(again)[part.single] =
-          from_compute<T>(kTerms == Terms::kAll ? row.template gradient<kPass>(z, part.single) : line.at(z));
-    }
     const T gradient_of_target =
         from_compute<T>(owns_target ? row.template gradient_of_target<kPass>(target_logit) : C(0));
-#pragma unroll
-    for (int i = 0; i < kPacks; i++) {
-      if (i * kThreads >= part.left) break;
-      C x[K];
-      unpack_again<T>(packs[i], x);
-      if constexpr (kTerms == Terms::kAll) {
-        C d[K] = {};
-        if (row.has_dense()) row.template dense<K>(part.class_ + i * kThreads * K, d);
-        row.template transform<K>(x);
-        row.template gradients_of_others<K>(x, d);
-      } else {
-#pragma unroll
-        for (C& value : x) value = line.at(z_of<kTerms>(params, row, value));
+    if constexpr (kTerms == Terms::kAll) {
+      numbers.begin_gradients(params, row);
+      if (part.single >= 0) {
+        row_gradient(again)[part.single] =
+            from_compute<T>(row.template gradient<kPass>(row.transformed(singles[thread]), part.single));
       }
-      store_bits(part.y + i * kThreads * K, packed<T>(x));
+#pragma unroll
+      for (int i = 0; i < kPacks; i++) {
+        if (i * kThreads >= part.left) break;
+        store_bits(part.y + i * kThreads * K, numbers.gradient(params, row, i, part.class_ + i * kThreads * K));
+      }
+    } else {
+      const GradientLine<T, kTerms == Terms::kPlain> line(row);
+      if (part.single >= 0) {
+        row_gradient(again)[part.single] =
+            from_compute<T>(line.at(z_of<kTerms>(params, row, to_compute(singles[thread]))));
+      }
+#pragma unroll
+      for (int i = 0; i < kPacks; i++) {
+        if (i * kThreads >= part.left) break;
+        C x[K];
+        unpack_again<T>(packs[i], x);
+#pragma unroll
+        for (int k = 0; k < K; k++) x[k] = line.at(z_of<kTerms>(params, row, x[k]));
+        store_bits(part.y + i * kThreads * K, packed<T>(x));
+      }
     }
     if (owns_target) row_gradient(again)[target] = gradient_of_target;  // after the pack that holds it
   }

@@ -126,6 +126,16 @@ typename SmallPlan<T>::Kernel options_kernel(CrossEntropyPass pass) {
   }
 }
 
+// Whether a warp that holds the row in registers (cross_entropy_registers.cuh) takes fewer instructions than
+// cross_entropy_options: with any option, from a quarter of its lanes on.
+template <class T>
+bool is_for_registers(const CrossEntropyParams<T>& params, CrossEntropyPass pass) {
+  const bool is_known = pass == CrossEntropyPass::kForward || pass == CrossEntropyPass::kForwardBackward ||
+                        pass == CrossEntropyPass::kBackward;
+  return sizeof(T) < sizeof(double) && is_known && !has_row_factors(params) &&
+         params.n_classes > kWarp / 4 * kPackSize<T>;
+}
+
 // No kernel if a row is too long.
 template <class T>
 SmallPlan<T> small_plan(const CrossEntropyParams<T>& params, CrossEntropyPass pass, int compute_capability) {
@@ -136,6 +146,7 @@ SmallPlan<T> small_plan(const CrossEntropyParams<T>& params, CrossEntropyPass pa
   plan.layout.pass = pass;
   plan.layout.load = plan.layout.store = chunk_copy(params.logits, params.logits_stride, n_classes, has_bulk_copies);
   if (has_gradient) plan.layout.store = chunk_copy(params.grad, params.grad_stride, n_classes, has_bulk_copies);
+  if (is_for_registers(params, pass)) return plan;
   int resident = kOptionsBlocks<T>;
   if constexpr (sizeof(T) <= sizeof(float)) {
     if (has_row_factors(params) && n_classes > 0 &&
