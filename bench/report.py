@@ -3,7 +3,7 @@
 python -m bench.report show FILE        every case of a record
 python -m bench.report table FILE       its table in docs/benchmarks.md, in Markdown
 python -m bench.report compare A B      how charlm's times changed; exit code 1 on a regression of more than 10 %
-python -m bench.report gpu              writes docs/gpu/MEASURED.md from bench/results/h100.json
+python -m bench.report gpu              writes docs/gpu/MEASURED.md from bench/results/h200.json
 python -m bench.report chart            writes docs/speed.svg from bench/results
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from bench import record
 from bench.cases import INFORMATION, LOWER_BOUNDS, SHAPES, BadRequest
 
-GPU_RECORD, MEASURED = record.RESULTS / "h100.json", record.ROOT / "docs" / "gpu" / "MEASURED.md"
+GPU_RECORD, MEASURED = record.RESULTS / "h200.json", record.ROOT / "docs" / "gpu" / "MEASURED.md"
 CHART = record.ROOT / "docs" / "speed.svg"
 
 DASH = "–"
@@ -28,6 +28,7 @@ MARKS = {True: "reached", False: "MISSED", None: "unproven"}
 PEERS = {
     "eager": "torch",
     "eager_index": "C[x]",
+    "drop_in": "drop-in",
     "compile": "torch.compile",
     "jax": "JAX",
     "liger": "Liger",
@@ -175,7 +176,7 @@ def render_changes(rows: list[dict[str, Any]]) -> str:
 HEADER = """<!-- Written by python -m bench.report gpu; do not edit. -->
 # Measured on a GPU
 
-From bench/results/h100.json. GB/s are the fewest bytes that a call has to move, over its time. "of a copy" compares
+From bench/results/h200.json. GB/s are the fewest bytes that a call has to move, over its time. "of a copy" compares
 them with a device-to-device copy of as many bytes that was sampled in turn. × says how many times faster charlm is.
 
 A ≤ marks an upper bound: most samples of charlm may hold time in which the GPU waited for Python. The ratios are then
@@ -305,16 +306,13 @@ BARS = {
         "linear_cross_entropy/default/1024x512x32000/float32",
         "train_step/default/4096x8x24x200x27/float32",
     ),
-    "h100": (
+    "h200": (
         "cross_entropy/default/65536x27/bfloat16",
+        "cross_entropy/default/262144x65/bfloat16",
         "cross_entropy/default/65536x256/bfloat16",
+        "cross_entropy/default/16384x8192/bfloat16",
         "cross_entropy/default/8192x32000/bfloat16",
-        "embedding/int64/262144x256x64/float32",
-        "embedding_backward/default/262144x65x384/float32",
-        "embedding_backward/default/262144x256x768/float32",
-        "embedding_linear/default/65536x8x24x200x27/float32",
-        "linear_cross_entropy/default/4096x512x32000/bfloat16",
-        "entropy/default/65536x256/float32",
+        "cross_entropy/default/4096x128256/bfloat16",
     ),
 }
 STYLE = (

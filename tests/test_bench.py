@@ -330,7 +330,7 @@ def test_the_chart_is_the_recorded_one_and_has_a_bar_for_each_of_its_cases() -> 
     drawn = report.CHART.read_text(encoding="utf-8")
     assert drawn == report.chart(), "run python -m bench.report chart"
     assert drawn.count("<rect ") == sum(map(len, report.BARS.values()))
-    assert "NVIDIA H100" in drawn
+    assert "NVIDIA H200" in drawn
     assert "2026-11-23" in drawn
 
 
