@@ -38,6 +38,7 @@ class Workload:
 
     peers: tuple[str, ...] = ("eager", "compile")
     gpu_peers: tuple[str, ...] = ()
+    compiled_peers: tuple[str, ...] = ()  # those that compile for each shape
     bounds: tuple[str, ...] = ()
     gpu_bounds: tuple[str, ...] = ()  # beside "copy", where something is copied
     parts = "both"  # or "output", "gradients"
@@ -92,9 +93,11 @@ class Workload:
     def providers(self) -> list[str]:
         """In the order of their samples."""
         if self.device == "cuda":
-            peers = [name for name in self.peers if name != "compile" or worth_compiling(self.case)]
+            peers = [*self.peers, *self.gpu_peers]
+            if not worth_compiling(self.case):
+                peers = [name for name in peers if name not in ("compile", *self.compiled_peers)]
             bounds = ("copy", *self.gpu_bounds) if self.copied else self.bounds
-            return ["ours", *peers, *self.gpu_peers, *bounds]
+            return ["ours", *peers, *bounds]
         return ["ours", *self.peers, "jax", *self.bounds]
 
     def build(self, name: str) -> Call:

@@ -44,21 +44,23 @@ REGISTER_STEP = 8  # the hardware allocates registers to a thread in multiples o
 NVCC_FLAGS = ("-O3", "-std=c++20", "-Werror", "all-warnings", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}")
 
 # Patterns for the names of kernels that read whole rows and write one number for each.
-READ_ONLY = (r"cross_entropy_block<\w+, kForward,", r"cross_entropy_chunk_softmax<")
+READ_ONLY = (r"cross_entropy_(chunk_softmax|forward)<", r"(short|long)_rows<")
 
 # Kernels that need not move 128 bits at once, and why.
 NARROW = {
-    r"cross_entropy_(totals|reduce|join_chunks)<": "a few numbers of each row",
-    r"cross_entropy_words<": "bulk copies through shared memory, from sm_90 on",
+    r"cross_entropy_(prepare|join_chunks)<": "a few numbers of each row",
+    r"cross_entropy_(words|options)<": "bulk copies through shared memory, from sm_90 on",
     r"cross_entropy_metrics_kernel<": "for logging, not for training",
-    r"embedding_copy_rows<unsigned ": "rows that do not start at multiples of 16 bytes",
-    r"embedding_(sum|join)_chunks<\w+, 1>": "the same",
+    r"(short|long|gradient)_rows<.+>, 1\b": "rows that do not start at multiples of 16 bytes",
+    r"embedding_copy_rows<unsigned ": "the same",
+    r"embedding_sum_(chunks|pieces)<\w+, 1\b": "the same",
     r"embedding_linear_(sum_rows|differentiate)<\w+, 1>": "the same",
-    r"(entropy|kl_divergence)_(forward|backward)_rows<": "a warp reads 32 neighbours of a row",
-    r"kl_div_(values|gradients)<": "a warp reads 32 neighbours, at any alignment",
+    r"kl_div_(values|gradients)<\w+, 1,": "the same",
     r"kl_div_total<": "a few numbers of each block",
+    r"embedding_(count_digits|scatter_by_digit)<": "indices and positions, one at a time",
+    r"embedding_join_(chunks|parts)<": "neighbouring threads add neighbouring columns",
     r"embedding_(linear_)?fill_tables<": "a thread sums a column: a warp reads 32 neighbours",
-    r"embedding_linear_join_shares<": "a few numbers of each block",
+    r"embedding_linear_(forward|multiply_table|join_shares)<": "the same",
 }
 
 

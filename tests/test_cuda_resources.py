@@ -125,7 +125,7 @@ def test_every_rule_that_a_kernel_breaks_is_said():
     ("name", "kinds"),
     [
         ("cross_entropy_packs<float, 4, 4, true, false>", ("LDG", "STG")),
-        ("cross_entropy_block<float, kForward, true>", ("LDG",)),
+        ("cross_entropy_forward<float, kPlain, 32>", ("LDG",)),
         ("cross_entropy_words<float, 2, 32, true, true>", ()),
         ("embedding_copy_rows<uint4, 4>", ("LDG", "STG")),
         ("embedding_copy_rows<unsigned int, 4>", ()),

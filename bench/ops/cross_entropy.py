@@ -37,6 +37,7 @@ class CrossEntropy(Workload):
     """logits: (N, V). target: (N) int64, or (N, V) probabilities."""
 
     labels = ("loss", "gradient")
+    compiled_peers = ("liger", "quack")
 
     def make(self, n: int, v: int) -> None:
         variant = self.case.variant

@@ -147,7 +147,7 @@ __device__ __forceinline__ uint4 load_bits(const T* p) {
 
 template <class T>
 __device__ __forceinline__ void store_bits(T* p, uint4 bits) {
-  *reinterpret_cast<uint4*>(p) = bits;
+  store_pack(p, __builtin_bit_cast(Pack<T>, bits));
 }
 
 template <class T>

@@ -9,10 +9,10 @@ namespace {
 constexpr int kMaxPacks = 8;  // of a lane
 
 // Blocks of a multiprocessor, few enough that no registers are spilled.
-template <class T, int K, bool kPlain>
-constexpr int kPacksBlocks = K > 4                                  ? 2
-                             : !kPlain || sizeof(T) < sizeof(float) ? 3
-                                                                    : 4;
+template <class T, int L, int K, bool kPlain>
+constexpr int kPacksBlocks = K > 4 || (L == 2 && K == 4 && !kPlain && sizeof(T) < sizeof(float)) ? 2
+                             : !kPlain || sizeof(T) < sizeof(float)                              ? 3
+                                                                                                 : 4;
 
 // Of a row, L lanes have up to K packs each: lane j has packs j, j + L, ...
 template <class T, int L, int K>
@@ -86,7 +86,7 @@ struct RowInPacks {
 
 // kPrefetch: the next rows are loaded before the gradient of these is computed.
 template <class T, int L, int K, bool kPlain, bool kPrefetch>
-__global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, K, kPlain>)
+__global__ void __launch_bounds__(kSmallThreads, kPacksBlocks<T, L, K, kPlain>)
     cross_entropy_packs(const __grid_constant__ CrossEntropyParams<T> params, SmallLayout layout,
                         const __grid_constant__ Reduction reduction) {
   using Row = RowInPacks<T, L, K>;

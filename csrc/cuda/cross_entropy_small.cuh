@@ -65,11 +65,11 @@ struct PacksKernel {
 
   template <int L, int K>
   static PacksKernel of(bool is_plain, bool prefetches) {
-    if (!is_plain) return {&cross_entropy_packs<T, L, K, false, false>, L, kPacksBlocks<T, K, false>};
+    if (!is_plain) return {&cross_entropy_packs<T, L, K, false, false>, L, kPacksBlocks<T, L, K, false>};
     if constexpr (sizeof(T) < sizeof(float) && L * K * kPackSize<T> <= kSmallMaxClasses) {
-      if (prefetches) return {&cross_entropy_packs<T, L, K, true, true>, L, kPacksBlocks<T, K, true>};
+      if (prefetches) return {&cross_entropy_packs<T, L, K, true, true>, L, kPacksBlocks<T, L, K, true>};
     }
-    return {&cross_entropy_packs<T, L, K, true, false>, L, kPacksBlocks<T, K, true>};
+    return {&cross_entropy_packs<T, L, K, true, false>, L, kPacksBlocks<T, L, K, true>};
   }
 
   // As few lanes as have at most four packs each; more packs only for a whole warp. At least two lanes: they store 32

@@ -34,8 +34,9 @@ __device__ __forceinline__ Compute<T> log_of(Compute<T> x) {
 template <bool kOne, int K, class T>
 __device__ __forceinline__ void load_grad_output(const KlDivParams<T>& params, int64_t i, Compute<T> (&g)[K]) {
   if constexpr (kOne) {
+    const Compute<T> one = load_gradient<T>(params.grad_output, params.unconverted_grad_output, 0);
 #pragma unroll
-    for (int k = 0; k < K; k++) g[k] = load_gradient<T>(params.grad_output, params.unconverted_grad_output, 0);
+    for (int k = 0; k < K; k++) g[k] = one;
   } else if (params.unconverted_grad_output) {
     T given[K];
     load_numbers<K>(params.unconverted_grad_output + i, given);
