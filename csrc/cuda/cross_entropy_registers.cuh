@@ -15,7 +15,9 @@ struct RegisterShape {
   static constexpr int kBlockThreads = kThreads == kWarp ? 128 : kThreads;
   static constexpr int kRows = kBlockThreads / kThreads;  // of a block
   // As many as 8 packs leave without spilling: 64, 72 or 80 registers for each thread.
-  static constexpr int kResidentThreads = kTerms == Terms::kAll                            ? (kPacks == 2 ? 896 : 768)
+  static constexpr int kResidentThreads = kTerms == Terms::kAll && kPacks == 2             ? 896
+                                          : kTerms == Terms::kAll && kThreads == kWarp     ? 640
+                                          : kTerms == Terms::kAll                          ? 768
                                           : kTerms == Terms::kUniform || kThreads == kWarp ? 896
                                                                                            : 1024;
   static constexpr int kResidentBlocks = kResidentThreads / kBlockThreads < 1 ? 1 : kResidentThreads / kBlockThreads;
