@@ -46,6 +46,7 @@ def test_the_gradient_may_be_written_over_such_logits(n_classes: int, isa: str) 
     torch.testing.assert_close(logits, near.grad)
 
 
-def test_a_weight_may_have_rows_more_than_two_to_the_31_elements_apart(isa: str) -> None:
-    weight, index = far_rows(10), torch.tensor([2, 0, 2, 1])
+@pytest.mark.parametrize("embedding_dim", [10, 1000])
+def test_a_weight_may_have_rows_more_than_two_to_the_31_elements_apart(embedding_dim: int, isa: str) -> None:
+    weight, index = far_rows(embedding_dim), torch.tensor([2, 0, 2, 1])
     assert torch.equal(functional.embedding(index, weight), F.embedding(index, weight))

@@ -119,9 +119,9 @@ MUTANTS = (
     Mutant(
         "offset_of_32_bits",
         "cross_entropy",
-        "cross_entropy_row.cuh",
-        "return params_.logits + n_ * params_.logits_stride;",
-        "return params_.logits + static_cast<int>(n_ * params_.logits_stride);",
+        "cross_entropy_registers.cuh",
+        "params.logits + row_n * params.logits_stride;",
+        "params.logits + static_cast<int>(row_n * params.logits_stride);",
         tests=(*OFFSETS, "-k", "logits"),
     ),
     Mutant(
