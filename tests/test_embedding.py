@@ -18,6 +18,7 @@ from charlm.reference import INDEX_DTYPES
 from charlm.testing import (
     FLOAT_DTYPES,
     SampleInput,
+    assert_close_to_reference,
     assert_matches_reference,
     evaluate,
     sample_inputs_embedding,
@@ -375,10 +376,11 @@ def test_any_call_is_close_to_the_reference_in_float64(sample: SampleInput, isa:
     exact = evaluate(reference.embedding, sample, torch.float64)
     for name, value in actual.items():
         rtol, atol = TOLERANCES[value.dtype]
-        if name == "weight.grad":  # the partial sums of n terms have up to sqrt(n) times their ulp
-            atol *= max(1, sample.arguments["input"].numel() / 64)
-        close = torch.isclose(value.double(), exact[name].double(), rtol, atol, equal_nan=True)
-        assert close.all(), f"{name}: {value} is not {exact[name]}"
+        if torch.isclose(value.double(), exact[name].double(), rtol, atol, equal_nan=True).all():
+            continue
+        assert name == "weight.grad", f"{name}: {value} is not {exact[name]}"
+        # Thousands of terms that cancel: as close as torch's own sum in this dtype.
+        assert_close_to_reference(value, evaluate(reference.embedding, sample)[name], exact[name], name)
 
 
 def test_a_sparse_weight_gives_torchs_result() -> None:

@@ -84,12 +84,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_is_as_close_to_float64_in_tiles(name: str, dtype: torch.dtype) -> None:
-    if name == "smoothing" and dtype == torch.float16:
-        return  # torch's sum over the classes is infinite
     sample = large(dtype)
     options = dict(OPTIONS[name])
     if "weight" in options:
         options["weight"] = options["weight"].to(dtype)
+    if name == "smoothing" and dtype == torch.float16:
+        options["reduction"] = "none"  # torch's sum over all rows overflows
     sample.arguments.update(options)
     if "ignore_index" in options:
         sample.arguments["target"].clamp_(min=0)

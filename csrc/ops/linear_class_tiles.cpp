@@ -195,8 +195,8 @@ class ClassTiles {
 
   int64_t class_after(int64_t tile) const { return padded_classes(n_classes(tile), weight_.element_size()); }
 
-  // The logits of a tile become their gradient. The target of a row whose class is in another tile is a class after the
-  // tile's, whose logit and gradient nobody reads: the gradient of any other class is p times a factor.
+  // The logits of a tile become their gradient. A row whose target is in another tile gets a class of the padding as
+  // its target here: the gradient of the padding is not used, and all classes of the tile get p times a factor.
   void write_gradient(int64_t tile, const Tensor& g, const Tensor& elsewhere) {
     const Tensor rows = memory(tile).narrow(1, 0, class_after(tile) + multiple_);
     const Tensor target = at::where(tile_.eq(tile), in_tile_, elsewhere);
