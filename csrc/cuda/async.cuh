@@ -49,8 +49,7 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
-// ---------------------------------------------------------------------------------------------------- transfer
-// barriers
+// --------------------------------------------------------------------------------------------------- transfer barriers
 
 using TransferBarrier = uint64_t;  // in shared memory
 

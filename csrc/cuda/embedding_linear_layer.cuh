@@ -200,8 +200,7 @@ int layer_forward(const EmbeddingLinearParams<T>& params, Launch& launch) {
                        dim3(kForwardThreads<T>), bytes, launch.stream, params, static_cast<int>(n_tiles), at_once);
 }
 
-// ---------------------------------------------------------------------------------------- backward: the table's
-// gradient
+// -------------------------------------------------------------------------------------- backward: the table's gradient
 
 // Warps of a block, at most: two blocks then have 168 registers a thread, or 255.
 template <class C>
@@ -516,8 +515,7 @@ __global__ void __launch_bounds__(kTileThreads* kJoinGroups, kMinResidentBlocks)
   grad[element] = from_compute<T>(element / embedding_dim == padding_idx ? C(0) : sum);
 }
 
-// ------------------------------------------------------------------------------------------------------ backward:
-// launch
+// ---------------------------------------------------------------------------------------------------- backward: launch
 
 template <class T>
 auto fill_tables_kernel(int64_t group_places) {

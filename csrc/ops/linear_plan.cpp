@@ -1,9 +1,8 @@
 // How linear_cross_entropy divides its logits on a GPU: the plan of the shortest estimated time within the budget.
 //
-//   whole         the budget holds the logits [N, V]                       3 products
-//   rows          a block of rows at a time; dW is summed over blocks      3 products; half types: a copy of dW in
-//   float classes       a tile of classes at a time, twice; dX is summed         4 products; half types: a copy of dX
-//   in float
+//   whole      the budget holds the logits [N, V]                    3 products
+//   rows       a block of rows at a time; dW is summed over blocks   3 products; half types: a float copy of dW
+//   classes    a tile of classes at a time, twice; dX is summed      4 products; half types: a float copy of dX
 //
 // Each product of a block or tile reads or adds up a whole matrix, which costs the more the shorter its side is. On an
 // H200, bf16, 8192 x 2304 -> 256000, three products took 1.36, 1.15 and 1.05 times that of whole logits with 1024, 2048
