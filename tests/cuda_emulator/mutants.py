@@ -61,6 +61,7 @@ MUTANTS = (
         "chunk_ring.cuh",
         "    if (loads_bulk() || stores_bulk()) fence_shared_for_bulk();\n",
         "",
+        flavour="thread",
     ),
     Mutant(
         "dropped_warp_barrier_between_reading_and_writing_a_row",
@@ -207,6 +208,7 @@ MUTANTS = (
         "embedding_tables.cuh",
         "bool began_before = share_begin > 0 && share_begin < n && keys[share_begin - 1] == keys[share_begin];",
         "bool began_before = false;",
+        flavour="thread",
     ),
     Mutant(
         "dropped_barrier_before_adding_shares",
