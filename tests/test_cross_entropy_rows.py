@@ -82,6 +82,17 @@ def test_few_rows_and_many_are_right(n_rows: int, dtype: torch.dtype) -> None:
     check(rows(n_rows, 4200, dtype), target, grad_loss=-0.7, reduction="sum")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("n_rows", [1, 16, 17])
+def test_losses_without_a_gradient_are_right(n_rows: int, dtype: torch.dtype) -> None:
+    logits, target = rows(n_rows, 16400, dtype), torch.randint(16400, (n_rows,))
+    losses = functional.cross_entropy(logits, target, reduction="none")
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(
+        losses.double(), reference(logits, target, reduction="none"), rtol=tolerance, atol=tolerance
+    )
+
+
 @pytest.mark.parametrize("n_classes", [300, 4099, 20001])
 def test_the_target_may_be_any_class(n_classes: int) -> None:
     places = torch.tensor([0, 1, 5, n_classes // 2, n_classes - 6, n_classes - 1])

@@ -21,7 +21,7 @@ import pytest
 
 from tests.cuda_emulator.build import ROOT, SANITIZER_EXIT_STATUS
 from tests.cuda_emulator.mutants import MUTANTS, Mutant
-from tests.cuda_emulator.ops import build_ops, pytest_command, pytest_environment
+from tests.cuda_emulator.ops import CSRC, build_ops, copy_csrc, pytest_command, pytest_environment
 
 KERNEL_TESTS = (
     *sorted(f"tests/{path.name}" for path in (ROOT / "tests").glob("test_cross_entropy*.py")),
@@ -63,6 +63,12 @@ SAMPLE_TESTS = tuple(
 SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64", *EVERY_CASE)
 FLOAT_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and float32", *EVERY_CASE)
 # Two bfloat16 numbers share a word, as two float16 numbers do.
+FEW_ROWS = (
+    "tests/test_cross_entropy_rows.py",
+    "-k",
+    "(few_rows_and_many or without_a_gradient) and (float32 or bfloat16)",
+    *EVERY_CASE,
+)
 FLOAT_AND_HALF_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and (float32 or bfloat16)", *EVERY_CASE)
 TESTS_FAILED = 1  # pytest's exit status
 
@@ -78,18 +84,20 @@ class Run:
     seed: int = 0
     exhaustive: bool = False
     capability: int = 90  # of the GPU: 10 * major + minor
+    few_blocks: bool = False
 
     def start(self) -> subprocess.CompletedProcess[str]:
-        environment = pytest_environment(
-            self.flavour, build_ops(self.flavour), self.schedule, self.seed, self.capability
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            csrc = copy_csrc(Path(folder), few_blocks=True) if self.few_blocks else CSRC
+            library = build_ops(self.flavour, csrc)
+        environment = pytest_environment(self.flavour, library, self.schedule, self.seed, self.capability)
         return run(self.flavour, environment, self.arguments)
 
 
 RUNS = (
     Run("kernels_forward", "plain", "forward", FEW_TESTS),
     Run("ops_forward", "plain", "forward", (*OPS_TESTS, *EVERY_CASE), exhaustive=True),
-    Run("ops_reverse", "plain", "reverse", OPS_TESTS, exhaustive=True),
+    Run("kernels_of_few_blocks", "plain", "reverse", FEW_TESTS, exhaustive=True, few_blocks=True),
     Run("ops_random", "plain", "random", OPS_TESTS, 6, exhaustive=True),
     Run("device_tests_forward", "plain", "forward", DEVICE_TESTS, exhaustive=True),
     Run("kernels_of_sm_80", "plain", "forward", FEW_TESTS, exhaustive=True, capability=80),
@@ -106,6 +114,7 @@ RUNS = (
     # ThreadSanitizer finds accesses that nothing orders, in whatever order they happen.
     Run("samples_thread_forward", "thread", "forward", FLOAT_AND_HALF_SAMPLES, exhaustive=True),
     Run("samples_thread_random", "thread", "random", FLOAT_SAMPLES, 7, exhaustive=True),
+    Run("rows_of_few_blocks_thread", "thread", "forward", FEW_ROWS, exhaustive=True, few_blocks=True),
 )
 # Mutants that stand for their kind in `make test`; `make test-all` runs all of them.
 FEW_MUTANTS = {"missing_wait_for_a_chunk", "wrong_shuffle_width", "missing_tail", "offset_of_32_bits"}

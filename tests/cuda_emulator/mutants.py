@@ -20,6 +20,7 @@ SAMPLES = {
 }
 OFFSETS = ("tests/test_large_offsets.py",)
 FEW_ROWS = ("tests/test_cross_entropy_rows.py", "-k", "float32")
+ROWS_OF_A_CLUSTER = ("tests/test_cross_entropy_rows.py", "-k", "(few_rows_and_many or without_a_gradient) and float32")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Mutant:
     flavour: str = "plain"
     schedule: str = "forward"
     tests: tuple[str, ...] = ()
+    few_blocks: bool = False
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -39,7 +41,7 @@ class Mutant:
 
     def write(self, folder: Path) -> Path:
         """A copy of csrc with the defect."""
-        copy = copy_csrc(folder, float_only=True)
+        copy = copy_csrc(folder, float_only=True, few_blocks=self.few_blocks)
         path = copy / "cuda" / self.file
         text = path.read_text(encoding="utf-8")
         assert text.count(self.old) == 1, f"{self.file} holds {self.old!r} {text.count(self.old)} times, not once"
@@ -70,7 +72,7 @@ MUTANTS = (
         "      __syncwarp();  // the other lanes of the row have read the logit of the target\n",
         "",
         flavour="thread",
-        tests=("tests/test_cross_entropy_inplace.py",),
+        tests=("tests/test_cross_entropy.py", "-k", "as_close_to_float64 and float32 and (softcap or sliced_columns)"),
     ),
     Mutant(
         "dropped_barrier_in_the_reduction_of_a_block",
@@ -184,7 +186,18 @@ MUTANTS = (
         "parts_ + turn_ % 2 * kParts;",
         "parts_;",
         flavour="thread",
-        tests=FEW_ROWS,
+        tests=ROWS_OF_A_CLUSTER,
+        few_blocks=True,
+    ),
+    Mutant(
+        "parts_sent_before_every_lane_has_read_the_last",
+        "cross_entropy",
+        "cross_entropy_walk.cuh",
+        "      __syncwarp();  // all lanes have read the parts before the last, which the answers may overwrite\n",
+        "",
+        flavour="thread",
+        tests=ROWS_OF_A_CLUSTER,
+        few_blocks=True,
     ),
     Mutant(
         "index_as_large_as_the_number_of_rows",

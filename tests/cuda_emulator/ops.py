@@ -20,20 +20,27 @@ from .build import EMULATOR, build, command, environment
 
 CSRC = EMULATOR.parents[1] / "csrc"
 
+# Files of csrc/cuda, what occurs once in each, and what replaces it.
+FLOAT_ONLY = (("cuda.cuh", "f<float>(), f<double>(), f<BFloat16>(), f<Float16>()", "f<float>()"),)
+FEW_BLOCKS = (
+    ("cuda.cuh", "kMaxBlocks = 8192", "kMaxBlocks = 32"),
+    ("cross_entropy_small.cuh", "kSmallMultiprocessors = 132", "kSmallMultiprocessors = 1"),
+    ("cross_entropy_streams.cuh", "kRescaleBlocks = 128", "kRescaleBlocks = 2"),
+)
 
-# In csrc/cuda/cuda.cuh: the element types that kernels are compiled for, and float alone.
-EVERY_TYPE = "f<float>(), f<double>(), f<BFloat16>(), f<Float16>()"
-FLOAT = "f<float>()"
 
+def copy_csrc(folder: Path, *, float_only: bool = False, few_blocks: bool = False) -> Path:
+    """Copies csrc.
 
-def copy_csrc(folder: Path, *, float_only: bool) -> Path:
-    """Copies csrc. With `float_only` its kernels are compiled for float alone, which takes half the time."""
+    With `float_only` its kernels are compiled for float alone, which takes half the time. With `few_blocks` the
+    launches of many kernels have so few blocks that each block takes several rows of a small tensor.
+    """
     csrc = shutil.copytree(CSRC, folder / "csrc")
-    if float_only:
-        header = csrc / "cuda" / "cuda.cuh"
-        text = header.read_text(encoding="utf-8")
-        assert text.count(EVERY_TYPE) == 1
-        header.write_text(text.replace(EVERY_TYPE, FLOAT), encoding="utf-8")
+    for file, shipped, replacement in FLOAT_ONLY * float_only + FEW_BLOCKS * few_blocks:
+        path = csrc / "cuda" / file
+        text = path.read_text(encoding="utf-8")
+        assert text.count(shipped) == 1
+        path.write_text(text.replace(shipped, replacement), encoding="utf-8")
     return csrc
 
 
