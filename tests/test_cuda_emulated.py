@@ -63,13 +63,13 @@ SAMPLE_TESTS = tuple(
 SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64", *EVERY_CASE)
 FLOAT_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and float32", *EVERY_CASE)
 # Two bfloat16 numbers share a word, as two float16 numbers do.
-FEW_ROWS = (
+FLOAT_AND_HALF_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and (float32 or bfloat16)", *EVERY_CASE)
+ROWS_OF_A_CLUSTER = (
     "tests/test_cross_entropy_rows.py",
     "-k",
     "(few_rows_and_many or without_a_gradient) and (float32 or bfloat16)",
     *EVERY_CASE,
 )
-FLOAT_AND_HALF_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and (float32 or bfloat16)", *EVERY_CASE)
 TESTS_FAILED = 1  # pytest's exit status
 
 
@@ -114,7 +114,7 @@ RUNS = (
     # ThreadSanitizer finds accesses that nothing orders, in whatever order they happen.
     Run("samples_thread_forward", "thread", "forward", FLOAT_AND_HALF_SAMPLES, exhaustive=True),
     Run("samples_thread_random", "thread", "random", FLOAT_SAMPLES, 7, exhaustive=True),
-    Run("rows_of_few_blocks_thread", "thread", "forward", FEW_ROWS, exhaustive=True, few_blocks=True),
+    Run("rows_of_few_blocks_thread", "thread", "forward", ROWS_OF_A_CLUSTER, exhaustive=True, few_blocks=True),
 )
 # Mutants that stand for their kind in `make test`; `make test-all` runs all of them.
 FEW_MUTANTS = {"missing_wait_for_a_chunk", "wrong_shuffle_width", "missing_tail", "offset_of_32_bits"}

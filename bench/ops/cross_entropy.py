@@ -1,7 +1,7 @@
 """cross_entropy: the loss and the gradient of its logits. Shape: (N, V).
 
-Variants: "default"; one option each; of "z_loss", "softcap", "logit_scale" and "token_weight" torch's user composes it;
-"padded" rows of a multiple of 64; "forward_only"; "inplace_*", in which charlm writes the gradient over the logits.
+Variants: "default"; one option each, four of which torch's user composes; "padded" rows of a multiple of 64;
+"forward_only"; and "inplace_*", in which charlm writes the gradient over the logits.
 """
 
 from __future__ import annotations

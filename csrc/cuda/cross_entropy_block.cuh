@@ -3,6 +3,7 @@
 // and reads only the rest of a longer row a second time.
 #pragma once
 
+#include "cuda/cross_entropy_reduction.cuh"
 #include "cuda/cross_entropy_row.cuh"
 
 namespace charlm::cuda {

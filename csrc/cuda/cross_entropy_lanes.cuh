@@ -4,6 +4,7 @@
 
 #include "cuda/cross_entropy_layout.cuh"
 #include "cuda/cross_entropy_numbers.cuh"
+#include "cuda/cross_entropy_reduction.cuh"
 #include "cuda/cross_entropy_row.cuh"
 
 namespace charlm::cuda {

@@ -224,13 +224,8 @@ __device__ __forceinline__ Compute<T> largest_of(const uint4 (&packs)[kPacks]) {
 
 // 1 / x for x >= 1, or NaN: 1 ulp.
 __device__ __forceinline__ float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  const float y = reciprocal_approximate(x);
   return fmaf(y, fmaf(-x, y, 1), y);
-#else
-  return 1 / x;
-#endif
 }
 
 // a / b, where `inverse` is 1 / b: exactly 1 if a is b.

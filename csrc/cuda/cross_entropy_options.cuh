@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/chunk_ring.cuh"
+#include "cuda/cross_entropy_reduction.cuh"
 #include "cuda/cross_entropy_row.cuh"
 
 namespace charlm::cuda {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cuda/cross_entropy_dense.cuh"
+#include "cuda/cross_entropy_reduction.cuh"
 
 namespace charlm::cuda {
 namespace {
@@ -14,7 +15,7 @@ template <class T, Terms kTerms, int kThreads, int kPacks>
 struct RegisterShape {
   static constexpr int kBlockThreads = kThreads == kWarp ? 128 : kThreads;
   static constexpr int kRows = kBlockThreads / kThreads;  // of a block
-  // As many as 8 packs leave without spilling: 64, 72 or 80 registers for each thread.
+  // As many as 8 packs leave without spilling: 64 to 96 registers for each thread.
   static constexpr int kResidentThreads = kTerms == Terms::kAll && kPacks == 2             ? 896
                                           : kTerms == Terms::kAll && kThreads == kWarp     ? 640
                                           : kTerms == Terms::kAll                          ? 768

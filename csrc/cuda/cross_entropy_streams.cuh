@@ -1,6 +1,7 @@
 // One pass over rows of any length: losses alone, and gradients from a stored softmax.
 #pragma once
 
+#include "cuda/cross_entropy_reduction.cuh"
 #include "cuda/cross_entropy_walk.cuh"
 
 namespace charlm::cuda {

@@ -234,7 +234,7 @@ class Joiner {
       return over_lanes(parts[lane % kWarps], kWarps);
     } else {
       TransferBarrier* const barrier = barriers_ + turn_ % 2;
-      __syncwarp();  // all lanes have read the parts before the last, which the answers may overwrite
+      __syncwarp();  // all lanes have read the last row's parts, which these let others overwrite
       if (lane < n_blocks_) send(part, parts + rank() * kWarps + warp, lane, barrier);
       wait_barrier(barrier, turn_ / 2 % 2);
       if (threadIdx.x == 0) expect(barrier);  // for the row after the next one

@@ -4,12 +4,11 @@
 // it for a part of the contexts. It reads N * T indices for each tile of columns and writes N * H elements.
 //
 // Backward, three launches:
-// 1. embedding_linear_fill_tables: the gradient of the table. A block handles a part of the contexts and up to 8
-// places;
-//    each of its threads handles a column of every S-th context, which it adds into its own table in shared memory, at
-//    all places, without atomics. The block adds up the tables of its threads in order, and writes the sum, with that
-//    of the bias, to the workspace. It reads the gradient and what the activation's derivative is made of once for each
-//    group of places.
+// 1. embedding_linear_fill_tables: the gradient of the table. A block handles a part of the contexts, at 8 places or
+//    fewer; each of its threads handles a column of every S-th context, which it adds into its own table in shared
+//    memory, at all places, without atomics. The block adds up the tables of its threads in order, and writes the sum,
+//    with that of the bias, to the workspace. It reads the gradient and what the activation's derivative is made of
+//    once for each group of places.
 // 2. embedding_linear_multiply_table: a block for each place and tile adds up the sums of the parts in order, and
 //    computes its part of the gradient of W, and its share of that of C.
 // 3. embedding_linear_join_shares: adds up the shares in order.

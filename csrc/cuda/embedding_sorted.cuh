@@ -110,6 +110,8 @@ __device__ __forceinline__ void store_to_shared(C* p, const C (&values)[kCount])
   }
 }
 
+// -------------------------------------------------------------------------------------------------------------- pieces
+
 // parts[piece, :D] = the sum of the rows of a piece; pieces lie `stride` numbers apart.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
@@ -159,6 +161,8 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   }
   if (mine) store_numbers(parts + piece * stride + group.column, sum);
 }
+
+// ----------------------------------------------------------------------------------------------------- joins of pieces
 
 constexpr int kJoinLanes = 16;
 constexpr int kJoinLoads = 9;  // parts that a thread loads at a time: 132 blocks' (cuda/embedding_tables.cuh) among 16

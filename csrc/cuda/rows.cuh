@@ -83,6 +83,17 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
+// 1 / x for x >= 1: 1 ulp, or 0 for x >= 2^126.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1 / x;
+#endif
+}
+
 // e^x for x <= 0, as accurate as T needs: 2^(x * log2 e), and for float a first-order correction of the rounding error
 // of the product. NaN stays NaN.
 template <class T>

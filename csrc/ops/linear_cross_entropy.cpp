@@ -67,7 +67,7 @@ void check_linear_cross_entropy(const LinearCrossEntropyArguments& a) {
   check_cross_entropy(a.options, like_logits(a), a.target, a.weight, a.token_weight);
 }
 
-// --------------------------------------------------------------------------------------------------- implementation
+// ------------------------------------------------------------------------------------------------- rows and blocks
 
 namespace {
 
@@ -267,6 +267,8 @@ Tensor grad_of_rows(const Rows& rows, const OptionalTensor& grad_loss, const Ten
   return (total.defined() ? one / total : one).to(dtype);
 }
 
+// ------------------------------------------------------------------------------------------- all logits at once
+
 // On the CPU, few logits that are computed in their own dtype: what blocks need in addition to the products would take
 // longer than the products.
 bool fits_at_once(const LinearCrossEntropyArguments& a) {
@@ -366,6 +368,8 @@ LossAndGradients run_whole_on_gpu(const LinearCrossEntropyArguments& a, bool wit
   }
   return results;
 }
+
+// ------------------------------------------------------------------------------------------------- implementation
 
 LossAndGradients run(const LinearCrossEntropyArguments& a, bool with_gradients, const OptionalTensor& grad_loss,
                      const MetricGradients& metric_grads, OutputMask mask) {

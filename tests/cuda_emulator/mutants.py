@@ -137,7 +137,7 @@ MUTANTS = (
     Mutant(
         "only_the_first_block_counts_targets",
         "cross_entropy",
-        "cross_entropy_row.cuh",
+        "cross_entropy_reduction.cuh",
         "if (first < reduction.n_totals) sum",
         "if (first < 1) sum",
         tests=("tests/test_many_rows.py", "-k", "losses_and_gradients"),
@@ -145,7 +145,7 @@ MUTANTS = (
     Mutant(
         "divisor_read_before_the_targets_are_counted",
         "cross_entropy",
-        "cross_entropy_row.cuh",
+        "cross_entropy_reduction.cuh",
         "  if (reduction.is_dependent) wait_for_previous_kernel();\n  if (reduction.n_totals == 0)",
         "  if (reduction.n_totals == 0)",
     ),
@@ -193,7 +193,7 @@ MUTANTS = (
         "parts_sent_before_every_lane_has_read_the_last",
         "cross_entropy",
         "cross_entropy_walk.cuh",
-        "      __syncwarp();  // all lanes have read the parts before the last, which the answers may overwrite\n",
+        "      __syncwarp();  // all lanes have read the last row's parts, which these let others overwrite\n",
         "",
         flavour="thread",
         tests=ROWS_OF_A_CLUSTER,
@@ -210,7 +210,7 @@ MUTANTS = (
     Mutant(
         "sums_of_losses_added_without_an_atomic",
         "cross_entropy",
-        "cross_entropy_row.cuh",
+        "cross_entropy_reduction.cuh",
         "    reduction.losses[blockIdx.x] = loss;\n",
         "    reduction.losses[blockIdx.x] = 0;\n    reduction.losses[0] += loss;\n",
         flavour="thread",
