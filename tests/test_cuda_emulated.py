@@ -99,6 +99,7 @@ RUNS = (
     Run("ops_forward", "plain", "forward", (*OPS_TESTS, *EVERY_CASE), exhaustive=True),
     Run("kernels_of_few_blocks", "plain", "reverse", FEW_TESTS, exhaustive=True, few_blocks=True),
     Run("ops_random", "plain", "random", OPS_TESTS, 6, exhaustive=True),
+    Run("vocab_parallel_forward", "plain", "forward", ("tests/test_vocab_parallel.py",), exhaustive=True),
     Run("device_tests_forward", "plain", "forward", DEVICE_TESTS, exhaustive=True),
     Run("kernels_of_sm_80", "plain", "forward", FEW_TESTS, exhaustive=True, capability=80),
     *(

@@ -156,6 +156,15 @@ void backward(const CrossEntropyOptions& options, const Tensor& given_grad_loss,
   (call.*write)();
 }
 
+MetricGradients metric_gradients(const Tensor& input, const OptionalTensor& grad_lse,
+                                 const OptionalTensor& grad_entropy, const OptionalTensor& entropy) {
+  TORCH_CHECK(!grad_entropy || entropy, "grad_entropy needs entropy");
+  const auto of_rows = [&](const OptionalTensor& t) {
+    return t ? metric_of_rows(*t, input, loss_shape(input)) : Tensor();
+  };
+  return {of_rows(grad_lse), of_rows(grad_entropy), of_rows(entropy)};
+}
+
 // Where the rows could not be a view of the logits' memory.
 void write_back(Tensor& input, const Tensor& rows) {
   if (!rows.is_alias_of(input)) input.copy_(in_shape_of(rows, input));
@@ -202,10 +211,13 @@ LossAndState cross_entropy_forward_backward_(const CrossEntropyOptions& options,
 
 void cross_entropy_backward_(const CrossEntropyOptions& options, Tensor& input, const Tensor& grad_loss,
                              const Tensor& target, const OptionalTensor& weight, const OptionalTensor& token_weight,
-                             const Tensor& state) {
+                             const Tensor& state, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                             const OptionalTensor& entropy) {
   check_cross_entropy(options, input, target, weight, token_weight);
   with_float_type(input.scalar_type(), "cross_entropy_backward_", [&]<class T>() {
     Call<T> call(options, input, target, weight, token_weight);
+    const MetricGradients metric_grads = metric_gradients(input, grad_lse, grad_entropy, entropy);
+    call.add_metric_gradients(metric_grads, 0);
     backward(options, grad_loss, input, target, state, call, call.logits, &Call<T>::backward);
     write_back(input, call.logits);
   });
@@ -374,11 +386,7 @@ Gradients gradients(const CrossEntropyOptions& options, const Tensor& grad_loss,
               " for logits of shape ", input.sizes());
   return with_float_type(input.scalar_type(), "cross_entropy_backward", [&]<class T>() {
     Call<T> call(options, input, target, weight, token_weight);
-    const auto of_rows = [&](const OptionalTensor& t) {
-      return t ? metric_of_rows(*t, input, loss_shape(input)) : Tensor();
-    };
-    TORCH_CHECK(!grad_entropy || entropy, "grad_entropy needs entropy");
-    const MetricGradients metric_grads{of_rows(grad_lse), of_rows(grad_entropy), of_rows(entropy)};
+    const MetricGradients metric_grads = metric_gradients(input, grad_lse, grad_entropy, entropy);
     call.add_metric_gradients(metric_grads, 0);
     const auto gradient = [&](bool is_needed, void (Call<T>::*write)()) {
       if (!is_needed) return Tensor();
@@ -426,7 +434,8 @@ Gradients meta_gradients(const CrossEntropyOptions&, const Tensor&, const Tensor
 }
 
 void meta_backward_(const CrossEntropyOptions&, Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                    const OptionalTensor&, const Tensor&) {}
+                    const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&) {}
 
 }  // namespace
 
@@ -473,7 +482,8 @@ TORCH_LIBRARY_FRAGMENT(charlm, m) {
   m.def("_cross_entropy_backward(Tensor grad_loss, Tensor input, " TARGETS
         "Tensor state, Tensor? grad_lse, Tensor? grad_entropy, Tensor? entropy, bool[2] output_mask, " OPTIONS
         ") -> (Tensor, Tensor)");
-  m.def("_cross_entropy_backward_(Tensor(a!) input, Tensor grad_loss, " TARGETS "Tensor state, " OPTIONS ") -> ()");
+  m.def("_cross_entropy_backward_(Tensor(a!) input, Tensor grad_loss, " TARGETS
+        "Tensor state, Tensor? grad_lse, Tensor? grad_entropy, Tensor? entropy, " OPTIONS ") -> ()");
   implement(m, "cross_entropy", Flat<&cross_entropy_forward>::call);
   implement(m, "cross_entropy_inplace_forward", Flat<&cross_entropy_forward_backward_>::call);
   implement(m, "cross_entropy_inplace_backward", Flat<&forward_keeping_logits>::call);

@@ -44,11 +44,12 @@ struct CrossEntropyInplaceBackward final : CrossEntropyNode<CrossEntropyInplaceB
         memory.mul_(grad_loss);
       }
     } else {
-      using InplaceBackwardOp = CrossEntropyOp<void, Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                               const OptionalTensor&, const Tensor&>;
+      using InplaceBackwardOp =
+          CrossEntropyOp<void, Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                         const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&>;
       static const InplaceBackwardOp op("charlm::_cross_entropy_backward_");
       op(options, memory, grad_loss, call.saved(kTarget), call.optional(kWeight), call.optional(kTokenWeight),
-         call.saved(kState));
+         call.saved(kState), {}, {}, {});
     }
     return {memory};
   }
@@ -242,8 +243,8 @@ struct BumpVersion {
 
 constexpr char kOverwriteWithGradient[] = "charlm::_cross_entropy_backward_";
 using BumpForward = BumpVersion<LossAndState, const Tensor&, const OptionalTensor&, const OptionalTensor&>;
-using BumpBackward =
-    BumpVersion<void, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&>;
+using BumpBackward = BumpVersion<void, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                 const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&>;
 
 // In float32, as torch's own cross_entropy_loss: the float32 copy of half logits is overwritten.
 template <c10::DeviceType kDevice, const char* kName>

@@ -125,10 +125,12 @@ LossStateGrad cross_entropy_forward_backward(const CrossEntropyOptions& options,
 LossAndState cross_entropy_forward_backward_(const CrossEntropyOptions& options, Tensor& input, const Tensor& target,
                                              const OptionalTensor& weight, const OptionalTensor& token_weight);
 
-// The gradient of the logits, in their memory.
+// The gradient of the logits, in their memory. The last three tensors are those of MetricGradients, of the loss's
+// shape.
 void cross_entropy_backward_(const CrossEntropyOptions& options, Tensor& input, const Tensor& grad_loss,
                              const Tensor& target, const OptionalTensor& weight, const OptionalTensor& token_weight,
-                             const Tensor& state);
+                             const Tensor& state, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                             const OptionalTensor& entropy);
 
 // Rescales the gradient computed in forward (unit grad_loss) to the actual grad_loss, without rounding twice: computes
 // it anew where the factor is not a power of two.
