@@ -1,12 +1,12 @@
-// The windows of ngrams.cpp as sorted keys: packing them, dividing the range of keys into parts that fit in a buffer,
-// and collecting and sorting a part.
+// The windows of ngrams.cpp as keys: packing them, and dividing the range of keys into parts that fit in a buffer.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <numeric>
+#include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -51,114 +51,158 @@ struct Layout {
   uint64_t full, last;  // masks of the bits in use, of a word and of the last word
 };
 
-// The tokens as ids 1, 2, …, in the order of their values.
+// The tokens as ids 1, 2, …, in the order of their values. Windows start at the first `starts` of them.
 template <class Id>
 struct Sequence {
-  std::vector<Id> ids;
-  size_t starts;
+  const Id* ids;
+  size_t size, starts;
   Id boundary;  // 0, which is no id, if there is none
 };
 
 // Calls visit(key) for each window, from the last to the first, so that a key is the previous one shifted by one id.
-// kOneWord: layout.words is 1.
-template <bool kOneWord, class Id, class Visit>
+// kWords: layout.words, or 0 for any number of words.
+template <int kWords, class Id, class Visit>
 void for_each_window(const Sequence<Id>& sequence, const Layout& layout, Visit visit) {
   // Local copies, so that the stores of visit() cannot alias them.
-  const Id* const ids = sequence.ids.data();
+  const Id* const ids = sequence.ids;
   const Id boundary = sequence.boundary;
   const size_t starts = sequence.starts;
-  const int64_t words = layout.words, bits = layout.bits, top = 64 - bits, bottom = 64 - bits * layout.per_word;
+  const int64_t words = kWords ? kWords : layout.words;
+  const int64_t bits = layout.bits, top = 64 - bits, bottom = 64 - bits * layout.per_word;
   const uint64_t mask = (uint64_t{1} << bits) - 1, full = layout.full, last = layout.last;
-  if constexpr (kOneWord) {
-    uint64_t next = 0;  // the window that starts at the next token, up to a boundary there
-    for (size_t i = sequence.ids.size(); i-- > 0;) {
-      const uint64_t first = uint64_t{ids[i]} << top;
-      const uint64_t key = (next >> bits | first) & last;
-      next = ids[i] == boundary ? first : key;
-      if (i < starts) visit(&key);
+  std::conditional_t<kWords == 0, std::vector<uint64_t>, std::array<uint64_t, kWords>> key{};
+  if constexpr (kWords == 0) key.resize(words);
+  for (size_t i = sequence.size; i-- > 0;) {
+    const uint64_t first = uint64_t{ids[i]} << top;
+    for (int64_t w = words - 1; w > 0; --w) {
+      const uint64_t carried = key[w - 1] >> bottom & mask;
+      key[w] = (key[w] >> bits | carried << top) & (w == words - 1 ? last : full);
     }
-  } else {
-    std::vector<uint64_t> key(words);
-    for (size_t i = sequence.ids.size(); i-- > 0;) {
-      const uint64_t first = uint64_t{ids[i]} << top;
-      for (int64_t w = words - 1; w > 0; --w) {
-        const uint64_t carried = key[w - 1] >> bottom & mask;
-        key[w] = (key[w] >> bits | carried << top) & (w == words - 1 ? last : full);
-      }
-      key[0] = (key[0] >> bits | first) & full;
-      if (i < starts) visit(key.data());
-      if (ids[i] == boundary) {
-        std::fill(key.begin(), key.end(), 0);
-        key[0] = first;
-      }
-    }
+    key[0] = (key[0] >> bits | first) & (words == 1 ? last : full);
+    if (i < starts) visit(key.data());
+    const bool ends = ids[i] == boundary;  // the window before goes on only to this token
+    key[0] = ends ? first : key[0];
+    for (int64_t w = 1; w < words; ++w) key[w] = ends ? 0 : key[w];
+  }
+}
+
+// Packs the window that starts at token i.
+template <class Id>
+void pack(const Sequence<Id>& sequence, const Layout& layout, size_t i, uint64_t* key) {
+  const int64_t bits = layout.bits, per_word = layout.per_word, words = layout.words;
+  int64_t length = std::min<int64_t>(layout.length, sequence.size - i);
+  const Id* ids = sequence.ids + i;
+  if (sequence.boundary != 0) {
+    length = std::min<int64_t>(length, std::find(ids + 1, ids + length, sequence.boundary) - ids + 1);
+  }
+  for (int64_t w = 0; w < words; ++w) {
+    const int64_t size = std::clamp<int64_t>(length - w * per_word, 0, per_word);
+    uint64_t word = 0;
+    for (int64_t place = 0; place < size; ++place) word = word << bits | *ids++;
+    key[w] = size == 0 ? 0 : word << (64 - bits * size);
   }
 }
 
 // ---- parts of the range of keys
 
-// The keys whose first words are `prefix` and whose next word is in [low, high].
+// The keys from low to high.
 struct Part {
-  std::vector<uint64_t> prefix;
-  uint64_t low, high;
+  std::vector<uint64_t> low, high;
   uint64_t windows;  // number of windows with such a key
 
+  template <int kWords>
   bool holds(const uint64_t* key) const {
-    for (const uint64_t word : prefix) {
-      if (*key++ != word) return false;
+    const uint64_t *const from = low.data(), *const to = high.data();
+    bool above = true, below = true;  // no branches, which would be mispredicted
+    for (int64_t w = (kWords ? kWords : low.size()) - 1; w >= 0; --w) {
+      above = (key[w] > from[w]) | ((key[w] == from[w]) & above);
+      below = (key[w] < to[w]) | ((key[w] == to[w]) & below);
     }
-    return *key - low <= high - low;
+    return above & below;
   }
 };
 
+// Calls visit(key) for each window of a part, and for some others. Most of the others are recognized, many at a time,
+// without packing them: by the ids that all keys of the part share, and the range of the id after these.
+template <int kWords, class Id, class Visit>
+void for_each_window_near(const Part& part, const Sequence<Id>& sequence, const Layout& layout, Visit visit) {
+  if (part.windows == sequence.starts) return for_each_window<kWords>(sequence, layout, visit);
+  constexpr size_t kBlock = 64;
+  int64_t shared = part.low == part.high ? layout.length - 1 : layout.shared(part.low.data(), part.high.data());
+  std::vector<Id> prefix(shared + 1);
+  for (int64_t place = 0; place <= shared; ++place) {
+    prefix[place] = static_cast<Id>(layout.id(part.low.data(), place));
+    if (place > 0 && prefix[place] == sequence.boundary)
+      shared = place;  // the ids after it are not those of the tokens
+  }
+  const Id low = prefix[shared], span = static_cast<Id>(layout.id(part.high.data(), shared)) - low;
+  std::conditional_t<kWords == 0, std::vector<uint64_t>, std::array<uint64_t, kWords>> key{};
+  if constexpr (kWords == 0) key.resize(layout.words);
+  size_t begin = 0;
+  const auto visit_at = [&](size_t i) {
+    pack(sequence, layout, i, key.data());
+    visit(key.data());
+  };
+  for (; begin + kBlock <= sequence.starts && begin + kBlock + shared <= sequence.size; begin += kBlock) {
+    const Id* const ids = sequence.ids + begin;
+    uint8_t near[kBlock];
+    for (size_t j = 0; j < kBlock; ++j) near[j] = static_cast<Id>(ids[j + shared] - low) <= span;
+    for (int64_t place = 0; place < shared; ++place) {
+      for (size_t j = 0; j < kBlock; ++j) near[j] &= ids[j + place] == prefix[place];
+    }
+    for (size_t at = 0; at < kBlock; at += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, near + at, 8);
+      for (; eight != 0; eight &= eight - 1) visit_at(begin + at + __builtin_ctzll(eight) / 8);
+    }
+  }
+  for (; begin < sequence.starts; ++begin) visit_at(begin);
+}
+
 // Divides the range of keys into parts of at most `capacity` windows, or of one key.
-template <bool kOneWord, class Id>
+template <int kWords, class Id>
 class Cutter {
  public:
   Cutter(const Sequence<Id>& sequence, const Layout& layout, uint64_t capacity)
       : sequence_(sequence), layout_(layout), capacity_(capacity) {}
 
   std::vector<Part> cut() {
-    cut(Part{{}, 0, kAllOnes, sequence_.starts}, 0);
+    const size_t words = layout_.words;
+    std::vector<uint64_t> high(words, layout_.full);
+    high.back() = layout_.last;
+    cut(Part{std::vector<uint64_t>(words), std::move(high), sequence_.starts}, 0);
     return std::move(parts_);
   }
 
  private:
-  // fixed: the high bits that all words of [part.low, part.high] share.
-  void cut(const Part& part, int fixed) {
-    if (part.windows <= capacity_) return parts_.push_back(part);
-    if (fixed == 64) {
-      if (static_cast<int64_t>(part.prefix.size()) + 1 == layout_.words) return parts_.push_back(part);
-      Part next{part.prefix, 0, kAllOnes, part.windows};
-      next.prefix.push_back(part.low);
-      return cut(next, 0);
-    }
-    const int shift = 64 - kDigitBits - fixed;
-    const std::vector<uint64_t> histogram = count_digits(part, shift);
-    Part group{part.prefix, part.low, part.low, 0};  // adjacent digits whose windows fit in the buffer together
+  // fixed: the number of high bits that part.low and part.high share, and 0s in the other bits of part.low.
+  void cut(const Part& part, int64_t fixed) {
+    if (part.windows <= capacity_ || part.low == part.high) return add(part);
+    const int64_t word = fixed / 64, shift = 64 - kDigitBits - fixed % 64;
+    const std::vector<uint64_t> histogram = count_digits(part, word, shift);
     for (uint64_t digit = 0; digit < histogram.size(); ++digit) {
-      const uint64_t low = part.low + (digit << shift);
-      const uint64_t high = low + ((uint64_t{1} << shift) - 1);
-      if (group.windows + histogram[digit] > capacity_) {
-        if (group.windows > 0) parts_.push_back(group);
-        group = Part{part.prefix, low, high, 0};
-      }
-      if (histogram[digit] > capacity_) {
-        cut(Part{part.prefix, low, high, histogram[digit]}, fixed + kDigitBits);
-        group.low = high + 1;
-        continue;
-      }
-      group.high = high;
-      group.windows += histogram[digit];
+      if (histogram[digit] == 0) continue;
+      Part with_digit{part.low, part.high, histogram[digit]};
+      with_digit.low[word] |= digit << shift;
+      with_digit.high[word] &= with_digit.low[word] | ((uint64_t{1} << shift) - 1);
+      cut(with_digit, fixed + kDigitBits);
     }
-    if (group.windows > 0) parts_.push_back(group);
   }
 
-  std::vector<uint64_t> count_digits(const Part& part, int shift) const {
+  // Adds a part, or extends the last one by it if their windows fit in the buffer together.
+  void add(const Part& part) {
+    if (!parts_.empty() && parts_.back().windows + part.windows <= capacity_) {
+      parts_.back().high = part.high;
+      parts_.back().windows += part.windows;
+    } else {
+      parts_.push_back(part);
+    }
+  }
+
+  std::vector<uint64_t> count_digits(const Part& part, int64_t word, int64_t shift) const {
     std::vector<uint64_t> histogram(size_t{1} << kDigitBits);
-    const size_t word = part.prefix.size();
-    for_each_window<kOneWord>(sequence_, layout_, [&](const uint64_t* key) {
-      if (part.holds(key)) ++histogram[key[word] >> shift & (histogram.size() - 1)];
+    for_each_window_near<kWords>(part, sequence_, layout_, [&](const uint64_t* key) {
+      if (part.template holds<kWords>(key)) ++histogram[key[word] >> shift & (histogram.size() - 1)];
     });
     return histogram;
   }
@@ -167,83 +211,6 @@ class Cutter {
   const Layout& layout_;
   const uint64_t capacity_;
   std::vector<Part> parts_;
-};
-
-// ---- sorting
-
-// Sorts by bytes, least significant first; a byte that all keys share is skipped. Returns the array with the sorted
-// keys.
-inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, size_t size) {
-  constexpr int kBytes = 8;
-  size_t counts[kBytes][256] = {};
-  for (size_t i = 0; i < size; ++i) {
-    for (int byte = 0; byte < kBytes; ++byte) ++counts[byte][keys[i] >> 8 * byte & 255];
-  }
-  for (int byte = 0; byte < kBytes; ++byte) {
-    size_t* place = counts[byte];
-    if (place[keys[0] >> 8 * byte & 255] == size) continue;
-    std::exclusive_scan(place, place + 256, place, size_t{0});
-    for (size_t i = 0; i < size; ++i) scratch[place[keys[i] >> 8 * byte & 255]++] = keys[i];
-    std::swap(keys, scratch);
-  }
-  return keys;
-}
-
-// Collects and sorts the keys of one part, in a buffer that all parts share.
-template <bool kOneWord, class Id>
-class Sorter {
- public:
-  Sorter(const Sequence<Id>& sequence, const Layout& layout, uint64_t capacity)
-      : sequence_(sequence),
-        layout_(layout),
-        keys_(new uint64_t[capacity * layout.words + layout.words]),
-        scratch_(new uint64_t[capacity]) {}
-
-  static uint64_t bytes_per_key(const Layout& layout) { return 8 * layout.words + 8; }
-
-  void sort(const Part& part) {
-    collect(part);
-    if constexpr (kOneWord) {
-      sorted_ = radix_sort(keys_.get(), scratch_.get(), part.windows);
-    } else {
-      std::iota(scratch_.get(), scratch_.get() + part.windows, uint64_t{0});
-      std::sort(scratch_.get(), scratch_.get() + part.windows, [this](uint64_t a, uint64_t b) {
-        const uint64_t *x = row(a), *y = row(b);
-        return std::lexicographical_compare(x, x + layout_.words, y, y + layout_.words);
-      });
-    }
-  }
-
-  const uint64_t* operator[](size_t place) const {
-    if constexpr (kOneWord) return sorted_ + place;
-    return row(scratch_[place]);
-  }
-
- private:
-  // For keys of one word: writes every key, but advances only past those of the part, which avoids mispredicted
-  // branches.
-  void collect(const Part& part) {
-    uint64_t* out = keys_.get();
-    if constexpr (kOneWord) {
-      const uint64_t low = part.low, span = part.high - part.low;
-      for_each_window<true>(sequence_, layout_, [&out, low, span](const uint64_t* key) {
-        *out = *key;
-        out += *key - low <= span;
-      });
-    } else {
-      for_each_window<false>(sequence_, layout_, [&](const uint64_t* key) {
-        if (part.holds(key)) out = std::copy_n(key, layout_.words, out);
-      });
-    }
-  }
-
-  const uint64_t* row(uint64_t place) const { return keys_.get() + place * layout_.words; }
-
-  const Sequence<Id>& sequence_;
-  const Layout& layout_;
-  std::unique_ptr<uint64_t[]> keys_;  // capacity + 1: a key that is not kept may be written to the last one
-  std::unique_ptr<uint64_t[]> scratch_;
-  uint64_t* sorted_ = nullptr;
 };
 
 }  // namespace charlm::ngrams

@@ -10,7 +10,7 @@
 // collected, sorted and counted. Threads process the parts, and their counts are consumed in the order of the keys, so
 // that the result does not depend on the number of threads.
 //
-// Time: O(n) for each part and n tokens; sorting is a radix sort if a window fits in one word, otherwise O(n log n).
+// Time: O(n) for each part and n tokens, and a radix sort.
 // Memory: 1, 2 or 4 bytes per token for up to 255, 65,535 or more distinct tokens, 4 bytes for each value up to the
 // largest token, buffer_bytes, and the result.
 #include <pybind11/numpy.h>
@@ -29,6 +29,7 @@
 #include <utility>
 #include <vector>
 
+#include "ngrams/ngram_sort.h"
 #include "ngrams/ngram_windows.h"
 
 namespace charlm {
@@ -215,31 +216,35 @@ void run_in_order(int64_t threads, size_t tasks, const std::function<void(int64_
   if (error) std::rethrow_exception(error);
 }
 
-template <bool kOneWord, class Id>
+// Adds the sorted keys, each with the number of its windows.
+template <int kWords>
+void add_sorted(const KeySorter<kWords>& keys, int64_t words,
+                const std::function<void(const uint64_t*, int64_t)>& add) {
+  for (size_t begin = 0, end = 1; begin < keys.size(); begin = end++) {
+    while (end < keys.size() && std::equal(keys[begin], keys[begin] + words, keys[end])) ++end;
+    add(keys[begin], end - begin);
+  }
+}
+
+template <int kWords, class Id>
 void count_sequence(const Sequence<Id>& sequence, const Layout& layout, const Options& options, Grams& grams) {
-  using PartSorter = Sorter<kOneWord, Id>;
-  const uint64_t share = options.buffer_bytes / options.threads / PartSorter::bytes_per_key(layout);
+  using Sorter = KeySorter<kWords>;
+  const uint64_t share = options.buffer_bytes / options.threads / Sorter::bytes_per_key(layout);
   const uint64_t capacity = std::clamp<uint64_t>(share, 1, std::max<uint64_t>(sequence.starts, 1));
-  const std::vector<Part> parts = Cutter<kOneWord, Id>(sequence, layout, capacity).cut();
+  const std::vector<Part> parts = Cutter<kWords, Id>(sequence, layout, capacity).cut();
   const int64_t threads = std::min<int64_t>(options.threads, parts.size());
-  std::vector<PartSorter> sorters;
-  for (int64_t thread = 0; thread < threads; ++thread) sorters.emplace_back(sequence, layout, capacity);
+  std::vector<Sorter> sorters;
+  for (int64_t thread = 0; thread < threads; ++thread) sorters.emplace_back(layout, capacity);
 
   const auto prepare = [&](int64_t thread, size_t task) {
-    if (parts[task].windows <= capacity) sorters[thread].sort(parts[task]);
+    if (parts[task].windows > capacity) return;
+    sorters[thread].collect(parts[task], sequence, layout);
+    sorters[thread].sort();
   };
   const auto consume = [&](int64_t thread, size_t task) {
     const Part& part = parts[task];
-    if (part.windows > capacity) {
-      std::vector<uint64_t> key = part.prefix;
-      key.push_back(part.low);
-      return grams.add(key.data(), part.windows);
-    }
-    const PartSorter& keys = sorters[thread];
-    for (uint64_t begin = 0, end = 1; begin < part.windows; begin = end++) {
-      while (end < part.windows && std::equal(keys[begin], keys[begin] + layout.words, keys[end])) ++end;
-      grams.add(keys[begin], end - begin);
-    }
+    if (part.windows > capacity) return grams.add(part.low.data(), part.windows);  // they have one key
+    add_sorted(sorters[thread], layout.words, [&](const uint64_t* key, int64_t windows) { grams.add(key, windows); });
   };
   run_in_order(threads, parts.size(), prepare, consume);
   grams.finish();
@@ -265,10 +270,13 @@ void count_as(const Token* tokens, size_t size, const std::vector<int32_t>& dist
   std::vector<Id> ids(distinct.back() + 1);  // by token
   for (size_t id = 1; id < distinct.size(); ++id) ids[distinct[id]] = static_cast<Id>(id);
   const bool bounded = options.boundary >= 0 && options.boundary < static_cast<int64_t>(ids.size());
-  Sequence<Id> sequence{std::vector<Id>(size), static_cast<size_t>(options.starts),
-                        bounded ? ids[options.boundary] : Id{0}};
-  std::transform(tokens, tokens + size, sequence.ids.begin(), [&](Token token) { return ids[token]; });
-  const auto count = layout.words == 1 ? count_sequence<true, Id> : count_sequence<false, Id>;
+  std::vector<Id> all(size);
+  std::transform(tokens, tokens + size, all.begin(), [&](Token token) { return ids[token]; });
+  const Sequence<Id> sequence{all.data(), size, static_cast<size_t>(options.starts),
+                              bounded ? ids[options.boundary] : Id{0}};
+  const auto count = layout.words == 1   ? count_sequence<1, Id>
+                     : layout.words == 2 ? count_sequence<2, Id>
+                                         : count_sequence<0, Id>;
   count(sequence, layout, options, grams);
 }
 
