@@ -9,16 +9,25 @@ The n-grams of all lengths form a trie: an n-gram is a shorter n-gram and one mo
 trie level by level. `count_spectra` returns only how many n-grams there are of each count, which is enough for an
 entropy and takes little memory for a text of any size.
 
-Time is linear in the number of tokens while an n-gram fits into 64 bits, with log2(V + 1) bits, rounded up, for each
-token of V distinct ones: 100 MB of text at length 6 take a few seconds on two cores. Memory is a copy of the tokens (1
-byte each for up to 255 distinct tokens, 2 bytes up to 65,535, else 4), at most 256 MiB for sorting, and the result. The
-counting uses `torch.get_num_threads()` threads; results do not depend on them. With CHARLM_BACKEND=reference numpy
-counts, slowly and in memory that is a multiple of the text.
+An n-gram is sorted as 64-bit words, with log2(V + 1) bits, rounded up, for each token of V distinct ones: 100 MB of
+text at length 6 take a few seconds on two cores, in one word or in two. Memory is a copy of the tokens (1 byte each for
+up to 255 distinct tokens, 2 bytes up to 65,535, else 4), at most 256 MiB for sorting, and the result. The counting uses
+`torch.get_num_threads()` threads; results do not depend on them. With CHARLM_BACKEND=reference numpy counts, slowly and
+in memory that is a multiple of the text.
+
+`memory` bounds what the counting allocates, in bytes. The tokens are not copied, so that they may be a memory-mapped
+file that is larger than memory. Sorted runs of n-grams are written to `directory` and merged, and the result is a list
+of memory-mapped files there. All files are without a name from the beginning: their space is free again when the
+counting fails or is interrupted, when the process dies, or when the arrays of the result are deleted.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +38,7 @@ from charlm.reference import ngrams as reference
 
 MAX_LENGTH = 1000  # of an n-gram; a window of this many tokens is kept in memory while it is sorted
 BUFFER_BYTES = 256 * 2**20
+LEAST_MEMORY = 16 * 2**20  # beside the table of tokens, 8 bytes for each value up to the largest token
 
 Tokens = str | bytes | np.ndarray | Tensor
 
@@ -70,7 +80,7 @@ def as_tokens(text: Tokens) -> np.ndarray:
             dtype.
 
     Returns:
-        (N,) uint8, uint16 or uint32, contiguous.
+        (N,) uint8, uint16 or uint32. An array of one of these dtypes is not copied.
 
     Raises:
         TypeError: another type, or tokens that are not integers.
@@ -90,7 +100,7 @@ def as_tokens(text: Tokens) -> np.ndarray:
     if tokens.ndim != 1:
         raise ValueError(f"expected tokens of one dimension, but got shape {tokens.shape}")
     if tokens.dtype in (np.uint8, np.uint16, np.uint32):
-        return np.ascontiguousarray(tokens)
+        return tokens
     for bad in (tokens < 0, tokens > np.iinfo(np.uint32).max):
         if bad.any():
             position = int(bad.argmax())
@@ -99,7 +109,13 @@ def as_tokens(text: Tokens) -> np.ndarray:
 
 
 def count_ngrams(
-    text: Tokens, max_length: int, *, starts: int | None = None, boundary: int | None = None
+    text: Tokens,
+    max_length: int,
+    *,
+    starts: int | None = None,
+    boundary: int | None = None,
+    memory: int | None = None,
+    directory: str | Path | None = None,
 ) -> list[NgramLevel]:
     """The n-grams of `text` of lengths 1 to `max_length`, and the number of their occurrences.
 
@@ -108,12 +124,18 @@ def count_ngrams(
         max_length: the longest length, 1 to 1000.
         starts: count the n-grams that begin at one of the first `starts` tokens; None is all of them.
         boundary: a token that ends an n-gram: behind the first position it occurs only as the last token.
+        memory: the largest number of bytes to allocate, for counting on disk; None counts in memory. Tokens of another
+            dtype than uint8, uint16 and uint32 are converted in memory first.
+        directory: the folder of the temporary files of counting on disk; None is `tempfile.gettempdir()`.
 
     Returns:
-        A list with one `NgramLevel` for each length; for lengths beyond the text it is empty.
+        A list with one `NgramLevel` for each length; for lengths beyond the text it is empty. If `memory` is given, the
+        arrays are memory-mapped temporary files.
 
     Raises:
-        TypeError, ValueError: as in `as_tokens`; a `max_length` or `starts` out of range.
+        TypeError, ValueError: as in `as_tokens`; a `max_length` or `starts` out of range, or too little `memory`.
+        OSError: a temporary file cannot be written; with errno ENOSPC, `directory` is full, or free space is less than
+            the first run makes likely.
 
     Example:
         >>> singles, pairs = charlm.ngrams.count_ngrams("abab", 2)
@@ -126,32 +148,45 @@ def count_ngrams(
     starts = len(tokens) if starts is None else starts
     if not 0 <= starts <= len(tokens):
         raise ValueError(f"starts is {starts}, but must be at least 0 and at most {len(tokens)}, the number of tokens")
-    if tokens.size and tokens.max() > np.iinfo(np.int32).max:
+    if tokens.dtype == np.uint32 and tokens.max(initial=0) > np.iinfo(np.int32).max:
         position = int(tokens.argmax())
         raise ValueError(f"token {tokens[position]} at position {position} is above 2147483647")
-    return _count_ngrams(tokens, _checked_length(max_length), starts, boundary, BUFFER_BYTES)
+    max_length = _checked_length(max_length)
+    if memory is None:
+        return _count_ngrams(tokens, max_length, starts, boundary, BUFFER_BYTES)
+    _check_memory(memory, tokens)
+    return _count_ngrams(tokens, max_length, starts, boundary, memory, directory or tempfile.gettempdir())
 
 
-def count_spectra(text: Tokens, max_length: int) -> tuple[list[Spectrum], list[Spectrum]]:
+def count_spectra(
+    text: Tokens, max_length: int, *, memory: int | None = None, directory: str | Path | None = None
+) -> tuple[list[Spectrum], list[Spectrum]]:
     """The number of n-grams of each count, for lengths 1 to `max_length`.
 
     Args:
         text: N tokens, as `as_tokens` takes them.
         max_length: the longest length, 1 to 1000.
+        memory: as in `count_ngrams`.
+        directory: as in `count_ngrams`.
 
     Returns:
         (ngrams, contexts): a list with a `Spectrum` for each length 1, 2, ..., and one with a `Spectrum` for each
         length 0, 1, .... A context is an n-gram that is followed by another token; the last n-gram of the text is none.
 
     Raises:
-        TypeError, ValueError: as in `as_tokens`; a `max_length` out of range.
+        TypeError, ValueError: as in `as_tokens`; a `max_length` out of range, or too little `memory`.
+        OSError: as in `count_ngrams`.
 
     Example:
         >>> ngrams, contexts = charlm.ngrams.count_spectra("abab", 2)
         >>> ngrams[1]  # one pair occurs once, one twice
         Spectrum(count=array([1, 2]), ngrams=array([1, 1]))
     """
-    return _count_spectra(as_tokens(text), _checked_length(max_length), BUFFER_BYTES)
+    tokens, max_length = as_tokens(text), _checked_length(max_length)
+    if memory is None:
+        return _count_spectra(tokens, max_length, BUFFER_BYTES)
+    _check_memory(memory, tokens)
+    return _count_spectra(tokens, max_length, memory, directory or tempfile.gettempdir())
 
 
 def _checked_length(max_length: int) -> int:
@@ -160,8 +195,27 @@ def _checked_length(max_length: int) -> int:
     return max_length
 
 
+def _check_memory(memory: int, tokens: np.ndarray) -> None:
+    if _ext._C is None:
+        raise ValueError("memory cannot be bounded with CHARLM_BACKEND=reference, which counts in memory")
+    top = int(tokens.max(initial=0)) if tokens.dtype == np.uint32 else np.iinfo(tokens.dtype).max
+    if top >= _ext._C.max_ngram_tokens:
+        raise ValueError(f"memory can be bounded for tokens below {_ext._C.max_ngram_tokens}, but one is {top}")
+    least = LEAST_MEMORY + 8 * (top + 1)
+    if memory < least:
+        raise ValueError(f"memory is {memory} bytes, but must be at least {least} for these tokens")
+
+
+# `directory` selects counting on disk, in `buffer_bytes`.
+
+
 def _count_ngrams(
-    tokens: np.ndarray, max_length: int, starts: int, boundary: int | None, buffer_bytes: int
+    tokens: np.ndarray,
+    max_length: int,
+    starts: int,
+    boundary: int | None,
+    buffer_bytes: int,
+    directory: str | Path | None = None,
 ) -> list[NgramLevel]:
     if _ext._C is None:
         return [NgramLevel(*level) for level in reference.count_ngrams(tokens, max_length, starts, boundary)]
@@ -169,24 +223,56 @@ def _count_ngrams(
     if distinct is not None and boundary is not None:
         boundary = int(np.searchsorted(distinct, boundary)) if boundary in distinct else None
     bound = -1 if boundary is None else boundary
-    levels = _ext._C.count_ngrams(small, max_length, starts, bound, torch.get_num_threads(), buffer_bytes)
+    arguments = small, max_length, starts, bound, torch.get_num_threads(), buffer_bytes
+    if directory is None:
+        levels = _ext._C.count_ngrams(*arguments, [], [])
+    else:
+        with _temporary_files(directory, 2 + 3 * max_length) as (first, second, *columns):
+            _ext._C.count_ngrams(*arguments, [first.fileno(), second.fileno()], [file.fileno() for file in columns])
+            dtypes = [np.int64, np.int32, np.int64] * max_length
+            arrays = [_mapped(file, dtype) for file, dtype in zip(columns, dtypes, strict=True)]
+        levels = zip(arrays[::3], arrays[1::3], arrays[2::3], strict=True)
     if distinct is not None:
         levels = [(parent, distinct[token].astype(np.int32), count) for parent, token, count in levels]
     return [NgramLevel(*level) for level in levels]
 
 
-def _count_spectra(tokens: np.ndarray, max_length: int, buffer_bytes: int) -> tuple[list[Spectrum], list[Spectrum]]:
+def _count_spectra(
+    tokens: np.ndarray, max_length: int, buffer_bytes: int, directory: str | Path | None = None
+) -> tuple[list[Spectrum], list[Spectrum]]:
     if _ext._C is None:
         ngrams, contexts = reference.count_spectra(tokens, max_length)
     else:
         small, _ = _small_tokens(tokens)
-        ngrams, contexts = _ext._C.count_spectra(small, max_length, torch.get_num_threads(), buffer_bytes)
+        with contextlib.nullcontext([]) if directory is None else _temporary_files(directory, 2) as files:
+            run_files = [file.fileno() for file in files]
+            ngrams, contexts = _ext._C.count_spectra(
+                small, max_length, torch.get_num_threads(), buffer_bytes, run_files
+            )
     return [Spectrum(*each) for each in ngrams], [Spectrum(*each) for each in contexts]
+
+
+@contextlib.contextmanager
+def _temporary_files(directory: str | Path, number: int) -> Iterator[list[IO[bytes]]]:
+    """Open files without a name in `directory`; an OSError that is raised inside names it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            yield [stack.enter_context(tempfile.TemporaryFile(dir=directory, buffering=0)) for _ in range(number)]
+        except OSError as error:
+            if error.filename is not None or error.errno is None:
+                raise
+            raise OSError(error.errno, f"counting n-grams on disk: {error.strerror}", str(directory)) from None
+
+
+def _mapped(file: IO[bytes], dtype: type) -> np.ndarray:
+    if file.seek(0, 2) == 0:
+        return np.empty(0, dtype)
+    return np.memmap(file, dtype, "r+")
 
 
 def _small_tokens(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Tokens below the kernels' limit, in the same order, and the original of each (None: they are the originals)."""
-    if tokens.max(initial=0) < _ext._C.max_ngram_tokens:
+    if tokens.dtype != np.uint32 or tokens.max(initial=0) < _ext._C.max_ngram_tokens:
         return tokens, None
     distinct, ranks = np.unique(tokens, return_inverse=True)
     return ranks.astype(np.uint32), distinct

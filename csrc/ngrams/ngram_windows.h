@@ -122,6 +122,13 @@ struct Part {
   }
 };
 
+// The part of all keys.
+inline Part all_keys(const Layout& layout, uint64_t windows) {
+  Part part{std::vector<uint64_t>(layout.words), std::vector<uint64_t>(layout.words, layout.full), windows};
+  part.high.back() = layout.last;
+  return part;
+}
+
 // Calls visit(key) for each window of a part, and for some others. Most of the others are recognized, many at a time,
 // without packing them: by the ids that all keys of the part share, and the range of the id after these.
 template <int kWords, class Id, class Visit>
@@ -167,10 +174,7 @@ class Cutter {
       : sequence_(sequence), layout_(layout), capacity_(capacity) {}
 
   std::vector<Part> cut() {
-    const size_t words = layout_.words;
-    std::vector<uint64_t> high(words, layout_.full);
-    high.back() = layout_.last;
-    cut(Part{std::vector<uint64_t>(words), std::move(high), sequence_.starts}, 0);
+    cut(all_keys(layout_, sequence_.starts), 0);
     return std::move(parts_);
   }
 

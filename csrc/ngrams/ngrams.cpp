@@ -10,10 +10,15 @@
 // collected, sorted and counted. Threads process the parts, and their counts are consumed in the order of the keys, so
 // that the result does not depend on the number of threads.
 //
-// Time: O(n) for each part and n tokens, and a radix sort.
+// Counting on disk keeps neither the tokens nor the result in memory. A run of windows that start one after the other
+// is sorted in the buffer and written to a file with the number of windows of each key; then all runs are merged. The
+// result goes to files.
+//
+// Time: O(n) for each part and n tokens, and a radix sort; on disk, O(n log runs).
 // Memory: 1, 2 or 4 bytes per token for up to 255, 65,535 or more distinct tokens, 4 bytes for each value up to the
-// largest token, buffer_bytes, and the result.
+// largest token, buffer_bytes, and the result; on disk, buffer_bytes, which include the table of tokens.
 #include <pybind11/numpy.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -25,10 +30,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "ngrams/ngram_runs.h"
 #include "ngrams/ngram_sort.h"
 #include "ngrams/ngram_windows.h"
 
@@ -45,13 +52,48 @@ struct Options {
   int64_t boundary;     // a token, or -1
   int64_t threads;      // at least 1
   size_t buffer_bytes;  // of all threads together
+
+  // Counting on disk: open files for the runs, and for the columns of each level in turn. Empty: counting in memory.
+  std::vector<int> run_files, level_files;
+  std::function<void()> check;  // called now and then by the calling thread; may throw
+
+  bool on_disk() const { return !run_files.empty(); }
+  // On disk, a quarter of the buffer is for writing: of what is read and sorted, and of the levels.
+  size_t write_bytes() const { return std::min<size_t>(buffer_bytes / 8, 1 << 20); }
+  size_t sort_bytes() const { return on_disk() ? buffer_bytes / 4 * 3 : buffer_bytes; }
+};
+
+// Values in memory, or in a file behind a buffer.
+template <class T>
+class Column {
+ public:
+  Column() = default;
+  Column(int file, size_t buffered) : file_(file), buffered_(buffered) { values_.reserve(buffered); }
+
+  void push_back(T value) {
+    values_.push_back(value);
+    if (values_.size() == buffered_) flush();
+  }
+
+  void flush() {
+    if (file_ < 0) return;
+    write_all(file_, values_.data(), sizeof(T) * values_.size());
+    values_.clear();
+  }
+
+  std::vector<T>& values() { return values_; }
+
+ private:
+  int file_ = -1;
+  size_t buffered_ = ~size_t{0};
+  std::vector<T> values_;
 };
 
 // The grams of one length, sorted. A gram is its prefix, given by the index in the previous level, and its last token.
 struct Level {
-  std::vector<int64_t> parent;  // 0 in the first level
-  std::vector<int32_t> token;
-  std::vector<int64_t> count;
+  Column<int64_t> parent;  // 0 in the first level
+  Column<int32_t> token;
+  Column<int64_t> count;
 };
 
 // The number of grams with each count.
@@ -110,30 +152,55 @@ class Grams {
 
 class LevelGrams final : public Grams {
  public:
-  LevelGrams(const Layout& layout, const std::vector<int32_t>& tokens)
-      : Grams(layout), tokens_(tokens), levels_(layout.length) {}
+  LevelGrams(const Layout& layout, const std::vector<int32_t>& tokens, const Options& options)
+      : Grams(layout), tokens_(tokens), levels_(layout.length), current_(layout.length) {
+    if (!options.on_disk()) return;
+    const size_t buffered = std::clamp<size_t>(options.buffer_bytes / 8 / 20 / levels_.size(), 1, 1 << 16);
+    const int* file = options.level_files.data();
+    for (Level& level : levels_) {
+      level.parent = {*file++, buffered};
+      level.token = {*file++, buffered};
+      level.count = {*file++, buffered};
+    }
+  }
 
-  std::vector<Level> result() { return std::move(levels_); }
+  std::vector<Level> result() {
+    for (Level& level : levels_) {
+      level.parent.flush();
+      level.token.flush();
+      level.count.flush();
+    }
+    return std::move(levels_);
+  }
 
  private:
+  // The gram of a length that is open, or the last one that was.
+  struct Current {
+    int64_t index = -1;
+    int32_t token;
+  };
+
   void opened(int64_t length, uint64_t id) override {
-    Level& level = levels_[length - 1];
-    level.parent.push_back(length == 1 ? 0 : static_cast<int64_t>(levels_[length - 2].token.size()) - 1);
-    level.token.push_back(tokens_[id]);
-    level.count.push_back(0);
+    ++current_[length - 1].index;
+    current_[length - 1].token = tokens_[id];
   }
 
   void closed(int64_t length, int64_t count, int64_t) override {
-    if (length > 0) levels_[length - 1].count.back() = count;
+    if (length == 0) return;
+    Level& level = levels_[length - 1];
+    level.parent.push_back(length == 1 ? 0 : current_[length - 2].index);
+    level.token.push_back(current_[length - 1].token);
+    level.count.push_back(count);
   }
 
   const std::vector<int32_t>& tokens_;  // by id
   std::vector<Level> levels_;
+  std::vector<Current> current_;  // by length - 1
 };
 
 class SpectraGrams final : public Grams {
  public:
-  SpectraGrams(const Layout& layout, const std::vector<int32_t>&)
+  SpectraGrams(const Layout& layout, const std::vector<int32_t>&, const Options&)
       : Grams(layout), grams_(layout.length + 1), contexts_(layout.length + 1) {}
 
   Spectra result() const {
@@ -218,8 +285,7 @@ void run_in_order(int64_t threads, size_t tasks, const std::function<void(int64_
 
 // Adds the sorted keys, each with the number of its windows.
 template <int kWords>
-void add_sorted(const KeySorter<kWords>& keys, int64_t words,
-                const std::function<void(const uint64_t*, int64_t)>& add) {
+void add_sorted(const KeySorter<kWords>& keys, int64_t words, const Add& add) {
   for (size_t begin = 0, end = 1; begin < keys.size(); begin = end++) {
     while (end < keys.size() && std::equal(keys[begin], keys[begin] + words, keys[end])) ++end;
     add(keys[begin], end - begin);
@@ -229,7 +295,7 @@ void add_sorted(const KeySorter<kWords>& keys, int64_t words,
 template <int kWords, class Id>
 void count_sequence(const Sequence<Id>& sequence, const Layout& layout, const Options& options, Grams& grams) {
   using Sorter = KeySorter<kWords>;
-  const uint64_t share = options.buffer_bytes / options.threads / Sorter::bytes_per_key(layout);
+  const uint64_t share = options.sort_bytes() / options.threads / Sorter::bytes_per_key(layout);
   const uint64_t capacity = std::clamp<uint64_t>(share, 1, std::max<uint64_t>(sequence.starts, 1));
   const std::vector<Part> parts = Cutter<kWords, Id>(sequence, layout, capacity).cut();
   const int64_t threads = std::min<int64_t>(options.threads, parts.size());
@@ -247,16 +313,28 @@ void count_sequence(const Sequence<Id>& sequence, const Layout& layout, const Op
     add_sorted(sorters[thread], layout.words, [&](const uint64_t* key, int64_t windows) { grams.add(key, windows); });
   };
   run_in_order(threads, parts.size(), prepare, consume);
-  grams.finish();
 }
 
 // ---- tokens
 
+// A strided array.
+template <class Token>
+struct Tokens {
+  const Token* data;
+  size_t size;
+  ptrdiff_t step;
+
+  Token operator[](size_t i) const { return data[static_cast<ptrdiff_t>(i) * step]; }
+};
+
 // The token of each id. Entry 0 is -1, since ids start at 1.
 template <class Token>
-std::vector<int32_t> distinct_tokens(const Token* tokens, size_t size) {
-  std::vector<bool> seen(size ? size_t{*std::max_element(tokens, tokens + size)} + 1 : 0);
-  for (size_t i = 0; i < size; ++i) seen[tokens[i]] = true;
+std::vector<int32_t> distinct_tokens(const Tokens<Token>& tokens) {
+  std::vector<bool> seen;
+  for (size_t i = 0; i < tokens.size; ++i) {
+    if (tokens[i] >= seen.size()) seen.resize(size_t{tokens[i]} + 1);
+    seen[tokens[i]] = true;
+  }
   std::vector<int32_t> distinct = {-1};
   for (size_t token = 0; token < seen.size(); ++token) {
     if (seen[token]) distinct.push_back(static_cast<int32_t>(token));
@@ -264,16 +342,67 @@ std::vector<int32_t> distinct_tokens(const Token* tokens, size_t size) {
   return distinct;
 }
 
+// Counts through sorted runs in a file. ids: by token.
+template <int kWords, class Id, class Token>
+void count_runs(const Tokens<Token>& tokens, const std::vector<Id>& ids, Id boundary, const Layout& layout,
+                const Options& options, Grams& grams) {
+  using Sorter = KeySorter<kWords>;
+  const int files[] = {options.run_files[0], options.run_files[1]};
+  const auto add_gram = [&](const uint64_t* key, int64_t windows) { grams.add(key, windows); };
+  std::vector<Run> runs;
+  {
+    const size_t ahead = layout.length - 1;  // tokens behind the last start of a run
+    const size_t share = options.sort_bytes() / options.threads, reserved = ahead * sizeof(Id);
+    const size_t free = share > reserved ? share - reserved : 0, starts = options.starts;
+    const size_t capacity = std::clamp<size_t>(free / (Sorter::bytes_per_key(layout) + sizeof(Id)), 1, starts);
+    const size_t tasks = (starts + capacity - 1) / capacity;
+    const int64_t threads = std::min<int64_t>(options.threads, tasks);
+    std::vector<Sorter> sorters;
+    for (int64_t thread = 0; thread < threads; ++thread) sorters.emplace_back(layout, capacity);
+    std::vector<std::vector<Id>> chunks(threads, std::vector<Id>(capacity + ahead));
+    RunWriter writer(files[0], layout.words, options.write_bytes());
+
+    const auto prepare = [&](int64_t thread, size_t task) {
+      if (thread == 0) options.check();
+      const size_t begin = task * capacity, size = std::min(capacity, starts - begin);
+      const size_t end = std::min(begin + size + ahead, tokens.size);
+      std::vector<Id>& chunk = chunks[thread];
+      for (size_t i = begin; i < end; ++i) chunk[i - begin] = ids[tokens[i]];
+      const Sequence<Id> sequence{chunk.data(), end - begin, size, boundary};
+      sorters[thread].collect(all_keys(layout, size), sequence, layout);
+      sorters[thread].sort();
+    };
+    const auto consume = [&](int64_t thread, size_t task) {
+      if (tasks == 1) return add_sorted(sorters[thread], layout.words, add_gram);
+      add_sorted(sorters[thread], layout.words,
+                 [&](const uint64_t* key, int64_t windows) { writer.add(key, windows); });
+      writer.end();
+      if (task == 0) check_space(files[0], writer.runs()[0].end * (tasks - 1));
+    };
+    run_in_order(threads, tasks, prepare, consume);
+    runs = writer.runs();
+  }
+  if (!runs.empty()) merge_all(files, runs, layout.words, options.sort_bytes(), add_gram, options.check);
+}
+
 template <class Id, class Token>
-void count_as(const Token* tokens, size_t size, const std::vector<int32_t>& distinct, const Layout& layout,
-              const Options& options, Grams& grams) {
+void count_as(const Tokens<Token>& tokens, const std::vector<int32_t>& distinct, const Layout& layout, Options options,
+              Grams& grams) {
   std::vector<Id> ids(distinct.back() + 1);  // by token
   for (size_t id = 1; id < distinct.size(); ++id) ids[distinct[id]] = static_cast<Id>(id);
   const bool bounded = options.boundary >= 0 && options.boundary < static_cast<int64_t>(ids.size());
-  std::vector<Id> all(size);
-  std::transform(tokens, tokens + size, all.begin(), [&](Token token) { return ids[token]; });
-  const Sequence<Id> sequence{all.data(), size, static_cast<size_t>(options.starts),
-                              bounded ? ids[options.boundary] : Id{0}};
+  const Id boundary = bounded ? ids[options.boundary] : Id{0};
+  if (options.on_disk()) {
+    const size_t tables = ids.size() * sizeof(Id) + distinct.size() * sizeof(int32_t);
+    options.buffer_bytes -= std::min(options.buffer_bytes, tables);
+    const auto count = layout.words == 1   ? count_runs<1, Id, Token>
+                       : layout.words == 2 ? count_runs<2, Id, Token>
+                                           : count_runs<0, Id, Token>;
+    return count(tokens, ids, boundary, layout, options, grams);
+  }
+  std::vector<Id> all(tokens.size);
+  for (size_t i = 0; i < tokens.size; ++i) all[i] = ids[tokens[i]];
+  const Sequence<Id> sequence{all.data(), all.size(), static_cast<size_t>(options.starts), boundary};
   const auto count = layout.words == 1   ? count_sequence<1, Id>
                      : layout.words == 2 ? count_sequence<2, Id>
                                          : count_sequence<0, Id>;
@@ -282,15 +411,16 @@ void count_as(const Token* tokens, size_t size, const std::vector<int32_t>& dist
 
 // Counts into a Kind, a subclass of Grams, and returns its result. Ids have the smallest type that holds them.
 template <class Kind, class Token>
-auto count(const Token* tokens, size_t size, const Options& options) {
-  const std::vector<int32_t> distinct = distinct_tokens(tokens, size);
+auto count(const Tokens<Token>& tokens, const Options& options) {
+  const std::vector<int32_t> distinct = distinct_tokens(tokens);
   const Layout layout(std::max<int64_t>(distinct.size() - 1, 1), options.max_length);
-  Kind grams(layout, distinct);
+  Kind grams(layout, distinct, options);
   if (options.starts > 0) {
     const auto count = distinct.size() <= 256     ? count_as<uint8_t, Token>
                        : distinct.size() <= 65536 ? count_as<uint16_t, Token>
                                                   : count_as<uint32_t, Token>;
-    count(tokens, size, distinct, layout, options, grams);
+    count(tokens, distinct, layout, options, grams);
+    grams.finish();
   }
   return grams.result();
 }
@@ -326,32 +456,49 @@ py::list as_arrays(const std::vector<Spectrum>& spectra) {
 }
 
 template <class Token>
-using Tokens = py::array_t<Token, py::array::c_style>;
+Tokens<Token> view(const py::array_t<Token, 0>& tokens) {
+  return {tokens.data(), static_cast<size_t>(tokens.size()),
+          tokens.strides(0) / static_cast<py::ssize_t>(sizeof(Token))};
+}
+
+// Calls count() without the GIL. Raises OSError for a file, and what a signal raises.
+template <class Count>
+auto run(const Count& count) {
+  try {
+    const py::gil_scoped_release release;
+    return count();
+  } catch (const std::system_error& error) {
+    const py::tuple arguments = py::make_tuple(error.code().value(), error.what());
+    PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    throw py::error_already_set();
+  }
+}
+
+void check_signals() {
+  const py::gil_scoped_acquire acquire;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
 
 template <class Token>
-py::list count_ngrams(const Tokens<Token>& tokens, int64_t max_length, int64_t starts, int64_t boundary,
-                      int64_t threads, size_t buffer_bytes) {
-  std::vector<Level> levels;
-  {
-    const py::gil_scoped_release release;
-    levels = count<LevelGrams>(tokens.data(), tokens.size(), {max_length, starts, boundary, threads, buffer_bytes});
-  }
+py::list count_ngrams(const py::array_t<Token, 0>& tokens, int64_t max_length, int64_t starts, int64_t boundary,
+                      int64_t threads, size_t buffer_bytes, std::vector<int> run_files, std::vector<int> level_files) {
+  const Options options{
+      max_length, starts, boundary, threads, buffer_bytes, std::move(run_files), std::move(level_files), check_signals};
+  std::vector<Level> levels = run([&] { return count<LevelGrams>(view(tokens), options); });
   py::list list;
   for (Level& level : levels) {
-    list.append(py::make_tuple(as_array(std::move(level.parent)), as_array(std::move(level.token)),
-                               as_array(std::move(level.count))));
+    list.append(py::make_tuple(as_array(std::move(level.parent.values())), as_array(std::move(level.token.values())),
+                               as_array(std::move(level.count.values()))));
   }
   return list;
 }
 
 template <class Token>
-py::tuple count_spectra(const Tokens<Token>& tokens, int64_t max_length, int64_t threads, size_t buffer_bytes) {
-  Spectra spectra;
-  {
-    const py::gil_scoped_release release;
-    spectra = count<SpectraGrams>(tokens.data(), tokens.size(),
-                                  {max_length, tokens.size(), /*boundary=*/-1, threads, buffer_bytes});
-  }
+py::tuple count_spectra(const py::array_t<Token, 0>& tokens, int64_t max_length, int64_t threads, size_t buffer_bytes,
+                        std::vector<int> run_files) {
+  const Options options{max_length, tokens.size(), /*boundary=*/-1, threads, buffer_bytes, std::move(run_files),
+                        {},         check_signals};
+  const Spectra spectra = run([&] { return count<SpectraGrams>(view(tokens), options); });
   return py::make_tuple(as_arrays(spectra.grams), as_arrays(spectra.contexts));
 }
 
@@ -359,9 +506,9 @@ template <class Token>
 void bind_for(py::module_& m) {
   using py::arg;
   m.def("count_ngrams", &count_ngrams<Token>, arg("tokens").noconvert(), arg("max_length"), arg("starts"),
-        arg("boundary"), arg("threads"), arg("buffer_bytes"));
+        arg("boundary"), arg("threads"), arg("buffer_bytes"), arg("run_files"), arg("level_files"));
   m.def("count_spectra", &count_spectra<Token>, arg("tokens").noconvert(), arg("max_length"), arg("threads"),
-        arg("buffer_bytes"));
+        arg("buffer_bytes"), arg("run_files"));
 }
 
 }  // namespace
