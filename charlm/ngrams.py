@@ -80,7 +80,7 @@ def as_tokens(text: Tokens) -> np.ndarray:
             dtype.
 
     Returns:
-        (N,) uint8, uint16 or uint32. An array of one of these dtypes is not copied.
+        (N,) uint8, uint16 or uint32. An array of one of these or of int8, int16 or int32 is not copied.
 
     Raises:
         TypeError: another type, or tokens that are not integers.
@@ -101,6 +101,8 @@ def as_tokens(text: Tokens) -> np.ndarray:
         raise ValueError(f"expected tokens of one dimension, but got shape {tokens.shape}")
     if tokens.dtype in (np.uint8, np.uint16, np.uint32):
         return tokens
+    if tokens.dtype in (np.int8, np.int16, np.int32) and tokens.min(initial=0) >= 0:
+        return tokens.view(f"u{tokens.itemsize}")
     for bad in (tokens < 0, tokens > np.iinfo(np.uint32).max):
         if bad.any():
             position = int(bad.argmax())
@@ -124,8 +126,8 @@ def count_ngrams(
         max_length: the longest length, 1 to 1000.
         starts: count the n-grams that begin at one of the first `starts` tokens; None is all of them.
         boundary: a token that ends an n-gram: behind the first position it occurs only as the last token.
-        memory: the largest number of bytes to allocate, for counting on disk; None counts in memory. Tokens of another
-            dtype than uint8, uint16 and uint32 are converted in memory first.
+        memory: the largest number of bytes to allocate, for counting on disk; None counts in memory. A str, and tokens
+            that `as_tokens` copies, are converted in memory first.
         directory: the folder of the temporary files of counting on disk; None is `tempfile.gettempdir()`.
 
     Returns:

@@ -6,6 +6,7 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,8 +15,8 @@ from charlm.lm import checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import build_corpus
 from charlm.lm.evaluate import evaluate
-from charlm.lm.examples import Examples
-from charlm.lm.models import Bigram, NGram, Unigram
+from charlm.lm.examples import Examples, text_examples
+from charlm.lm.models import Bigram, NGram, Unigram, ngram
 from charlm.lm.train import Trainer
 
 NAMES = "anna\nada\nbea\nbab\nnan\nabba\ndaphne\nhannah\n" * 3 + "zoe\nemma\nmia\nada\nalexandra\n"
@@ -192,6 +193,29 @@ def test_contexts_of_running_text_stay_a_view():
     model = NGram(len(CORPORA["text"].vocabulary), 5, CORPORA["text"].vocabulary.pad_token)
     model.fit(examples)
     assert model.ngram_counts.sum().item() > 0
+
+
+@pytest.mark.parametrize("smoothing", ["kneser-ney", "add-k"])
+@pytest.mark.parametrize("format", CORPORA)
+def test_a_model_that_is_counted_on_disk_has_the_same_tables(format, smoothing, monkeypatch, tmp_path):
+    corpus = CORPORA[format]
+    size, pad = len(corpus.vocabulary), corpus.vocabulary.pad_token
+    expected = fitted(corpus, 4, smoothing=smoothing).state_dict()
+    monkeypatch.setattr(ngram, "SCANNED_EXAMPLES", 7)
+    model = NGram(size, 3, pad, order=4, smoothing=smoothing)
+    model.fit(corpus.examples("train", 3), memory=2**26, directory=tmp_path)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_that_do_not_fit_in_the_memory_are_refused_with_their_size():
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 400_000).astype(np.uint8))
+    model = NGram(256, 2, order=3)
+    examples = text_examples(tokens, 0, 2, 0)
+    with pytest.raises(UserError, match="460,836 distinct n-grams, whose tables need 51,613,632 bytes, but memory"):
+        model.fit(examples, memory=2**25)
+    assert len(model.ngram_keys) == 0
 
 
 def test_examples_out_of_order_are_refused():

@@ -24,19 +24,25 @@ node i is at index i - 1. `ngram_keys` holds (node · V + next token) of every n
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import charlm.functional as F
+from charlm._errors import UserError
 from charlm.lm.examples import Examples
 from charlm.lm.models.base import reduce
 from charlm.lm.models.counts import CountModel
 from charlm.ngrams import NgramLevel, count_ngrams
 
 SMOOTHINGS = ("kneser-ney", "add-k")
+SCANNED_EXAMPLES = 1 << 18  # examples whose order is checked at a time
+BYTES_PER_NGRAM = 112  # of memory while the tables are built; the tables themselves take at most 48
 DEFAULT_DISCOUNT = 0.5  # used if no n-gram of an order has a = 1, where the estimate of 0 would disable smoothing
 
 
@@ -82,15 +88,37 @@ class NGram(CountModel):
         self.register_buffer("items", torch.tensor(False))
         self._derive()
 
-    def fit(self, examples: Examples) -> None:
+    def fit(self, examples: Examples, *, memory: int | None = None, directory: str | Path | None = None) -> None:
         """Counts `examples`, which must be all of those of a split in the order of `Corpus.examples`.
 
+        Args:
+            examples: The examples.
+            memory: The largest number of bytes to allocate, beside SCANNED_EXAMPLES examples, for counting on disk;
+                None counts in memory. The model itself is in memory: with BYTES_PER_NGRAM for each distinct n-gram it
+                must fit in the same bound.
+            directory: The folder of the temporary files, as in `charlm.ngrams.count_ngrams`.
+
         Raises:
-            ValueError: A context does not end in the target of the example before it.
+            ValueError: A context does not end in the target of the example before it, or too little `memory` to count.
+            UserError: The tables of the model do not fit in `memory`.
+            OSError: As in `count_ngrams`.
         """
-        stream, items = as_stream(examples, self.pad_token)
-        boundary = self.pad_token if items else None
-        levels = count_ngrams(stream.numpy()[::-1], self.order, starts=len(examples), boundary=boundary)
+        with nullcontext() if memory is None else TemporaryFile(dir=directory) as file:
+            stream, items = as_stream(examples, self.pad_token, file)
+        levels = count_ngrams(
+            stream.numpy()[::-1],
+            self.order,
+            starts=len(examples),
+            boundary=self.pad_token if items else None,
+            memory=memory,
+            directory=directory,
+        )
+        ngrams = sum(len(level.count) for level in levels)
+        if memory is not None and ngrams * BYTES_PER_NGRAM > memory:
+            raise UserError(
+                f"the n-gram model of order {self.order} has {ngrams:,} distinct n-grams, whose tables need "
+                f"{ngrams * BYTES_PER_NGRAM:,} bytes, but memory is {memory:,}: lower the order or raise the memory"
+            )
         counts = [level.count for level in levels] if self.smoothing == "add-k" else adjusted_counts(levels)
         arrays = index_by_context(levels, counts, self.vocab_size)
         self.context_keys, self.ngram_keys, self.ngram_counts = (
@@ -187,23 +215,40 @@ class NGram(CountModel):
         self._derive()
 
 
-def as_stream(examples: Examples, pad_token: int) -> tuple[Tensor, bool]:
+def as_stream(examples: Examples, pad_token: int, file: IO[bytes] | None = None) -> tuple[Tensor, bool]:
     """Reconstructs the token stream that `examples` are windows of, and whether it consists of items.
 
     The stream, (T + N,) on the CPU, is the first context followed by all targets. Between two items it has one
     separator, the last target of the first item and the padding of the second. Examples of items are recognized by
     their contexts, in which only padding precedes padding.
+
+    Args:
+        examples: The examples, in the order of the stream.
+        pad_token: The token that starts an item.
+        file: An empty file. If it is given, the stream is written to it and mapped into memory.
     """
-    contexts, targets = examples.contexts, examples.targets
-    last = contexts[:, -1]
-    gaps = last[1:] != targets[:-1]
-    if gaps.any():
-        index = int(gaps.int().argmax().item()) + 1
-        raise ValueError(f"the context of example {index} does not end in the target of the example before it")
-    stream = torch.cat([contexts[:1].flatten(), targets]).cpu()
-    if contexts.shape[1] < 2:
-        return stream, False  # with one token of context the two cases are the same
-    return stream, not bool(((last == pad_token) & (contexts[:, -2] != pad_token)).any())
+    first = before = examples.targets[:0]
+    items = len(examples) > 0
+    row = 0
+    for contexts, targets in examples.chunks(SCANNED_EXAMPLES):
+        last = contexts[:, -1]
+        ends = torch.cat([before if row else last[:1], targets])  # (B + 1,) the target before each example
+        gaps = last != ends[:-1]
+        if gaps.any():
+            index = row + int(gaps.int().argmax().item())
+            raise ValueError(f"the context of example {index} does not end in the target of the example before it")
+        # With one token of context the two cases are the same.
+        items = items and contexts.shape[1] > 1
+        items = items and not ((last == pad_token) & (contexts[:, -2] != pad_token)).any()
+        if row == 0:
+            first = contexts[:1].flatten()
+        if file is not None:
+            for part in (first, targets) if row == 0 else (targets,):
+                file.write(part.cpu().numpy().tobytes())
+        before, row = targets[-1:], row + len(targets)
+    if file is None or row == 0:
+        return torch.cat([first, examples.targets]).cpu(), items
+    return torch.from_numpy(np.memmap(file, before.cpu().numpy().dtype, "r+")), items
 
 
 def adjusted_counts(levels: list[NgramLevel]) -> list[np.ndarray]:
@@ -220,23 +265,29 @@ def index_by_context(
     levels: list[NgramLevel], counts: list[np.ndarray], vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(context_keys, ngram_keys, ngram_counts) of n-grams that are read backwards from the predicted token."""
-    context_keys, ngram_keys, ngram_counts = [], [], []
-    nodes = 1
+    ngrams = sum(len(count) for count in counts)
+    ngram_keys, ngram_counts = np.empty(ngrams, np.int64), np.empty(ngrams, np.int64)
+    context_keys = []
+    nodes, stop = 1, 0
     for length, (level, count) in enumerate(zip(levels, counts, strict=True), start=1):
         if length == 1:
             node, target = np.zeros(len(count), np.int64), level.token
         else:
-            keys, node = np.unique(node[level.parent] * vocab_size + level.token, return_inverse=True)
+            keys = node[level.parent]
+            keys *= vocab_size
+            keys += level.token
+            keys, node = np.unique(keys, return_inverse=True)
             node += nodes
             nodes += len(keys)
             target = target[level.parent]
             context_keys.append(keys)
-        keys = node * vocab_size + target
+        keys = node * vocab_size
+        keys += target
         order = np.argsort(keys)
-        ngram_keys.append(keys[order])
-        ngram_counts.append(count[order])
-    empty = np.zeros(0, np.int64)
-    return np.concatenate([empty, *context_keys]), np.concatenate(ngram_keys), np.concatenate(ngram_counts)
+        start, stop = stop, stop + len(count)
+        np.take(keys, order, out=ngram_keys[start:stop])
+        np.take(count, order, out=ngram_counts[start:stop])
+    return np.concatenate([np.zeros(0, np.int64), *context_keys]), ngram_keys, ngram_counts
 
 
 def find(keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
