@@ -24,8 +24,11 @@ counting fails or is interrupted, when the process dies, or when the arrays of t
 from __future__ import annotations
 
 import contextlib
+import errno
+import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -227,10 +230,11 @@ def _count_ngrams(
     bound = -1 if boundary is None else boundary
     arguments = small, max_length, starts, bound, torch.get_num_threads(), buffer_bytes
     if directory is None:
-        levels = _ext._C.count_ngrams(*arguments, [], [])
+        levels = _ext._C.count_ngrams(*arguments, [], None, [])
     else:
         with _temporary_files(directory, 2 + 3 * max_length) as (first, second, *columns):
-            _ext._C.count_ngrams(*arguments, [first.fileno(), second.fileno()], [file.fileno() for file in columns])
+            run_files, level_files = [first.fileno(), second.fileno()], [file.fileno() for file in columns]
+            _ext._C.count_ngrams(*arguments, run_files, partial(_check_space, directory), level_files)
             dtypes = [np.int64, np.int32, np.int64] * max_length
             arrays = [_mapped(file, dtype) for file, dtype in zip(columns, dtypes, strict=True)]
         levels = zip(arrays[::3], arrays[1::3], arrays[2::3], strict=True)
@@ -247,9 +251,9 @@ def _count_spectra(
     else:
         small, _ = _small_tokens(tokens)
         with contextlib.nullcontext([]) if directory is None else _temporary_files(directory, 2) as files:
-            run_files = [file.fileno() for file in files]
+            run_files, check_space = [file.fileno() for file in files], partial(_check_space, directory)
             ngrams, contexts = _ext._C.count_spectra(
-                small, max_length, torch.get_num_threads(), buffer_bytes, run_files
+                small, max_length, torch.get_num_threads(), buffer_bytes, run_files, check_space
             )
     return [Spectrum(*each) for each in ngrams], [Spectrum(*each) for each in contexts]
 
@@ -264,6 +268,13 @@ def _temporary_files(directory: str | Path, number: int) -> Iterator[list[IO[byt
             if error.filename is not None or error.errno is None:
                 raise
             raise OSError(error.errno, f"counting n-grams on disk: {error.strerror}", str(directory)) from None
+
+
+def _check_space(directory: str | Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        message = f"counting n-grams needs about {needed:,} bytes on disk, of which {free:,} are free"
+        raise OSError(errno.ENOSPC, message, str(directory))
 
 
 def _mapped(file: IO[bytes], dtype: type) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,8 +124,7 @@ import numpy as np
 from charlm import ngrams
 
 threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-while True:
-    ngrams._count_ngrams(np.memmap("tokens.bin", np.uint8, "r"), 6, 1_000_000, None, 2**16, ".")
+ngrams._count_ngrams(np.zeros(50_000_000, np.uint8), 6, 50_000_000, None, 1, ".")  # minutes, if it is not interrupted
 """
 
 
@@ -140,6 +141,16 @@ def test_a_full_disk_and_an_interrupt_leave_no_file(code, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.bin"]
 
 
+def test_a_folder_without_room_for_the_runs_is_refused_after_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(ngrams.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    tokens = np.random.default_rng(0).integers(0, 27, 1000).astype(np.uint8)
+    with pytest.raises(OSError, match=r"needs about [\d,]+ bytes on disk, of which 1,000 are free") as caught:
+        ngrams._count_ngrams(tokens, 4, 1000, None, 10_000, tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_little_memory_and_a_missing_folder_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="memory is 1000 bytes, but must be at least"):
         ngrams.count_ngrams("abab", 2, memory=1000)
@@ -154,5 +165,10 @@ def test_too_little_memory_and_a_missing_folder_are_refused(tmp_path, monkeypatc
 
 def run_in(folder: Path, code: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], cwd=folder, capture_output=True, text=True, check=check
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=60,
     )

@@ -5,7 +5,6 @@
 // opened.
 #pragma once
 
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,7 +12,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <string>
 #include <system_error>
 #include <vector>
 
@@ -21,6 +19,12 @@ namespace charlm::ngrams {
 
 // Called with a key and the number of its windows.
 using Add = std::function<void(const uint64_t* key, int64_t windows)>;
+
+// What the caller may stop; both functions may throw.
+struct Checks {
+  std::function<void()> signals;        // called now and then by the thread of the caller
+  std::function<void(uint64_t)> space;  // called before that many bytes of runs are written
+};
 
 inline void write_all(int file, const void* data, size_t bytes) {
   const char* at = static_cast<const char*>(data);
@@ -31,17 +35,6 @@ inline void write_all(int file, const void* data, size_t bytes) {
     at += written;
     bytes -= written;
   }
-}
-
-// Refuses to begin what needs more bytes than are free where `file` lies.
-inline void check_space(int file, uint64_t needed) {
-  struct statvfs disk;
-  if (::fstatvfs(file, &disk) != 0) return;
-  const uint64_t free = uint64_t{disk.f_bavail} * disk.f_frsize;
-  if (needed <= free) return;
-  throw std::system_error(
-      ENOSPC, std::generic_category(),
-      "sorted runs need about " + std::to_string(needed) + " bytes, but " + std::to_string(free) + " are free");
 }
 
 // The place of a run in its file, in bytes.
@@ -118,9 +111,9 @@ class RunReader {
   std::vector<uint64_t> buffer_;
 };
 
-// Merges the runs: add() receives each key once, in order, with the sum of its windows. check() is called now and then.
+// Merges the runs: add() receives each key once, in order, with the sum of its windows.
 inline void merge_runs(int file, const Run* runs, size_t size, int64_t words, size_t buffer_bytes, const Add& add,
-                       const std::function<void()>& check) {
+                       const Checks& checks) {
   constexpr uint64_t kCheckEvery = 1 << 16;
   std::vector<RunReader> readers;
   readers.reserve(size);
@@ -137,7 +130,7 @@ inline void merge_runs(int file, const Run* runs, size_t size, int64_t words, si
   std::vector<uint64_t> key(words);
   int64_t windows = 0;
   for (uint64_t step = 1; !heap.empty(); ++step) {
-    if (step % kCheckEvery == 0) check();
+    if (step % kCheckEvery == 0) checks.signals();
     std::pop_heap(heap.begin(), heap.end(), after);
     RunReader& reader = readers[heap.back()];
     if (windows > 0 && !std::equal(key.begin(), key.end(), reader.key())) {
@@ -159,17 +152,17 @@ inline void merge_runs(int file, const Run* runs, size_t size, int64_t words, si
 // Merges all runs of files[0], in several passes where there are more than buffers of kReadBytes; a pass writes fewer
 // and longer runs to the other file.
 inline void merge_all(const int (&files)[2], std::vector<Run> runs, int64_t words, size_t buffer_bytes, const Add& add,
-                      const std::function<void()>& check) {
+                      const Checks& checks) {
   constexpr size_t kReadBytes = 1 << 18;
   const size_t fan_in = std::max<size_t>(buffer_bytes / kReadBytes, 3) - 1;  // and one buffer to write
   int from = 0;
   for (; runs.size() > fan_in; from = 1 - from) {
-    check_space(files[1 - from], runs.back().end);
+    checks.space(runs.back().end);
     RunWriter writer(files[1 - from], words, buffer_bytes / (fan_in + 1));
     for (size_t i = 0; i < runs.size(); i += fan_in) {
       merge_runs(
           files[from], runs.data() + i, std::min(fan_in, runs.size() - i), words, buffer_bytes / (fan_in + 1) * fan_in,
-          [&](const uint64_t* key, int64_t n) { writer.add(key, n); }, check);
+          [&](const uint64_t* key, int64_t n) { writer.add(key, n); }, checks);
       writer.end();
     }
     runs = writer.runs();
@@ -177,7 +170,7 @@ inline void merge_all(const int (&files)[2], std::vector<Run> runs, int64_t word
       throw std::system_error(errno, std::generic_category(), "emptying a temporary file");
     }
   }
-  merge_runs(files[from], runs.data(), runs.size(), words, buffer_bytes, add, check);
+  merge_runs(files[from], runs.data(), runs.size(), words, buffer_bytes, add, checks);
 }
 
 }  // namespace charlm::ngrams

@@ -17,6 +17,7 @@
 // Time: O(n) for each part and n tokens, and a radix sort; on disk, O(n log runs).
 // Memory: 1, 2 or 4 bytes per token for up to 255, 65,535 or more distinct tokens, 4 bytes for each value up to the
 // largest token, buffer_bytes, and the result; on disk, buffer_bytes, which include the table of tokens.
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -54,8 +55,8 @@ struct Options {
   size_t buffer_bytes;  // of all threads together
 
   // Counting on disk: open files for the runs, and for the columns of each level in turn. Empty: counting in memory.
-  std::vector<int> run_files, level_files;
-  std::function<void()> check;  // called now and then by the calling thread; may throw
+  std::vector<int> run_files = {}, level_files = {};
+  Checks checks = {};
 
   bool on_disk() const { return !run_files.empty(); }
   // On disk, a quarter of the buffer is for writing: of what is read and sorted, and of the levels.
@@ -363,7 +364,7 @@ void count_runs(const Tokens<Token>& tokens, const std::vector<Id>& ids, Id boun
     RunWriter writer(files[0], layout.words, options.write_bytes());
 
     const auto prepare = [&](int64_t thread, size_t task) {
-      if (thread == 0) options.check();
+      if (thread == 0) options.checks.signals();
       const size_t begin = task * capacity, size = std::min(capacity, starts - begin);
       const size_t end = std::min(begin + size + ahead, tokens.size);
       std::vector<Id>& chunk = chunks[thread];
@@ -377,12 +378,12 @@ void count_runs(const Tokens<Token>& tokens, const std::vector<Id>& ids, Id boun
       add_sorted(sorters[thread], layout.words,
                  [&](const uint64_t* key, int64_t windows) { writer.add(key, windows); });
       writer.end();
-      if (task == 0) check_space(files[0], writer.runs()[0].end * (tasks - 1));
+      if (task == 0) options.checks.space(writer.runs()[0].end * (tasks - 1));  // the others are about as long
     };
     run_in_order(threads, tasks, prepare, consume);
     runs = writer.runs();
   }
-  if (!runs.empty()) merge_all(files, runs, layout.words, options.sort_bytes(), add_gram, options.check);
+  if (!runs.empty()) merge_all(files, runs, layout.words, options.sort_bytes(), add_gram, options.checks);
 }
 
 template <class Id, class Token>
@@ -481,9 +482,12 @@ void check_signals() {
 
 template <class Token>
 py::list count_ngrams(const py::array_t<Token, 0>& tokens, int64_t max_length, int64_t starts, int64_t boundary,
-                      int64_t threads, size_t buffer_bytes, std::vector<int> run_files, std::vector<int> level_files) {
-  const Options options{
-      max_length, starts, boundary, threads, buffer_bytes, std::move(run_files), std::move(level_files), check_signals};
+                      int64_t threads, size_t buffer_bytes, std::vector<int> run_files,
+                      std::function<void(uint64_t)> check_space, std::vector<int> level_files) {
+  Options options{max_length, starts, boundary, threads, buffer_bytes};
+  options.run_files = std::move(run_files);
+  options.level_files = std::move(level_files);
+  options.checks = {check_signals, std::move(check_space)};
   std::vector<Level> levels = run([&] { return count<LevelGrams>(view(tokens), options); });
   py::list list;
   for (Level& level : levels) {
@@ -495,9 +499,10 @@ py::list count_ngrams(const py::array_t<Token, 0>& tokens, int64_t max_length, i
 
 template <class Token>
 py::tuple count_spectra(const py::array_t<Token, 0>& tokens, int64_t max_length, int64_t threads, size_t buffer_bytes,
-                        std::vector<int> run_files) {
-  const Options options{max_length, tokens.size(), /*boundary=*/-1, threads, buffer_bytes, std::move(run_files),
-                        {},         check_signals};
+                        std::vector<int> run_files, std::function<void(uint64_t)> check_space) {
+  Options options{max_length, tokens.size(), /*boundary=*/-1, threads, buffer_bytes};
+  options.run_files = std::move(run_files);
+  options.checks = {check_signals, std::move(check_space)};
   const Spectra spectra = run([&] { return count<SpectraGrams>(view(tokens), options); });
   return py::make_tuple(as_arrays(spectra.grams), as_arrays(spectra.contexts));
 }
@@ -506,9 +511,9 @@ template <class Token>
 void bind_for(py::module_& m) {
   using py::arg;
   m.def("count_ngrams", &count_ngrams<Token>, arg("tokens").noconvert(), arg("max_length"), arg("starts"),
-        arg("boundary"), arg("threads"), arg("buffer_bytes"), arg("run_files"), arg("level_files"));
+        arg("boundary"), arg("threads"), arg("buffer_bytes"), arg("run_files"), arg("check_space"), arg("level_files"));
   m.def("count_spectra", &count_spectra<Token>, arg("tokens").noconvert(), arg("max_length"), arg("threads"),
-        arg("buffer_bytes"), arg("run_files"));
+        arg("buffer_bytes"), arg("run_files"), arg("check_space"));
 }
 
 }  // namespace
