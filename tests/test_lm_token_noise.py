@@ -8,7 +8,9 @@ import torch
 from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.evaluate import evaluate
-from charlm.lm.train import TokenNoise, Trainer
+from charlm.lm.models.dropout import sample_keys
+from charlm.lm.token_noise import TokenNoise
+from charlm.lm.train import Trainer
 
 CORPUS = build_corpus("\n".join(read_text(None).split("\n")[:400]))
 
@@ -18,7 +20,7 @@ def test_a_share_of_the_tokens_becomes_others_as_frequent_as_they_are(dtype):
     tokens = torch.tensor([0, 0, 0, 1, 1, 3], dtype=dtype)
     noise = TokenNoise(0.3, tokens, vocab_size=5)
     for token, expected in ((4, [0.15, 0.1, 0.0, 0.05, 0.7]), (0, [0.85, 0.1, 0.0, 0.05, 0.0])):  # 0 may be drawn too
-        noised = noise(torch.full((200, 500), token, dtype=dtype))
+        noised = noise(torch.full((200, 500), token, dtype=dtype), sample_keys(1, 2, range(200)))
         assert noised.dtype == dtype
         shares = torch.bincount(noised.flatten(), minlength=5) / noised.numel()
         torch.testing.assert_close(shares, torch.tensor(expected), atol=0.01, rtol=0)
@@ -28,7 +30,7 @@ def test_targets_stay(tmp_path):
     config = Config(block_size=3, n_embd=4, n_hidden=16, batch_size=64)
     seen = []
 
-    def loss_of(idx, targets):
+    def loss_of(idx, targets, keys):
         seen.append((idx, targets))
         return torch.zeros((), requires_grad=True)
 

@@ -1,9 +1,10 @@
 """The training loop over random batches, which can be stopped and resumed exactly.
 
-The state after step s consists of the weights, the optimizer state, the states of two random generators (one for
-batches, one for dropout and noise), the loss summed since the last report, the best weights so far, and a flag for an
-evaluation that a signal interrupted. A batch is a pure function of the state of its generator. Therefore a resumed run
-has bit for bit the losses of an uninterrupted one, on the same machine with the same number of threads.
+The state after step s consists of the weights, the optimizer state, the state of the generator of the batches, the loss
+summed since the last report, the best weights so far, and a flag for an evaluation that a signal interrupted. A batch
+is a pure function of the state of its generator; dropout and noise are functions of seed, step and sample (see
+`models.dropout`). Therefore a resumed run has bit for bit the losses of an uninterrupted one, on the same machine with
+the same number of threads.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.examples import Examples, Sequences
 from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, Mixture, build_model
+from charlm.lm.models.dropout import sample_keys
 from charlm.lm.stop import Interrupted, StopRequest
+from charlm.lm.token_noise import TokenNoise
 
 STEP_DECAY = 0.1  # factor of the learning rate after half of the steps with schedule "step", as in makemore's lecture
 
@@ -75,19 +78,6 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
 
 
-class TokenNoise:
-    """Replaces each input token, with the given probability, by one drawn from the frequencies of `tokens`."""
-
-    def __init__(self, probability: float, tokens: Tensor, vocab_size: int) -> None:
-        self.probability = probability
-        self.frequencies = torch.bincount(tokens, minlength=vocab_size).float()
-
-    def __call__(self, idx: Tensor) -> Tensor:
-        """idx (B, T) → (B, T) with noise from torch's global generator."""
-        drawn = torch.multinomial(self.frequencies, idx.numel(), replacement=True).view(idx.shape)
-        return torch.where(torch.rand(idx.shape, device=idx.device) < self.probability, drawn.to(idx.dtype), idx)
-
-
 class Trainer:
     """One training run.
 
@@ -111,7 +101,6 @@ class Trainer:
         with self._own_randomness():
             torch.manual_seed(config.seed)
             self.model = build_model(**self.model_config).to(self.device)
-            self.random_state = self._get_random_state()  # state for dropout and noise while `run` is not active
         if isinstance(self.model, Mixture) and resumed is None:
             self.model.fit(corpus.examples("train", self.model.ngram.block_size).to(self.device))
         self.batches = torch.Generator().manual_seed(config.seed)
@@ -146,7 +135,7 @@ class Trainer:
         Returns:
             Whether the run is finished; False if `stop` ended it.
         """
-        with MetricsLog(self.directory, self.step) as metrics, self._own_randomness():
+        with MetricsLog(self.directory, self.step) as metrics:
             self._metrics = metrics
 
             def report(split: str, nats: float, tokens_per_second: float) -> None:
@@ -154,12 +143,10 @@ class Trainer:
                 if on_progress is not None:
                     on_progress(Progress(self.step, split, nats, tokens_per_second))
 
-            self._set_random_state(self.random_state)
             if self.optimizer is None:
                 self._count(report)
             else:
                 self._optimize(self.optimizer, report, stop or StopRequest(), on_advice)
-            self.random_state = self._get_random_state()
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
         return self._is_finished()
@@ -173,7 +160,6 @@ class Trainer:
             for index, state in self.optimizer.state_dict()["state"].items():
                 tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
                 training |= {f"optimizer.{index}.{key}": value for key, value in tensors.items()}
-        training |= {f"random.{name}": state for name, state in self._get_random_state().items()}
         training["random.batches"] = self.batches.get_state()
         training["loss_sum"] = self.loss_sum
         training["loss_steps"] = torch.tensor(self.loss_steps)
@@ -205,7 +191,6 @@ class Trainer:
             self.model.load_state_dict(saved.weights if self.optimizer is None else _strip_prefix(tensors, "weights."))
             self.best_weights = {name: tensor.to(self.device) for name, tensor in saved.weights.items()}
             self.batches.set_state(tensors["random.batches"])
-            self.random_state |= _strip_prefix(tensors, "random.")
             self.loss_sum.copy_(tensors["loss_sum"])
             self.loss_steps = int(tensors["loss_steps"].item())
             if "is_evaluation_due" in tensors:
@@ -291,14 +276,14 @@ class Trainer:
             return
         model = copy.deepcopy(self.model).train()
         idx, targets, _ = train.select(torch.arange(self.config.batch_size) % len(train))
+        keys = sample_keys(self.config.seed, self.step, range(len(idx)), self.device)
 
         def step() -> None:
             with self._precision():
-                loss = model.loss(idx, targets)
+                loss = model.loss(idx, targets, keys=keys)
             loss.backward()
 
-        with self._own_randomness():
-            advice = threads.advice(step)
+        advice = threads.advice(step)
         if advice is not None:
             on_advice(advice)
 
@@ -314,11 +299,12 @@ class Trainer:
         parts = rows.split(config.batch_size) if config.gradient_accumulation_steps > 1 else [rows]
         batches = [train.select(part) for part in parts]
         total = sum(tokens for _, _, tokens in batches)
-        for idx, targets, tokens in batches:
+        for start, (idx, targets, tokens) in zip(range(0, count, config.batch_size), batches, strict=True):
+            keys = sample_keys(config.seed, self.step, range(start, start + len(idx)), self.device)
             if noise is not None:
-                idx = noise(idx)
+                idx = noise(idx, keys)
             with self._precision():
-                loss = loss_of(idx, targets)
+                loss = loss_of(idx, targets, keys=keys)
             if len(batches) > 1:
                 loss = loss * (tokens / total)
             loss.backward()
@@ -375,24 +361,11 @@ class Trainer:
     def _dev(self) -> Examples | Sequences:
         return predictions(self.model, self.corpus, "dev").to(self.device)
 
-    # ---- the state of torch's global generators, which dropout and noise use
-
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        """Restores the caller's state of the global generators afterwards."""
+        """Restores the caller's state of torch's global generators afterwards."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             yield
-
-    def _get_random_state(self) -> dict[str, Tensor]:
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        return state
-
-    def _set_random_state(self, state: dict[str, Tensor]) -> None:
-        torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.device)
 
 
 def usable_device(name: str) -> torch.device:

@@ -43,13 +43,15 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """The loss of `forward` in nats, without its logits where a model can avoid them.
 
         Args:
             idx: As in `forward`.
             targets: As in `forward`.
             reduction: "mean", "sum" or "none".
+            keys: (B,) int64, `dropout.sample_keys` of the samples, which dropout in training mode is a function of;
+                None draws it from torch's global generator.
 
         Returns:
             () or, with reduction "none", the shape of targets.

@@ -75,7 +75,7 @@ class TableModel(CountModel):
         logits = F.embedding(self._row(idx), self.log_probs)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """As `LanguageModel.loss`, by a lookup: for V = 100,000 the (B, V) logits would take gigabytes."""
         nats = -self.log_probs[self._row(idx), targets.long()]  # (B,)
         return reduce(nats, reduction)

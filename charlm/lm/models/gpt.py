@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import charlm.functional as F
 from charlm.lm.examples import is_target
 from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.dropout import HEAD, POSITION, Dropout
 from charlm.nn import Embedding
 
 INITIAL_STD = 0.02
@@ -62,15 +63,24 @@ class Packed(NamedTuple):
 class Attention(nn.Module):
     """Causal self-attention with `n_head` heads: (B, t, D) → (B, t, D), or (n, D) → (n, D) if packed."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+    def __init__(self, n_embd: int, n_head: int, dropout: float, layer: int = 0) -> None:
         super().__init__()
         self.n_head = n_head
-        self.dropout = dropout
+        self.dropout = Dropout(dropout, layer)
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
-    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None, packed: Packed | None = None) -> Tensor:
-        """`cache` holds the keys and values of earlier positions, and those of x are appended to it."""
+    def forward(
+        self,
+        x: Tensor,
+        cache: dict[str, Tensor] | None = None,
+        packed: Packed | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """`cache` holds the keys and values of earlier positions, and those of x are appended to it.
+
+        `keys` (B, t) int64 are those of dropout.
+        """
         qkv = self.qkv(x)
         if packed is not None:
             qkv = packed.pad(qkv)
@@ -80,29 +90,51 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat([cache["k"], k], dim=2), torch.cat([cache["v"], v], dim=2)
             cache["k"], cache["v"] = k, v
-        # With a cache, t is 1 after the prompt, and a single new token attends to every position.
-        y = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=t > 1, dropout_p=self.dropout if self.training else 0.0
-        )  # (B, heads, t, d)
-        y = y.transpose(1, 2).reshape(B, t, width // 3)
+        dropout = self.dropout.p if self.training else 0.0
+        if dropout and keys is not None:
+            y = self._attend(q, k, v, keys)
+        else:  # with a cache, t is 1 after the prompt, and a single new token attends to every position
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=t > 1, dropout_p=dropout)
+        y = y.transpose(1, 2).reshape(B, t, width // 3)  # (B, heads, t, d) → (B, t, D)
         return self.proj(y if packed is None else packed.pack(y))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
+        """Causal attention with dropout that is a function of `keys` (B, t): 3 × (B, heads, t, d) → the same.
+
+        On the CPU, scaled_dot_product_attention with dropout computes the same steps.
+        """
+        t = q.shape[2]
+        future = torch.ones(t, t, dtype=torch.bool, device=q.device).triu_(1)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, heads, t, t)
+        heads = torch.arange(self.n_head, device=q.device)[:, None] * HEAD
+        weights = self.dropout(scores.masked_fill(future, -math.inf).softmax(dim=-1), keys[:, None] + heads)
+        return weights @ v
 
 
 class Block(nn.Module):
     """Attention, then an MLP with a GELU layer of four times the width; pre-norm, with residual connections."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
+    def __init__(self, n_embd: int, n_head: int, dropout: float, layer: int = 0) -> None:
         super().__init__()
         self.norm_1 = nn.LayerNorm(n_embd, bias=False)
-        self.attention = Attention(n_embd, n_head, dropout)
+        self.attention = Attention(n_embd, n_head, dropout, 3 * layer + 1)
         self.norm_2 = nn.LayerNorm(n_embd, bias=False)
         self.expand = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.contract = nn.Linear(4 * n_embd, n_embd, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout_1 = Dropout(dropout, 3 * layer + 2)
+        self.dropout_2 = Dropout(dropout, 3 * layer + 3)
 
-    def forward(self, x: Tensor, cache: dict[str, Tensor] | None = None, packed: Packed | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_1(x), cache, packed))  # (B, t, D) or (n, D)
-        return x + self.dropout(self.contract(nn.functional.gelu(self.expand(self.norm_2(x)))))
+    def forward(
+        self,
+        x: Tensor,
+        cache: dict[str, Tensor] | None = None,
+        packed: Packed | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, t, D), or (n, D) if packed → the same; keys (B, t) int64 or None."""
+        rows = keys if keys is None or packed is None else packed.pack(keys)  # the key of each row of x
+        x = x + self.dropout_1(self.attention(self.norm_1(x), cache, packed, keys), rows)
+        return x + self.dropout_2(self.contract(nn.functional.gelu(self.expand(self.norm_2(x)))), rows)
 
 
 class GPT(LanguageModel):
@@ -139,8 +171,8 @@ class GPT(LanguageModel):
             raise ValueError(f"n_head is {n_head}, but must divide n_embd, which is {n_embd}")
         self.embedding = Embedding(vocab_size, n_embd)
         self.position = Embedding(block_size, n_embd)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        self.dropout = Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, layer) for layer in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, bias=False)
         self.reset_parameters()
 
@@ -171,24 +203,28 @@ class GPT(LanguageModel):
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """As `LanguageModel.loss`, for the targets of `forward`; the logits are never materialized."""
         if targets.dim() == 1:
-            return self.loss_of(self._hidden(idx)[:, -1], targets, reduction)
+            return self.loss_of(self._hidden(idx, keys=keys)[:, -1], targets, reduction)
         packed = Packed.of(targets)
         if packed is None:
-            return self.loss_of(self._hidden(idx), targets, reduction)
-        loss = self.loss_of(self._hidden(idx, packed=packed), packed.pack(targets), reduction)
+            return self.loss_of(self._hidden(idx, keys=keys), targets, reduction)
+        loss = self.loss_of(self._hidden(idx, packed=packed, keys=keys), packed.pack(targets), reduction)
         return packed.pad(loss[:, None]).view(targets.shape) if reduction == "none" else loss
 
-    def embed(self, idx: Tensor, start: int = 0, packed: Packed | None = None) -> Tensor:
-        """The input of the first block: (B, t) at positions start, start + 1, … → (B, t, D), or (n, D) if packed."""
+    def embed(self, idx: Tensor, start: int = 0, packed: Packed | None = None, keys: Tensor | None = None) -> Tensor:
+        """The input of the first block: (B, t) at positions start, start + 1, … → (B, t, D), or (n, D) if packed.
+
+        `keys` (B, t) int64 are those of dropout.
+        """
         if packed is not None:
-            return self.dropout(self.embedding(packed.pack(idx)) + self.position(packed.where % idx.shape[1]))
+            embedded = self.embedding(packed.pack(idx)) + self.position(packed.where % idx.shape[1])
+            return self.dropout(embedded, None if keys is None else packed.pack(keys))
         positions = self.position.weight  # (block_size, D)
         if idx.shape[1] < self.block_size:
             positions = positions[start : start + idx.shape[1]]  # (t, D)
-        return self.dropout(self.embedding(idx).add_(positions))
+        return self.dropout(self.embedding(idx).add_(positions), keys)
 
     def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """The loss from the output of the last block: hidden (…, D), targets (…) → () or, with "none", (…)."""
@@ -219,9 +255,12 @@ class GPT(LanguageModel):
         caches: list[dict[str, Tensor]] | None = None,
         start: int = 0,
         packed: Packed | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """(B, t) tokens at positions start, start + 1, … → (B, t, D), or (n, D) if packed."""
-        x = self.embed(idx, start, packed)
+        """(B, t) tokens at positions start, start + 1, … → (B, t, D), or (n, D) if packed; keys (B,) int64 or None."""
+        if keys is not None:
+            keys = keys[:, None] + torch.arange(start, start + idx.shape[1], device=idx.device) * POSITION  # (B, t)
+        x = self.embed(idx, start, packed, keys)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, cache, packed)
+            x = block(x, cache, packed, keys)
         return self.norm(x)

@@ -56,10 +56,10 @@ class Mixture(LanguageModel):
             return mixed, None
         return mixed, F.cross_entropy(mixed.flatten(0, -2), targets.flatten())
 
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """As `LanguageModel.loss`, without logits; with reduction "none", ignored targets have a loss of 0."""
         if self.training:
-            return self.network.loss(idx, targets, reduction)
+            return self.network.loss(idx, targets, reduction, keys)
         contexts = self._contexts(idx, every_position=targets.dim() == 2)
         counted = is_target(targets.flatten())  # (B * t,), of which N are true
         ngram_loss = self.ngram.loss(contexts[counted], targets.flatten()[counted], reduction="none")  # (N,)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import charlm.functional as F
 from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.dropout import Dropout
 from charlm.nn import Embedding
 
 TANH_GAIN = 5 / 3  # keeps the variance of a tanh network's activations through depth
@@ -53,7 +54,7 @@ class MLP(LanguageModel):
         self.embedding = Embedding(vocab_size, n_embd)
         self.hidden = nn.Linear(block_size * n_embd, n_hidden, bias=not batch_norm)
         self.norm = nn.BatchNorm1d(n_hidden) if batch_norm else nn.Identity()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.head = nn.Linear(n_hidden, vocab_size)
         self.reset_parameters()
 
@@ -71,9 +72,9 @@ class MLP(LanguageModel):
         logits = self.head(self._hidden(idx))  # (B, T) → (B, H) → (B, V)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """As `LanguageModel.loss`; the logits are never materialized."""
-        hidden = self._hidden(idx)  # (B, H)
+        hidden = self._hidden(idx, keys)  # (B, H)
         return F.linear_cross_entropy(
             hidden, self.head.weight, targets, linear_bias=self.head.bias, reduction=reduction
         )
@@ -91,11 +92,11 @@ class MLP(LanguageModel):
         picked = probabilities[torch.arange(len(targets), device=targets.device), targets.long()]  # (B,)
         return logits, -picked.log().mean()
 
-    def _hidden(self, idx: Tensor) -> Tensor:
+    def _hidden(self, idx: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, T) → (B, H)."""
         layers = (self.embedding.weight, self.hidden.weight, self.hidden.bias)
         if isinstance(self.norm, nn.Identity):
             hidden = F.embedding_linear(idx, *layers, activation="tanh")
         else:
             hidden = torch.tanh(self.norm(F.embedding_linear(idx, *layers)))
-        return self.dropout(hidden)
+        return self.dropout(hidden, keys)

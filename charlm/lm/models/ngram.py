@@ -140,7 +140,7 @@ class NGram(CountModel):
         logits = p.log_()
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """As `LanguageModel.loss`; only the probabilities of the targets are computed."""
         p = torch.full((len(idx),), 1 / self.vocab_size, dtype=torch.float64, device=idx.device)
         targets = targets.long()

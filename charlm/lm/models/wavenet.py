@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import charlm.functional as F
 from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.dropout import POSITION, Dropout
 from charlm.lm.models.mlp import HEAD_GAIN, TANH_GAIN
 from charlm.nn import Embedding
 
@@ -49,7 +50,7 @@ class WaveNet(LanguageModel):
         # No bias, because batch normalization has one.
         self.layers = nn.ModuleList(nn.Linear(2 * width, n_hidden, bias=False) for width in widths)
         self.norms = nn.ModuleList(nn.BatchNorm1d(n_hidden) for _ in widths)
-        self.dropout = nn.Dropout(dropout)
+        self.dropouts = nn.ModuleList(Dropout(dropout, layer) for layer in range(n_layer))
         self.head = nn.Linear(n_hidden, vocab_size)
         self.reset_parameters()
 
@@ -66,22 +67,26 @@ class WaveNet(LanguageModel):
         logits = self.head(self._hidden(idx))  # (B, T) → (B, H) → (B, V)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """As `LanguageModel.loss`; the logits are never materialized."""
         return F.linear_cross_entropy(
-            self._hidden(idx), self.head.weight, targets, linear_bias=self.head.bias, reduction=reduction
+            self._hidden(idx, keys), self.head.weight, targets, linear_bias=self.head.bias, reduction=reduction
         )
 
-    def _hidden(self, idx: Tensor) -> Tensor:
+    def _hidden(self, idx: Tensor, keys: Tensor | None = None) -> Tensor:
         """(B, T) → (B, H)."""
         first, *rest = self.layers
         pairs = idx.reshape(-1, 2)  # (B * T/2, 2)
         x = F.embedding_linear(pairs, self.embedding.weight, first.weight)  # (B * T/2, H)
-        x = self._activate(x, self.norms[0])
-        for layer, norm in zip(rest, self.norms[1:], strict=True):
+        x = self._activate(x, 0, keys)
+        for number, layer in enumerate(rest, start=1):
             x = layer(x.view(-1, 2 * x.shape[1]))  # concatenate two neighbours: (B * t, H) → (B * t/2, H)
-            x = self._activate(x, norm)
+            x = self._activate(x, number, keys)
         return x
 
-    def _activate(self, x: Tensor, norm: nn.Module) -> Tensor:
-        return self.dropout(torch.tanh(norm(x)))
+    def _activate(self, x: Tensor, number: int, keys: Tensor | None) -> Tensor:
+        """Norm, tanh and dropout of layer `number`: x (B * t, H), keys (B,) → (B * t, H)."""
+        if keys is not None:
+            positions = torch.arange(len(x) // len(keys), device=x.device)
+            keys = (keys[:, None] + positions * POSITION).flatten()
+        return self.dropouts[number](torch.tanh(self.norms[number](x)), keys)
