@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import charlm.functional as F
 from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.batch_norm import BatchNorm
 from charlm.lm.models.dropout import Dropout
 from charlm.nn import Embedding
 
@@ -53,7 +54,7 @@ class MLP(LanguageModel):
         super().__init__(vocab_size, block_size, pad_token)
         self.embedding = Embedding(vocab_size, n_embd)
         self.hidden = nn.Linear(block_size * n_embd, n_hidden, bias=not batch_norm)
-        self.norm = nn.BatchNorm1d(n_hidden) if batch_norm else nn.Identity()
+        self.norm = BatchNorm(n_hidden) if batch_norm else nn.Identity()
         self.dropout = Dropout(dropout)
         self.head = nn.Linear(n_hidden, vocab_size)
         self.reset_parameters()

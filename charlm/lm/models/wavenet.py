@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import charlm.functional as F
 from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.batch_norm import BatchNorm
 from charlm.lm.models.dropout import POSITION, Dropout
 from charlm.lm.models.mlp import HEAD_GAIN, TANH_GAIN
 from charlm.nn import Embedding
@@ -49,7 +50,7 @@ class WaveNet(LanguageModel):
         widths = [n_embd, *[n_hidden] * (n_layer - 1)]
         # No bias, because batch normalization has one.
         self.layers = nn.ModuleList(nn.Linear(2 * width, n_hidden, bias=False) for width in widths)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(n_hidden) for _ in widths)
+        self.norms = nn.ModuleList(BatchNorm(n_hidden) for _ in widths)
         self.dropouts = nn.ModuleList(Dropout(dropout, layer) for layer in range(n_layer))
         self.head = nn.Linear(n_hidden, vocab_size)
         self.reset_parameters()

@@ -1,0 +1,34 @@
+"""Runs functions in several processes that form a process group on the CPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def _work(rank: int, size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
+    try:
+        torch.save(function(*arguments), f"{folder}/{rank}.pt")
+        torch.distributed.barrier()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    # A thread of gloo may still hold tensors, and ends the process if the interpreter is finalized then.
+    os._exit(0)
+
+
+def results_of_processes(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `function`, which a module defines, returns in each of `size` processes, by rank."""
+    folder.mkdir(parents=True)
+    torch.multiprocessing.spawn(_work, (size, str(folder), function, arguments), nprocs=size)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
