@@ -133,3 +133,10 @@ def test_the_model_is_rebuilt_without_any_flag(tmp_path):
     expected = build_model(**saved.model)
     expected.load_state_dict(saved.weights)
     assert torch.equal(model(idx)[0], expected.eval()(idx)[0])
+
+
+def test_saving_removes_what_killed_processes_have_left_half_written(tmp_path):
+    for name in (".checkpoint.json.1.tmp", ".metrics.jsonl.1.tmp", ".model-0123456789abcdef.safetensors.1.tmp"):
+        (tmp_path / name).write_text("half")
+    checkpoint.save(tmp_path, a_checkpoint())
+    assert not list(tmp_path.glob(".*"))

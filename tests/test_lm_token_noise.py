@@ -9,6 +9,7 @@ from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.evaluate import evaluate
 from charlm.lm.models.dropout import sample_keys
+from charlm.lm.parallel import SharedLoss
 from charlm.lm.token_noise import TokenNoise
 from charlm.lm.train import Trainer
 
@@ -36,7 +37,7 @@ def test_targets_stay(tmp_path):
 
     for noise in (None, TokenNoise(0.5, CORPUS.examples("train", 1).targets, len(CORPUS.vocabulary))):
         trainer = Trainer(config, CORPUS, tmp_path)
-        trainer._backward(loss_of, CORPUS.examples("train", 3), noise)
+        trainer._backward(SharedLoss(trainer.model, loss_of, trainer.processes), CORPUS.examples("train", 3), noise)
     (idx, targets), (noised, the_same) = seen
     assert torch.equal(targets, the_same)
     assert 0.2 < (idx != noised).float().mean() < 0.6

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,7 @@ from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.evaluate import baselines, evaluate
 from charlm.lm.metrics import METRICS, MetricsLog
+from charlm.lm.parallel import SharedLoss
 from charlm.lm.train import StopRequest, Trainer, build_optimizer, learning_rate_at
 
 SMALL = Config(
@@ -189,6 +192,44 @@ def test_a_run_that_is_killed_goes_on_from_its_last_save_without_double_lines(tm
     assert metrics(killed) == metrics(tmp_path / "whole")
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    save, waited = checkpoint.save, []
+
+    def slow(*arguments):
+        end = time.monotonic() + 30
+        while trainer.step == arguments[1].step < SMALL.max_steps and time.monotonic() < end:
+            time.sleep(0.001)
+        waited.append(trainer.step - arguments[1].step)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    trainer = Trainer(SMALL, CORPUS, tmp_path / "slow")
+    assert trainer.run()
+    assert len(waited) == 3
+    assert min(waited[:2]) > 0
+    assert waited[2] == 0
+    monkeypatch.undo()
+    Trainer(SMALL, CORPUS, tmp_path / "run").run()
+    assert metrics(tmp_path / "slow") == metrics(tmp_path / "run")
+    assert_equal_tensors(checkpoint.load(tmp_path / "slow").training, checkpoint.load(tmp_path / "run").training)
+
+
+@pytest.mark.parametrize("failing", [20, 60])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, failing):
+    save = checkpoint.save
+
+    def full(directory, saved):
+        if saved.step == failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint.json")
+        save(directory, saved)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    trainer = Trainer(SMALL, CORPUS, tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.run()
+    assert trainer.step <= failing + 20
+
+
 def test_a_finished_run_can_be_made_longer(tmp_path):
     Trainer(SMALL, CORPUS, tmp_path).run()
     saved = checkpoint.load(tmp_path)
@@ -323,7 +364,9 @@ def test_an_accumulated_gradient_weighs_tokens_not_batches(tmp_path):
     for parts in (1, 8):
         config = small("gpt", batch_size=16 // parts, gradient_accumulation_steps=parts)
         trainer = Trainer(config, corpus, tmp_path / str(parts))
-        trainer._backward(trainer.model.loss, corpus.sequences("train", 8))
+        trainer._backward(
+            SharedLoss(trainer.model, trainer.model.loss, trainer.processes), corpus.sequences("train", 8)
+        )
         gradients.append([p.grad for p in trainer.model.parameters()])
     for one, eight in zip(*gradients, strict=True):
         torch.testing.assert_close(one, eight, rtol=1e-4, atol=1e-6)

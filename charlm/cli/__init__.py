@@ -55,4 +55,8 @@ app.command("info")(reports_user_errors(info.info))
 
 def main() -> None:
     prepare_streams()
-    app(prog_name="charlm")
+    try:
+        app(prog_name="charlm")
+    except SystemExit as end:
+        train.end_process(end)
+        raise

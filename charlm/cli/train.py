@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from charlm._errors import UserError
+from charlm._version import __version__
 from charlm.cli.common import STREAM, corpus_of, discard_stdout, flag, new_console, path_to_save, print_samples
 from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
 
@@ -21,14 +24,16 @@ if TYPE_CHECKING:
 
     from charlm.lm.checkpoint import Checkpoint
     from charlm.lm.data import Corpus
+    from charlm.lm.processes import Processes
     from charlm.lm.train import Progress, Trainer
 
 DEFAULT_DIRECTORY = Path("out")
+MAX_TIMEOUT = 1e6  # seconds
 PASSAGE = 80  # length in characters of the samples that are printed after training on running text
 DEFAULT = Config()
 # Options that may change on --resume, because they do not affect what the run computes in each step.
 FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "patience", "log_interval"}
-DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
+DATA, MODEL, TRAINING, PROCESSES, OUTPUT = "Data", "Model", "Training", "Several processes", "Output"
 
 
 def option(group: str, text: str, *names: str, by_type: str | None = None) -> Any:
@@ -132,15 +137,28 @@ def train(
         int | None,
         option(TRAINING, "Number of CPU threads; on a shared machine fewer may be faster. Default: one per core."),
     ] = None,
+    parallel: Annotated[
+        str,
+        option(
+            PROCESSES,
+            "Under torchrun: ddp replicates the model in each process, fsdp shards it (gpt).",
+        ),
+    ] = "ddp",
+    timeout: Annotated[
+        float, option(PROCESSES, "Seconds that a process waits for the others before all stop.")
+    ] = 600.0,
 ) -> None:
     """Train a model; show its loss and samples.
 
     Without options, train an mlp on the shipped names, on the CPU, into ./out.
 
     Losses are in nats per character; the table at the end adds bits and the baselines.
+
+    `torchrun --nproc-per-node N -m charlm train` shares each batch among N processes.
     """
     from charlm.lm import checkpoint
     from charlm.lm.files import locked
+    from charlm.lm.processes import Launch, joined
 
     given = {
         name: context.params[name]
@@ -151,33 +169,56 @@ def train(
         given["input_file"] = path_to_save(input_file)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    _check_one_process()
-    _set_threads(threads)
-    if not resume:
-        config = Config.of_type(**{"type": DEFAULT.type, **given})
-        check_options(config.type, given)
-        _check_folder(work_dir, overwrite)
-    elif not checkpoint.exists(work_dir):
-        raise UserError(f"there is no checkpoint in {work_dir} to resume from")
-    with locked(work_dir):  # the folder may have changed before it was locked, so it is checked again
-        saved = None
-        if resume:
-            saved = checkpoint.load(work_dir)
-            check_options(saved.config.type, given)
-            config = _resumed_config(saved.config, given)
-        else:
-            _check_folder(work_dir, overwrite)
-        _run(config, input_file, work_dir, saved, force)
+    launch = Launch.from_environment()
+    with _naming(launch.rank if launch.size > 1 else None):
+        if not 0 < timeout <= MAX_TIMEOUT:
+            raise UserError(f"timeout is {timeout:g}, but must be above 0 and at most {MAX_TIMEOUT:g} seconds")
+        if launch.size > 1 and given.get("input_file") == STREAM:
+            raise UserError("standard input and pipes can be read by one process only: give a file with -i")
+        _set_threads(threads)
+        if not resume:
+            check_options(given.get("type", DEFAULT.type), given)
+        config = None if resume else Config.of_type(**{"type": DEFAULT.type, **given})
+        with joined(launch, timeout) as processes, ExitStack() as stack:
+            if processes.rank == 0:
+                # Processes that torchrun has restarted go on from what they have saved themselves.
+                resume = resume or not processes.first_time("manifest", checkpoint.fingerprint(work_dir))
+                _check_folder(work_dir, resume, overwrite)
+                stack.enter_context(locked(work_dir))
+                _check_folder(work_dir, resume, overwrite)  # it may have changed before it was locked
+            saved = None
+            if processes.from_first(resume):
+                saved = checkpoint.load(work_dir)
+                check_options(saved.config.type, given)
+                config = _resumed_config(saved.config, given)
+            assert config is not None
+            _run(config, input_file, work_dir, saved, force, processes, parallel)
 
 
-def _check_one_process() -> None:
-    """Raises UserError under torchrun, because all of its processes would train the same run in the same folder."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes.isdecimal() and int(processes) > 1:
-        raise UserError(
-            f"WORLD_SIZE is {processes}, as torchrun sets it, but charlm trains in a single process: start it without "
-            "torchrun, or unset WORLD_SIZE"
-        )
+@contextmanager
+def _naming(rank: int | None) -> Iterator[None]:
+    """Puts the rank in front of an error that the user is told of; None puts nothing."""
+    try:
+        yield
+    except UserError as error:
+        if rank is None:
+            raise
+        raise UserError(f"rank {rank}: {error}") from error
+    except OSError as error:
+        if rank is None or error.filename is None:
+            raise
+        raise UserError(f"rank {rank}: cannot write {error.filename}: {error.strerror}") from error
+
+
+def end_process(end: SystemExit) -> None:
+    """Ends a process of several without finalizing the interpreter.
+
+    A thread of gloo may still hold tensors of the last collective, and aborts the process if it releases them then.
+    """
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def _set_threads(count: int | None) -> None:
@@ -191,10 +232,14 @@ def _set_threads(count: int | None) -> None:
     torch.set_num_threads(count)
 
 
-def _check_folder(work_dir: Path, overwrite: bool) -> None:
-    """Raises UserError unless a run may start in `work_dir`."""
+def _check_folder(work_dir: Path, resume: bool, overwrite: bool) -> None:
+    """Raises UserError unless a run may start, or resume, in `work_dir`."""
     from charlm.lm import checkpoint
 
+    if resume:
+        if not checkpoint.exists(work_dir):
+            raise UserError(f"there is no checkpoint in {work_dir} to resume from")
+        return
     names = checkpoint.foreign_files(work_dir)
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -219,22 +264,35 @@ def _resumed_config(saved: Config, given: dict[str, Any]) -> Config:
     return replace(saved, **{name: value for name, value in given.items() if name in FREE_ON_RESUME})
 
 
-def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Checkpoint | None, force: bool) -> None:
+def _run(
+    config: Config,
+    input_file: Path | None,
+    work_dir: Path,
+    resumed: Checkpoint | None,
+    force: bool,
+    processes: Processes,
+    parallel: str,
+) -> None:
     """Trains until the end or a signal, and prints the result."""
     from charlm.lm.display import ProgressReport
     from charlm.lm.memory import check_fits
+    from charlm.lm.parallel import check_parallel
+    from charlm.lm.processes import is_under_torchrun
     from charlm.lm.train import StopRequest, Trainer, usable_device
 
+    check_parallel(parallel, config, processes)
     console = new_console()
+    console.quiet = processes.rank != 0
     corpus = corpus_of(config, input_file)
     guessed = ", guessed" if config.format is None else ""
     config = replace(config, format=corpus.format)
     _print_data(console, config, corpus, guessed)
     if not force:
-        check_fits(config, corpus, usable_device(config.device))
-    trainer = Trainer(config, corpus, work_dir, resumed)
+        check_fits(config, corpus, usable_device(processes.device(config.device)))
+    processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
+    trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel)
     _print_model(console, config, corpus, trainer)
-    stop = StopRequest()
+    stop = StopRequest(ignores_repeats=is_under_torchrun())
     lost: list[str] = []  # the reason why the output cannot be written
     # A count model has nothing to save before its end, so that a signal ends the process as usual.
     with (
@@ -256,14 +314,30 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
 
         finished = trainer.run(show, stop, report.advise)
         report.stopped_at(trainer.step)
+        processes.wait()  # the first one prints the result; the others may end
     if stop.signal == signal.SIGPIPE and not finished:
         typer.echo(f"charlm: {lost[0]}; stopped and saved step {trainer.step} in {work_dir}", err=True)
-    if not finished:
+    if not finished and processes.rank == 0:
         again = " -i FILE" if config.input_file == STREAM else ""
         where = f"stopped at step {trainer.step} of {config.max_steps} and saved in {work_dir}"
         console.print(f"{where}; resume with:\ncharlm train -o {work_dir} --resume{again}", soft_wrap=True)
+    if not finished:
         raise typer.Exit(128 + (stop.signal or 0))
-    _print_result(console, config, corpus, trainer)
+    if processes.rank == 0:
+        _print_result(console, config, corpus, trainer)
+
+
+def _what_must_be_equal(config: Config, corpus: Corpus, resumed: Checkpoint | None, parallel: str) -> dict[str, str]:
+    """What the processes of a run must agree on, by the name of it in an error."""
+    import torch
+
+    options = {**config.to_dict(), "input_file": None, "parallel": parallel}
+    return {
+        "data": corpus.digest,
+        "options": repr(options),
+        "checkpoints": "" if resumed is None else repr((resumed.step, resumed.digest, resumed.best_nats)),
+        "versions of charlm or torch": f"{__version__} {torch.__version__}",
+    }
 
 
 def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ VERSION = 1
 PARTS = ("model", "training")
 # The names of the two tensor files of a checkpoint, and of the temporary files while they are written.
 PART = re.compile(r"(model|training)-[0-9a-f]{16}\.safetensors|\.(model|training)-[0-9a-f]{16}\.safetensors\.\d+\.tmp")
+TEMPORARY = re.compile(r"\.(checkpoint\.json|metrics\.jsonl)\.\d+\.tmp")
 # The names of all files that a run may leave in its folder if it ends before its first checkpoint.
 OWN_FILES = re.compile(rf"\.lock|metrics\.jsonl|{PART.pattern}|\..+\.\d+\.tmp")
 
@@ -91,6 +93,15 @@ class Checkpoint:
 def exists(directory: Path) -> bool:
     """Whether `directory` contains a checkpoint, valid or not."""
     return (directory / MANIFEST).exists()
+
+
+def fingerprint(directory: Path) -> str:
+    """A text that changes with every `save` to `directory`; it may be empty of a checkpoint."""
+    path = directory / MANIFEST
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return "none"
 
 
 def foreign_files(directory: Path) -> list[str]:
@@ -256,6 +267,9 @@ def _read_tensors(directory: Path, part: str, entry: dict[str, Any]) -> dict[str
 
 
 def _remove_unnamed(directory: Path, names: set[str]) -> None:
+    """Removes the tensor files of other checkpoints, and temporary files that killed processes have left."""
+    own = f".{os.getpid()}.tmp"  # another thread may be writing one
     for path in directory.iterdir():
-        if PART.fullmatch(path.name) and path.name not in names:
+        is_part = PART.fullmatch(path.name) and path.name not in names
+        if (is_part or TEMPORARY.fullmatch(path.name)) and not path.name.endswith(own):
             path.unlink(missing_ok=True)

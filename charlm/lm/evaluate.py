@@ -83,14 +83,18 @@ def predictions(model: LanguageModel, corpus: Corpus, split: str, protocol: str 
     return (corpus.windows if model.predicts_every_position else corpus.examples_in_windows)(split, model.block_size)
 
 
+def rows_per_pass(model: LanguageModel) -> int:
+    """The number of rows that `surprisals` takes at a time."""
+    return max(1, CHUNK // model.block_size) if model.predicts_every_position else CHUNK
+
+
 @torch.no_grad()
 def surprisals(model: LanguageModel, examples: Examples | Sequences) -> Tensor:
     """-log p of each predicted token: (tokens,) nats in the order of `examples`, with the model in evaluation mode."""
     training = model.training
     model.eval()
-    rows = max(1, CHUNK // model.block_size) if model.predicts_every_position else CHUNK
     parts = []
-    for idx, targets in examples.chunks(rows):
+    for idx, targets in examples.chunks(rows_per_pass(model)):
         losses = model.loss(idx, targets, reduction="none")
         parts.append(losses[is_target(targets)] if isinstance(examples, Sequences) else losses)
     model.train(training)

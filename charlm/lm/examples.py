@@ -69,6 +69,14 @@ class Examples:
     def to(self, device: torch.device | str) -> Examples:
         return replace(self, contexts=self.contexts.to(device), targets=self.targets.to(device))
 
+    def slice(self, start: int, stop: int) -> Examples:
+        """Rows start, …, stop - 1."""
+        return replace(self, contexts=self.contexts[start:stop], targets=self.targets[start:stop])
+
+    def count(self, rows: Tensor) -> Tensor:
+        """The number of predictions of each of `rows`: (B,) int64 → (B,) int64 on the CPU."""
+        return torch.ones_like(rows)
+
     def select(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
         """(contexts, targets, number of predictions) of `rows`, (B,) int64 on the CPU."""
         rows = rows.to(self.targets.device)
@@ -107,6 +115,15 @@ class Sequences:
 
     def to(self, device: torch.device | str) -> Sequences:
         return replace(self, idx=self.idx.to(device), targets=self.targets.to(device))
+
+    def slice(self, start: int, stop: int) -> Sequences:
+        """Rows start, …, stop - 1."""
+        rows = slice(start, stop)
+        return Sequences(self.idx[rows], self.targets[rows], self.lengths[rows], self.counts[rows], self.protocol)
+
+    def count(self, rows: Tensor) -> Tensor:
+        """The number of predictions of each of `rows`: (B,) int64 → (B,) int64 on the CPU."""
+        return self.counts[rows]
 
     def select(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
         """(idx, targets, number of predictions) of `rows`, (B,) int64 on the CPU, cropped to the longest of them."""

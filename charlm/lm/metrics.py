@@ -10,6 +10,7 @@ split. tokens/s is the speed of training or of the evaluation.
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -22,7 +23,8 @@ METRICS = "metrics.jsonl"
 class MetricsLog:
     """Appends to DIR/metrics.jsonl, after removing the lines beyond `step`, where the run starts (0) or resumes.
 
-    A new run replaces the lines of an earlier one only with its first checkpoint.
+    A new run replaces the lines of an earlier one only with its first checkpoint. Checkpoints may be written by another
+    thread.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
@@ -30,6 +32,7 @@ class MetricsLog:
         self._path = directory / METRICS
         self._file: BinaryIO | None = None
         self._pending = b""  # lines written before the first checkpoint
+        self._lock = threading.Lock()
         if step:
             self._pending = "".join(f"{line}\n" for line in _lines(self._path) if _step(line) <= step).encode()
             self._open()
@@ -37,16 +40,17 @@ class MetricsLog:
     def write(self, step: int, split: str, nats: float, tokens_per_second: float) -> None:
         entry = {"step": step, "split": split, "nats": nats, "tokens/s": round(tokens_per_second, 1)}
         line = json.dumps(entry, allow_nan=False).encode() + b"\n"
-        if self._file is None:
-            self._pending += line
-            return
-        with naming(self._path):
-            self._file.write(line)
+        with self._lock, naming(self._path):
+            if self._file is None:
+                self._pending += line
+            else:
+                self._file.write(line)
 
     def checkpointed(self) -> None:
         """Must be called when a checkpoint of this run is on disk; the lines of this run then replace the old ones."""
-        if self._file is None:
-            self._open()
+        with self._lock:
+            if self._file is None:
+                self._open()
 
     def _open(self) -> None:
         write_atomically(self._path, self._pending)

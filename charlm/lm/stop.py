@@ -19,16 +19,20 @@ class StopRequest:
 
     signal: int | None = None
     is_interruptible: bool = False
+    ignores_repeats: bool = False  # torchrun sends each process the signals that the terminal has sent it already
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handles SIGINT, SIGTERM and SIGHUP inside: the first sets `signal`, a second raises KeyboardInterrupt.
+        """Handles SIGINT, SIGTERM and SIGHUP inside: the first sets `signal`, a second raises KeyboardInterrupt
+        unless repeats are ignored.
 
         It must be entered in the main thread. If SIGHUP is ignored, as under nohup, it stays ignored.
         """
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.signal is not None:
+                if self.ignores_repeats:
+                    return
                 raise KeyboardInterrupt
             self.signal = number
             if self.is_interruptible:

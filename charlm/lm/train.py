@@ -13,8 +13,9 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,16 @@ from charlm.lm import threads
 from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
-from charlm.lm.evaluate import evaluate, predictions
+from charlm.lm.evaluate import Evaluation, evaluate, predictions, rows_per_pass
 from charlm.lm.examples import Examples, Sequences
 from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, Mixture, build_model
 from charlm.lm.models.dropout import sample_keys
+from charlm.lm.optimizer import build_optimizer, learning_rate_at
+from charlm.lm.parallel import SharedLoss, check_parallel, distribute, gathered, is_sharded, scattered
+from charlm.lm.processes import Processes
 from charlm.lm.stop import Interrupted, StopRequest
 from charlm.lm.token_noise import TokenNoise
-
-STEP_DECAY = 0.1  # factor of the learning rate after half of the steps with schedule "step", as in makemore's lecture
 
 
 @dataclass(frozen=True)
@@ -51,33 +53,6 @@ class Progress:
 Report = Callable[[str, float, float], None]  # split, nats, tokens per second
 
 
-def learning_rate_at(config: Config, step: int) -> float:
-    """The learning rate of step `step`, 0 ≤ step < max_steps."""
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    done = step / config.max_steps
-    if config.schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * done))
-    elif config.schedule == "step":
-        factor = 1.0 if done < 0.5 else STEP_DECAY
-    else:
-        factor = 1.0
-    return config.learning_rate * warmup * factor
-
-
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Builds the optimizer of `config`; only the weights of linear layers have weight decay."""
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    decayed = [p for p in model.parameters() if id(p) in linear]
-    others = [p for p in model.parameters() if id(p) not in linear]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, fused=True)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
-
-
 class Trainer:
     """One training run.
 
@@ -86,16 +61,30 @@ class Trainer:
         corpus: The data.
         directory: The folder for checkpoints and metrics.
         resumed: The checkpoint to resume from; None starts a new run.
+        processes: The processes that train this run together, each with a trainer of equal arguments.
+        parallel: "ddp" replicates the model in each process, "fsdp" shards that of type gpt over them.
 
     Raises:
-        UserError: `resumed` was trained on other data, or the device cannot be used.
+        UserError: `resumed` was trained on other data, the device cannot be used, or the processes cannot train this
+            model together.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, directory: Path, resumed: Checkpoint | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        directory: Path,
+        resumed: Checkpoint | None = None,
+        *,
+        processes: Processes | None = None,
+        parallel: str = "ddp",
+    ) -> None:
+        self.processes = processes or Processes()
+        check_parallel(parallel, config, self.processes)
         self.config = config
         self.corpus = corpus
         self.directory = directory
-        self.device = usable_device(config.device)
+        self.device = usable_device(self.processes.device(config.device))
         vocabulary = corpus.vocabulary
         self.model_config = config.model_config(len(vocabulary), vocabulary.pad_token)
         with self._own_randomness():
@@ -103,15 +92,19 @@ class Trainer:
             self.model = build_model(**self.model_config).to(self.device)
         if isinstance(self.model, Mixture) and resumed is None:
             self.model.fit(corpus.examples("train", self.model.ngram.block_size).to(self.device))
+        distribute(self.model, parallel, self.processes, self.device)
         self.batches = torch.Generator().manual_seed(config.seed)
         self.step = 0
-        self.loss_sum = torch.zeros((), device=self.device)  # over the loss_steps steps since the last report
+        self.loss_sum = torch.zeros(
+            (), device=self.device
+        )  # of this process, over the loss_steps steps since the last report
         self.loss_steps = 0
         self.is_evaluation_due = False  # whether the weights after `step` have yet to be evaluated
         self.best_step: int | None = None
         self.best_nats: float | None = None
         self.best_weights = copy.deepcopy(self.model.state_dict())
         self._metrics: MetricsLog | None = None  # the log of the last `run`
+        self._writing: Future[None] | None = None  # the checkpoint that is being written
         self.optimizer = None if isinstance(self.model, CountModel) else build_optimizer(self.model, config)
         if resumed is not None:
             self._restore(resumed)
@@ -135,11 +128,14 @@ class Trainer:
         Returns:
             Whether the run is finished; False if `stop` ended it.
         """
-        with MetricsLog(self.directory, self.step) as metrics:
-            self._metrics = metrics
+        with ExitStack() as stack:
+            if self.processes.rank == 0:
+                self._metrics = stack.enter_context(MetricsLog(self.directory, self.step))
+            stack.callback(self.finish_saving)
 
             def report(split: str, nats: float, tokens_per_second: float) -> None:
-                metrics.write(self.step, split, nats, tokens_per_second)
+                if self._metrics is not None:
+                    self._metrics.write(self.step, split, nats, tokens_per_second)
                 if on_progress is not None:
                     on_progress(Progress(self.step, split, nats, tokens_per_second))
 
@@ -148,38 +144,67 @@ class Trainer:
             else:
                 self._optimize(self.optimizer, report, stop or StopRequest(), on_advice)
         self.model.load_state_dict(self.best_weights)
+        if is_sharded(self.model):
+            weights = gathered(self.best_weights, self.processes)
+            if self.processes.rank == 0:
+                self.model = build_model(**self.model_config)
+                self.model.load_state_dict(weights)
+                self.model.to(self.device)
         self.model.eval()
         return self._is_finished()
 
     def save(self) -> None:
-        """Writes the state after `self.step` steps to `self.directory`."""
-        model = self.model.state_dict()
-        training = {}
-        if self.optimizer is not None:
-            training |= {f"weights.{name}": tensor for name, tensor in model.items()}
-            for index, state in self.optimizer.state_dict()["state"].items():
-                tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-                training |= {f"optimizer.{index}.{key}": value for key, value in tensors.items()}
-        training["random.batches"] = self.batches.get_state()
-        training["loss_sum"] = self.loss_sum
-        training["loss_steps"] = torch.tensor(self.loss_steps)
-        training["is_evaluation_due"] = torch.tensor(self.is_evaluation_due)
-        checkpoints.save(
-            self.directory,
-            Checkpoint(
-                step=self.step,
-                config=self.config,
-                model=self.model_config,
-                vocabulary=self.corpus.vocabulary,
-                digest=self.corpus.digest,
-                best_step=self.best_step,
-                best_nats=self.best_nats,
-                weights=model if self.best_step is None else self.best_weights,
-                training=training,
-            ),
+        """Begins to write the state after `self.step` steps to `self.directory`; `finish_saving` waits for the end.
+
+        Training goes on when the state is copied. All processes must call it, and the first one writes.
+        """
+        (nats,) = self.processes.sums(self.loss_sum.item())
+        self.loss_sum.fill_(nats if self.processes.rank == 0 else 0.0)  # as after a resume, for the order of additions
+        weights = self.model.state_dict() if self.best_step is None else self.best_weights
+        weights, training = gathered(weights, self.processes), gathered(self._training_state(), self.processes)
+        if self.processes.rank != 0:
+            return
+        saved = Checkpoint(
+            step=self.step,
+            config=self.config,
+            model=self.model_config,
+            vocabulary=self.corpus.vocabulary,
+            digest=self.corpus.digest,
+            best_step=self.best_step,
+            best_nats=self.best_nats,
+            weights=weights,
+            training=training,
         )
+        self.finish_saving()
+        writer = ThreadPoolExecutor(max_workers=1)
+        self._writing = writer.submit(self._write, saved)
+        writer.shutdown(wait=False)
+
+    def finish_saving(self) -> None:
+        """Waits until the last `save` is on disk, and raises its error if it failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, saved: Checkpoint) -> None:
+        checkpoints.save(self.directory, saved)
         if self._metrics is not None:
             self._metrics.checkpointed()
+
+    def _training_state(self) -> dict[str, Tensor]:
+        """The state for resuming by name, without copies."""
+        state = {}
+        if self.optimizer is not None:
+            state |= {f"weights.{name}": tensor for name, tensor in self.model.state_dict().items()}
+            for index, moments in self.optimizer.state_dict()["state"].items():
+                tensors = {key: value for key, value in moments.items() if isinstance(value, Tensor)}
+                state |= {f"optimizer.{index}.{key}": value for key, value in tensors.items()}
+        return state | {
+            "random.batches": self.batches.get_state(),
+            "loss_sum": self.loss_sum,
+            "loss_steps": torch.tensor(self.loss_steps),
+            "is_evaluation_due": torch.tensor(self.is_evaluation_due),
+        }
 
     def _restore(self, saved: Checkpoint) -> None:
         """Restores the state of `save`, with tensors on the device of this run."""
@@ -188,22 +213,29 @@ class Trainer:
         tensors = saved.training
         try:
             self.step, self.best_step, self.best_nats = saved.step, saved.best_step, saved.best_nats
-            self.model.load_state_dict(saved.weights if self.optimizer is None else _strip_prefix(tensors, "weights."))
-            self.best_weights = {name: tensor.to(self.device) for name, tensor in saved.weights.items()}
+            state = self.model.state_dict()
+            current = saved.weights if self.optimizer is None else _strip_prefix(tensors, "weights.")
+            self.model.load_state_dict(scattered(current, state))
+            best = {name: tensor.to(self.device) for name, tensor in saved.weights.items()}
+            self.best_weights = scattered(best, state)
             self.batches.set_state(tensors["random.batches"])
-            self.loss_sum.copy_(tensors["loss_sum"])
+            if self.processes.rank == 0:
+                self.loss_sum.copy_(tensors["loss_sum"])
             self.loss_steps = int(tensors["loss_steps"].item())
             if "is_evaluation_due" in tensors:
                 self.is_evaluation_due = bool(tensors["is_evaluation_due"].item())
         except (KeyError, RuntimeError) as error:
             raise UserError(f"the checkpoint does not fit its own config: {error}") from error
         if self.optimizer is not None:
-            state: dict[int, dict[str, Tensor]] = {}
+            moments: dict[int, dict[str, Tensor]] = {}
             for name, tensor in _strip_prefix(tensors, "optimizer.").items():
                 index, key = name.split(".", 1)
-                state.setdefault(int(index), {})[key] = tensor
+                moments.setdefault(int(index), {})[key] = tensor
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for index, tensors in moments.items():
+                moments[index] = scattered(tensors, dict.fromkeys(tensors, parameters[index]))
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _count(self, report: Report) -> None:
         """Trains a count model; this takes one step, which cannot be interrupted and resumed."""
@@ -220,28 +252,30 @@ class Trainer:
         on_advice: Callable[[str], None] | None,
     ) -> None:
         config, model = self.config, self.model
-        rows = self.corpus.sequences if model.predicts_every_position else self.corpus.examples
-        noise = None
-        try:
-            with stop.interrupting():
-                train, dev = rows("train", config.block_size).to(self.device), self._dev()
-                if config.token_noise:
-                    tokens = self.corpus.examples("train", block_size=1).targets.to(self.device)
-                    noise = TokenNoise(config.token_noise, tokens, model.vocab_size)
-                if on_advice is not None:
-                    self._advise(train, on_advice)
-        except Interrupted:
+        train, dev, noise = None, None, None
+        with suppress(Interrupted), stop.interrupting():
+            rows = self.corpus.sequences if model.predicts_every_position else self.corpus.examples
+            train, dev = rows("train", config.block_size).to(self.device), self._dev()
+            if config.token_noise:
+                tokens = self.corpus.examples("train", block_size=1).targets.to(self.device)
+                noise = TokenNoise(config.token_noise, tokens, model.vocab_size)
+            if on_advice is not None:
+                self._advise(train, on_advice)
+        if self.processes.stopping(stop)() is not None or train is None or dev is None:
             self.save()
             return
         loss_of = model.loss
         if config.compile:
             loss_of = torch.compile(loss_of, dynamic=model.predicts_every_position)  # batches differ in width
+        loss = SharedLoss(model, loss_of, self.processes)
         parameters = list(model.parameters())
         model.train()
+        is_stopping = False
         if self.is_evaluation_due:
-            self._evaluate_and_save(dev, report, stop)
+            is_stopping = not self._evaluate_and_save(dev, report, stop)
         clock, tokens = time.perf_counter(), 0
-        while not self._is_finished() and stop.signal is None:
+        while not self._is_finished() and not is_stopping:
+            stopping = self.processes.stopping(stop)
             rate = learning_rate_at(config, self.step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -249,12 +283,13 @@ class Trainer:
             # optimizer.zero_grad().
             for parameter in parameters:
                 parameter.grad = None
-            tokens += self._backward(loss_of, train, noise)
+            tokens += self._backward(loss, train, noise)
             if config.grad_clip:
                 nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
             self.loss_steps += 1
             self.step += 1
+            is_stopping = stopping() is not None
             last = self.step == config.max_steps
             if self.step % config.log_interval == 0 or last:
                 nats = self._take_mean_loss()
@@ -264,7 +299,7 @@ class Trainer:
             if self.step % config.steps_between_evaluations == 0 or last:
                 paused = time.perf_counter()
                 self.is_evaluation_due = True
-                self._evaluate_and_save(dev, report, stop)
+                is_stopping |= not self._evaluate_and_save(dev, report, stop)
                 clock += time.perf_counter() - paused
         if not self._is_finished():
             self.save()
@@ -272,7 +307,13 @@ class Trainer:
     def _advise(self, train: Examples | Sequences, on_advice: Callable[[str], None]) -> None:
         """Times a few steps of a copy of the model; the run itself is not changed."""
         too_short = self.config.max_steps - self.step < threads.MIN_STEPS
-        if too_short or self.device.type != "cpu" or self.config.compile or torch.get_num_threads() == 1:
+        if (
+            too_short
+            or self.processes.size > 1
+            or self.device.type != "cpu"
+            or self.config.compile
+            or torch.get_num_threads() == 1
+        ):
             return
         model = copy.deepcopy(self.model).train()
         idx, targets, _ = train.select(torch.arange(self.config.batch_size) % len(train))
@@ -287,28 +328,31 @@ class Trainer:
         if advice is not None:
             on_advice(advice)
 
-    def _backward(
-        self, loss_of: Callable[..., Tensor], train: Examples | Sequences, noise: TokenNoise | None = None
-    ) -> int:
-        """Computes the gradients of one step and adds its loss to loss_sum; returns the number of tokens."""
-        config = self.config
-        count = config.batch_size * config.gradient_accumulation_steps
-        rows = torch.randint(len(train), (count,), generator=self.batches)
-        # At batch size 32 a step is mostly overhead: splitting one batch into one part takes 10 µs, and so does
-        # entering a disabled autocast.
-        parts = rows.split(config.batch_size) if config.gradient_accumulation_steps > 1 else [rows]
-        batches = [train.select(part) for part in parts]
-        total = sum(tokens for _, _, tokens in batches)
-        for start, (idx, targets, tokens) in zip(range(0, count, config.batch_size), batches, strict=True):
-            keys = sample_keys(config.seed, self.step, range(start, start + len(idx)), self.device)
+    def _backward(self, loss_of: SharedLoss, train: Examples | Sequences, noise: TokenNoise | None = None) -> int:
+        """Computes the gradients of one step and adds its loss to loss_sum; returns the number of tokens.
+
+        The rows are those of all processes, and each process computes its share of every accumulated batch. Each token
+        of a step has the same weight: the gradients of SharedLoss are averages over the processes.
+        """
+        config, size = self.config, self.processes.size
+        parts = config.gradient_accumulation_steps
+        rows = torch.randint(len(train), (parts * config.batch_size,), generator=self.batches)
+        total = int(train.count(rows).sum().item())
+        share = self.processes.share(config.batch_size)
+        for part in range(parts):
+            start = part * config.batch_size
+            samples = range(start + share.start, start + share.stop)
+            idx, targets, tokens = train.select(rows[samples.start : samples.stop])
+            keys = sample_keys(config.seed, self.step, samples, self.device)
             if noise is not None:
                 idx = noise(idx, keys)
-            with self._precision():
-                loss = loss_of(idx, targets, keys=keys)
-            if len(batches) > 1:
-                loss = loss * (tokens / total)
-            loss.backward()
-            self.loss_sum += loss.detach()
+            with loss_of.exchanging(part == parts - 1):
+                with self._precision():
+                    loss = loss_of(idx, targets, keys=keys)
+                if tokens * size != total:
+                    loss = loss * (tokens * size / total)
+                loss.backward()
+            self.loss_sum.add_(loss.detach(), alpha=1 / size)
         return total
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -330,21 +374,29 @@ class Trainer:
 
     def _take_mean_loss(self) -> float:
         """Returns and resets the mean loss since the last call; only here does the loop synchronize with the device."""
-        nats = self.loss_sum.item() / self.loss_steps
+        nats = self.processes.sums(self.loss_sum.item())[0] / self.loss_steps
         if not math.isfinite(nats):
             raise UserError(f"the loss became {nats} by step {self.step}: try a lower --learning-rate")
         self.loss_sum.zero_()
         self.loss_steps = 0
         return nats
 
-    def _evaluate_and_save(self, dev: Examples | Sequences, report: Report, stop: StopRequest) -> None:
-        """Evaluates on dev and saves; if `stop` interrupts the evaluation, it stays due and nothing is saved."""
+    def _evaluate_and_save(self, dev: Examples | Sequences, report: Report, stop: StopRequest) -> bool:
+        """Evaluates on dev and saves; if `stop` interrupts the evaluation, it stays due and nothing is saved.
+
+        Returns:
+            Whether dev was evaluated.
+        """
         start = time.perf_counter()
-        try:
-            with stop.interrupting():
-                result = evaluate(self.model, dev, "dev")
-        except Interrupted:
-            return
+        result = None
+        if is_sharded(self.model):  # the processes exchange weights, so that none may leave the others
+            result = self._evaluate(dev)
+        else:
+            with suppress(Interrupted), stop.interrupting():
+                result = self._evaluate(dev)
+        if self.processes.stopping(stop)() is not None or result is None:
+            return False
+        result = self._of_all(result)
         self.is_evaluation_due = False
         seconds = time.perf_counter() - start
         if not math.isfinite(result.nats):
@@ -357,6 +409,26 @@ class Trainer:
         # the line would be missing.
         report("dev", result.nats, result.tokens / seconds)
         self.save()
+        return True
+
+    def _evaluate(self, dev: Examples | Sequences) -> Evaluation:
+        """The loss on this process's share of `dev`."""
+        share = self.processes.share(len(dev))
+        if is_sharded(self.model):  # every process must run the blocks equally often
+            rows = rows_per_pass(self.model)
+            most, own = (-(-count // rows) for count in (-(-len(dev) // self.processes.size), share.stop - share.start))
+            for _ in range(most - own):
+                evaluate(self.model, dev.slice(0, 1), "dev")
+        if share.start == share.stop:
+            return Evaluation("dev", dev.protocol, 0.0, 0)
+        return evaluate(self.model, dev.slice(share.start, share.stop), "dev")
+
+    def _of_all(self, result: Evaluation) -> Evaluation:
+        """The evaluation of all shares."""
+        if self.processes.size == 1:
+            return result
+        nats, tokens = self.processes.sums(result.nats * result.tokens, result.tokens)
+        return replace(result, nats=nats / tokens, tokens=round(tokens))
 
     def _dev(self) -> Examples | Sequences:
         return predictions(self.model, self.corpus, "dev").to(self.device)
