@@ -78,7 +78,7 @@ def evaluate(
     else:
         corpus, trained_on = _corpus_of(saved, read_text(input_file), split, name)
     split = split or ("dev" if trained_on else WHOLE)
-    if split not in corpus.parts:
+    if split not in corpus.sizes:
         check_split(split)
     model = saved.build_model(target)
     with unknown_characters_named():

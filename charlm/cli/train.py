@@ -267,7 +267,7 @@ def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Check
 
 
 def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) -> None:
-    sizes = {name: sum(map(len, part)) if corpus.format == "text" else len(part) for name, part in corpus.parts.items()}
+    sizes = corpus.sizes
     unit = "characters" if corpus.format == "text" else "items"
     counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     source = config.input_file or "the names shipped with charlm"

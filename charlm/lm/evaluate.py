@@ -20,13 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from charlm.lm.data import Corpus
-from charlm.lm.examples import Examples, Sequences, is_target, resolve_protocol
+from charlm.lm.corpus import Corpus
+from charlm.lm.examples import BLOCK, Examples, Sequences, is_target, resolve_protocol
 from charlm.lm.models import COUNT_MODELS, LanguageModel
 from charlm.lm.vocabulary import UNKNOWN, check_choice
 
 CHUNK = 8192  # predictions at a time: the logits of a chunk stay in cache for most vocabularies
-BLOCK = 256  # characters of running text that count as one observation
 
 
 @dataclass(frozen=True)
@@ -134,11 +133,7 @@ def evaluate_on(
     examples = predictions(model, replace(corpus, vocabulary=vocabulary), split, protocol).to(device)
     if not escapes:
         return evaluate(model, examples, split), 0
-    end = "\n" if corpus.format == "line" else ""
-    escaped = ~vocabulary.known("".join(f"{part}{end}" for part in corpus.parts[split]))
-    if end:  # the end of an item is predicted too, and is always known
-        lengths = torch.tensor([len(item) + 1 for item in corpus.parts[split]])
-        escaped[lengths.cumsum(0) - 1] = False
+    escaped = ~corpus.known(split)
     nats = vocabulary.with_escapes(surprisals(model, examples).double().cpu(), escaped)
     return Evaluation(split, examples.protocol, nats.mean().item(), len(nats)), int(escaped.sum().item())
 
@@ -206,7 +201,7 @@ def measure(
     seconds = time.perf_counter() - start
     evaluation = Evaluation(split, examples.protocol, nats.mean().item(), len(nats))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    error = standard_error(nats, _units(corpus, split, len(nats)))
+    error = standard_error(nats, unit_of_each(examples))
     return Comparison(name, type, evaluation, error, parameters, seconds)
 
 
@@ -229,9 +224,9 @@ def units_of(format: str) -> str:
     return "items" if format == "line" else f"blocks of {BLOCK} characters"
 
 
-def _units(corpus: Corpus, split: str, tokens: int) -> Tensor:
-    """The unit of each token of `split`: (tokens,) int64."""
-    if corpus.format == "line":
-        lengths = torch.tensor([len(item) + 1 for item in corpus.parts[split]])
-        return torch.arange(len(lengths)).repeat_interleave(lengths)
-    return torch.arange(tokens) // BLOCK
+def unit_of_each(examples: Examples | Sequences) -> Tensor:
+    """The unit of each prediction of all rows of a split: (tokens,) int64, from 0 on."""
+    if examples.protocol != "items":
+        return torch.arange(examples.tokens) // BLOCK
+    starts, ends = examples.stream.items(torch.arange(examples.stream.n_items))
+    return torch.arange(len(starts)).repeat_interleave(ends - starts)

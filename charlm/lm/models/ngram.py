@@ -37,6 +37,7 @@ from charlm.lm.models.counts import CountModel
 from charlm.ngrams import NgramLevel, count_ngrams
 
 SMOOTHINGS = ("kneser-ney", "add-k")
+SCANNED_EXAMPLES = 1 << 18  # examples whose order is checked at a time
 DEFAULT_DISCOUNT = 0.5  # used if no n-gram of an order has a = 1, where the estimate of 0 would disable smoothing
 
 
@@ -194,16 +195,21 @@ def as_stream(examples: Examples, pad_token: int) -> tuple[Tensor, bool]:
     separator, the last target of the first item and the padding of the second. Examples of items are recognized by
     their contexts, in which only padding precedes padding.
     """
-    contexts, targets = examples.contexts, examples.targets
-    last = contexts[:, -1]
-    gaps = last[1:] != targets[:-1]
-    if gaps.any():
-        index = int(gaps.int().argmax().item()) + 1
-        raise ValueError(f"the context of example {index} does not end in the target of the example before it")
-    stream = torch.cat([contexts[:1].flatten(), targets]).cpu()
-    if contexts.shape[1] < 2:
-        return stream, False  # with one token of context the two cases are the same
-    return stream, not bool(((last == pad_token) & (contexts[:, -2] != pad_token)).any())
+    before = items = None
+    row = 0
+    for contexts, targets in examples.chunks(SCANNED_EXAMPLES):
+        last = contexts[:, -1]
+        ends = torch.cat([last[:1] if before is None else before, targets])  # (B + 1,) the target before each example
+        gaps = last != ends[:-1]
+        if gaps.any():
+            index = row + int(gaps.int().argmax().item())
+            raise ValueError(f"the context of example {index} does not end in the target of the example before it")
+        if contexts.shape[1] > 1:  # with one token of context the two cases are the same
+            inner = ((last == pad_token) & (contexts[:, -2] != pad_token)).any()
+            items = ~inner if items is None else items & ~inner
+        before, row = targets[-1:], row + len(targets)
+    stream = torch.cat([examples.slice(0, 1).contexts.flatten(), examples.targets]).cpu()
+    return stream, items is not None and bool(items)
 
 
 def adjusted_counts(levels: list[NgramLevel]) -> list[np.ndarray]:
