@@ -44,13 +44,21 @@ def train(
     context: typer.Context,
     input_file: Annotated[
         Path | None,
-        option(DATA, "UTF-8 text file; - reads standard input. Default: the shipped names.", "-i", "--input-file"),
+        option(
+            DATA,
+            "UTF-8 text file, or a folder of `charlm prepare`; - reads standard input. Default: the shipped names.",
+            "-i",
+            "--input-file",
+        ),
     ] = None,
     format: Annotated[
         str | None, option(DATA, "Data format: line (one item per line) or text. Default: guessed.")
     ] = None,
     split_seed: Annotated[int, option(DATA, "Random seed of the 80/10/10 split.")] = DEFAULT.split_seed,
     dedup: Annotated[bool, option(DATA, "Keep only the first of equal items.")] = DEFAULT.dedup,
+    no_cache: Annotated[
+        bool, option(DATA, "Read a large file into memory instead of preparing it once in the cache.", "--no-cache")
+    ] = False,
     work_dir: Annotated[
         Path, option(OUTPUT, "Folder for the checkpoint and the metrics.", "-o", "--work-dir")
     ] = DEFAULT_DIRECTORY,
@@ -167,7 +175,7 @@ def train(
             config = _resumed_config(saved.config, given)
         else:
             _check_folder(work_dir, overwrite)
-        _run(config, input_file, work_dir, saved, force)
+        _run(config, input_file, work_dir, saved, force, not no_cache)
 
 
 def _check_one_process() -> None:
@@ -219,14 +227,16 @@ def _resumed_config(saved: Config, given: dict[str, Any]) -> Config:
     return replace(saved, **{name: value for name, value in given.items() if name in FREE_ON_RESUME})
 
 
-def _run(config: Config, input_file: Path | None, work_dir: Path, resumed: Checkpoint | None, force: bool) -> None:
+def _run(
+    config: Config, input_file: Path | None, work_dir: Path, resumed: Checkpoint | None, force: bool, cache: bool
+) -> None:
     """Trains until the end or a signal, and prints the result."""
     from charlm.lm.display import ProgressReport
     from charlm.lm.memory import check_fits
     from charlm.lm.train import StopRequest, Trainer, usable_device
 
     console = new_console()
-    corpus = corpus_of(config, input_file)
+    corpus = corpus_of(config, input_file, cache)
     guessed = ", guessed" if config.format is None else ""
     config = replace(config, format=corpus.format)
     _print_data(console, config, corpus, guessed)

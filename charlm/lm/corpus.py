@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from charlm.lm.examples import (
     Examples,
     Sequences,
@@ -47,6 +49,10 @@ class Corpus(ABC):
     @abstractmethod
     def longest_item(self, split: str) -> int:
         """The number of characters of the longest item of `split`, or of all of running text."""
+
+    @abstractmethod
+    def known(self, split: str) -> Tensor:
+        """Mask of the predictions of `split` whose character is in the vocabulary: (tokens,) bool."""
 
     @abstractmethod
     def overlap(self) -> int | None:

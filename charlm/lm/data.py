@@ -181,12 +181,17 @@ def guess_format(text: str) -> str:
     """ "line" if nearly all lines are short and of few words, and hardly any are empty; otherwise "text"."""
     lines = text.strip("\n").split("\n")
     items = [stripped for line in lines if (stripped := line.strip())]
-    if not items or len(items) < (1 - EMPTY_LINES) * len(lines):
-        return "text"
-    short = sum(len(item) <= ITEM_CHARACTERS for item in items) / len(items)
+    short = sum(len(item) <= ITEM_CHARACTERS for item in items)
     enough = int(ITEM_WORDS * len(items))  # a single item of more words decides, and it may have 10⁸
-    words = sum(len(item.split(maxsplit=enough)) for item in items) / len(items)
-    return "line" if short >= 0.95 and words <= ITEM_WORDS else "text"
+    words = sum(len(item.split(maxsplit=enough)) for item in items)
+    return "line" if is_of_items(len(lines), len(items), short, words) else "text"
+
+
+def is_of_items(lines: int, items: int, short_items: int, words: int) -> bool:
+    """Whether a text is one of items, by the numbers of its lines, of those that are not empty, and of their words."""
+    if not items or items < (1 - EMPTY_LINES) * lines:
+        return False
+    return short_items / items >= 0.95 and words / items <= ITEM_WORDS
 
 
 def split_items(text: str) -> list[str]:
@@ -290,7 +295,7 @@ def build_corpus(
     if dedup:
         items = list(dict.fromkeys(items))
     if len(items) < len(SPLITS):
-        raise UserError(f"{name} has {_plural(len(items), 'item')}, but train, dev and test need one each")
+        raise UserError(f"{name} has {plural(len(items), 'item')}, but train, dev and test need one each")
     vocabulary = Vocabulary.of("".join(items), separator=True)
     random.Random(seed).shuffle(items)
     train_end, dev_end = split_bounds(len(items))
@@ -315,7 +320,7 @@ def _text_corpus(text: str, dedup: bool, name: str) -> TextCorpus:
     if dedup:
         raise UserError(f"{name} is running text, which has no items to deduplicate; --format line reads it as items")
     if len(text) < len(SPLITS):
-        raise UserError(f"{name} has {_plural(len(text), 'character')}, but train, dev and test need one each")
+        raise UserError(f"{name} has {plural(len(text), 'character')}, but train, dev and test need one each")
     train_end, dev_end = split_bounds(len(text))
     parts = {"train": [text[:train_end]], "dev": [text[train_end:dev_end]], "test": [text[dev_end:]]}
     return TextCorpus("text", Vocabulary.of(text, separator=False), _digest("text", parts), 0, parts)
@@ -330,7 +335,8 @@ def _digest(format: str, parts: dict[str, list[str]]) -> str:
     return digest.hexdigest()
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """A number and its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

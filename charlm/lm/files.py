@@ -44,11 +44,15 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, work: str = "is training in") -> Iterator[None]:
     """Locks `directory` for writing by this process, and creates it if needed. Readers need no lock.
 
     The kernel holds the lock, on a file in the folder, and releases it when the process ends for any reason. Folders
     that were created are removed again if they are still empty.
+
+    Args:
+        directory: The folder.
+        work: What the error about another process says that it is doing.
 
     Raises:
         UserError: Another process holds the lock; nothing was changed.
@@ -57,7 +61,7 @@ def locked(directory: Path) -> Iterator[None]:
     created = [path for path in (directory, *directory.parents) if not path.exists()]  # the innermost first
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
-    descriptor = _acquire(path)
+    descriptor = _acquire(path, work)
     try:
         yield
     finally:
@@ -68,7 +72,7 @@ def locked(directory: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, work: str) -> int:
     """Locks the file at `path` and returns its descriptor."""
     while True:
         with naming(path):
@@ -83,7 +87,7 @@ def _acquire(path: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(
-                f"another charlm is training in {path.parent}: wait until it ends, or choose another folder"
+                f"another charlm {work} {path.parent}: wait until it ends, or choose another folder"
             ) from None
         except BaseException:
             os.close(descriptor)

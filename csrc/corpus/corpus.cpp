@@ -99,16 +99,25 @@ class Lines {
     std::vector<int64_t> lengths;
     const int32_t* const token_of = table.data();
     tokens.reserve(PyUnicode_GET_LENGTH(text.ptr()) + pending_.size() + 1);
+    const int64_t known = table.size();
+    bool has_unknown = false;
+    const auto character = [&](uint32_t point) {
+      const int32_t token = point < known ? token_of[point] : -1;
+      has_unknown |= token < 0;
+      tokens.push_back(static_cast<Token>(token));
+    };
     const auto end = [&] {
       tokens.push_back(0);
       lengths.push_back(characters_ + 1);
     };
-    read(text, [&](uint32_t point) { tokens.push_back(static_cast<Token>(token_of[point])); }, end);
+    read(text, character, end);
+    if (has_unknown) throw py::value_error("a character is not in the table");
     return py::make_tuple(Array<Token>(tokens.size(), tokens.data()), Array<int64_t>(lengths.size(), lengths.data()));
   }
 
   int64_t lines() const { return lines_; }  // without the newlines at both ends of the text
   int64_t items() const { return items_; }
+  int64_t characters() const { return total_; }  // of all items that have ended
   int64_t short_items() const { return short_items_; }
   int64_t words() const { return words_; }
 
@@ -124,6 +133,7 @@ class Lines {
           if (characters_ > 0) {
             end();
             ++items_;
+            total_ += characters_;
             if (characters_ <= short_characters_) ++short_items_;
           }
           characters_ = 0;
@@ -150,7 +160,7 @@ class Lines {
   std::vector<uint32_t> pending_;  // spaces that belong to the item if another character follows
   int64_t characters_ = 0;         // of the item so far
   int64_t newlines_ = 1;           // since the last other character; a text begins as if behind a newline
-  int64_t lines_ = 0, items_ = 0, short_items_ = 0, words_ = 0;
+  int64_t total_ = 0, lines_ = 0, items_ = 0, short_items_ = 0, words_ = 0;
 };
 
 // ---- the shuffle of Python
@@ -293,8 +303,10 @@ py::tuple take_items(const Array<Token>& tokens, const Array<End>& ends, const A
   }
   Array<Token> taken(total);
   Token* to = taken.mutable_data();
-  const py::gil_scoped_release release;
-  for (size_t i = 0; i < count; ++i) to = std::copy_n(token + (end[item[i]] - length[i]), length[i], to);
+  {
+    const py::gil_scoped_release release;
+    for (size_t i = 0; i < count; ++i) to = std::copy_n(token + (end[item[i]] - length[i]), length[i], to);
+  }
   return py::make_tuple(taken, lengths);
 }
 
@@ -396,6 +408,7 @@ void bind_corpus(pybind11::module_& m) {
       .def("mark", &Lines::mark, arg("text"), arg("seen").noconvert())
       .def_property_readonly("lines", &Lines::lines)
       .def_property_readonly("items", &Lines::items)
+      .def_property_readonly("characters", &Lines::characters)
       .def_property_readonly("short_items", &Lines::short_items)
       .def_property_readonly("words", &Lines::words);
   bind_for<uint8_t>(m, lines, "encode8");
