@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
+import re
 import resource
 import shutil
 import signal
@@ -233,3 +235,27 @@ def test_a_damaged_entry_is_prepared_again(names, tmp_path, own_cache):
 def test_no_cache_reads_the_file_into_memory(names, tmp_path, own_cache):
     succeeds("train", "-i", names, "-o", tmp_path / "a", *TINY, "--no-cache")
     assert not own_cache.exists()
+
+
+# ---- a large dev split
+
+
+def test_a_large_dev_is_sampled_during_training_and_evaluated_whole_at_the_end(tmp_path):
+    words = random.Random(3).choices(["to", "be", "or", "not", "that", "is", "the", "question"], k=20_000)
+    (tmp_path / "data.txt").write_text(" ".join(words))
+    settings = ("-i", tmp_path / "data.txt", *TINY, "--eval-interval", "2")
+    whole = succeeds("train", "-o", tmp_path / "whole", *settings)
+    sampled = succeeds("train", "-o", tmp_path / "sampled", *settings, "--eval-tokens", "2000")
+    tokens = len(" ".join(words)) // 10
+    assert "±" not in whole
+    assert "take a fixed sample of about 2,000 of the" in sampled
+    found = re.findall(r"step \d/4 · .*dev (\S+) ± (\S+) nats", sampled)
+    assert len(found) == 2
+    exact = re.findall(r"step \d/4 · .*dev (\S+) nats", whole)
+    for (nats, error), expected in zip(found, exact, strict=True):
+        assert 0 < abs(float(nats) - float(expected)) < 4 * float(error)
+    for output in (whole, sampled):
+        assert re.search(rf"loss on dev, {tokens:,}\d* tokens", output)
+    assert (
+        whole.partition("loss on dev")[2].split("step 4")[0] == sampled.partition("loss on dev")[2].split("step 4")[0]
+    )

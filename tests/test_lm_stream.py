@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from charlm.lm import evaluate as evaluation
 from charlm.lm.data import build_corpus
+from charlm.lm.evaluate import evaluate, surprisals
 from charlm.lm.examples import Predictions, line_sequences, sample_rows
+from charlm.lm.models import build_model
 from charlm.lm.stream import Stream
 from charlm.lm.vocabulary import Vocabulary
 
-TEXT = build_corpus("to be or not to be\nthat is the question\n" * 400, format="text")
+WORDS = random.Random(1).choices(["to", "be", "or", "not", "that", "is", "the", "question\n"], k=10_000)
+TEXT = build_corpus(" ".join(WORDS), format="text")
 ITEMS = build_corpus("".join(f"{a}{b * n}\n" for n in range(9) for a in "abcde" for b in "vwxyz"), format="line")
 KINDS = {
     "examples of text": lambda: TEXT.examples("dev", 5),
@@ -57,7 +62,7 @@ def test_tokens_of_16_bits_are_unsigned():
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_the_rows_are_those_of_the_whole(kind):
     whole = KINDS[kind]()
-    rows = rows_of(whole)
+    rows = rows_of(whole.slice(0, 60))
     part = whole.slice(3, 40)
     assert rows_of(part) == rows[3:40]
     assert rows_of(part.slice(2, 5)) == rows[5:8]
@@ -69,7 +74,7 @@ def test_parts_of_the_rows_are_those_of_the_whole(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_counts_are_those_of_the_selection(kind):
     whole = KINDS[kind]()
-    for rows in (whole, whole.slice(5, 33), whole.slice(4, 4), whole.take(torch.tensor([9, 0, 9]))):
+    for rows in (whole.slice(0, 300), whole.slice(5, 33), whole.slice(4, 4), whole.take(torch.tensor([9, 0, 9]))):
         counts = rows.count(torch.arange(len(rows)))
         assert counts.sum().item() == rows.tokens
         assert counts.tolist() == [rows.select(torch.tensor([row]))[2] for row in range(len(rows))]
@@ -111,3 +116,39 @@ def test_an_item_is_seen_whole_around_a_character_that_was_escaped():
     (item,) = corpus.parts["dev"]
     context = corpus.examples("dev", 8).contexts[-1].tolist()
     assert context == [0] * (8 - len(item)) + vocabulary.encode(item).tolist()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sequences of text"])
+def test_the_unit_of_a_row_is_the_one_whose_rows_hold_it(kind):
+    whole = KINDS[kind]()
+    first, end = whole.unit_rows(torch.arange(whole.n_units))
+    expected = torch.arange(whole.n_units).repeat_interleave(end - first)
+    assert torch.equal(whole.row_units(torch.arange(len(whole))), expected)
+    assert torch.equal(whole.slice(7, 20).row_units(torch.tensor([1, 0])), expected[[8, 7]])
+
+
+@pytest.mark.parametrize("kind", ["examples of text", "examples of items", "windows", "sequences of items"])
+def test_a_sampled_loss_lies_within_its_standard_error(kind):
+    whole = KINDS[kind]()
+    corpus = ITEMS if "items" in kind else TEXT
+    torch.manual_seed(0)
+    type = "gpt" if whole.select(torch.tensor([0]))[1].dim() == 2 else "mlp"
+    sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8} if type == "gpt" else {"n_embd": 4, "n_hidden": 8}
+    model = build_model(type, vocab_size=len(corpus.vocabulary), block_size=5, **sizes)
+    exact, sampled = evaluate(model, whole, "dev"), evaluate(model, sample_rows(whole, whole.tokens // 3), "dev")
+    assert exact.standard_error is None
+    assert sampled.standard_error is not None
+    assert 0 < abs(sampled.nats - exact.nats) < 3 * sampled.standard_error
+    assert sampled.standard_error < 0.1
+
+
+def test_the_sum_in_parts_is_the_mean_of_all(monkeypatch):
+    torch.manual_seed(0)
+    model = build_model("mlp", vocab_size=len(TEXT.vocabulary), block_size=5, n_embd=4, n_hidden=8)
+    examples, seen = TEXT.examples("dev", 5), []
+    monkeypatch.setattr(evaluation, "CHUNK", 100)
+    monkeypatch.setattr(evaluation, "SUMMED", 300)
+    found = evaluate(model, examples, "dev", lambda done, total: seen.append((done, total)))
+    assert found.nats == pytest.approx(surprisals(model, examples).double().mean().item(), rel=1e-12)
+    assert seen[-1] == (len(examples), len(examples))
+    assert len(seen) == -(-len(examples) // 100)

@@ -175,7 +175,6 @@ def _prepared_corpus(config: Config, directory: Path) -> Corpus:
 
 
 def _cached_corpus(config: Config, path: Path) -> Corpus:
-    from charlm.cli.prepare import progress_of
     from charlm.lm.cache import cached_corpus
     from charlm.lm.prepare import Options
 
@@ -185,7 +184,7 @@ def _cached_corpus(config: Config, path: Path) -> Corpus:
         )
 
     options = Options(config.format, config.split_seed, config.dedup)
-    with progress_of(path.name) as report:
+    with progress_bar(path.name) as report:
         return cached_corpus(path, options, announce=announce, report=report)
 
 
@@ -198,6 +197,25 @@ def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
             f"{name} is not the data that the model was trained on (its split differs): give that data with -i"
         )
     return corpus
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error, where this is a terminal: a function of (stage, done, total or 0)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    from charlm.lm.display import Bar
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description} {task.completed:,.0f}"), BarColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{stage} {name}", completed=done, total=total or None)
+
+        yield report
 
 
 def print_samples(console: Console, samples: list[str], format: str, corpus: Corpus | None) -> None:

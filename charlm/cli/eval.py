@@ -18,6 +18,7 @@ from charlm.cli.common import (
     check_split,
     corpus_of,
     new_console,
+    progress_bar,
     trained_corpus,
     unknown_characters_named,
 )
@@ -82,8 +83,10 @@ def evaluate(
     if split not in corpus.sizes:
         check_split(split)
     model = saved.build_model(target)
-    with unknown_characters_named():
-        result, escaped = evaluate_on(model, corpus, split, protocol, unknown, target)
+    with unknown_characters_named(), progress_bar(split) as report:
+        result, escaped = evaluate_on(
+            model, corpus, split, protocol, unknown, target, lambda done, total: report("evaluating", done, total)
+        )
     if as_json:
         of_text = {} if trained_on else {"input_file": name, "unknown_characters": escaped}
         typer.echo(json.dumps({**result.to_json(), **of_text}, allow_nan=False))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from charlm._errors import UserError
-from charlm.cli.common import new_console
+from charlm.cli.common import new_console, progress_bar
 from charlm.lm.config import Config
 
 
@@ -62,7 +62,7 @@ def prepare(
         raise UserError("give the files to prepare, and the folder to create with -o")
     paths = find_inputs(files)
     console = new_console()
-    with _readable_twice(paths, output) as (readable, sources), progress_of(output.name) as report:
+    with _readable_twice(paths, output) as (readable, sources), progress_bar(output.name) as report:
         manifest = prepare(
             lambda: text_of(readable, column, document_separator),
             output,
@@ -116,22 +116,3 @@ def _readable_twice(paths: list[Path], output: Path) -> Iterator[tuple[list[Path
 def _no_streams(paths: list[Path]) -> list[Path]:
     name = next(path for path in paths if not path.is_file())
     raise UserError(f"{name} is not a file: only a single stream can be prepared")
-
-
-@contextmanager
-def progress_of(name: str) -> Iterator[Any]:
-    """A progress bar on a terminal, on standard error; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-
-    from charlm.lm.display import Bar
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description} {task.completed:,.0f}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(name, total=None)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{stage} {name}", completed=done, total=total or None)
-
-        yield report

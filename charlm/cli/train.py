@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from charlm._errors import UserError
-from charlm.cli.common import STREAM, corpus_of, discard_stdout, flag, new_console, path_to_save, print_samples
+from charlm.cli.common import (
+    STREAM,
+    corpus_of,
+    discard_stdout,
+    flag,
+    new_console,
+    path_to_save,
+    print_samples,
+    progress_bar,
+)
 from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
 
 if TYPE_CHECKING:
@@ -27,7 +36,7 @@ DEFAULT_DIRECTORY = Path("out")
 PASSAGE = 80  # length in characters of the samples that are printed after training on running text
 DEFAULT = Config()
 # Options that may change on --resume, because they do not affect what the run computes in each step.
-FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "patience", "log_interval"}
+FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "eval_tokens", "patience", "log_interval"}
 DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 
 
@@ -125,6 +134,9 @@ def train(
     eval_interval: Annotated[
         int | None, option(TRAINING, "Steps between evaluations, which also save. Default: max-steps / 10.")
     ] = DEFAULT.eval_interval,
+    eval_tokens: Annotated[
+        int, option(TRAINING, "Predictions of dev per evaluation; of a larger dev a fixed sample. At the end: all.")
+    ] = DEFAULT.eval_tokens,
     patience: Annotated[
         int | None,
         option(TRAINING, "Evaluations without a better loss on dev before training stops. Default: no limit."),
@@ -296,6 +308,13 @@ def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) 
 def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
     from charlm.lm.memory import estimate_bytes, format_bytes
 
+    tokens = corpus.tokens("dev")
+    if tokens > config.eval_tokens:
+        console.print(
+            f"evaluations during training take a fixed sample of about {config.eval_tokens:,} of the {tokens:,} dev "
+            "tokens, ± is its standard error; the last one takes all",
+            soft_wrap=True,
+        )
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f", resumed at step {trainer.step}" if trainer.step else ""
     work = "a count model"
@@ -312,7 +331,13 @@ def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Tra
     from charlm.lm.sample import SamplingOptions, sample
 
     rows = baselines(corpus, "dev", config.add_k)
-    result = evaluate(trainer.model, predictions(trainer.model, corpus, "dev").to(trainer.device), "dev")
+    with progress_bar("dev") as report:
+        result = evaluate(
+            trainer.model,
+            predictions(trainer.model, corpus, "dev").to(trainer.device),
+            "dev",
+            lambda done, total: report("evaluating", done, total),
+        )
     rows[f"this model ({config.label}, step {trainer.best_step})"] = result
     print_losses(console, f"loss on dev, {result.tokens:,} tokens, {PROTOCOLS[result.protocol]}", rows)
     options = SamplingOptions(max_new_tokens=None if corpus.format == "line" else PASSAGE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -36,6 +37,7 @@ class Corpus(ABC):
     vocabulary: Vocabulary
     digest: str
     duplicates_removed: int
+    is_mapped: ClassVar[bool] = False  # whether the tokens are in files, of which the system holds what is used
 
     @property
     @abstractmethod

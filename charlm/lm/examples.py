@@ -114,6 +114,10 @@ class Predictions:
         """The first row of each of `units` of the split, and the row behind its last: two of (U,) int64."""
         raise NotImplementedError
 
+    def row_units(self, rows: Tensor) -> Tensor:
+        """The unit of each of `rows`, (B,) int64 on the CPU."""
+        raise NotImplementedError
+
     def _numbers(self, rows: Tensor) -> Tensor:
         """The numbers among the rows of the split of `rows`."""
         if isinstance(self.index, range):
@@ -169,6 +173,11 @@ class Examples(Predictions):
             starts, ends = self.stream.items(units)
             return starts - self.stream.start, ends - self.stream.start
         return units * BLOCK, ((units + 1) * BLOCK).clamp(max=len(self.stream))
+
+    def row_units(self, rows: Tensor) -> Tensor:
+        """As in `Predictions`."""
+        numbers = self._numbers(rows)
+        return self.stream.item_of(numbers + self.stream.start) if self.protocol == "items" else numbers // BLOCK
 
 
 @dataclass(frozen=True)
@@ -260,6 +269,11 @@ class Sequences(Predictions):
         assert self.long is not None
         return tuple(item + self._further_rows(item) for item in (units, units + 1))
 
+    def row_units(self, rows: Tensor) -> Tensor:
+        """As in `Predictions`."""
+        numbers = self._numbers(rows)
+        return self._item_and_shift(numbers)[0] if self.layout == "runs" else numbers // self._unit
+
     @property
     def _unit(self) -> int:
         """The number of windows of a unit, BLOCK characters or more."""
@@ -287,19 +301,22 @@ class Sequences(Predictions):
         if self.layout == "windows":
             first = numbers * size
             return first + start, (len(self.stream) - first).clamp(max=size), numbers < 0
+        item, shift = self._item_and_shift(numbers)
+        begin, end = self.stream.items(item)
+        return begin + shift, (end - begin).clamp(max=size), shift > 0
+
+    def _item_and_shift(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The run of each row of "runs", and the number of that run's rows before it: two of (B,)."""
         assert self.long is not None
         long, before = self.long  # before has one entry more, the number of all further rows
         if not len(long):
-            begin, end = self.stream.items(numbers)
-            return begin, end - begin, numbers < 0
+            return numbers, torch.zeros_like(numbers)
         # The first row of long[i] is row long[i] + before[i]. Of the last one at or before a row: the row belongs to
         # it, or to an item behind it.
         last = torch.searchsorted(long + before[:-1], numbers, right=True) - 1
         owner = torch.where(last >= 0, long[last.clamp(min=0)], -1)
         item = torch.maximum(owner, numbers - before[last + 1])
-        shift = torch.where(item == owner, numbers - before[last.clamp(min=0)] - owner, 0)
-        begin, end = self.stream.items(item)
-        return begin + shift, (end - begin).clamp(max=size), shift > 0
+        return item, torch.where(item == owner, numbers - before[last.clamp(min=0)] - owner, 0)
 
 
 def is_target(targets: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ def _activations(config: Config, corpus: Corpus) -> int:
 
 def _examples(corpus: Corpus) -> int:
     """The memory of the tokens of train and dev, and of the arrays that they are encoded with, in bytes."""
+    if corpus.is_mapped:
+        return 0
     token = 1 if len(corpus.vocabulary) <= 256 else 4
     items = 8 if corpus.format == "line" else 0  # the end of each
     return sum(4 * token * corpus.tokens(split) + items * corpus.sizes[split] for split in ("train", "dev"))

@@ -14,7 +14,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ class ShardedCorpus(Corpus):
         manifest: The manifest.
     """
 
+    is_mapped: ClassVar[bool] = True
     splits: dict[str, Part]
     all_tokens: Tensor
     ends: Tensor | None

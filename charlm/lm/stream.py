@@ -69,8 +69,8 @@ class Stream:
         """
         if by_item and not self.separators_end_items:
             assert self.ends is not None
-            item = torch.searchsorted(_unsigned(self.ends), first + (width + self.ends_from), right=True)
-            hidden = first[:, None] + torch.arange(width) < self.items(item)[0][:, None]  # (B, W)
+            begin = self.items(self.item_of(first + width))[0]
+            hidden = first[:, None] + torch.arange(width) < begin[:, None]  # (B, W)
             return self.windows(first, width).masked_fill(hidden.to(self.device), self.pad_token)
         native = _NATIVE_DTYPES.get(self.tokens.dtype)
         if self.tokens.device.type == "cpu" and native is not None and _ext._C is not None:
@@ -112,6 +112,16 @@ class Stream:
         end = _unsigned(self.ends[items.clamp(max=last)]) - self.ends_from
         before = _unsigned(self.ends[(items - 1).clamp(min=0)]) - self.ends_from
         return torch.where(items > 0, before, self.start), end
+
+    def item_of(self, index: Tensor) -> Tensor:
+        """The item of each token, (B,) int64, by bisection: `ends` may be too long for a copy in another dtype."""
+        assert self.ends is not None
+        low, high = torch.zeros_like(index), torch.full_like(index, len(self.ends) - 1)
+        while bool((low < high).any()):
+            middle = (low + high) // 2
+            is_behind = _unsigned(self.ends[middle]) - self.ends_from <= index
+            low, high = torch.where(is_behind, middle + 1, low), torch.where(is_behind, high, middle)
+        return low
 
     def items_longer_than(self, size: int) -> Tensor:
         """The numbers of the items of more than `size` tokens, separators included: (L,) int64, increasing."""

@@ -27,7 +27,7 @@ from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
 from charlm.lm.evaluate import evaluate, predictions
-from charlm.lm.examples import Examples, Sequences
+from charlm.lm.examples import Examples, Sequences, sample_rows
 from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, Mixture, build_model
 from charlm.lm.stop import Interrupted, StopRequest
@@ -37,12 +37,16 @@ STEP_DECAY = 0.1  # factor of the learning rate after half of the steps with sch
 
 @dataclass(frozen=True)
 class Progress:
-    """One report of a run: the loss of `split` at `step` in nats per character, and the speed of its computation."""
+    """One report of a run: the loss of `split` at `step` in nats per character, and the speed of its computation.
+
+    `standard_error` is that of the loss if only a sample of the split was evaluated.
+    """
 
     step: int
     split: str
     nats: float
     tokens_per_second: float
+    standard_error: float | None = None
 
 
 Report = Callable[[str, float, float], None]  # split, nats, tokens per second
@@ -121,6 +125,7 @@ class Trainer:
         self.is_evaluation_due = False  # whether the weights after `step` have yet to be evaluated
         self.best_step: int | None = None
         self.best_nats: float | None = None
+        self.dev_error: float | None = None  # the standard error of the last evaluation, if it was of a sample
         self.best_weights = copy.deepcopy(self.model.state_dict())
         self._metrics: MetricsLog | None = None  # the log of the last `run`
         self.optimizer = None if isinstance(self.model, CountModel) else build_optimizer(self.model, config)
@@ -152,7 +157,8 @@ class Trainer:
             def report(split: str, nats: float, tokens_per_second: float) -> None:
                 metrics.write(self.step, split, nats, tokens_per_second)
                 if on_progress is not None:
-                    on_progress(Progress(self.step, split, nats, tokens_per_second))
+                    error = self.dev_error if split == "dev" else None
+                    on_progress(Progress(self.step, split, nats, tokens_per_second, error))
 
             self._set_random_state(self.random_state)
             if self.optimizer is None:
@@ -359,7 +365,7 @@ class Trainer:
                 result = evaluate(self.model, dev, "dev")
         except Interrupted:
             return
-        self.is_evaluation_due = False
+        self.is_evaluation_due, self.dev_error = False, result.standard_error
         seconds = time.perf_counter() - start
         if not math.isfinite(result.nats):
             remedy = "an --add-k closer to 1" if isinstance(self.model, CountModel) else "a lower --learning-rate"
@@ -373,7 +379,7 @@ class Trainer:
         self.save()
 
     def _dev(self) -> Examples | Sequences:
-        return predictions(self.model, self.corpus, "dev").to(self.device)
+        return sample_rows(predictions(self.model, self.corpus, "dev"), self.config.eval_tokens).to(self.device)
 
     # ---- the state of torch's global generators, which dropout and noise use
 
