@@ -110,15 +110,18 @@ def test_the_native_shuffle_is_pythons(count, dtype):
     assert ours.tolist() == expected
 
 
-@pytest.mark.parametrize("table_bytes", [100, 1 << 20])
+@pytest.mark.parametrize("table_bytes", [1 << 13, 1 << 20])
 def test_repeated_items_are_found_in_one_pass_and_in_many(table_bytes):
     chance = random.Random(5)
-    items = ["".join(chance.choices("ab", k=chance.randint(1, 6))) for _ in range(500)]
-    tokens = np.frombuffer("".join(f"{item}\n" for item in items).encode(), np.uint8)
+    items = ["".join(chance.choices("ab", k=chance.randint(1, 13))) for _ in range(9000)]
+    tokens = np.frombuffer("".join(f"{item}\0" for item in items).encode(), np.uint8)
     ends = np.cumsum([len(item) + 1 for item in items])
-    found = _ext._C.repeated_items(tokens, ends, 300, table_bytes)
-    expected = [item in items[: min(i, 300)] for i, item in enumerate(items)]
-    assert found.astype(bool).tolist() == expected
+    found = _ext._C.repeated_items(tokens, ends, 7000, table_bytes)
+    first = {}
+    for number, item in enumerate(items[:7000]):
+        first.setdefault(item, number)
+    assert len(first) > 1 << 10  # more than half of the smaller table, so that it takes several passes
+    assert found.tolist() == [first.get(item, number) < number for number, item in enumerate(items)]
 
 
 @pytest.mark.parametrize("type", ["mlp", "gpt", "ngram"])

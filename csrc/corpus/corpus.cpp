@@ -95,24 +95,26 @@ class Lines {
   // are returned now, its length with its end. Each item is followed by token 0, which its length counts.
   template <class Token>
   py::tuple encode(const py::str& text, const Array<int32_t>& table) {
-    std::vector<Token> tokens;
+    const size_t most = PyUnicode_GET_LENGTH(text.ptr()) + pending_.size() + 1;
+    std::vector<Token> tokens(most);
     std::vector<int64_t> lengths;
     const int32_t* const token_of = table.data();
-    tokens.reserve(PyUnicode_GET_LENGTH(text.ptr()) + pending_.size() + 1);
     const int64_t known = table.size();
-    bool has_unknown = false;
+    Token* to = tokens.data();
+    int32_t smallest = 0;  // below 0 if a character is not in the table
     const auto character = [&](uint32_t point) {
       const int32_t token = point < known ? token_of[point] : -1;
-      has_unknown |= token < 0;
-      tokens.push_back(static_cast<Token>(token));
+      smallest = std::min(smallest, token);
+      *to++ = static_cast<Token>(token);
     };
     const auto end = [&] {
-      tokens.push_back(0);
+      *to++ = 0;
       lengths.push_back(characters_ + 1);
     };
     read(text, character, end);
-    if (has_unknown) throw py::value_error("a character is not in the table");
-    return py::make_tuple(Array<Token>(tokens.size(), tokens.data()), Array<int64_t>(lengths.size(), lengths.data()));
+    if (smallest < 0) throw py::value_error("a character is not in the table");
+    return py::make_tuple(Array<Token>(to - tokens.data(), tokens.data()),
+                          Array<int64_t>(lengths.size(), lengths.data()));
   }
 
   int64_t lines() const { return lines_; }  // without the newlines at both ends of the text
@@ -126,9 +128,11 @@ class Lines {
   void read(const py::str& text, const Character& character, const End& end) {
     with_code_points(text, [&](const auto* points, size_t size) {
       const py::gil_scoped_release release;
-      for (size_t i = 0; i < size; ++i) {
-        const uint32_t point = points[i];
-        if (point == '\n') {
+      const uint8_t* const spaces = is_space_.data();
+      const size_t known = is_space_.size();
+      const auto is_space = [=](uint32_t point) { return point < known && spaces[point]; };  // newlines too
+      for (size_t i = 0; i < size;) {
+        if (points[i] == '\n') {
           ++newlines_;
           if (characters_ > 0) {
             end();
@@ -138,19 +142,24 @@ class Lines {
           }
           characters_ = 0;
           pending_.clear();
+          ++i;
           continue;
         }
         if (newlines_ > 0) lines_ += lines_ > 0 ? newlines_ : 1;
         newlines_ = 0;
-        if (point < is_space_.size() && is_space_[point]) {
-          if (characters_ > 0) pending_.push_back(point);
+        if (is_space(points[i])) {
+          if (characters_ > 0) pending_.push_back(points[i]);
+          ++i;
           continue;
         }
         if (characters_ == 0 || !pending_.empty()) ++words_;
         for (const uint32_t space : pending_) character(space);
-        characters_ += static_cast<int64_t>(pending_.size()) + 1;
+        characters_ += static_cast<int64_t>(pending_.size());
         pending_.clear();
-        character(point);
+        const size_t begin = i;
+        do character(points[i]);
+        while (++i < size && !is_space(points[i]));
+        characters_ += static_cast<int64_t>(i - begin);
       }
     });
   }
@@ -225,20 +234,91 @@ void shuffle(Array<Index> order, const std::vector<uint32_t>& state) {
 
 // ---- equal items
 
-// FNV-1a over the bytes of the tokens, with a final mix (MurmurHash3).
+constexpr uint64_t kHashes = uint64_t{1} << 63;
+
+// FNV-1a over the bytes of the tokens, with a final mix (MurmurHash3). Smaller than 2⁶³.
 uint64_t hash_bytes(const uint8_t* bytes, size_t size) {
   uint64_t h = 0xcbf29ce484222325U;
   for (size_t i = 0; i < size; ++i) h = (h ^ bytes[i]) * 0x100000001b3U;
   h = (h ^ (h >> 33)) * 0xff51afd7ed558ccdU;
   h = (h ^ (h >> 33)) * 0xc4ceb9fe1a85ec53U;
-  return h ^ (h >> 33);
+  return (h ^ (h >> 33)) >> 1;
 }
 
-// Marks each item that equals an earlier one of the first `kept` items: (n,) uint8. Compares the items themselves, not
-// only their hashes. Passes over the items until each has been in a table, which takes at most `bytes`.
-// ends: (n,) the index behind each item in tokens.
+// A set of items, each followed by a separator that occurs nowhere else in it. Holds where an item starts and 24 bits
+// of its hash, so that other items are rarely looked at.
+template <class Token>
+class ItemSet {
+ public:
+  explicit ItemSet(const Token* tokens) : tokens_(tokens), slots_(1 << 10) {}
+
+  size_t bytes() const { return slots_.size() * sizeof(uint64_t); }
+  bool is_full() const { return 2 * filled_ >= slots_.size(); }
+
+  // Two steps that load what `contains` needs for an item, for several items at once.
+  void prefetch_slot(uint64_t hash) const { __builtin_prefetch(&slots_[hash & (slots_.size() - 1)]); }
+  void prefetch_item(uint64_t hash) const {
+    const uint64_t slot = slots_[hash & (slots_.size() - 1)];
+    if ((slot >> kStartBits) == tag(hash)) __builtin_prefetch(tokens_ + start(slot));
+  }
+
+  // Whether the set holds the item of `size` tokens at `begin`; if not, it is added where `adds`.
+  bool contains(uint64_t begin, uint64_t size, uint64_t hash, bool adds) {
+    uint64_t at = hash & (slots_.size() - 1);
+    for (; slots_[at]; at = (at + 1) & (slots_.size() - 1)) {
+      if ((slots_[at] >> kStartBits) != tag(hash)) continue;
+      if (std::memcmp(tokens_ + start(slots_[at]), tokens_ + begin, size * sizeof(Token)) == 0) return true;
+    }
+    if (adds) {
+      slots_[at] = tag(hash) << kStartBits | begin;
+      ++filled_;
+    }
+    return false;
+  }
+
+  // Keeps the items whose hash is below `high`, in a table of `slots` entries.
+  void rebuild(size_t slots, uint64_t high) {
+    std::vector<uint64_t> old(slots);
+    old.swap(slots_);
+    filled_ = 0;
+    for (const uint64_t slot : old) {
+      if (!slot) continue;
+      const uint64_t hash = hash_at(start(slot));
+      if (hash >= high) continue;
+      uint64_t at = hash & (slots_.size() - 1);
+      while (slots_[at]) at = (at + 1) & (slots_.size() - 1);
+      slots_[at] = slot;
+      ++filled_;
+    }
+  }
+
+  void grow(uint64_t high) { rebuild(2 * slots_.size(), high); }
+  void shrink(uint64_t high) { rebuild(slots_.size(), high); }
+
+ private:
+  static constexpr int kStartBits = 40;
+
+  static uint64_t start(uint64_t slot) { return slot & ((uint64_t{1} << kStartBits) - 1); }
+  static uint64_t tag(uint64_t hash) { return (hash >> 20 & 0xffffff) | 1; }  // not 0, so that no slot in use is 0
+
+  uint64_t hash_at(uint64_t begin) const {
+    const Token* end = tokens_ + begin;
+    while (*end++) {
+    }
+    return hash_bytes(reinterpret_cast<const uint8_t*>(tokens_ + begin), (end - tokens_ - begin) * sizeof(Token));
+  }
+
+  const Token* const tokens_;
+  std::vector<uint64_t> slots_;
+  size_t filled_ = 0;
+};
+
+// Marks each item that equals an earlier one of the first `kept` items: (n,) uint8. The items themselves are compared.
+// A pass handles a range of hashes; the range is halved whenever their set would take more than `bytes`.
+// ends: (n,) the index behind the separator, 0, of each item in tokens.
 template <class Token, class End>
 Array<uint8_t> repeated_items(const Array<Token>& tokens, const Array<End>& ends, uint64_t kept, uint64_t bytes) {
+  constexpr uint64_t kBlock = 64;
   const uint64_t count = ends.size();
   Array<uint8_t> repeated(count);
   const Token* const token = tokens.data();
@@ -246,41 +326,29 @@ Array<uint8_t> repeated_items(const Array<Token>& tokens, const Array<End>& ends
   uint8_t* const mark = repeated.mutable_data();
   const py::gil_scoped_release release;
   std::fill_n(mark, count, uint8_t{0});
-  const uint64_t passes = std::max<uint64_t>(1, (kept * 2 * sizeof(uint64_t) + bytes - 1) / bytes);
-  uint64_t slots = 16;
-  while (slots < 2 * (kept / passes + 1)) slots *= 2;
-  const auto start_of = [&](uint64_t item) -> uint64_t { return item ? end[item - 1] : 0; };
-  for (uint64_t pass = 0; pass < passes; ++pass) {
-    std::vector<uint64_t> table(slots);  // item + 1, or 0
-    uint64_t filled = 0;
-    for (uint64_t item = 0; item < count; ++item) {
-      const uint64_t start = start_of(item), size = (end[item] - start) * sizeof(Token);
-      const auto* const key = reinterpret_cast<const uint8_t*>(token + start);
-      const uint64_t hash = hash_bytes(key, size);
-      if (passes > 1 && (hash >> 32) % passes != pass) continue;
-      uint64_t slot = hash & (slots - 1);
-      for (; table[slot]; slot = (slot + 1) & (slots - 1)) {
-        const uint64_t other = table[slot] - 1, other_start = start_of(other);
-        if ((end[other] - other_start) * sizeof(Token) == size && std::memcmp(token + other_start, key, size) == 0) {
-          mark[item] = 1;
-          break;
-        }
+  std::array<uint64_t, kBlock> hash, begin, size;
+  for (uint64_t low = 0, high = kHashes; low < high; low = high, high = kHashes) {
+    ItemSet<Token> set(token);
+    for (uint64_t first = 0; first < count; first += kBlock) {
+      const uint64_t block = std::min(kBlock, count - first);
+      for (uint64_t i = 0; i < block; ++i) {
+        begin[i] = first + i ? end[first + i - 1] : 0;
+        size[i] = end[first + i] - begin[i];
+        hash[i] = hash_bytes(reinterpret_cast<const uint8_t*>(token + begin[i]), size[i] * sizeof(Token));
+        set.prefetch_slot(hash[i]);
       }
-      if (mark[item] || item >= kept) continue;
-      table[slot] = item + 1;
-      if (2 * ++filled > slots) {  // more items fell into this pass than expected
-        std::vector<uint64_t> larger(2 * slots);
-        slots *= 2;
-        for (const uint64_t old : table) {
-          if (!old) continue;
-          const uint64_t begin = start_of(old - 1);
-          uint64_t place =
-              hash_bytes(reinterpret_cast<const uint8_t*>(token + begin), (end[old - 1] - begin) * sizeof(Token)) &
-              (slots - 1);
-          while (larger[place]) place = (place + 1) & (slots - 1);
-          larger[place] = old;
+      for (uint64_t i = 0; i < block; ++i) set.prefetch_item(hash[i]);
+      for (uint64_t i = 0; i < block; ++i) {
+        if (hash[i] < low || hash[i] >= high) continue;
+        if (set.contains(begin[i], size[i], hash[i], first + i < kept)) mark[first + i] = 1;
+        while (set.is_full()) {
+          if (2 * set.bytes() <= bytes) {
+            set.grow(high);
+          } else {
+            high = low + (high - low) / 2;
+            set.shrink(high);
+          }
         }
-        table = std::move(larger);
       }
     }
   }
