@@ -180,7 +180,7 @@ def test_a_disk_that_fills_is_one_sentence_and_leaves_nothing(tmp_path, text):
 
 def test_a_killed_call_is_finished_by_the_next(tmp_path):
     path = tmp_path / "data.txt"
-    path.write_text(VERSE * 4000)  # 19 MB
+    path.write_text(VERSE * 2500)  # 12 MB
     code = "from charlm.lm import shards; shards.SHARD_BYTES = 1 << 20; from charlm.cli import main; main()"
     command = [sys.executable, "-c", code, "prepare", str(path), "-o", str(tmp_path / "corpus")]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -195,7 +195,7 @@ def test_a_killed_call_is_finished_by_the_next(tmp_path):
     assert len(inodes) >= 3
     subprocess.run(command, check=True, capture_output=True)
     assert inodes.items() <= {path.name: path.stat().st_ino for path in (tmp_path / "corpus").iterdir()}.items()
-    assert load(tmp_path / "corpus").digest == build_corpus(VERSE * 4000).digest
+    assert load(tmp_path / "corpus").digest == build_corpus(VERSE * 2500).digest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data.txt"]
 
 
@@ -230,6 +230,22 @@ def test_a_damaged_entry_is_prepared_again(names, tmp_path, own_cache):
     shard.write_bytes(b"")
     succeeds("train", "-i", names, "-o", tmp_path / "b", *TINY)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_of_two_processes_one_prepares_a_file_and_both_train_on_it(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text(VERSE * 300)
+    code = "from charlm.lm import cache; cache.MIN_BYTES = 1; from charlm.cli import main; main()"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, "train", "-i", str(path), *TINY, "--eval-tokens", "1000", "-o"]
+    processes = [
+        subprocess.Popen([*command, str(tmp_path / f"run{i}")], env=environment, stdout=subprocess.DEVNULL)
+        for i in range(2)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert losses(tmp_path / "run0") == losses(tmp_path / "run1")
+    (folder,) = (tmp_path / "cache" / "charlm" / "corpora").iterdir()
+    assert load(folder).digest == build_corpus(VERSE * 300).digest
 
 
 def test_no_cache_reads_the_file_into_memory(names, tmp_path, own_cache):

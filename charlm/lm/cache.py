@@ -6,17 +6,21 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm import shards
+from charlm.lm.files import LockedError
 from charlm.lm.prepare import Options, Report, identify, prepare
 from charlm.lm.shards import ShardedCorpus
 from charlm.lm.sources import text_of
 
 MIN_BYTES = 64_000_000  # a smaller file is read into memory
+SECONDS_BETWEEN_LOOKS = 0.1  # at a corpus that another process prepares
 
 
 def folder() -> Path:
@@ -27,7 +31,7 @@ def folder() -> Path:
 
 def is_worth_it(path: Path) -> bool:
     """Whether the file at `path` is so large that it is prepared."""
-    return path.is_file() and path.stat().st_size >= MIN_BYTES
+    return _ext._C is not None and path.is_file() and path.stat().st_size >= MIN_BYTES
 
 
 def cached_corpus(
@@ -38,6 +42,8 @@ def cached_corpus(
     report: Report = lambda stage, done, total: None,
 ) -> ShardedCorpus:
     """The corpus of a plain text file, prepared once for its path, size, time of change and `options`.
+
+    Of several processes that call it at the same time one prepares the corpus, and the others wait.
 
     Args:
         path: The file.
@@ -51,14 +57,23 @@ def cached_corpus(
     sources = [identify(path)]
     key = json.dumps([shards.FORMAT_VERSION, sources, asdict(options)], sort_keys=True)
     directory = folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if directory.exists():
+    announced = False
+    while True:
+        if directory.exists():
+            try:
+                return shards.load(directory)
+            except UserError:  # damaged: prepare it again
+                shutil.rmtree(directory)
+        if not announced:
+            announce(directory)
+        announced = True
         try:
-            return shards.load(directory)
-        except UserError:  # damaged: prepare it again
-            shutil.rmtree(directory)
-    announce(directory)
-    prepare(lambda: text_of([path]), directory, options, name=str(path), sources=sources, report=report)
-    return shards.load(directory)
+            prepare(lambda: text_of([path]), directory, options, name=str(path), sources=sources, report=report)
+        except LockedError:  # another process prepares it, such as another rank
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        except UserError:
+            if not directory.exists():
+                raise
 
 
 def clear() -> int:

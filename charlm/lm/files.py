@@ -33,6 +33,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         _sync_directory(path.parent)
 
 
+class LockedError(UserError):
+    """Another process holds the lock of a folder."""
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Sets the file name of an OSError raised inside to `path`; write() and fsync() raise errors without one."""
@@ -55,7 +59,7 @@ def locked(directory: Path, work: str = "is training in") -> Iterator[None]:
         work: What the error about another process says that it is doing.
 
     Raises:
-        UserError: Another process holds the lock; nothing was changed.
+        LockedError: Another process holds the lock; nothing was changed.
         OSError: The folder or the lock file cannot be written; the error names it.
     """
     created = [path for path in (directory, *directory.parents) if not path.exists()]  # the innermost first
@@ -86,7 +90,7 @@ def _acquire(path: Path, work: str) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(
+            raise LockedError(
                 f"another charlm {work} {path.parent}: wait until it ends, or choose another folder"
             ) from None
         except BaseException:

@@ -87,6 +87,7 @@ def prepare(
     _check_target(directory, overwrite)
     partial = directory.with_name(f".{directory.name}.partial")
     with locked(partial, "is preparing this corpus in"):
+        _check_target(directory, overwrite)  # another process may have finished it before the folder was locked
         work = Work(partial, {"sources": sources, **asdict(options), "shard_bytes": shards.SHARD_BYTES})
         try:
             work.load()

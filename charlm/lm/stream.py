@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,18 +127,15 @@ class Stream:
     def items_longer_than(self, size: int) -> Tensor:
         """The numbers of the items of more than `size` tokens, separators included: (L,) int64, increasing."""
         found = [torch.empty(0, dtype=torch.int64)]
-        for items in torch.arange(self.n_items).split(SCANNED_ITEMS):
+        for items in self._item_blocks():
             begin, end = self.items(items)
             found.append(items[end - begin > size])
         return torch.cat(found)
 
-    def longest_item(self) -> int:
-        """The largest number of tokens of an item, its separator included; 0 without items."""
-        longest = 0
-        for items in torch.arange(self.n_items).split(SCANNED_ITEMS):
-            begin, end = self.items(items)
-            longest = max(longest, int((end - begin).max().item()))
-        return longest
+    def _item_blocks(self) -> Iterator[Tensor]:
+        """The numbers of all items, SCANNED_ITEMS at a time."""
+        for start in range(0, self.n_items, SCANNED_ITEMS):
+            yield torch.arange(start, min(start + SCANNED_ITEMS, self.n_items))
 
 
 _NATIVE_DTYPES = {torch.uint8: torch.uint8, torch.int16: torch.int32, torch.int32: torch.int32}
