@@ -8,6 +8,7 @@ from ._info import build_info
 from ._load import load
 from ._synchronize import synchronize
 from ._torch_names import public_dir
+from ._train import train
 from ._version import __version__
 from .patching import patch_model, patch_torch
 
@@ -24,6 +25,7 @@ __all__ = [
     "patch_torch",
     "reference",
     "synchronize",
+    "train",
 ]
 
 # Older programs import the output types from the modules of `charlm.reference`, and older pickles store these paths.

@@ -21,6 +21,7 @@
 
 namespace charlm {
 
+void bind_corpus(pybind11::module_& m);  // corpus/corpus.cpp
 void bind_ngrams(pybind11::module_& m);  // ngrams/ngrams.cpp
 
 namespace {
@@ -329,4 +330,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("run_cpu_ops_on_gpu", &run_cpu_ops_on_gpu, py::arg("address"));
   m.def("build_config", &build_config);
   bind_ngrams(m);
+  bind_corpus(m);
 }

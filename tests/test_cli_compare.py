@@ -11,7 +11,7 @@ from lm_support import fails, succeeds, untrained_checkpoint
 
 from charlm.lm import checkpoint
 from charlm.lm.data import build_corpus, read_corpus, read_text
-from charlm.lm.evaluate import BLOCK, _units, measure, standard_error
+from charlm.lm.evaluate import BLOCK, measure, standard_error, unit_of_each
 
 NAMES = "\n".join(read_text(None).split("\n")[:400]) + "\n"
 
@@ -98,9 +98,9 @@ def test_the_standard_error_over_items_is_the_spread_of_resampled_means():
 def test_an_item_with_its_end_is_a_unit_and_so_is_a_block_of_text():
     items = build_corpus("ada\nbo\ncleo\n" * 10)
     expected = [number for number, item in enumerate(items.parts["dev"]) for _ in range(len(item) + 1)]
-    assert _units(items, "dev", len(expected)).tolist() == expected
-    text = build_corpus("to be or not to be\n" * 300, format="text")
-    counts = _units(text, "dev", 2 * BLOCK + 1).unique_consecutive(return_counts=True)[1]
+    assert unit_of_each(items.examples("dev", 1)).tolist() == expected
+    text = build_corpus("to be or not to be\n" * 300, format="text").examples("dev", 1)
+    counts = unit_of_each(text.slice(0, 2 * BLOCK + 1)).unique_consecutive(return_counts=True)[1]
     assert counts.tolist() == [BLOCK, BLOCK, 1]
 
 

@@ -22,7 +22,7 @@ def test_the_help_fits_a_screen_and_names_every_command_on_a_line_of_its_own():
     assert max(map(len, lines)) <= 80
     box = lines[next(number for number, line in enumerate(lines) if "─ Commands ─" in line) :]
     commands = [line.split()[1] for line in box if line.startswith("│ ")]
-    assert commands == [*("train", "sample", "score", "eval", "compare", "entropy", "info")]
+    assert commands == [*("prepare", "train", "sample", "score", "eval", "compare", "entropy", "info")]
 
 
 @pytest.mark.parametrize("command", UNITS)

@@ -108,8 +108,10 @@ def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_pat
     required = [re.sub(r"[\s']", "", line.replace('"', "")) for line in fields.get_all("Requires-Dist")]
     plain = [line for line in required if ";" not in line]
     assert sorted(re.match(r"[a-z]+", line).group() for line in plain) == ["numpy", "torch"]
-    assert sorted(set(required) - set(plain)) == sorted(f"{name};extra==lm" for name in _extras.PACKAGES)
-    assert fields.get_all("Provides-Extra") == ["lm"]
+    extras = {"lm": _extras.PACKAGES, "data": ("pyarrow", "zstandard")}
+    expected = sorted(f"{name};extra=={extra}" for extra, names in extras.items() for name in names)
+    assert sorted(set(required) - set(plain)) == expected
+    assert fields.get_all("Provides-Extra") == [*extras]
 
 
 def test_make_installs_the_extra() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from charlm._errors import UserError
 from charlm.lm.data import (
     SPLITS,
-    Corpus,
+    TextCorpus,
     Vocabulary,
     build_corpus,
     guess_format,
@@ -37,7 +37,7 @@ def write(tmp_path: Path, data: bytes) -> Path:
     return path
 
 
-def all_items(corpus: Corpus) -> list[str]:
+def all_items(corpus: TextCorpus) -> list[str]:
     return sorted(item for part in corpus.parts.values() for item in part)
 
 

@@ -51,7 +51,7 @@ def test_a_prediction_is_half_of_each(type, corpus):
     if model.predicts_every_position:
         logits = logits[targets != IGNORED]
         if corpus.format == "text":  # no window sees what lies before it
-            seen = in_windows(seen, corpus.vocabulary.pad_token)
+            seen = in_windows(seen)
     contexts, wanted = seen.contexts[:, -(ORDER - 1) :], seen.targets
     p = (logits.double().softmax(-1) + model.ngram(contexts)[0].exp()) / 2  # (tokens, V)
     expected = -p[torch.arange(len(wanted)), wanted.long()].log()

@@ -169,7 +169,7 @@ def test_wheel_requires_exactly_the_torch_it_was_built_with(wheel):
         f"torch=={TORCH_PUBLIC}"
     ]
     assert set(requirements) == {f"torch=={TORCH_PUBLIC}", "numpy"}
-    assert fields.get_all("Provides-Extra") == ["lm"]
+    assert fields.get_all("Provides-Extra") == ["lm", "data"]
     assert fields["Name"] == "charlm-kernels"
     assert fields["Requires-Python"] == ">=3.10"
     assert fields["License"] == "MIT"
@@ -390,7 +390,7 @@ def test_a_changed_kernel_header_rebuilds_the_object_of_every_instruction_set(wh
 
 
 # Sources without torch's headers, which require more themselves.
-@pytest.mark.parametrize("source", ["ngrams/ngrams.cpp", "cpu/kernels.cpp"])
+@pytest.mark.parametrize("source", ["corpus/corpus.cpp", "ngrams/ngrams.cpp", "cpu/kernels.cpp"])
 def test_sources_are_cxx17_which_torch_before_2_13_compiles_as(source):
     compiler = os.environ.get("CXX", "c++").split()
     includes = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}")

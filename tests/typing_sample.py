@@ -112,6 +112,7 @@ def library() -> None:
     charlm.synchronize("cpu")
     with charlm.patch_torch() as patch:
         patch.undo()
+    charlm.train(iter(["ada", "bea", "cleo"]), "trained", type="gpt", max_steps=10)
     model = charlm.load("out", device="cpu")
     assert_type(model.log_prob("emma", unit="bits"), float)
     assert_type(model.surprisal("emma"), Tensor)

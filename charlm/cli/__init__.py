@@ -1,4 +1,4 @@
-"""The command line: `charlm train`, `sample`, `score`, `eval`, `compare`, `entropy`, `info`; one file each.
+"""The command line: `charlm prepare`, `train`, `sample`, `score`, `eval`, `compare`, `entropy`, `info`; one file each.
 
 A command parses its options, calls charlm.lm and prints the result. It imports its dependencies when it runs, so
 that `charlm --help` is fast. An error that the user can correct is one sentence on stderr and exit code 2. A training
@@ -15,7 +15,7 @@ import charlm.lm  # noqa: F401  (before typer: its ImportError says what to inst
 import typer
 
 from charlm._version import __version__
-from charlm.cli import compare, entropy, eval, info, sample, score, train
+from charlm.cli import compare, entropy, eval, info, prepare, sample, score, train
 from charlm.cli.common import prepare_streams, reports_user_errors
 from charlm.cli.train import FREE_ON_RESUME
 
@@ -44,6 +44,7 @@ def _charlm(
     """The options before a command."""
 
 
+app.command("prepare")(reports_user_errors(prepare.prepare))
 app.command("train")(reports_user_errors(train.train))
 app.command("sample")(reports_user_errors(sample.sample))
 app.command("score")(reports_user_errors(score.score))

@@ -141,14 +141,51 @@ def path_to_save(path: Path) -> str:
     return str(resolved)
 
 
-def corpus_of(config: Config, given: Path | None = None) -> Corpus:
-    """Reads the corpus of `config`, from the file `given` instead of its own if there is one."""
+def corpus_of(config: Config, given: Path | None = None, cache: bool = True) -> Corpus:
+    """Reads the corpus of `config`, from the file or the prepared folder `given` instead of its own if there is one.
+
+    With `cache` a large file is prepared once, in a folder that is printed.
+    """
     from charlm.lm.data import read_corpus
 
     if given is None and config.input_file == STREAM:
         raise UserError("the run read its data from standard input or a pipe: give the data again with -i")
     path = given or (None if config.input_file is None else Path(config.input_file))
+    if path is not None and path.is_dir():
+        return _prepared_corpus(config, path)
+    if path is not None and cache:
+        from charlm.lm.cache import is_worth_it
+
+        if is_worth_it(path):
+            return _cached_corpus(config, path)
     return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
+
+
+def _prepared_corpus(config: Config, directory: Path) -> Corpus:
+    """The prepared corpus in `directory`; UserError if it was prepared with other options than those of `config`."""
+    from charlm.lm.shards import load
+
+    corpus = load(directory)
+    prepared = {"format": corpus.format, "split_seed": corpus.manifest["split_seed"], "dedup": corpus.manifest["dedup"]}
+    for name, value in prepared.items():
+        wanted = getattr(config, name)
+        if wanted not in (getattr(Config, name), value):
+            raise UserError(f"{directory} was prepared with {flag(name)} {value}, not {wanted}: leave the option out")
+    return corpus
+
+
+def _cached_corpus(config: Config, path: Path) -> Corpus:
+    from charlm.lm.cache import cached_corpus
+    from charlm.lm.prepare import Options
+
+    def announce(directory: Path) -> None:
+        typer.echo(
+            f"charlm: preparing {path} once, in {directory}; `charlm prepare --clear-cache` removes it", err=True
+        )
+
+    options = Options(config.format, config.split_seed, config.dedup)
+    with progress_bar(path.name) as report:
+        return cached_corpus(path, options, announce=announce, report=report)
 
 
 def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
@@ -160,6 +197,25 @@ def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
             f"{name} is not the data that the model was trained on (its split differs): give that data with -i"
         )
     return corpus
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error, where this is a terminal: a function of (stage, done, total or 0)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+    from charlm.lm.display import Bar
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description} {task.completed:,.0f}"), BarColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{stage} {name}", completed=done, total=total or None)
+
+        yield report
 
 
 def print_samples(console: Console, samples: list[str], format: str, corpus: Corpus | None) -> None:

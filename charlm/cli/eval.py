@@ -16,7 +16,9 @@ from charlm.cli.common import (
     Directory,
     Unknown,
     check_split,
+    corpus_of,
     new_console,
+    progress_bar,
     trained_corpus,
     unknown_characters_named,
 )
@@ -62,7 +64,7 @@ def evaluate(
     Every token weighs the same. The end of an item is a token too and stands for the newline of the file.
     """
     from charlm.lm import checkpoint
-    from charlm.lm.data import WHOLE, data_name, read_text
+    from charlm.lm.data import WHOLE, data_name
     from charlm.lm.display import print_losses
     from charlm.lm.evaluate import baselines, evaluate_on
     from charlm.lm.examples import PROTOCOLS
@@ -76,13 +78,15 @@ def evaluate(
     if name is None:
         corpus, trained_on = trained_corpus(saved, None), True
     else:
-        corpus, trained_on = _corpus_of(saved, read_text(input_file), split, name)
+        corpus, trained_on = _corpus_of(saved, input_file, split, name)
     split = split or ("dev" if trained_on else WHOLE)
-    if split not in corpus.parts:
+    if split not in corpus.sizes:
         check_split(split)
     model = saved.build_model(target)
-    with unknown_characters_named():
-        result, escaped = evaluate_on(model, corpus, split, protocol, unknown, target)
+    with unknown_characters_named(), progress_bar(split) as report:
+        result, escaped = evaluate_on(
+            model, corpus, split, protocol, unknown, target, lambda done, total: report("evaluating", done, total)
+        )
     if as_json:
         of_text = {} if trained_on else {"input_file": name, "unknown_characters": escaped}
         typer.echo(json.dumps({**result.to_json(), **of_text}, allow_nan=False))
@@ -95,10 +99,22 @@ def evaluate(
     print_losses(new_console(), title, {**rows, f"this model ({saved.config.label})": result})
 
 
-def _corpus_of(saved: Checkpoint, text: str, split: str | None, name: str) -> tuple[Corpus, bool]:
-    """The corpus of `text`, and whether `saved` was trained on it. Another text is split only if `split` is given."""
-    from charlm.lm.data import WHOLE, build_corpus, whole_corpus
+def _corpus_of(saved: Checkpoint, path: Path, split: str | None, name: str) -> tuple[Corpus, bool]:
+    """The corpus at `path`, and whether `saved` was trained on it. Another text is split only if `split` is given."""
+    from charlm.lm.cache import is_worth_it
+    from charlm.lm.data import WHOLE, build_corpus, read_text, whole_corpus
+    from charlm.lm.shards import load
 
+    if path.is_dir():
+        prepared = load(path)
+        if prepared.digest != saved.digest:
+            raise UserError(f"the model was not trained on the corpus in {path}: give another text as a file")
+        return prepared, True
+    if is_worth_it(path):
+        cached = corpus_of(saved.config, path)
+        if cached.digest == saved.digest:
+            return cached, True
+    text = read_text(path)
     settings = {"seed": saved.config.split_seed, "dedup": saved.config.dedup, "name": name}
     with suppress(UserError):  # a text that is too short, for example, cannot be the training data
         corpus = build_corpus(text, format=saved.config.format, **settings)

@@ -16,7 +16,16 @@ import typer
 
 from charlm._errors import UserError
 from charlm._version import __version__
-from charlm.cli.common import STREAM, corpus_of, discard_stdout, flag, new_console, path_to_save, print_samples
+from charlm.cli.common import (
+    STREAM,
+    corpus_of,
+    discard_stdout,
+    flag,
+    new_console,
+    path_to_save,
+    print_samples,
+    progress_bar,
+)
 from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
 
 if TYPE_CHECKING:
@@ -32,7 +41,7 @@ MAX_TIMEOUT = 1e6  # seconds
 PASSAGE = 80  # length in characters of the samples that are printed after training on running text
 DEFAULT = Config()
 # Options that may change on --resume, because they do not affect what the run computes in each step.
-FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "patience", "log_interval"}
+FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "eval_tokens", "patience", "log_interval"}
 DATA, MODEL, TRAINING, PROCESSES, OUTPUT = "Data", "Model", "Training", "Several processes", "Output"
 
 
@@ -49,13 +58,21 @@ def train(
     context: typer.Context,
     input_file: Annotated[
         Path | None,
-        option(DATA, "UTF-8 text file; - reads standard input. Default: the shipped names.", "-i", "--input-file"),
+        option(
+            DATA,
+            "UTF-8 text file, or a folder of `charlm prepare`; - reads standard input. Default: the shipped names.",
+            "-i",
+            "--input-file",
+        ),
     ] = None,
     format: Annotated[
         str | None, option(DATA, "Data format: line (one item per line) or text. Default: guessed.")
     ] = None,
     split_seed: Annotated[int, option(DATA, "Random seed of the 80/10/10 split.")] = DEFAULT.split_seed,
     dedup: Annotated[bool, option(DATA, "Keep only the first of equal items.")] = DEFAULT.dedup,
+    no_cache: Annotated[
+        bool, option(DATA, "Read a large file into memory instead of preparing it once in the cache.", "--no-cache")
+    ] = False,
     work_dir: Annotated[
         Path, option(OUTPUT, "Folder for the checkpoint and the metrics.", "-o", "--work-dir")
     ] = DEFAULT_DIRECTORY,
@@ -122,6 +139,9 @@ def train(
     eval_interval: Annotated[
         int | None, option(TRAINING, "Steps between evaluations, which also save. Default: max-steps / 10.")
     ] = DEFAULT.eval_interval,
+    eval_tokens: Annotated[
+        int, option(TRAINING, "Predictions of dev per evaluation; of a larger dev a fixed sample. At the end: all.")
+    ] = DEFAULT.eval_tokens,
     patience: Annotated[
         int | None,
         option(TRAINING, "Evaluations without a better loss on dev before training stops. Default: no limit."),
@@ -192,7 +212,7 @@ def train(
                 check_options(saved.config.type, given)
                 config = _resumed_config(saved.config, given)
             assert config is not None
-            _run(config, input_file, work_dir, saved, force, processes, parallel)
+            _run(config, input_file, work_dir, saved, force, not no_cache, processes, parallel)
 
 
 @contextmanager
@@ -270,6 +290,7 @@ def _run(
     work_dir: Path,
     resumed: Checkpoint | None,
     force: bool,
+    cache: bool,
     processes: Processes,
     parallel: str,
 ) -> None:
@@ -283,7 +304,7 @@ def _run(
     check_parallel(parallel, config, processes)
     console = new_console()
     console.quiet = processes.rank != 0
-    corpus = corpus_of(config, input_file)
+    corpus = corpus_of(config, input_file, cache)
     guessed = ", guessed" if config.format is None else ""
     config = replace(config, format=corpus.format)
     _print_data(console, config, corpus, guessed)
@@ -341,7 +362,7 @@ def _what_must_be_equal(config: Config, corpus: Corpus, resumed: Checkpoint | No
 
 
 def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) -> None:
-    sizes = {name: sum(map(len, part)) if corpus.format == "text" else len(part) for name, part in corpus.parts.items()}
+    sizes = corpus.sizes
     unit = "characters" if corpus.format == "text" else "items"
     counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     source = config.input_file or "the names shipped with charlm"
@@ -360,6 +381,13 @@ def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) 
 def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
     from charlm.lm.memory import estimate_bytes, format_bytes
 
+    tokens = corpus.tokens("dev")
+    if tokens > config.eval_tokens:
+        console.print(
+            f"evaluations during training take a fixed sample of about {config.eval_tokens:,} of the {tokens:,} dev "
+            "tokens, ± is its standard error; the last one takes all",
+            soft_wrap=True,
+        )
     parameters = sum(p.numel() for p in trainer.model.parameters())
     start = f", resumed at step {trainer.step}" if trainer.step else ""
     work = "a count model"
@@ -376,7 +404,13 @@ def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Tra
     from charlm.lm.sample import SamplingOptions, sample
 
     rows = baselines(corpus, "dev", config.add_k)
-    result = evaluate(trainer.model, predictions(trainer.model, corpus, "dev").to(trainer.device), "dev")
+    with progress_bar("dev") as report:
+        result = evaluate(
+            trainer.model,
+            predictions(trainer.model, corpus, "dev").to(trainer.device),
+            "dev",
+            lambda done, total: report("evaluating", done, total),
+        )
     rows[f"this model ({config.label}, step {trainer.best_step})"] = result
     print_losses(console, f"loss on dev, {result.tokens:,} tokens, {PROTOCOLS[result.protocol]}", rows)
     options = SamplingOptions(max_new_tokens=None if corpus.format == "line" else PASSAGE)

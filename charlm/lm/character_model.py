@@ -22,7 +22,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +30,10 @@ from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import split_items
 from charlm.lm.evaluate import CHUNK, surprisals
-from charlm.lm.examples import in_windows, resolve_protocol, run_sequences, text_examples, text_windows
+from charlm.lm.examples import Predictions, in_windows, resolve_protocol, run_sequences, text_examples, text_windows
 from charlm.lm.models import LanguageModel
 from charlm.lm.sample import SamplingOptions, sample
+from charlm.lm.stream import Stream
 from charlm.lm.vocabulary import UNKNOWN, Vocabulary, check_choice
 
 UNITS = {"nats": 1.0, "bits": math.log(2)}
@@ -242,11 +242,11 @@ def _piece_surprisals(
         return torch.empty(0, dtype=torch.float64)
     if protocol != "fixed":
         return _token_surprisals(model, [torch.cat([before, tokens])], device)[0][len(before) :]
-    stream, start = torch.cat([before[-1:], tokens]), len(before[-1:])
+    stream = Stream(torch.cat([before[-1:], tokens]).int(), model.pad_token, start=len(before[-1:]))
     if model.predicts_every_position:
-        examples = text_windows(stream.int(), start, model.block_size, model.pad_token)
+        examples: Predictions = text_windows(stream, model.block_size)
     else:
-        examples = in_windows(text_examples(stream, start, model.block_size, model.pad_token), model.pad_token)
+        examples = in_windows(text_examples(stream, model.block_size))
     return surprisals(model, examples.to(device)).double().cpu()
 
 
@@ -296,9 +296,8 @@ def _token_surprisals(model: LanguageModel, sequences: list[Tensor], device: tor
         return []
     lengths = [len(tokens) for tokens in sequences]
     if model.predicts_every_position:
-        runs = run_sequences(
-            torch.cat(sequences).numpy(), np.array(lengths), model.block_size, model.pad_token, "sliding"
-        )
+        tokens, ends = torch.cat(sequences).int(), torch.tensor(lengths)
+        runs = run_sequences(tokens, ends, model.block_size, model.pad_token, "sliding")
         return list(surprisals(model, runs.to(device)).double().cpu().split(lengths))
     before = model.block_size
     padding = torch.full((before,), model.pad_token)

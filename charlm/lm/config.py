@@ -130,6 +130,8 @@ class Config:
         schedule: "cosine" decays to 0, "step" divides the rate by 10 after half of the steps, "constant" keeps it.
         warmup_steps: Number of steps of linear warm-up.
         eval_interval: Steps between two evaluations on dev, each of which saves; None is a tenth of max_steps.
+        eval_tokens: Number of predictions of dev that an evaluation during training takes; a larger dev is sampled, the
+            same sample each time. The result at the end is of all.
         patience: Number of evaluations without a better loss on dev after which training stops; None disables this.
         log_interval: Steps between two reports of the training loss.
         seed: Random seed of initialization, batches, dropout and noise.
@@ -165,6 +167,7 @@ class Config:
     schedule: str = "cosine"
     warmup_steps: int = 200
     eval_interval: int | None = None
+    eval_tokens: int = 1_000_000
     patience: int | None = None
     log_interval: int = 100
     seed: int = 1337
@@ -181,7 +184,7 @@ class Config:
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "add_k"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("eval_interval", "patience"):
+        for name in ("eval_interval", "eval_tokens", "patience"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
         for name in ("dropout", "token_noise"):

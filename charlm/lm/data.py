@@ -1,4 +1,4 @@
-"""Reads a text file, builds its vocabulary and splits it; `examples` makes predictions of a split.
+"""Reads a text file, builds its vocabulary and splits it.
 
 There are two formats:
 
@@ -29,19 +29,13 @@ from importlib import resources
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor
 
 from charlm._errors import UserError
-from charlm.lm.examples import (
-    Examples,
-    Sequences,
-    in_windows,
-    line_examples,
-    line_sequences,
-    text_examples,
-    text_sequences,
-    text_windows,
-)
+from charlm.lm.corpus import Corpus
+from charlm.lm.examples import item_stream
+from charlm.lm.stream import Stream
 from charlm.lm.vocabulary import Vocabulary
 
 SPLITS = ("train", "dev", "test")
@@ -187,12 +181,17 @@ def guess_format(text: str) -> str:
     """ "line" if nearly all lines are short and of few words, and hardly any are empty; otherwise "text"."""
     lines = text.strip("\n").split("\n")
     items = [stripped for line in lines if (stripped := line.strip())]
-    if not items or len(items) < (1 - EMPTY_LINES) * len(lines):
-        return "text"
-    short = sum(len(item) <= ITEM_CHARACTERS for item in items) / len(items)
+    short = sum(len(item) <= ITEM_CHARACTERS for item in items)
     enough = int(ITEM_WORDS * len(items))  # a single item of more words decides, and it may have 10⁸
-    words = sum(len(item.split(maxsplit=enough)) for item in items) / len(items)
-    return "line" if short >= 0.95 and words <= ITEM_WORDS else "text"
+    words = sum(len(item.split(maxsplit=enough)) for item in items)
+    return "line" if is_of_items(len(lines), len(items), short, words) else "text"
+
+
+def is_of_items(lines: int, items: int, short_items: int, words: int) -> bool:
+    """Whether a text is one of items, by the numbers of its lines, of those that are not empty, and of their words."""
+    if not items or items < (1 - EMPTY_LINES) * lines:
+        return False
+    return short_items / items >= 0.95 and words / items <= ITEM_WORDS
 
 
 def split_items(text: str) -> list[str]:
@@ -211,52 +210,48 @@ def split_bounds(count: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A corpus and its splits.
+class TextCorpus(Corpus):
+    """A corpus in memory.
 
     Attributes:
-        format: "line" or "text".
-        vocabulary: The characters and their tokens.
         parts: The splits by name, SPLITS in their order or WHOLE alone. A split is a list of items in line format, and
             a list of one string in running text.
-        digest: A sha256 of format and splits; corpora of the same digest have the same examples.
-        duplicates_removed: The number of items that deduplication dropped.
     """
 
-    format: str
-    vocabulary: Vocabulary
     parts: dict[str, list[str]]
-    digest: str
-    duplicates_removed: int = 0
 
-    def examples(self, split: str, block_size: int) -> Examples:
-        """Every prediction of `split`, each from up to `block_size` tokens before it, on the CPU."""
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of items, or of characters of running text, of each split."""
+        return {name: len(part if self.format == "line" else part[0]) for name, part in self.parts.items()}
+
+    def stream(self, split: str, block_size: int) -> Stream:
+        """The tokens of `split`; in running text also up to `block_size` tokens before it."""
         if self.format == "line":
-            return line_examples(self.parts[split], self.vocabulary, block_size)
-        return text_examples(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
-
-    def sequences(self, split: str, block_size: int) -> Sequences:
-        """Training sequences with a prediction at every position: the items, or every run of `block_size` tokens."""
-        if self.format == "line":
-            return line_sequences(self.parts[split], self.vocabulary, block_size)
-        return text_sequences(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
-
-    def windows(self, split: str, block_size: int) -> Sequences:
-        """Consecutive windows of running text with a prediction at every position, on the CPU."""
-        return text_windows(*self._stream(split, block_size), block_size, self.vocabulary.pad_token)
-
-    def examples_in_windows(self, split: str, block_size: int) -> Examples:
-        """The predictions of `windows`, one per row; no context reaches beyond its window."""
-        return in_windows(self.examples(split, block_size), self.vocabulary.pad_token)
-
-    def _stream(self, split: str, block_size: int) -> tuple[Tensor, int]:
-        """The tokens of `split` with up to `block_size` tokens before it, and the index where the split starts."""
+            return item_stream(self.parts[split], self.vocabulary)
         names = list(self.parts)  # in the order of the text
         index = names.index(split)
         start = sum(len(self.parts[name][0]) for name in names[:index])
         before = max(0, start - block_size)
         text = "".join(self.parts[name][0] for name in names[: index + 1])
-        return self.vocabulary.encode(text[before:]), start - before
+        return Stream(self.vocabulary.encode(text[before:]), self.vocabulary.pad_token, start - before)
+
+    def tokens(self, split: str) -> int:
+        """The number of predictions of `split`."""
+        return sum(map(len, self.parts[split])) + (self.sizes[split] if self.format == "line" else 0)
+
+    def longest_item(self, split: str) -> int:
+        """The number of characters of the longest item of `split`, or of all of running text."""
+        return max(map(len, self.parts[split]))
+
+    def known(self, split: str) -> Tensor:
+        """Mask of the predictions of `split` whose character is in the vocabulary: (tokens,) bool."""
+        end = "\n" if self.format == "line" else ""
+        known = self.vocabulary.known("".join(f"{part}{end}" for part in self.parts[split]))
+        if end:  # the end of an item is predicted too, and is always known
+            lengths = torch.tensor([len(item) + 1 for item in self.parts[split]])
+            known[lengths.cumsum(0) - 1] = True
+        return known
 
     def overlap(self) -> int | None:
         """The number of dev items that also occur in train; None for running text."""
@@ -265,10 +260,15 @@ class Corpus:
         train = set(self.parts["train"])
         return sum(item in train for item in self.parts["dev"])
 
+    def splits_containing(self, items: list[str]) -> list[list[str]]:
+        """The splits that contain each of `items`."""
+        known = {split: set(part) for split, part in self.parts.items()}
+        return [[split for split in self.parts if item in known[split]] for item in items]
+
 
 def build_corpus(
     text: str, *, format: str | None = None, seed: int = 42, dedup: bool = False, name: str = "the input"
-) -> Corpus:
+) -> TextCorpus:
     """Splits `text` 80/10/10.
 
     Args:
@@ -295,15 +295,15 @@ def build_corpus(
     if dedup:
         items = list(dict.fromkeys(items))
     if len(items) < len(SPLITS):
-        raise UserError(f"{name} has {_plural(len(items), 'item')}, but train, dev and test need one each")
+        raise UserError(f"{name} has {plural(len(items), 'item')}, but train, dev and test need one each")
     vocabulary = Vocabulary.of("".join(items), separator=True)
     random.Random(seed).shuffle(items)
     train_end, dev_end = split_bounds(len(items))
     parts = {"train": items[:train_end], "dev": items[train_end:dev_end], "test": items[dev_end:]}
-    return Corpus("line", vocabulary, parts, _digest("line", parts), found - len(items))
+    return TextCorpus("line", vocabulary, _digest("line", parts), found - len(items), parts)
 
 
-def whole_corpus(text: str, vocabulary: Vocabulary, name: str = "the input") -> Corpus:
+def whole_corpus(text: str, vocabulary: Vocabulary, name: str = "the input") -> TextCorpus:
     """All of `text` as a single split, WHOLE, in the format of `vocabulary`.
 
     Raises:
@@ -313,17 +313,17 @@ def whole_corpus(text: str, vocabulary: Vocabulary, name: str = "the input") -> 
     parts = {WHOLE: split_items(text) if format == "line" else [text]}
     if not any(parts[WHOLE]):
         raise UserError(f"{name} is empty")
-    return Corpus(format, vocabulary, parts, _digest(format, parts))
+    return TextCorpus(format, vocabulary, _digest(format, parts), 0, parts)
 
 
-def _text_corpus(text: str, dedup: bool, name: str) -> Corpus:
+def _text_corpus(text: str, dedup: bool, name: str) -> TextCorpus:
     if dedup:
         raise UserError(f"{name} is running text, which has no items to deduplicate; --format line reads it as items")
     if len(text) < len(SPLITS):
-        raise UserError(f"{name} has {_plural(len(text), 'character')}, but train, dev and test need one each")
+        raise UserError(f"{name} has {plural(len(text), 'character')}, but train, dev and test need one each")
     train_end, dev_end = split_bounds(len(text))
     parts = {"train": [text[:train_end]], "dev": [text[train_end:dev_end]], "test": [text[dev_end:]]}
-    return Corpus("text", Vocabulary.of(text, separator=False), parts, _digest("text", parts))
+    return TextCorpus("text", Vocabulary.of(text, separator=False), _digest("text", parts), 0, parts)
 
 
 def _digest(format: str, parts: dict[str, list[str]]) -> str:
@@ -335,10 +335,11 @@ def _digest(format: str, parts: dict[str, list[str]]) -> str:
     return digest.hexdigest()
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """A number and its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def read_corpus(path: Path | None, *, format: str | None = None, seed: int = 42, dedup: bool = False) -> Corpus:
+def read_corpus(path: Path | None, *, format: str | None = None, seed: int = 42, dedup: bool = False) -> TextCorpus:
     """`build_corpus` for the file at `path`; None reads the names shipped with charlm."""
     return build_corpus(read_text(path), format=format, seed=seed, dedup=dedup, name=data_name(path))

@@ -119,7 +119,8 @@ class ProgressReport:
             if progress is not None:
                 differs = step is not None and progress.step != step
                 at = f" (at step {progress.step})" if differs else ""
-                parts.append(f"{progress.split} {progress.nats:.4f}{at}")
+                error = "" if progress.standard_error is None else f" ± {progress.standard_error:.4f}"
+                parts.append(f"{progress.split} {progress.nats:.4f}{error}{at}")
         text = " · ".join(parts) + " nats"
         return text if self.train is None else f"{text} · {self.train.tokens_per_second:,.0f} tokens/s"
 

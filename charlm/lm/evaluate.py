@@ -1,4 +1,4 @@
-"""The exact loss of a model on a whole split, its standard error, and the count baselines beside it.
+"""The loss of a model on a whole split or a sample of it, its standard error, and the count baselines beside it.
 
 The mean loss μ = Σ s_u / Σ n_u is a ratio of sums over independent units u, where s_u is the sum in nats over the n_u
 tokens of a unit. Its standard error over m units, by linearization (Cochran 1977, Sampling Techniques, 2.11 and 6.4):
@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from charlm.lm.data import Corpus
-from charlm.lm.examples import Examples, Sequences, is_target, resolve_protocol
+from charlm.lm.corpus import Corpus
+from charlm.lm.examples import BLOCK, Examples, Sequences, is_target, resolve_protocol
 from charlm.lm.models import COUNT_MODELS, LanguageModel
 from charlm.lm.vocabulary import UNKNOWN, check_choice
 
+SUMMED = 1 << 20  # surprisals that are summed at once
 CHUNK = 8192  # predictions at a time: the logits of a chunk stay in cache for most vocabularies
-BLOCK = 256  # characters of running text that count as one observation
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ class Evaluation:
         nats: The mean surprisal per token, -log p, every token weighing the same.
         tokens: The number of predictions. In line format an item of n characters has n + 1: its end is predicted too
             and stands for the newline of the file, so nats per token are nats per character of the file.
+        standard_error: Of a sample of the split, the standard error of `nats`; otherwise None.
     """
 
     split: str
     protocol: str
     nats: float
     tokens: int
+    standard_error: float | None = None
 
     @property
     def bits_per_char(self) -> float:
@@ -83,28 +85,61 @@ def predictions(model: LanguageModel, corpus: Corpus, split: str, protocol: str 
     return (corpus.windows if model.predicts_every_position else corpus.examples_in_windows)(split, model.block_size)
 
 
+def surprisals(model: LanguageModel, examples: Examples | Sequences) -> Tensor:
+    """-log p of each predicted token: (tokens,) nats in the order of `examples`, with the model in evaluation mode."""
+    return torch.cat([*surprisal_parts(model, examples)])
+
+
+@torch.no_grad()
+def surprisal_parts(model: LanguageModel, examples: Examples | Sequences) -> Iterator[Tensor]:
+    """`surprisals` in parts of about CHUNK predictions."""
+    training = model.training
+    model.eval()
+    for idx, targets in examples.chunks(rows_per_pass(model)):
+        losses = model.loss(idx, targets, reduction="none")
+        yield losses[is_target(targets)] if isinstance(examples, Sequences) else losses
+    model.train(training)
+
+
 def rows_per_pass(model: LanguageModel) -> int:
     """The number of rows that `surprisals` takes at a time."""
     return max(1, CHUNK // model.block_size) if model.predicts_every_position else CHUNK
 
 
-@torch.no_grad()
-def surprisals(model: LanguageModel, examples: Examples | Sequences) -> Tensor:
-    """-log p of each predicted token: (tokens,) nats in the order of `examples`, with the model in evaluation mode."""
-    training = model.training
-    model.eval()
-    parts = []
-    for idx, targets in examples.chunks(rows_per_pass(model)):
-        losses = model.loss(idx, targets, reduction="none")
-        parts.append(losses[is_target(targets)] if isinstance(examples, Sequences) else losses)
-    model.train(training)
-    return torch.cat(parts)
+def evaluate(
+    model: LanguageModel,
+    examples: Examples | Sequences,
+    split: str,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """The mean loss over all `examples`, summed in double precision, with the model in evaluation mode.
 
-
-def evaluate(model: LanguageModel, examples: Examples | Sequences, split: str) -> Evaluation:
-    """The exact mean loss over all `examples`, summed in double precision, with the model in evaluation mode."""
-    nats = surprisals(model, examples).sum(dtype=torch.float64).item() / examples.tokens
-    return Evaluation(split, examples.protocol, nats, examples.tokens)
+    Args:
+        model: The model.
+        examples: All predictions of the split, or a sample of them; of a sample the standard error is computed too.
+        split: The split's name.
+        on_progress: Called with the number of predictions done, and of all.
+    """
+    total, sums = examples.tokens, []
+    is_sample = isinstance(examples.index, Tensor)
+    waiting: list[Tensor] = []
+    done = waiting_from = 0
+    for part in surprisal_parts(model, examples):
+        waiting.append(part)
+        done += len(part)
+        if done - waiting_from >= SUMMED and not is_sample:
+            sums.append(torch.cat(waiting).sum(dtype=torch.float64).item())
+            waiting, waiting_from = [], done
+        on_progress(done, total)
+    error = None
+    if waiting:
+        rest = torch.cat(waiting)
+        sums.append(rest.sum(dtype=torch.float64).item())
+        if is_sample:
+            rows = torch.arange(len(examples))
+            units = examples.row_units(rows).repeat_interleave(examples.count(rows))
+            error = standard_error(rest.double().cpu(), units.unique_consecutive(return_inverse=True)[1])
+    return Evaluation(split, examples.protocol, math.fsum(sums) / total, total, error)
 
 
 def evaluate_on(
@@ -114,6 +149,7 @@ def evaluate_on(
     protocol: str | None = None,
     unknown: str = "error",
     device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Evaluation, int]:
     """Evaluates `model` on a split that may contain characters outside its vocabulary.
 
@@ -125,6 +161,7 @@ def evaluate_on(
         unknown: "error" refuses unknown characters; "escape" counts them at the cost that
             `charlm.lm.character_model` derives.
         device: The device of the model.
+        on_progress: As in `evaluate`.
 
     Returns:
         The evaluation, and the number of unknown characters.
@@ -137,12 +174,8 @@ def evaluate_on(
     vocabulary = replace(corpus.vocabulary, escapes=escapes)
     examples = predictions(model, replace(corpus, vocabulary=vocabulary), split, protocol).to(device)
     if not escapes:
-        return evaluate(model, examples, split), 0
-    end = "\n" if corpus.format == "line" else ""
-    escaped = ~vocabulary.known("".join(f"{part}{end}" for part in corpus.parts[split]))
-    if end:  # the end of an item is predicted too, and is always known
-        lengths = torch.tensor([len(item) + 1 for item in corpus.parts[split]])
-        escaped[lengths.cumsum(0) - 1] = False
+        return evaluate(model, examples, split, on_progress), 0
+    escaped = ~corpus.known(split)
     nats = vocabulary.with_escapes(surprisals(model, examples).double().cpu(), escaped)
     return Evaluation(split, examples.protocol, nats.mean().item(), len(nats)), int(escaped.sum().item())
 
@@ -210,7 +243,7 @@ def measure(
     seconds = time.perf_counter() - start
     evaluation = Evaluation(split, examples.protocol, nats.mean().item(), len(nats))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    error = standard_error(nats, _units(corpus, split, len(nats)))
+    error = standard_error(nats, unit_of_each(examples))
     return Comparison(name, type, evaluation, error, parameters, seconds)
 
 
@@ -233,9 +266,9 @@ def units_of(format: str) -> str:
     return "items" if format == "line" else f"blocks of {BLOCK} characters"
 
 
-def _units(corpus: Corpus, split: str, tokens: int) -> Tensor:
-    """The unit of each token of `split`: (tokens,) int64."""
-    if corpus.format == "line":
-        lengths = torch.tensor([len(item) + 1 for item in corpus.parts[split]])
-        return torch.arange(len(lengths)).repeat_interleave(lengths)
-    return torch.arange(tokens) // BLOCK
+def unit_of_each(examples: Examples | Sequences) -> Tensor:
+    """The unit of each prediction of all rows of a split: (tokens,) int64, from 0 on."""
+    if examples.protocol != "items":
+        return torch.arange(examples.tokens) // BLOCK
+    starts, ends = examples.stream.items(torch.arange(examples.stream.n_items))
+    return torch.arange(len(starts)).repeat_interleave(ends - starts)

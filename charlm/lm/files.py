@@ -33,6 +33,10 @@ def write_atomically(path: Path, data: bytes) -> None:
         _sync_directory(path.parent)
 
 
+class LockedError(UserError):
+    """Another process holds the lock of a folder."""
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Sets the file name of an OSError raised inside to `path`; write() and fsync() raise errors without one."""
@@ -44,20 +48,24 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, work: str = "is training in") -> Iterator[None]:
     """Locks `directory` for writing by this process, and creates it if needed. Readers need no lock.
 
     The kernel holds the lock, on a file in the folder, and releases it when the process ends for any reason. Folders
     that were created are removed again if they are still empty.
 
+    Args:
+        directory: The folder.
+        work: What the error about another process says that it is doing.
+
     Raises:
-        UserError: Another process holds the lock; nothing was changed.
+        LockedError: Another process holds the lock; nothing was changed.
         OSError: The folder or the lock file cannot be written; the error names it.
     """
     created = [path for path in (directory, *directory.parents) if not path.exists()]  # the innermost first
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
-    descriptor = _acquire(path)
+    descriptor = _acquire(path, work)
     try:
         yield
     finally:
@@ -68,7 +76,7 @@ def locked(directory: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, work: str) -> int:
     """Locks the file at `path` and returns its descriptor."""
     while True:
         with naming(path):
@@ -82,8 +90,8 @@ def _acquire(path: Path) -> int:
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise UserError(
-                f"another charlm is training in {path.parent}: wait until it ends, or choose another folder"
+            raise LockedError(
+                f"another charlm {work} {path.parent}: wait until it ends, or choose another folder"
             ) from None
         except BaseException:
             os.close(descriptor)

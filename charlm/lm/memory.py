@@ -12,7 +12,7 @@ import torch
 
 from charlm._errors import UserError
 from charlm.lm.config import NETWORKS, Config
-from charlm.lm.data import Corpus
+from charlm.lm.corpus import Corpus
 from charlm.lm.evaluate import CHUNK
 
 FLOAT = 4  # bytes
@@ -49,7 +49,7 @@ def estimate_bytes(config: Config, corpus: Corpus) -> int:
     activations = _activations(config, corpus) * rows
     token = 1 if len(corpus.vocabulary) <= 256 else 4
     batches = config.batch_size * config.gradient_accumulation_steps * (config.block_size * token + 16)  # per step
-    return FLOAT * ((copies + written) * parameters + activations) + batches + _examples(config, corpus)
+    return FLOAT * ((copies + written) * parameters + activations) + batches + _examples(corpus)
 
 
 def _activations(config: Config, corpus: Corpus) -> int:
@@ -59,23 +59,18 @@ def _activations(config: Config, corpus: Corpus) -> int:
         return T * D + 4 * H
     if config.type == "wavenet":
         return T * D + 7 * H * T  # T/2 + T/4 + … positions; product, norm, tanh, dropout, gradient
-    T = min(T, max(map(len, corpus.parts["train"])) + 1)
+    T = min(T, corpus.longest_item("train") + 1)
     scores = 3 * config.n_head * T * T if config.dropout else 0  # without dropout, attention saves none
     return config.n_layer * (24 * T * D + scores)
 
 
-def _examples(config: Config, corpus: Corpus) -> int:
-    """The memory of the examples of train and dev, and of the arrays that they are built from, in bytes."""
-    lengths = [len(item) + 1 for split in ("train", "dev") for item in corpus.parts[split]]
+def _examples(corpus: Corpus) -> int:
+    """The memory of the tokens of train and dev, and of the arrays that they are encoded with, in bytes."""
+    if corpus.is_mapped:
+        return 0
     token = 1 if len(corpus.vocabulary) <= 256 else 4
-    if corpus.format == "text":
-        return 16 * sum(lengths) * token  # examples are views of the text
-    if config.type != "gpt":
-        return sum(lengths) * (config.block_size * token + 16)
-    T = config.block_size
-    width = min(T, max(lengths))
-    rows = sum(1 + max(0, length - T) for length in lengths)
-    return rows * width * (2 * token + 24)  # 24 bytes: int64 positions and a mask
+    items = 8 if corpus.format == "line" else 0  # the end of each
+    return sum(4 * token * corpus.tokens(split) + items * corpus.sizes[split] for split in ("train", "dev"))
 
 
 def machine_bytes(device: torch.device) -> int:

@@ -103,7 +103,7 @@ def measure(
         compressed={name: 8 * len(compress(data)) / len(text) for name, compress in COMPRESSORS.items()},
         items=len(items) if line else None,
         duplicate_items=len(items) - len(set(items)) if line else None,
-        dev_items=len(corpus.parts["dev"]) if line else None,
+        dev_items=corpus.sizes["dev"] if line else None,
         dev_items_in_train=corpus.overlap(),
     )
 

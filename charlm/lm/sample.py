@@ -8,7 +8,7 @@ import torch
 
 from charlm._errors import UserError
 from charlm.lm.config import check_numbers
-from charlm.lm.data import SPLITS, Corpus
+from charlm.lm.corpus import Corpus
 from charlm.lm.memory import format_bytes, machine_bytes
 from charlm.lm.models import LanguageModel
 from charlm.lm.models.base import check_sampling
@@ -93,5 +93,4 @@ def _before_stop(row: list[int], stop_token: int | None) -> list[int]:
 
 def containing_splits(samples: list[str], corpus: Corpus) -> list[str]:
     """The splits that contain each sampled item, such as "train" or "train, dev"; "new" if none does."""
-    items = {split: set(corpus.parts[split]) for split in SPLITS}
-    return [", ".join(split for split in SPLITS if text in items[split]) or "new" for text in samples]
+    return [", ".join(splits) or "new" for splits in corpus.splits_containing(samples)]

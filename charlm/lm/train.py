@@ -29,7 +29,7 @@ from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
 from charlm.lm.evaluate import Evaluation, evaluate, predictions, rows_per_pass
-from charlm.lm.examples import Examples, Sequences
+from charlm.lm.examples import Examples, Sequences, sample_rows
 from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, Mixture, build_model
 from charlm.lm.models.dropout import sample_keys
@@ -42,12 +42,16 @@ from charlm.lm.token_noise import TokenNoise
 
 @dataclass(frozen=True)
 class Progress:
-    """One report of a run: the loss of `split` at `step` in nats per character, and the speed of its computation."""
+    """One report of a run: the loss of `split` at `step` in nats per character, and the speed of its computation.
+
+    `standard_error` is that of the loss if only a sample of the split was evaluated.
+    """
 
     step: int
     split: str
     nats: float
     tokens_per_second: float
+    standard_error: float | None = None
 
 
 Report = Callable[[str, float, float], None]  # split, nats, tokens per second
@@ -102,6 +106,7 @@ class Trainer:
         self.is_evaluation_due = False  # whether the weights after `step` have yet to be evaluated
         self.best_step: int | None = None
         self.best_nats: float | None = None
+        self.dev_error: float | None = None  # the standard error of the last evaluation, if it was of a sample
         self.best_weights = copy.deepcopy(self.model.state_dict())
         self._metrics: MetricsLog | None = None  # the log of the last `run`
         self._writing: Future[None] | None = None  # the checkpoint that is being written
@@ -137,7 +142,8 @@ class Trainer:
                 if self._metrics is not None:
                     self._metrics.write(self.step, split, nats, tokens_per_second)
                 if on_progress is not None:
-                    on_progress(Progress(self.step, split, nats, tokens_per_second))
+                    error = self.dev_error if split == "dev" else None
+                    on_progress(Progress(self.step, split, nats, tokens_per_second, error))
 
             if self.optimizer is None:
                 self._count(report)
@@ -397,7 +403,7 @@ class Trainer:
         if self.processes.stopping(stop)() is not None or result is None:
             return False
         result = self._of_all(result)
-        self.is_evaluation_due = False
+        self.is_evaluation_due, self.dev_error = False, result.standard_error
         seconds = time.perf_counter() - start
         if not math.isfinite(result.nats):
             remedy = "an --add-k closer to 1" if isinstance(self.model, CountModel) else "a lower --learning-rate"
@@ -427,11 +433,14 @@ class Trainer:
         """The evaluation of all shares."""
         if self.processes.size == 1:
             return result
-        nats, tokens = self.processes.sums(result.nats * result.tokens, result.tokens)
-        return replace(result, nats=nats / tokens, tokens=round(tokens))
+        # Of a sample the shares are strata, whose errors are independent.
+        error = math.inf if result.standard_error is None else result.standard_error * result.tokens
+        nats, tokens, variance = self.processes.sums(result.nats * result.tokens, result.tokens, error**2)
+        error = None if math.isinf(variance) else math.sqrt(variance) / tokens
+        return replace(result, nats=nats / tokens, tokens=round(tokens), standard_error=error)
 
     def _dev(self) -> Examples | Sequences:
-        return predictions(self.model, self.corpus, "dev").to(self.device)
+        return sample_rows(predictions(self.model, self.corpus, "dev"), self.config.eval_tokens).to(self.device)
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:

@@ -64,6 +64,11 @@ class Vocabulary:
         return len(self.chars) + self.separator
 
     @property
+    def table(self) -> np.ndarray:
+        """The token of each code point, -1 for one outside the vocabulary: (largest code point + 1,) int32."""
+        return self._table
+
+    @property
     def itos(self) -> list[str]:
         """The printed form of each token."""
         return [SEPARATOR_GLYPH, *self.chars] if self.separator else list(self.chars)

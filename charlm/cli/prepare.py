@@ -1,0 +1,118 @@
+"""`charlm prepare`: writes vocabulary and tokens of texts of any size into a folder that `charlm train -i` reads."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from charlm._errors import UserError
+from charlm.cli.common import new_console, progress_bar
+from charlm.lm.config import Config
+
+
+def prepare(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Text files, globs, or - for standard input: UTF-8 text, .jsonl or .parquet, also as .gz or .zst.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to create.", show_default=False)] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Data format: line (one item per line) or text. Default: guessed.")
+    ] = None,
+    split_seed: Annotated[int, typer.Option(help="Random seed of the 80/10/10 split.")] = Config.split_seed,
+    dedup: Annotated[bool, typer.Option("--dedup", help="Keep only the first of equal items.")] = Config.dedup,
+    column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
+    document_separator: Annotated[
+        str,
+        typer.Option(
+            help="Text between two documents, where the first does not end with it. Default: a newline.",
+            show_default=False,
+        ),
+    ] = "\n",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the corpus in the folder.")] = False,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Only remove the corpora that `charlm train` prepared by itself.")
+    ] = False,
+) -> None:
+    """Prepare texts of any size for training.
+
+    Write vocabulary, split and tokens into a folder, in little memory. `charlm train -i DIR` then starts at once.
+
+    An interrupted call goes on where it stopped if it is repeated.
+    """
+    from charlm.lm import cache
+    from charlm.lm.memory import format_bytes
+    from charlm.lm.prepare import Options, prepare
+    from charlm.lm.sources import find_inputs, text_of
+
+    if clear_cache:
+        size = cache.clear()
+        new_console().print(f"removed {cache.folder()} ({format_bytes(size) if size else 'it was empty'})")
+        return
+    if not files or output is None:
+        raise UserError("give the files to prepare, and the folder to create with -o")
+    paths = find_inputs(files)
+    console = new_console()
+    with _readable_twice(paths, output) as (readable, sources), progress_bar(output.name) as report:
+        manifest = prepare(
+            lambda: text_of(readable, column, document_separator),
+            output,
+            Options(format, split_seed, dedup),
+            name=", ".join(files[:3]) + (" …" if len(files) > 3 else ""),
+            sources=sources,
+            overwrite=overwrite,
+            report=report,
+        )
+    _show(console, output, manifest)
+
+
+def _show(console: Any, output: Path, manifest: dict[str, Any]) -> None:
+    line = manifest["format"] == "line"
+    unit = "items" if line else "characters"
+    sizes = {
+        split: part["last_item"] - part["first_item"] if line else part["stop"] - part["start"]
+        for split, part in manifest["splits"].items()
+    }
+    counts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
+    vocabulary = manifest["vocabulary"]
+    tokens = len(vocabulary["chars"]) + vocabulary["separator"]
+    console.print(
+        f"{output}: {sum(sizes.values()):,} {unit} ({manifest['format']} format); {counts}; {tokens:,} tokens in "
+        f"{manifest['tokens']['dtype']}, {len(manifest['tokens']['shards'])} shards; train with:\n"
+        f"charlm train -i {output}",
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _readable_twice(paths: list[Path], output: Path) -> Iterator[tuple[list[Path], list[dict[str, Any]]]]:
+    """The files, and what the manifest says of them; a stream is copied to a file without a name beside `output`."""
+    from charlm.lm.data import opened
+    from charlm.lm.files import naming
+    from charlm.lm.prepare import identify
+
+    if all(path.is_file() for path in paths):
+        yield paths, [identify(path) for path in paths]
+        return
+    (path,) = paths if len(paths) == 1 else _no_streams(paths)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output.parent) as spool:
+        with opened(path) as stream, naming(output):
+            shutil.copyfileobj(stream, spool, 1 << 20)
+            spool.flush()
+        size = spool.tell()
+        yield [Path(f"/proc/self/fd/{spool.fileno()}")], [{"path": str(path), "bytes": size, "modified": None}]
+
+
+def _no_streams(paths: list[Path]) -> list[Path]:
+    name = next(path for path in paths if not path.is_file())
+    raise UserError(f"{name} is not a file: only a single stream can be prepared")

@@ -1,0 +1,219 @@
+"""Reads text from files: plain, .gz, .zst, and the documents of .jsonl and .parquet, in pieces that fit into memory.
+
+A text file is one document. A line of a .jsonl file is a document, the string at the key `column` of its object; so is
+a row of a .parquet file, by the name of a column (needs pyarrow). Compressed .jsonl files are read too.
+
+    text_of      the text of several files, for `charlm prepare`
+    Documents    an iterator over documents, which divides them among ranks and workers, and can be resumed
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from charlm._errors import UserError
+from charlm.lm.data import STDIN, data_name, decode_blocks, opened
+
+BLOCK_BYTES = 1 << 20  # read at a time
+PARQUET_ROWS = 1024  # read at a time
+DEFAULT_COLUMN = "text"
+COMPRESSIONS = (".gz", ".zst")
+
+
+class Piece(NamedTuple):
+    """A part of a document."""
+
+    text: str
+    begins: bool  # whether it is the first of its document
+
+
+def find_inputs(patterns: Iterable[str]) -> list[Path]:
+    """The files that `patterns` name, in order; a pattern is a path, a glob, or "-" for standard input.
+
+    Raises:
+        UserError: A file does not exist, a glob finds none, or "-" is not alone.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path == STDIN or path.exists():
+            found.append(path)
+            continue
+        matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
+        if not matches:
+            has_glob = any(character in pattern for character in "*?[")
+            raise UserError(f"no file matches {pattern}" if has_glob else f"cannot read {pattern}: No such file")
+        found += matches
+    if STDIN in found and len(found) > 1:
+        raise UserError("- reads standard input, and cannot be combined with other files")
+    return found
+
+
+def text_of(paths: Sequence[Path], column: str = DEFAULT_COLUMN, separator: str = "\n") -> Iterator[str]:
+    """The text of all documents in pieces, with `separator` between two of them unless the first ends with it."""
+    ends_with = True
+    for path in paths:
+        for piece in pieces(path, column):
+            if piece.begins and not ends_with:
+                yield separator
+            if piece.text:
+                ends_with = piece.text.endswith(separator)
+                yield piece.text
+
+
+def pieces(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[Piece]:
+    """The documents of one file in pieces.
+
+    Raises:
+        UserError: The file cannot be read, is not UTF-8 or not of the format that its name says, or has no such column;
+            the message names the line of a .jsonl file.
+    """
+    name = data_name(path)
+    kind = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    if kind == ".parquet":
+        yield from _parquet_pieces(path, column)
+        return
+    with opened(path) as raw, _decompressed(raw, path) as file:
+        text = decode_blocks(iter(lambda: file.read(BLOCK_BYTES), b""), name)
+        if kind == ".jsonl":
+            yield from _json_pieces(text, name, column)
+        else:
+            for number, part in enumerate(text):
+                yield Piece(part, begins=number == 0)
+
+
+@contextmanager
+def _decompressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
+    """`file` as its name says it is compressed; damage becomes a UserError."""
+    damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
+    if path.suffix == ".zst":
+        _require("zstandard", path)
+        import zstandard
+
+        damage = (*damage, zstandard.ZstdError)
+        opener = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+        reader = cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", opener), BLOCK_BYTES))
+    else:
+        reader = cast("BinaryIO", gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+    try:
+        yield reader
+    except damage as error:
+        raise UserError(f"{path} is damaged or not a {path.suffix} file: {error}") from error
+
+
+def _json_pieces(text: Iterator[str], name: str, column: str) -> Iterator[Piece]:
+    for number, line in enumerate(_lines(text), 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {name}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not JSON: {error}") from error
+        if not isinstance(row, dict) or column not in row:
+            keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+            raise UserError(f"{where} has no column {column!r} (it has: {keys}): choose one with --column")
+        if not isinstance(row[column], str):
+            raise UserError(f"column {column!r} in {where} is {type(row[column]).__name__}, not text")
+        yield Piece(row[column], begins=True)
+
+
+def _lines(pieces: Iterator[str]) -> Iterator[str]:
+    rest: list[str] = []
+    for piece in pieces:
+        first, *others = piece.split("\n")
+        rest.append(first)
+        for line in others:
+            yield "".join(rest)
+            rest = [line]
+    yield "".join(rest)
+
+
+def _parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
+    _require("pyarrow", path)
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if column not in names:
+                raise UserError(f"{path} has no column {column!r} (it has: {', '.join(names)}): choose with --column")
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    if value is not None and not isinstance(value, str):
+                        raise UserError(f"column {column!r} of {path} is {type(value).__name__}, not text")
+                    if value is not None:
+                        yield Piece(value, begins=True)
+    except arrow.ArrowInvalid as error:
+        raise UserError(f"{path} is damaged or not a .parquet file: {error}") from error
+
+
+def _require(package: str, path: Path) -> None:
+    if find_spec(package) is None:
+        raise UserError(f'{path} needs the package {package}: pip install "charlm-kernels[data]"')
+
+
+class Documents:
+    """An iterator over the documents of files; each belongs to one rank and worker.
+
+    Args:
+        paths: The files, as `find_inputs` returns them.
+        column: The column of .jsonl and .parquet files.
+        part: The number of this reader, as rank × workers + worker.
+        parts: The number of all readers. Reader `part` takes every `parts`-th document of each file.
+        state: A `state` of an earlier reader of the same part, to go on behind its last document.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        column: str = DEFAULT_COLUMN,
+        *,
+        part: int = 0,
+        parts: int = 1,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        if not 0 <= part < parts:
+            raise UserError(f"part is {part}, but must be at least 0 and below {parts}, the number of parts")
+        self.paths = list(paths)
+        self.column = column
+        self.part = part
+        self.parts = parts
+        self._file, self._document = (state["file"], state["document"]) if state else (0, 0)
+
+    @property
+    def state(self) -> dict[str, int]:
+        """The file and the number in it of the next document, for JSON."""
+        return {"file": self._file, "document": self._document}
+
+    def __iter__(self) -> Iterator[str]:
+        for file in range(self._file, len(self.paths)):
+            if file != self._file:
+                self._file, self._document = file, 0
+            first = self._document
+            for number, text in enumerate(_whole(pieces(self.paths[file], self.column))):
+                if number >= first and (number + file) % self.parts == self.part:
+                    self._document = number + 1
+                    yield text
+
+
+def _whole(pieces: Iterator[Piece]) -> Iterator[str]:
+    """The documents of which `pieces` are parts."""
+    parts: list[str] = []
+    for piece in pieces:
+        if piece.begins and parts:
+            yield "".join(parts)
+            parts = []
+        parts.append(piece.text)
+    if parts:
+        yield "".join(parts)
