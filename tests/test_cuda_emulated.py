@@ -56,6 +56,12 @@ SLOW = ("float16_gradients_survive", "first_of_equal_largest", "float16_waits", 
 FEW_TESTS = (*KERNEL_TESTS, "-k", " and ".join(f"not {name}" for name in (*SLOW, FIRST_BAD_TARGET)))
 EVERY_CASE = ("-m", "")
 DEVICE_TESTS = ("tests/test_cuda.py",)
+DISTRIBUTED_TESTS = (
+    "tests/test_vocab_parallel.py",
+    "tests/test_distributed_calls.py",
+    "tests/test_distributed_sharding.py",
+    *("-k", "not compile and not 4"),
+)
 SAMPLE_TESTS = tuple(
     f"tests/test_{op}.py"
     for op in ("cross_entropy", "embedding", "embedding_linear", "entropy", "kl_div", "kl_divergence")
@@ -99,7 +105,7 @@ RUNS = (
     Run("ops_forward", "plain", "forward", (*OPS_TESTS, *EVERY_CASE), exhaustive=True),
     Run("kernels_of_few_blocks", "plain", "reverse", FEW_TESTS, exhaustive=True, few_blocks=True),
     Run("ops_random", "plain", "random", OPS_TESTS, 6, exhaustive=True),
-    Run("vocab_parallel_forward", "plain", "forward", ("tests/test_vocab_parallel.py",), exhaustive=True),
+    Run("distributed_forward", "plain", "forward", DISTRIBUTED_TESTS, exhaustive=True),
     Run("device_tests_forward", "plain", "forward", DEVICE_TESTS, exhaustive=True),
     Run("kernels_of_sm_80", "plain", "forward", FEW_TESTS, exhaustive=True, capability=80),
     *(

@@ -212,7 +212,7 @@ def test_a_model_that_is_counted_on_disk_has_the_same_tables(format, smoothing, 
 def test_tables_that_do_not_fit_in_the_memory_are_refused_with_their_size():
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 256, 400_000).astype(np.uint8))
     model = NGram(256, 2, order=3)
-    examples = text_examples(tokens, 0, 2, 0)
+    examples = text_examples(Stream(tokens, 0, 0), 2)
     with pytest.raises(UserError, match="460,836 distinct n-grams, whose tables need 51,613,632 bytes, but memory"):
         model.fit(examples, memory=2**25)
     assert len(model.ngram_keys) == 0

@@ -9,6 +9,7 @@ A Tensor subclass with `__torch_function__` overrides these functions as it over
 A call goes to the dispatcher through the compiled module; under torch.compile and torch.export it goes through
 `torch.ops.charlm`, which they can record. Tensors that the kernels do not know (another device, a sparse layout, a
 subclass that implements only torch's own ops) take `charlm.reference`, as all tensors do with CHARLM_BACKEND=reference.
+A DTensor takes the kernels on its local shard, where `charlm.distributed.sharding` has a rule for its placements.
 """
 
 from typing import TYPE_CHECKING

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks, reference
 
-from .kernels import _C, have_kernels
+from .kernels import _C, by_sharding_rule, have_kernels
 from .outputs import CrossEntropyOutput
 
 AllIgnored: TypeAlias = Literal["nan", "zero"]
@@ -111,6 +111,7 @@ def cross_entropy(
         inplace: permission to overwrite the logits with their gradient, which saves a tensor of their size. None: the
             logits are not changed. "backward": backward overwrites them. "forward": the call itself overwrites them,
             for "mean" and "sum"; float16 logits wait for backward, since the scale of the loss must be known first.
+            The logits of a DTensor are not overwritten.
         return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: also return this metric, in a
             `CrossEntropyOutput`.
 
@@ -258,19 +259,18 @@ def cross_entropy(
             "or return lse and entropy under torch.no_grad()"
         )
     if not has_kernels:
-        result = reference.cross_entropy(
-            input,
-            target,
-            weight,
-            reduction=reduction,
-            token_weight=token_weight,
-            inplace=inplace,
-            return_lse=return_lse,
-            return_entropy=return_entropy,
-            return_predicted_tokens=return_predicted_tokens,
-            return_token_accuracy=return_token_accuracy,
-            **options.keywords(),
-        )
+        keywords = options.keywords() | {
+            "reduction": reduction,
+            "inplace": inplace,
+            "return_lse": return_lse,
+            "return_entropy": return_entropy,
+            "return_predicted_tokens": return_predicted_tokens,
+            "return_token_accuracy": return_token_accuracy,
+        }
+        result = by_sharding_rule("cross_entropy", tensors, **keywords)
+        if result is not NotImplemented:
+            return result
+        result = reference.cross_entropy(input, target, weight, token_weight=token_weight, **keywords)
         return CrossEntropyOutput(*result) if returns else result
     arguments = options.schema_arguments()
     if not returns:

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks, reference
 
-from .kernels import _C, have_kernels
+from .kernels import _C, by_sharding_rule, have_kernels
 
 
 def embedding(
@@ -78,6 +78,11 @@ def embedding(
     row = _checks.padding_row("embedding", padding_idx, weight.size(0)) if weight.dim() > 0 else -1
     if not has_kernels:
         padding_idx = None if padding_idx is None else row
+        rows = by_sharding_rule(
+            "embedding", (input, weight), padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse
+        )
+        if rows is not NotImplemented:
+            return rows
         return reference.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
     return torch.ops.charlm.embedding.default(weight, input, row, scale_grad_by_freq, sparse)
 

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from charlm import _checks, reference
 from charlm._checks import ACTIVATIONS, PLANS, activation_and_plan
 
-from .kernels import _C, have_kernels
+from .kernels import _C, by_sharding_rule, have_kernels
 from .outputs import EmbeddingLinearOutput
 
 Activation: TypeAlias = Literal["none", "tanh", "relu", "gelu"]
@@ -129,9 +129,16 @@ def embedding_linear(
             row = _checks.padding_row("embedding_linear", padding_idx, embedding_weight.size(0))
         if not has_kernels:
             padding_idx = None if padding_idx is None else row
-            result = reference.embedding_linear(
-                *tensors, padding_idx=padding_idx, activation=activation, plan=plan, return_plan=return_plan
-            )
+            options = {
+                "padding_idx": padding_idx,
+                "activation": activation,
+                "plan": plan,
+                "return_plan": return_plan,
+            }
+            result = by_sharding_rule("embedding_linear", tensors, **options)
+            if result is not NotImplemented:
+                return result
+            result = reference.embedding_linear(*tensors, **options)
             return EmbeddingLinearOutput(*result) if return_plan else result
         output = torch.ops.charlm.embedding_linear.default(*tensors, row, *numbers)[0]
     if not return_plan:

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from charlm import reference
 
-from .kernels import _C, have_kernels
+from .kernels import _C, by_sharding_rule, have_kernels
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -50,5 +50,6 @@ def entropy(logits: Tensor) -> Tensor:
         if result is not NotImplemented:
             return result
     if not have_kernels("entropy", ("logits",), (logits,)):
-        return reference.entropy(logits)
+        result = by_sharding_rule("entropy", (logits,))
+        return reference.entropy(logits) if result is NotImplemented else result
     return torch.ops.charlm.entropy.default(logits)[0]

@@ -1,7 +1,8 @@
-"""The decision whether a call uses the kernels or the reference."""
+"""The decision whether a call uses the kernels, the sharding rule of its op, or the reference."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ def have_kernels(function: str, names: tuple[str, ...], tensors: tuple[Any, ...]
         return _C.have_kernels(function, names, tensors)
     _checks.tensors(function, names, tensors)
     return _C is not None and all(tensor is None or _is_supported(tensor) for tensor in tensors)
+
+
+def by_sharding_rule(function: str, tensors: tuple[Any, ...], **options: Any) -> Any:
+    """The result of a call with a DTensor among its tensors, by the rule in `charlm.distributed.sharding`.
+
+    Returns:
+        NotImplemented without a DTensor, and for placements that the rule does not know.
+    """
+    module = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before it is imported
+    if module is None or not any(isinstance(tensor, module.DTensor) for tensor in tensors):
+        return NotImplemented
+    from charlm.distributed import sharding
+
+    return getattr(sharding, function)(*tensors, **options)
 
 
 def _is_supported(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from charlm import _checks
 
-from .kernels import _C, have_kernels
+from .kernels import _C, by_sharding_rule, have_kernels
 
 
 def kl_div(
@@ -90,6 +90,10 @@ def kl_div(
             "by the batch size alone, which gives the KL divergence.",
             stacklevel=2,
         )
+    if not (has_kernels or is_legacy):
+        result = by_sharding_rule("kl_div", (input, target), reduction=reduction, log_target=log_target)
+        if result is not NotImplemented:
+            return result
     if not (has_kernels and input.is_floating_point() and target.is_floating_point()) or (
         is_legacy and reduction == "batchmean"  # torch applies both divisors
     ):

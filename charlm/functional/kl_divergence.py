@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from charlm import _checks, reference
 
 from .broadcasting import broadcast_shapes, result_dtype, upcast
-from .kernels import _C, have_kernels
+from .kernels import _C, by_sharding_rule, have_kernels
 
 Kind: TypeAlias = Literal["logits", "log_probs", "probs"]
 
@@ -65,6 +65,9 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind
     _checks.choice("p_kind", p_kind, _checks.KINDS)
     _checks.choice("q_kind", q_kind, _checks.KINDS)
     if not has_kernels:
+        result = by_sharding_rule("kl_divergence", (p, q), p_kind=p_kind, q_kind=q_kind)
+        if result is not NotImplemented:
+            return result
         return reference.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind)
     if p.shape == q.shape and p.dtype == q.dtype:
         result = _kl_div(p, q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind])

@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from charlm import _checks
 
 from .cross_entropy import AllIgnored, CrossEntropyOptions, cross_entropy
-from .kernels import _C, have_kernels
+from .kernels import _C, by_sharding_rule, have_kernels
 from .outputs import CrossEntropyOutput
 
 if TYPE_CHECKING:
@@ -203,7 +203,22 @@ def linear_cross_entropy(
         )
     has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
     budget = 0 if memory_budget is None else _checks.memory_budget(memory_budget)
-    if shift is not False and (positions := _checks.shift(shift)):
+    positions = 0 if shift is False else _checks.shift(shift)
+    if not has_kernels:
+        result = by_sharding_rule(
+            "linear_cross_entropy",
+            tensors,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            shift=positions,
+            memory_budget=memory_budget,
+            **{name: value for name, value in extras.items() if name != "token_weight"},
+        )
+        if result is not NotImplemented:
+            return result
+    if positions:
         return _shifted(
             positions,
             input,
