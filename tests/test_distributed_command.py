@@ -53,6 +53,7 @@ def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
 # ---- the end of a rank
 
 
+@pytest.mark.exhaustive
 def test_a_killed_rank_costs_a_restart_and_changes_nothing(tmp_path: Path, data: Path) -> None:
     """CHARLM_KILLS=20 kills 20 times."""
     steps, interval = 200 + 100 * KILLS, 40
@@ -107,6 +108,7 @@ def test_a_terminated_run_is_saved_once_and_goes_on_in_one_process(tmp_path: Pat
     assert checkpoint.load(tmp_path / "run").step == saved.step + 5
 
 
+@pytest.mark.exhaustive
 def test_a_rank_that_hangs_is_named_by_the_others(tmp_path: Path, data: Path) -> None:
     flags = ("-i", data, "-o", tmp_path / "run", *SMALL[:-1], 4, "--max-steps", 10**6, "--eval-interval", 50)
     processes = start(3, *flags)

@@ -214,7 +214,7 @@ def both(failures: Failures, world: int) -> None:
 PARTS: dict[int, list[Part]] = {2: [parallel_styles, checkpointing, data_parallel], 4: [parallel_styles, both]}
 
 
-@pytest.mark.parametrize("world", PARTS)
+@pytest.mark.parametrize("world", [pytest.param(n, marks=[] if n == 2 else pytest.mark.exhaustive) for n in PARTS])
 def test_modules_train_on_several_processes_as_on_one(world: int, tmp_path: Path) -> None:
     for part, failures in run_parts(PARTS[world], world, tmp_path).items():
         assert failures == {}, part

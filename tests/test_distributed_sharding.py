@@ -170,7 +170,7 @@ def all_samples(failures: Failures, world: int) -> None:
 PARTS: dict[int, list[Part]] = {1: [in_float32], 2: [in_float32, in_other_dtypes], 4: [in_float32, on_two_dimensions]}
 
 
-@pytest.mark.parametrize("world", PARTS)
+@pytest.mark.parametrize("world", [pytest.param(n, marks=[] if n == 2 else pytest.mark.exhaustive) for n in PARTS])
 def test_sharded_tensors_give_what_one_process_gives(world: int, tmp_path: Path) -> None:
     for part, failures in run_parts(PARTS[world], world, tmp_path).items():
         assert failures == {}, part

@@ -49,7 +49,12 @@ CASES = {
         ("gpt", "float64", "fsdp", 20),
     ],
 }
-ALL_CASES = [(size, *case) for size, cases in CASES.items() for case in cases]
+FEW = {(2, "mlp", "float32", "ddp", 200), (2, "gpt", "float32", "fsdp", 200)}
+ALL_CASES = [
+    pytest.param(size, *case, marks=[] if (size, *case) in FEW else [pytest.mark.exhaustive])
+    for size, cases in CASES.items()
+    for case in cases
+]
 
 
 def losses(directory: Path) -> list[tuple[int, str, float]]:
@@ -76,17 +81,20 @@ def train(name: str, dtype: str, parallel: str, steps: int, directory: Path) -> 
     return trainer.step, trainer.best_step, trainer.best_nats
 
 
-def train_all(size: int, folder: str) -> list[Any]:
-    return [train(*case, Path(folder, "-".join(map(str, case)))) for case in CASES[size]]
+def train_all(cases: list[tuple[str, str, str, int]], folder: str) -> list[Any]:
+    return [train(*case, Path(folder, "-".join(map(str, case)))) for case in cases]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a folder per number of processes, which has a run per case."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a folder per number of processes, which has a run per selected case."""
     folder = tmp_path_factory.mktemp("runs")
+    here = [item for item in request.session.items if item.path == request.path]
+    selected = {tuple(item.callspec.params.values()) for item in here if hasattr(item, "callspec")}
     for size in CASES:
-        ends = results_of_processes(size, folder / str(size), train_all, size, str(folder / str(size)))
-        assert all(end == ends[0] for end in ends)
+        if cases := [case for case in CASES[size] if (size, *case) in selected]:
+            ends = results_of_processes(size, folder / str(size), train_all, cases, str(folder / str(size)))
+            assert all(end == ends[0] for end in ends)
     return folder
 
 
@@ -128,6 +136,7 @@ def train_parts(folder: str, stop: int) -> None:
         trainer.run(stop=StopAt(trainer, stop))
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     runs, whole = str(tmp_path / "runs"), str(tmp_path / "whole")
     train_parts(whole, 1000)

@@ -17,6 +17,7 @@ from charlm.lm.data import build_corpus
 from charlm.lm.evaluate import evaluate
 from charlm.lm.examples import Examples, text_examples
 from charlm.lm.models import Bigram, NGram, Unigram, ngram
+from charlm.lm.stream import Stream
 from charlm.lm.train import Trainer
 
 NAMES = "anna\nada\nbea\nbab\nnan\nabba\ndaphne\nhannah\n" * 3 + "zoe\nemma\nmia\nada\nalexandra\n"

@@ -30,7 +30,7 @@ from charlm.testing import (
 from tests.cuda_emulator.ops import run_cpu_ops_on_emulator
 
 EMULATED = os.environ.get("CHARLM_CUDA_EMULATED")
-WORLDS = (1, 2, 4)
+ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 Check = Callable[[], None]
 
 
@@ -78,9 +78,8 @@ def is_supported(sample: SampleInput) -> bool:
     return input.dim() > 1 and not target.is_floating_point() and target.shape == input.shape[:1] + input.shape[2:]
 
 
-def of_samples() -> Iterator[tuple[str, Check]]:
-    all_dtypes = dist.get_world_size() == 2
-    for dtype in (torch.float32, torch.float64, torch.bfloat16) if all_dtypes else (torch.float32,):
+def of_samples(dtypes: tuple[torch.dtype, ...]) -> Iterator[tuple[str, Check]]:
+    for dtype in dtypes:
         for sample in sample_inputs_cross_entropy(dtype):
             if is_supported(sample):
                 sample.arguments.pop("inplace", None)
@@ -276,7 +275,7 @@ PROPERTIES: dict[str, Check] = {
 }
 
 
-def work(rank: int, world: int, folder: str) -> None:
+def work(rank: int, world: int, dtypes: tuple[torch.dtype, ...], folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if EMULATED:
@@ -285,7 +284,7 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=timeout)
     failures: dict[str, str] = {}
     count = 0
-    for name, check in (*of_samples(), *PROPERTIES.items()):
+    for name, check in (*of_samples(dtypes), *PROPERTIES.items()):
         torch.manual_seed(0)
         count += 1
         try:
@@ -300,9 +299,18 @@ def work(rank: int, world: int, folder: str) -> None:
     os._exit(0)  # see test_fsdp.py
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_losses_of_divided_classes_equal_those_of_one_process(world: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (world, str(tmp_path)), nprocs=world)
+@pytest.mark.parametrize(
+    ("world", "dtypes"),
+    [
+        (2, (torch.float32,)),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((1, ALL_DTYPES), (2, ALL_DTYPES[1:]))),
+        pytest.param(4, (torch.float32,), marks=pytest.mark.exhaustive),
+    ],
+)
+def test_losses_of_divided_classes_equal_those_of_one_process(
+    world: int, dtypes: tuple[torch.dtype, ...], tmp_path: Path
+) -> None:
+    torch.multiprocessing.spawn(work, (world, dtypes, str(tmp_path)), nprocs=world)
     for rank in range(world):
         count, failures = torch.load(tmp_path / f"{rank}.pt")
         assert count > 50

@@ -226,7 +226,9 @@ def _leave() -> None:
 def _seconds_to_answer(error: RuntimeError) -> float | None:
     """How long to wait for other processes after `error`; None if it is not one of communication."""
     text = str(error)
-    if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+    # gloo's errors name its sources, but for the one of a collective that another thread finds timed out.
+    is_gloo = "gloo" in text or text == "Application timeout caused pair closure"
+    if not (isinstance(error, dist.DistError) or is_gloo or "NCCL" in text):
         return None
     timed_out = "imed out" in text or "imeout" in text
     return SECONDS_TO_ANSWER if timed_out else SECONDS_TO_END
