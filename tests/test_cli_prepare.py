@@ -178,6 +178,7 @@ def test_a_disk_that_fills_is_one_sentence_and_leaves_nothing(tmp_path, text):
     assert [path.name for path in tmp_path.iterdir()] == ["data.txt"]
 
 
+@pytest.mark.exhaustive
 def test_a_killed_call_is_finished_by_the_next(tmp_path):
     path = tmp_path / "data.txt"
     path.write_text(VERSE * 2500)  # 12 MB
@@ -232,6 +233,7 @@ def test_a_damaged_entry_is_prepared_again(names, tmp_path, own_cache):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.mark.exhaustive
 def test_of_two_processes_one_prepares_a_file_and_both_train_on_it(tmp_path):
     path = tmp_path / "data.txt"
     path.write_text(VERSE * 300)

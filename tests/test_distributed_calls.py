@@ -356,6 +356,7 @@ def all_compiled(failures: Failures, world: int) -> None:
 PARTS = [collectives, other_calls, pending, left_to_torch, errors, compiled]
 
 
+@pytest.mark.exhaustive
 def test_calls_on_two_processes(tmp_path: Path) -> None:
     for part, failures in run_parts(PARTS, 2, tmp_path).items():
         assert failures == {}, part

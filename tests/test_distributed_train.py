@@ -91,8 +91,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("runs")
     here = [item for item in request.session.items if item.path == request.path]
     selected = {tuple(item.callspec.params.values()) for item in here if hasattr(item, "callspec")}
-    for size in CASES:
-        if cases := [case for case in CASES[size] if (size, *case) in selected]:
+    for size, all_cases in CASES.items():
+        if cases := [case for case in all_cases if (size, *case) in selected]:
             ends = results_of_processes(size, folder / str(size), train_all, cases, str(folder / str(size)))
             assert all(end == ends[0] for end in ends)
     return folder

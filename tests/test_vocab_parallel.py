@@ -302,8 +302,8 @@ def work(rank: int, world: int, dtypes: tuple[torch.dtype, ...], folder: str) ->
 @pytest.mark.parametrize(
     ("world", "dtypes"),
     [
-        (2, (torch.float32,)),
-        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((1, ALL_DTYPES), (2, ALL_DTYPES[1:]))),
+        (2, ()),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ((1, ALL_DTYPES), (2, ALL_DTYPES))),
         pytest.param(4, (torch.float32,), marks=pytest.mark.exhaustive),
     ],
 )
@@ -313,6 +313,6 @@ def test_losses_of_divided_classes_equal_those_of_one_process(
     torch.multiprocessing.spawn(work, (world, dtypes, str(tmp_path)), nprocs=world)
     for rank in range(world):
         count, failures = torch.load(tmp_path / f"{rank}.pt")
-        assert count > 50
+        assert count > (50 if dtypes else 5)
         text = "\n".join(f"rank {rank}, {name}:\n{error}" for name, error in failures.items())
         assert not failures, f"{len(failures)} of {count} cases:\n{text[-6000:]}"
