@@ -360,3 +360,32 @@ def test_user_error_is_a_value_error_of_charlm(tmp_path):
     assert f"{UserError.__module__}.{UserError.__qualname__}" == "charlm.UserError"
     with pytest.raises(charlm.UserError, match="there is no checkpoint"):
         charlm.load(tmp_path)
+
+
+def test_an_ngram_that_is_counted_on_disk_is_the_one_that_is_counted_in_memory(tmp_path, data):
+    flags = ("-i", data, "--type", "ngram", "--order", 4)
+    succeeds("train", "-o", tmp_path / "memory", *flags)
+    succeeds("train", "-o", tmp_path / "disk", *flags, "--memory", "20MB")
+    found, expected = (checkpoint.load(tmp_path / name).weights for name in ("disk", "memory"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--type", "ngram", "--memory", "lots"), "memory is 'lots', but must be a size such as 2GB"),
+        (("--type", "ngram", "--memory", "1MB"), "memory is 1000000 bytes, but must be at least"),
+        (("--memory", "1GB"), "--memory bounds the counting of type ngram"),
+    ],
+)
+def test_a_bound_of_memory_that_cannot_be_kept_is_refused(tmp_path, data, flags, words):
+    assert words in fails("train", "-i", data, "-o", tmp_path / "run", *flags)
+    assert not checkpoint.exists(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("5", 5), ("2GB", 2 * 10**9), ("64 MiB", 2**26), ("1.5kb", 1500), ("7b", 7)]
+)
+def test_sizes_have_units_of_bytes(text, count):
+    assert memory.parse_bytes(text) == count

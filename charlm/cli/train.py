@@ -103,6 +103,10 @@ def train(
     order: Annotated[int, option(MODEL, "Order of the ngram model; its context is order - 1.")] = DEFAULT.order,
     smoothing: Annotated[str, option(MODEL, "Smoothing of ngram: kneser-ney or add-k.")] = DEFAULT.smoothing,
     add_k: Annotated[float, option(MODEL, "Constant added to the counts of count models.")] = DEFAULT.add_k,
+    memory: Annotated[
+        str | None,
+        option(MODEL, "Most memory for counting the n-grams of type ngram, such as 2GB; the rest goes to disk."),
+    ] = None,
     max_steps: Annotated[int, option(TRAINING, "Number of optimizer steps.", by_type="max_steps")] = DEFAULT.max_steps,
     batch_size: Annotated[
         int,
@@ -212,7 +216,7 @@ def train(
                 check_options(saved.config.type, given)
                 config = _resumed_config(saved.config, given)
             assert config is not None
-            _run(config, input_file, work_dir, saved, force, not no_cache, processes, parallel)
+            _run(config, input_file, work_dir, saved, force, not no_cache, processes, parallel, memory)
 
 
 @contextmanager
@@ -293,15 +297,19 @@ def _run(
     cache: bool,
     processes: Processes,
     parallel: str,
+    memory: str | None,
 ) -> None:
     """Trains until the end or a signal, and prints the result."""
     from charlm.lm.display import ProgressReport
-    from charlm.lm.memory import check_fits
+    from charlm.lm.memory import check_fits, parse_bytes
     from charlm.lm.parallel import check_parallel
     from charlm.lm.processes import is_under_torchrun
     from charlm.lm.train import StopRequest, Trainer, usable_device
 
     check_parallel(parallel, config, processes)
+    if memory is not None and config.type != "ngram":
+        raise UserError(f"--memory bounds the counting of type ngram; the {config.type} does not have it")
+    bound = None if memory is None else parse_bytes(memory)
     console = new_console()
     console.quiet = processes.rank != 0
     corpus = corpus_of(config, input_file, cache)
@@ -311,7 +319,7 @@ def _run(
     if not force:
         check_fits(config, corpus, usable_device(processes.device(config.device)))
     processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
-    trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel)
+    trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound)
     _print_model(console, config, corpus, trainer)
     stop = StopRequest(ignores_repeats=is_under_torchrun())
     lost: list[str] = []  # the reason why the output cannot be written

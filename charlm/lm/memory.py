@@ -6,6 +6,7 @@ The estimate is right within a factor of two for runs that take most of a machin
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -95,6 +96,21 @@ def check_fits(config: Config, corpus: Corpus, device: torch.device) -> None:
             f"memory, but {device} has {format_bytes(found)}: make --block-size, --batch-size, "
             "--gradient-accumulation-steps or the model smaller, or train anyway with --force"
         )
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """The number of bytes that `text` says: "2GB", "500 MB", "1.5GiB" or a number of bytes.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS:
+        raise UserError(f"memory is {text!r}, but must be a size such as 2GB, 500MB or 64MiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def format_bytes(count: int) -> str:

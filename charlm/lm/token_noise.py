@@ -8,6 +8,7 @@ from torch import Tensor
 from charlm.lm.models.dropout import in_layer, random_bits
 
 LAYER = -1  # of the keys: the layers of models count from 0
+COUNTED_TOKENS = 1 << 24  # at a time
 
 
 class TokenNoise:
@@ -15,7 +16,10 @@ class TokenNoise:
 
     def __init__(self, probability: float, tokens: Tensor, vocab_size: int) -> None:
         self.probability = probability
-        self.counts = torch.bincount(tokens, minlength=vocab_size).cumsum(0)  # (V,) int64, up to each token
+        counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
+        for part in tokens.split(COUNTED_TOKENS):  # bincount copies its input in int64
+            counts += torch.bincount(part, minlength=vocab_size)
+        self.counts = counts.cumsum(0)  # (V,) int64, up to each token
 
     def __call__(self, idx: Tensor, keys: Tensor) -> Tensor:
         """idx (B, T), keys (B,) int64 → (B, T) with noise that is a function of the keys and the position."""

@@ -31,7 +31,7 @@ from charlm.lm.data import Corpus
 from charlm.lm.evaluate import Evaluation, evaluate, predictions, rows_per_pass
 from charlm.lm.examples import Examples, Sequences, sample_rows
 from charlm.lm.metrics import MetricsLog
-from charlm.lm.models import CountModel, Mixture, build_model
+from charlm.lm.models import CountModel, Mixture, NGram, build_model
 from charlm.lm.models.dropout import sample_keys
 from charlm.lm.optimizer import build_optimizer, learning_rate_at
 from charlm.lm.parallel import SharedLoss, check_parallel, distribute, gathered, is_sharded, scattered
@@ -67,6 +67,8 @@ class Trainer:
         resumed: The checkpoint to resume from; None starts a new run.
         processes: The processes that train this run together, each with a trainer of equal arguments.
         parallel: "ddp" replicates the model in each process, "fsdp" shards that of type gpt over them.
+        memory: The most bytes for counting the n-grams of an `NGram`, with sorted runs in `directory`; None counts in
+            memory.
 
     Raises:
         UserError: `resumed` was trained on other data, the device cannot be used, or the processes cannot train this
@@ -82,12 +84,14 @@ class Trainer:
         *,
         processes: Processes | None = None,
         parallel: str = "ddp",
+        memory: int | None = None,
     ) -> None:
         self.processes = processes or Processes()
         check_parallel(parallel, config, self.processes)
         self.config = config
         self.corpus = corpus
         self.directory = directory
+        self.memory = memory
         self.device = usable_device(self.processes.device(config.device))
         vocabulary = corpus.vocabulary
         self.model_config = config.model_config(len(vocabulary), vocabulary.pad_token)
@@ -246,9 +250,22 @@ class Trainer:
     def _count(self, report: Report) -> None:
         """Trains a count model; this takes one step, which cannot be interrupted and resumed."""
         if self.step < self.config.max_steps:
-            self.model.fit(predictions(self.model, self.corpus, "train").to(self.device))
+            rows = predictions(self.model, self.corpus, "train").to(self.device)
+            if isinstance(self.model, NGram) and self.memory is not None:
+                self._count_on_disk(self.model, rows, self.memory)
+            else:
+                self.model.fit(rows)
             self.step = self.config.max_steps
             self._evaluate_and_save(self._dev(), report, StopRequest())
+
+    def _count_on_disk(self, model: NGram, rows: Examples | Sequences, memory: int) -> None:
+        assert isinstance(rows, Examples)
+        try:
+            model.fit(rows, memory=memory, directory=self.directory)
+        except UserError:  # a ValueError too
+            raise
+        except ValueError as error:  # too little memory
+            raise UserError(str(error)) from error
 
     def _optimize(
         self,
