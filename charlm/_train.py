@@ -61,14 +61,19 @@ def train(
         raise TypeError("train() takes an iterable of documents, not str")
     config = Config.of_type(type, **options)
     check_options(type, options)
-    run = Path(directory)
+    run = Path(directory).resolve()
     corpus_folder = run.with_name(f"{run.name}-corpus")
-    if checkpoint.exists(run) and not overwrite:
-        raise UserError(f"{run} already contains a trained model: overwrite=True replaces it")
-    split = Options(config.format, config.split_seed, config.dedup)
-    prepare_documents(documents, corpus_folder, split, separator=separator, overwrite=overwrite)
-    corpus = shards.load(corpus_folder)
-    config = replace(config, input_file=str(corpus_folder.resolve()), format=corpus.format)
     with locked(run):
+        if foreign := checkpoint.foreign_files(run):
+            raise UserError(
+                f"{run} contains files that charlm did not write, such as {foreign[0]}: choose another folder"
+            )
+        for folder, found in ((run, checkpoint.exists(run)), (corpus_folder, corpus_folder.exists())):
+            if found and not overwrite:
+                raise UserError(f"{folder} is that of an earlier run: overwrite=True replaces it")
+        split = Options(config.format, config.split_seed, config.dedup)
+        prepare_documents(documents, corpus_folder, split, separator=separator, overwrite=overwrite)
+        corpus = shards.load(corpus_folder)
+        config = replace(config, input_file=str(corpus_folder), format=corpus.format)
         Trainer(config, corpus, run).run()
     return load(run, config.device)

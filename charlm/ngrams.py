@@ -102,6 +102,8 @@ def as_tokens(text: Tokens) -> np.ndarray:
         raise TypeError(f"expected tokens of an integer dtype, but got {tokens.dtype}")
     if tokens.ndim != 1:
         raise ValueError(f"expected tokens of one dimension, but got shape {tokens.shape}")
+    if tokens.strides[0] % tokens.itemsize or not tokens.flags.aligned:  # a field of a structured array
+        tokens = tokens.copy()
     if tokens.dtype in (np.uint8, np.uint16, np.uint32):
         return tokens
     if tokens.dtype in (np.int8, np.int16, np.int32) and tokens.min(initial=0) >= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from charlm import _ext
 from charlm._errors import UserError
+from charlm.lm import prepare as prepare_module
 from charlm.lm import shards
 from charlm.lm.config import Config
 from charlm.lm.data import SPLITS, TextCorpus, build_corpus, decode_text, guess_format
@@ -252,3 +254,52 @@ def test_a_manifest_of_a_later_version_is_a_user_error(prepared):
     rewrite(prepared, lambda manifest: manifest.update(format_version=99))
     with pytest.raises(UserError, match="format version 99"):
         load(prepared)
+
+
+# ---- what is not ours, and what is continued
+
+
+def test_documents_that_differ_do_not_continue_a_preparation_that_was_killed(tmp_path, monkeypatch):
+    documents = [f"document {i} of many" for i in range(3000)]
+
+    class Killed(BaseException):
+        pass
+
+    def report(stage, done, total):
+        if stage == "encoding" and done > 20_000:
+            raise Killed
+
+    folder = tmp_path / "corpus"
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "prepare", partial(prepare, report=report))
+        with pytest.raises(Killed):
+            prepare_module.prepare_documents(iter(documents), folder, Options("text"))
+    assert (tmp_path / ".corpus.partial").exists()
+    prepare_module.prepare_documents(documents[::-1], folder, Options("text"))
+    assert load(folder).digest == build_corpus("\n".join(documents[::-1]), format="text").digest
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_overwriting_keeps_what_is_not_a_part_of_the_corpus(prepared):
+    (prepared / "out").mkdir()
+    with pytest.raises(UserError, match="contains more than a prepared corpus, such as out"):
+        prepare(in_pieces(NAMES), prepared, Options(), overwrite=True)
+    (prepared / "out").rmdir()
+    backup = prepared.with_name(f".{prepared.name}.old")
+    backup.mkdir()
+    prepare(in_pieces(VERSE), prepared, Options(), overwrite=True)
+    assert load(prepared).format == "text"
+    assert sorted(path.name for path in prepared.parent.iterdir()) == sorted([backup.name, prepared.name])
+
+
+def test_a_link_to_a_folder_is_filled(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    prepare(in_pieces(VERSE), tmp_path / "link", Options())
+    assert (tmp_path / "link").is_symlink()
+    assert load(tmp_path / "disk").format == "text"
+
+
+def test_few_items_are_taken_at_a_time_where_they_are_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "TAKEN_TOKENS", 50)
+    assert_equal(*both(NAMES + "x" * 300 + "\n", tmp_path / "corpus", format="line"))

@@ -162,7 +162,7 @@ def test_training_takes_documents_that_can_be_read_once(tmp_path):
     other = charlm.load(tmp_path / "other").model.state_dict()
     assert all(torch.equal(tensor, other[name]) for name, tensor in model.model.state_dict().items())
     assert "dev" in succeeds("eval", tmp_path / "run")
-    with pytest.raises(UserError, match="already contains a trained model"):
+    with pytest.raises(UserError, match="is that of an earlier run: overwrite=True"):
         charlm.train(names, tmp_path / "run", **TINY)
     charlm.train(names, tmp_path / "run", overwrite=True, **TINY)
 
@@ -189,3 +189,23 @@ def test_documents_that_are_no_text_are_a_type_error(tmp_path):
         with pytest.raises(TypeError, match="str"):
             charlm.train(documents, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_is_refused_and_newlines_are_plain(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(r'{"text": "one\r\ntwo\rthree"}' + "\n")
+    assert "".join(text_of([path])) == "one\ntwo\nthree"
+    path.write_text(r'{"text": "cut \ud83d"}' + "\n")
+    with pytest.raises(UserError, match=r"line 1 of .* is not text"):
+        list(text_of([path]))
+    with pytest.raises(UserError, match="document 1 is not text"):
+        charlm.train(["whole", "cut \ud83d"], tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_a_folder_of_others_is_not_written_over(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"such as notes\.txt"):
+        charlm.train(["one", "two", "three"], tmp_path / "run", max_steps=1)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "run"]

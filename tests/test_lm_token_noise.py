@@ -19,7 +19,7 @@ CORPUS = build_corpus("\n".join(read_text(None).split("\n")[:400]))
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
 def test_a_share_of_the_tokens_becomes_others_as_frequent_as_they_are(dtype):
     tokens = torch.tensor([0, 0, 0, 1, 1, 3], dtype=dtype)
-    noise = TokenNoise(0.3, tokens, vocab_size=5)
+    noise = TokenNoise(0.3, tokens.split(7), vocab_size=5)
     for token, expected in ((4, [0.15, 0.1, 0.0, 0.05, 0.7]), (0, [0.85, 0.1, 0.0, 0.05, 0.0])):  # 0 may be drawn too
         noised = noise(torch.full((200, 500), token, dtype=dtype), sample_keys(1, 2, range(200)))
         assert noised.dtype == dtype
@@ -35,7 +35,7 @@ def test_targets_stay(tmp_path):
         seen.append((idx, targets))
         return torch.zeros((), requires_grad=True)
 
-    for noise in (None, TokenNoise(0.5, CORPUS.examples("train", 1).targets, len(CORPUS.vocabulary))):
+    for noise in (None, TokenNoise(0.5, [CORPUS.examples("train", 1).targets], len(CORPUS.vocabulary))):
         trainer = Trainer(config, CORPUS, tmp_path)
         trainer._backward(SharedLoss(trainer.model, loss_of, trainer.processes), CORPUS.examples("train", 3), noise)
     (idx, targets), (noised, the_same) = seen

@@ -156,3 +156,9 @@ def test_examples_in_docstrings_print_what_they_say(module):
     result = doctest.testmod(module, extraglobs={"charlm": charlm})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_field_of_a_structured_array_is_counted():
+    table = np.zeros(6, [("token", np.uint16), ("flag", np.uint8)])
+    table["token"], table["flag"] = [1, 2] * 3, 9
+    assert ngrams.count_ngrams(table["token"], 1)[0].token.tolist() == [1, 2]

@@ -143,6 +143,51 @@ def check_logits_of_minus_infinity_on_a_whole_rank() -> None:
     torch.testing.assert_close(found.grad, expected.grad)
 
 
+def check_ignored_rows_of_any_logits_have_no_gradient() -> None:
+    logits, target = batch(10)
+    target[:5] = -100
+    logits[0], logits[1, 3], logits[2, 7], logits[3] = 200.0, torch.nan, torch.inf, -torch.inf
+    weight = torch.tensor([torch.inf, *range(1, 10)])
+    target[5:] = target[5:].clamp(min=1)
+    for options in (
+        {},
+        {"label_smoothing": 0.1},
+        {"token_weight": torch.tensor([torch.inf, torch.nan, *[1.0] * 10])},
+        {"weight": weight},
+    ):
+        results = []
+        for op in (functional.cross_entropy, of_whole_logits):
+            leaf = logits.clone().requires_grad_()
+            loss = op(leaf, target, **options)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        torch.testing.assert_close(results[1], results[0])
+        assert torch.equal(results[1][1][:5], torch.zeros(5, 10))
+
+
+def check_what_changes_between_forward_and_backward() -> None:
+    logits, target = batch(11)
+    grads = []
+    for changes in (False, True):
+        leaf, weight = logits.clone().requires_grad_(), torch.ones(11)
+        loss = of_whole_logits(leaf, target, weight=weight, label_smoothing=0.5)
+        if changes:
+            weight.mul_(100)
+        loss.backward()
+        grads.append(leaf.grad)
+    assert torch.equal(grads[0], grads[1])
+    x, weight = torch.randn(12, 5), torch.randn(11, 5)
+    grads = []
+    for enabled in (False, True):
+        leaf = part_of(weight, 0).clone().requires_grad_()
+        loss = vocab_parallel_linear_cross_entropy(x, leaf, target, 11)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss.backward(retain_graph=True)
+            loss.backward()  # computes the logits anew
+        grads.append(leaf.grad)
+    assert torch.equal(grads[0], grads[1])
+
+
 def check_logits_in_place() -> None:
     logits, target = batch(11)
     expected = logits.clone().requires_grad_()
@@ -236,6 +281,14 @@ def check_autocast() -> None:
         assert leaf.grad is not None
         results.append((loss.detach(), leaf.grad))
     torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-2)
+    with torch.autocast("cpu", torch.bfloat16):  # which leaves float64 as it is, and converts weights
+        loss, expected = (
+            op(x.double(), weight.double(), target) for op in (of_whole_weight, functional.linear_cross_entropy)
+        )
+        torch.testing.assert_close(loss, expected)
+        logits, half = torch.randn(12, 11).bfloat16(), torch.rand(11).bfloat16()
+        loss, expected = (op(logits, target, weight=half) for op in (of_whole_logits, functional.cross_entropy))
+        torch.testing.assert_close(loss, expected)
 
 
 def check_refusals() -> None:
@@ -263,6 +316,9 @@ def check_refusals() -> None:
     refuses(RuntimeError, "label_smoothing must be", part, target, 11, label_smoothing=1.5)
     leaf = part.clone().requires_grad_()
     refuses(RuntimeError, "leaf", leaf, target, 11, inplace="backward")
+    refuses(RuntimeError, "leaf", leaf[:], target, 11, inplace="backward")
+    refuses(ValueError, "logit_scale must be finite", part, target, 11, logit_scale=1e39)
+    refuses(NotImplementedError, "floating dtype", part.int(), target, 11)
     loss = vocab_parallel_cross_entropy(leaf, target, 11)
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     if grad.numel() and grad.requires_grad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +63,7 @@ def prepare(
     paths = find_inputs(files)
     console = new_console()
     with _readable_twice(paths, output) as (readable, sources), progress_bar(output.name) as report:
+        sources = [source | {"column": column, "separator": document_separator} for source in sources]
         manifest = prepare(
             lambda: text_of(readable, column, document_separator),
             output,
@@ -107,10 +108,13 @@ def _readable_twice(paths: list[Path], output: Path) -> Iterator[tuple[list[Path
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output.parent) as spool:
         with opened(path) as stream, naming(output):
-            shutil.copyfileobj(stream, spool, 1 << 20)
+            content = hashlib.sha256()
+            while block := stream.read(1 << 20):
+                content.update(block)
+                spool.write(block)
             spool.flush()
-        size = spool.tell()
-        yield [Path(f"/proc/self/fd/{spool.fileno()}")], [{"path": str(path), "bytes": size, "modified": None}]
+        source = {"path": str(path), "bytes": spool.tell(), "sha256": content.hexdigest()}
+        yield [Path(f"/proc/self/fd/{spool.fileno()}")], [source]
 
 
 def _no_streams(paths: list[Path]) -> list[Path]:

@@ -41,7 +41,7 @@ MAX_TIMEOUT = 1e6  # seconds
 PASSAGE = 80  # length in characters of the samples that are printed after training on running text
 DEFAULT = Config()
 # Options that may change on --resume, because they do not affect what the run computes in each step.
-FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "eval_tokens", "patience", "log_interval"}
+FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "patience", "log_interval"}
 DATA, MODEL, TRAINING, PROCESSES, OUTPUT = "Data", "Model", "Training", "Several processes", "Output"
 
 
@@ -304,6 +304,7 @@ def _run(
     from charlm.lm.memory import check_fits, parse_bytes
     from charlm.lm.parallel import check_parallel
     from charlm.lm.processes import is_under_torchrun
+    from charlm.lm.shards import ShardedCorpus
     from charlm.lm.train import StopRequest, Trainer, usable_device
 
     check_parallel(parallel, config, processes)
@@ -315,6 +316,9 @@ def _run(
     corpus = corpus_of(config, input_file, cache)
     guessed = ", guessed" if config.format is None else ""
     config = replace(config, format=corpus.format)
+    if isinstance(corpus, ShardedCorpus):  # the split of the folder
+        split = {name: corpus.manifest[name] for name in ("split_seed", "dedup")}
+        config = replace(config, **split)
     _print_data(console, config, corpus, guessed)
     if not force:
         check_fits(config, corpus, usable_device(processes.device(config.device)))

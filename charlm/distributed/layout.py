@@ -51,12 +51,11 @@ class Layout(NamedTuple):
         )
 
     def has_one_group(self, label: int | str) -> bool:
-        """Whether one dimension of the mesh shards the label, among a group whose ranks have the order of the mesh."""
+        """Whether one dimension of the mesh shards the label, among groups whose ranks have the order of the mesh."""
         if self.labels.count(label) != 1:
             return False
-        mesh_dim, coordinate = self.labels.index(label), self.mesh.get_coordinate()
-        ranks = self.mesh.mesh.movedim(mesh_dim, -1)[tuple(c for i, c in enumerate(coordinate) if i != mesh_dim)]
-        return ranks.tolist() == sorted(ranks.tolist())
+        # Of the whole mesh, not of this process's group: all processes must decide alike.
+        return bool((self.mesh.mesh.diff(dim=self.labels.index(label)) > 0).all())
 
     def shard(self, label: int | str, size: int) -> tuple[int, int]:
         """The first index and the number of the indices of this process, of `size` that have the label."""

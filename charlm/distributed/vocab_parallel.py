@@ -11,7 +11,16 @@ from charlm.functional import CrossEntropyOutput
 from charlm.functional.cross_entropy import AllIgnored, CrossEntropyOptions
 from charlm.functional.kernels import have_kernels
 
-from .vocab_parallel_autograd import OfLinear, OfLogits, Part, Rows, Wanted, of_linear_by_formula, of_logits_by_formula
+from .vocab_parallel_autograd import (
+    OfLinear,
+    OfLogits,
+    Part,
+    Rows,
+    Wanted,
+    in_autocast,
+    of_linear_by_formula,
+    of_logits_by_formula,
+)
 
 BUDGET_ON_CPU, BUDGET_ON_GPU = 64 * 10**6, 2**30  # bytes, the defaults of linear_cross_entropy's memory_budget
 MIN_BLOCK = 16  # rows: products of fewer are slow and round more
@@ -86,8 +95,7 @@ def vocab_parallel_cross_entropy(
     part.check("logits", logits.shape[1])
     device = logits.device.type
     if torch.is_autocast_enabled(device):  # as cross_entropy's
-        logits = logits.float() if logits.dtype != torch.float64 else logits
-        loss_dtype = None
+        logits, weight = (in_autocast(tensor, torch.float32) for tensor in (logits, weight))
     rows = Rows.of(part, target, logits.shape[:1] + logits.shape[2:], weight, options, logits.dtype)
     wanted = Wanted(options.label_smoothing > 0, return_entropy, return_predicted_tokens or return_token_accuracy)
     rows.check_inplace(logits, inplace)
@@ -142,8 +150,9 @@ def vocab_parallel_linear_cross_entropy(
         group: the ranks; None is the default group.
         linear_bias: (C_r), this rank's part.
         memory_budget: bytes for the logits that exist at once; None is 1 GiB on CUDA and 64 MB on the CPU. If all
-            logits of this rank fit, backward turns them into their gradient in their own memory; otherwise they are
-            computed in blocks of at least 16 rows, and once more in backward.
+            logits of this rank fit, they are kept, and backward turns them into their gradient in their own memory;
+            otherwise they are computed in blocks of at least 16 rows, and once more in backward. With label smoothing
+            the gradient has memory of its own, for half types in float32.
         weight, ignore_index, reduction, label_smoothing, lse_square_scale, softcap, logit_scale, token_weight,
             all_ignored, loss_dtype, return_lse, return_entropy, return_predicted_tokens, return_token_accuracy: as in
             `vocab_parallel_cross_entropy`.
@@ -170,9 +179,9 @@ def vocab_parallel_linear_cross_entropy(
     device = input.device.type
     result_dtype = input.dtype
     if torch.is_autocast_enabled(device):
-        dtype, result_dtype = torch.get_autocast_dtype(device), torch.float32
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
-        linear_bias = None if linear_bias is None else linear_bias.to(dtype)
+        dtype, result_dtype = torch.get_autocast_dtype(device), torch.promote_types(input.dtype, torch.float32)
+        input, linear_weight, linear_bias = (in_autocast(t, dtype) for t in (input, linear_weight, linear_bias))
+        weight = in_autocast(weight, torch.float32)
     rows = Rows.of(part, target, input.shape[:1], weight, options, input.dtype)
     wanted = Wanted(options.label_smoothing > 0, return_entropy, return_predicted_tokens or return_token_accuracy)
     with torch.autocast(device, enabled=False):

@@ -13,7 +13,7 @@ and the sum in three all-reduces; their label smoothing leaves out the classes o
 
 Bytes that a rank sends and receives, for N rows of D features on W ranks: forward, 12 (W - 1) N in one all-gather, 4
 more a row and rank with label smoothing or entropy, and 8 with predicted tokens or token accuracy; twice as much for
-float64, but for the last. Backward, nothing for logits; for a linear layer one all-reduce of the gradient of `input`,
+float64. Backward, nothing for logits; for a linear layer one all-reduce of the gradient of `input`,
 N D elements.
 """
 
@@ -137,6 +137,12 @@ class Rows(NamedTuple):
             raise RuntimeError(f"expected target to hold class indices of an integer dtype, got {target.dtype}")
         if target.shape != shape:
             raise RuntimeError(f"expected target of shape {tuple(shape)}, got {tuple(target.shape)}")
+        if not dtype.is_floating_point:
+            raise NotImplementedError(f"expected logits of a floating dtype, got {dtype}")
+        for name in ("logit_scale", "lse_square_scale"):  # here, since a rank without classes calls no kernel
+            factor, largest = getattr(options, name), torch.finfo(torch.promote_types(dtype, torch.float32)).max
+            if math.isfinite(factor) and abs(factor) > largest:
+                raise ValueError(f"{name} must be finite in the dtype of the arithmetic, got {factor}")
         if not 0 <= options.label_smoothing <= 1:
             raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {options.label_smoothing}")
         compute = torch.promote_types(dtype, torch.float32)
@@ -153,7 +159,7 @@ class Rows(NamedTuple):
                 )
             if weight.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError("the derivative for 'weight' is not implemented: it must not require grad")
-            weight = weight.detach().to(compute)
+            weight = weight.detach().to(compute, copy=True)  # backward reads it too
         index = target.to(torch.int64)
         if target.dtype == torch.uint64:  # 2**64 - 100 must not become -100
             index = torch.where(index < 0, torch.iinfo(torch.int64).max, index)
@@ -174,8 +180,13 @@ class Rows(NamedTuple):
     def check_inplace(self, logits: Tensor, inplace: str | None) -> None:
         if inplace is None or not (logits.requires_grad and torch.is_grad_enabled()):
             return
-        if logits.is_leaf:
-            raise RuntimeError("inplace: these logits are a leaf that requires grad. Use inplace=None")
+        base = logits if logits._base is None else logits._base
+        if base.is_leaf and base.requires_grad:
+            raise RuntimeError(
+                "inplace: these logits are a leaf that requires grad, or a view of one. Use inplace=None"
+            )
+        if logits.retains_grad:
+            raise RuntimeError("inplace: these logits retain their gradient, whose memory is theirs. Use inplace=None")
         if not is_compiling() and torch._debug_has_internal_overlap(logits) != 0:
             raise RuntimeError(
                 "inplace: these logits may overlap themselves in memory. Use inplace=None, or clone() them"
@@ -203,7 +214,7 @@ class Rows(NamedTuple):
         share = torch.where(self.valid, zero + 1, zero)
         if self.weight is not None:
             safe = torch.where(self.valid, self.target, 0).clamp(0, self.part.num_classes - 1)
-            share = share * self.weight[safe]
+            share = torch.where(self.valid, self.weight[safe], zero)
         loss = nll * share * (1 - options.label_smoothing)
         if smooth is not None:
             loss = loss + smooth * (options.label_smoothing / self.part.num_classes)
@@ -218,7 +229,7 @@ class Rows(NamedTuple):
                 )
             if token_weight.requires_grad and torch.is_grad_enabled():
                 raise RuntimeError("the derivative for 'token_weight' is not implemented: it must not require grad")
-            token_weight = token_weight.detach().to(loss.dtype)
+            token_weight = torch.where(self.valid, token_weight.detach().to(loss.dtype), zero)
             loss, share = loss * token_weight, share * token_weight
         if options.reduction == 2:
             loss = loss.sum()
@@ -270,14 +281,17 @@ def _of_this_rank(logits: Tensor, rows: Rows, options: CrossEntropyOptions, want
     first = torch.zeros_like(rows.own)
     if wanted.smooth:
         # With a smoothing of 1 the loss is the mean over classes, whatever the target.
-        smooth = op.cross_entropy.default(logits, first, _part_of(rows), None, 0, IGNORED, 1.0, *tail)[0]
+        smooth = op.cross_entropy.default(logits, target, _part_of(rows), None, 0, IGNORED, 1.0, *tail)[0]
         numbers.append(smooth.flatten() * size)
     if wanted.entropy or wanted.predicted:
         _, entropy, predicted, _ = op.cross_entropy_metrics.default(logits, first, 0, IGNORED, 0.0, *tail)
         numbers += [entropy.flatten()] if wanted.entropy else []
         if wanted.predicted:  # with its logit: m_r need not be the maximum
             best = logits.gather(1, predicted.reshape((*predicted.shape[:1], 1, *logits.shape[2:])))
-            numbers += [predicted.flatten().to(compute), (best.to(compute) * options.logit_scale).flatten()]
+            best = best.to(compute) * options.logit_scale
+            if options.softcap > 0:  # of capped logits that are equal the first is predicted
+                best = options.softcap * torch.tanh(best / options.softcap)
+            numbers += [predicted.flatten().to(compute), best.flatten()]
     return torch.stack(numbers)
 
 
@@ -316,6 +330,11 @@ def _of_all_ranks(numbers: Tensor, rows: Rows, wanted: Wanted) -> tuple[Numbers,
     return Numbers(nll, lse, smooth, entropy, predicted), torch.stack([finite, total])
 
 
+def in_autocast(tensor: Any, dtype: torch.dtype) -> Any:
+    """A tensor as autocast gives it to an op: float64 and None stay."""
+    return tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
 def _gradient(
     logits: Tensor,
     state: Tensor,
@@ -326,6 +345,24 @@ def _gradient(
     inplace: bool,
 ) -> Tensor:
     """The gradient of this rank's logits, from those of nll, lse, smooth and entropy."""
+    grad = _gradient_of_rows(logits, state, entropy, grads, rows, options, inplace)
+    if is_compiling() or not rows.valid.is_cpu or not rows.valid.all():
+        # Rows without a gradient: the kernel multiplies exp(z - m) by 0, and the exponential may be inf or NaN.
+        of_lse = torch.zeros_like(rows.valid) if grads[1] is None else grads[1] != 0
+        of_entropy = torch.zeros_like(rows.valid) if grads[3] is None else grads[3] != 0
+        grad.masked_fill_(~(rows.valid | of_lse | of_entropy).unsqueeze(1), 0)
+    return grad
+
+
+def _gradient_of_rows(
+    logits: Tensor,
+    state: Tensor,
+    entropy: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    rows: Rows,
+    options: CrossEntropyOptions,
+    inplace: bool,
+) -> Tensor:
     compute = state.dtype
     op, tail = torch.ops.charlm, (0.0, options.softcap, options.logit_scale, False, compute)
     zero = state.new_zeros(())
@@ -350,7 +387,7 @@ def _gradient(
     grad = backward(of_nll, logits, rows.own, None, None, *of_rows, [True, False], 0, IGNORED, 0.0, *tail)[0]
     if of_smooth is None:
         return grad
-    first, unused = torch.zeros_like(rows.own), (None, None, None, [True, False])
+    first, unused = torch.where(rows.valid, 0, IGNORED), (None, None, None, [True, False])
     of_smooth = (of_smooth * logits.shape[1]).contiguous()
     grad += backward(of_smooth, logits, first, _part_of(rows), None, state, *unused, 0, IGNORED, 1.0, *tail)[0]
     return grad
@@ -385,14 +422,16 @@ class OfLinear(Function):
     def forward(
         ctx: Any, input: Any, weight: Any, bias: Any, rows: Any, options: Any, wanted: Any, all_rows: Any, block: Any
     ) -> Any:
-        numbers, logits = [], input.new_empty(0)
+        numbers, kept = [], None
         for at in range(0, max(1, len(input)), block):
             logits = torch_functional.linear(input[at : at + block], weight, bias)
             numbers.append(_of_this_rank(logits, _block(rows, at, block), options, wanted, all_rows))
+            kept = logits if block >= len(input) and any(ctx.needs_input_grad) else None
+            del logits  # before the next block
         result, state = _of_all_ranks(torch.cat(numbers, 1), rows, wanted)
-        ctx.save_for_backward(input, weight, bias, state, result.entropy)
+        ctx.save_for_backward(input, weight, bias, state, result.entropy, kept)
         ctx.call = rows, options, block
-        ctx.logits = logits if len(numbers) == 1 and any(ctx.needs_input_grad) else None
+        ctx.is_first = True
         ctx.set_materialize_grads(False)
         if result.predicted is not None:
             ctx.mark_non_differentiable(result.predicted)
@@ -401,28 +440,35 @@ class OfLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        input, weight, bias, state, entropy = ctx.saved_tensors
+        input, weight, bias, state, entropy, kept = ctx.saved_tensors
         rows, options, block = ctx.call
-        kept, ctx.logits = ctx.logits, None  # their memory becomes the gradient: a second backward computes them anew
+        # Their memory becomes the gradient, as no version counter tells: a second backward computes them anew.
+        kept = kept.data if kept is not None and ctx.is_first else None
+        ctx.is_first = False
         of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
         sums = torch.promote_types(input.dtype, torch.float32) if block < len(input) else input.dtype
-        grad_input = torch.empty_like(input) if of_input else None
+        grad_input = torch.empty_like(input, memory_format=torch.contiguous_format) if of_input else None
         grad_weight = torch.zeros_like(weight, dtype=sums) if of_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float64) if of_bias else None
-        for at in range(0, max(1, len(input)), block):
-            x = input[at : at + block]
-            logits = torch_functional.linear(x, weight, bias) if kept is None else kept
-            cut = slice(at, at + block)
-            of_block = (logits, state[:, cut].contiguous(), None if entropy is None else entropy[cut])
-            of_rows = tuple(None if grad is None else grad[cut] for grad in grads[:4])
-            inplace = grads[2] is None
-            grad = _gradient(*of_block, of_rows, _block(rows, at, block), options, inplace).to(input.dtype)
-            if grad_input is not None:
-                torch.mm(grad, weight, out=grad_input[cut])
-            if grad_weight is not None:
-                grad_weight += grad.T @ x
-            if grad_bias is not None:
-                grad_bias += grad.sum(0, dtype=torch.float64)
+        with torch.autocast(input.device.type, enabled=False):  # a backward may be under it
+            for at in range(0, max(1, len(input)), block):
+                x, cut = input[at : at + block], slice(at, at + block)
+                grad = _gradient(
+                    torch_functional.linear(x, weight, bias) if kept is None else kept,
+                    state[:, cut].contiguous(),
+                    None if entropy is None else entropy[cut],
+                    tuple(None if grad is None else grad[cut] for grad in grads[:4]),
+                    _block(rows, at, block),
+                    options,
+                    grads[2] is None,
+                ).to(input.dtype)
+                if grad_input is not None:
+                    torch.mm(grad, weight, out=grad_input[cut])
+                if grad_weight is not None:
+                    grad_weight += grad.T @ x
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0, dtype=torch.float64)
+                del grad  # before the next block
         if grad_input is not None:
             dist.all_reduce(grad_input, group=rows.part.group)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
@@ -449,7 +495,7 @@ class _Copied(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Any) -> Any:
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.part.group)
         return grad, None
 

@@ -63,7 +63,7 @@ def cached_corpus(
             try:
                 return shards.load(directory)
             except UserError:  # damaged: prepare it again
-                shutil.rmtree(directory)
+                shutil.rmtree(directory, ignore_errors=True)  # another process may do so too
         if not announced:
             announce(directory)
         announced = True

@@ -69,7 +69,8 @@ def locked(directory: Path, work: str = "is training in") -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):  # not another process's
+            path.unlink()
         os.close(descriptor)
         with suppress(OSError):  # raised by the first folder that is not empty
             for folder in created:

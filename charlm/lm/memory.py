@@ -45,7 +45,7 @@ def estimate_bytes(config: Config, corpus: Corpus) -> int:
     parameters = count_parameters(config, len(corpus.vocabulary))
     moments = 2 if config.optimizer == "adamw" else 0
     copies = 3 + moments  # weights, gradients, the best weights
-    written = 2 * (1 + moments)  # weights and moments, as tensors and as the bytes of a file
+    written = 1 + 2 * (1 + moments)  # the best weights; weights and moments, as tensors and as the bytes of a file
     rows = config.batch_size if config.type == "gpt" else max(config.batch_size, CHUNK // 4)  # evaluation saves less
     activations = _activations(config, corpus) * rows
     token = 1 if len(corpus.vocabulary) <= 256 else 4

@@ -3,8 +3,8 @@
     {"step": 400, "split": "train", "nats": 2.1042, "tokens/s": 151234.5}
     {"step": 400, "split": "dev", "nats": 2.0871, "tokens/s": 812345.6}
 
-The loss on train is the mean over the batches since the previous line, with dropout; that on dev is over the whole
-split. tokens/s is the speed of training or of the evaluation.
+The loss on train is the mean over the batches since the previous line, with dropout; that on dev is over the
+whole split, or over a sample of a large one (`--eval-tokens`). tokens/s is the speed of training or of the evaluation.
 """
 
 from __future__ import annotations

@@ -30,14 +30,14 @@ from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm import shards
 from charlm.lm.data import FORMATS, ITEM_CHARACTERS, SPLITS, is_of_items, plural, split_bounds
-from charlm.lm.files import locked, naming, write_atomically
+from charlm.lm.files import LOCK, locked, naming, write_atomically
 from charlm.lm.memory import format_bytes
 from charlm.lm.shard_writer import Scan, ShardWriter, Work
 from charlm.lm.sources import text_of
 from charlm.lm.vocabulary import CODE_POINTS, Vocabulary
 
 TABLE_BYTES = 100 << 20  # of the table in which equal items are found
-TAKEN_ITEMS = 1 << 18  # items put in order at a time
+TAKEN_ITEMS, TAKEN_TOKENS = 1 << 18, 1 << 24  # most items, and tokens of items, put in order at a time
 DIGESTED_TOKENS = 1 << 22  # at a time
 PRINTED_SPACE = 10 << 20  # bytes beyond the shards that must be free
 
@@ -84,6 +84,7 @@ def prepare(
     """
     if _ext._C is None:
         raise UserError("preparing a corpus needs charlm's compiled module: unset CHARLM_BACKEND")
+    directory = _own_path(directory)
     _check_target(directory, overwrite)
     partial = directory.with_name(f".{directory.name}.partial")
     with locked(partial, "is preparing this corpus in"):
@@ -106,26 +107,50 @@ def prepare_documents(
     documents: Iterable[str], directory: Path, options: Options, *, separator: str = "\n", overwrite: bool = False
 ) -> dict[str, Any]:
     """`prepare` for documents that can be read only once: they are copied to a file without a name first."""
+    directory = _own_path(directory)
     _check_target(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory.parent) as spool:
-        end = separator
-        for document in documents:
+        end, content = separator, hashlib.sha256()
+        for number, document in enumerate(documents):
             if not isinstance(document, str):
                 raise TypeError(f"expected documents of type str, but got {type(document).__name__}")
+            try:
+                written = ("" if end.endswith(separator) else separator).encode() + document.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"document {number} is not text: {error}") from error
+            content.update(written)
             with naming(directory):
-                spool.write(("" if end.endswith(separator) else separator).encode() + document.encode())
+                spool.write(written)
             end = document[-len(separator) :] if document else end
         with naming(directory):
             spool.flush()
         path = Path(f"/proc/self/fd/{spool.fileno()}")
-        return prepare(lambda: text_of([path]), directory, options, name="the documents", overwrite=overwrite)
+        return prepare(
+            lambda: text_of([path]),
+            directory,
+            options,
+            name="the documents",
+            sources=[{"documents": content.hexdigest()}],
+            overwrite=overwrite,
+        )
 
 
 def identify(path: Path) -> dict[str, Any]:
     """What tells a file from another, or from an earlier state of it, for a manifest."""
     found = path.stat()
-    return {"path": str(path.resolve()), "bytes": found.st_size, "modified": found.st_mtime_ns}
+    return {
+        "path": str(path.resolve()),
+        "bytes": found.st_size,
+        "modified": found.st_mtime_ns,
+        "changed": found.st_ctime_ns,  # also where a copy kept the time of the original
+        "inode": found.st_ino,
+    }
+
+
+def _own_path(directory: Path) -> Path:
+    """`directory` with a name of its own, which can be renamed: not a link, and not "."."""
+    return directory.resolve() if directory.is_symlink() or not directory.name else directory
 
 
 def _check_target(directory: Path, overwrite: bool) -> None:
@@ -135,18 +160,25 @@ def _check_target(directory: Path, overwrite: bool) -> None:
         raise UserError(f"{directory} exists and is no prepared corpus: choose a new or empty folder with -o")
     if not overwrite:
         raise UserError(f"{directory} already contains a prepared corpus: add --overwrite to replace it")
+    own = {entry["file"] for entry in _entries(shards.read_manifest(directory))} | {shards.MANIFEST}
+    others = sorted(path.name for path in directory.iterdir() if path.name not in own)
+    if others:
+        raise UserError(f"{directory} contains more than a prepared corpus, such as {others[0]}: choose another folder")
 
 
 def _publish(partial: Path, directory: Path, files: set[str]) -> None:
     """Removes what is not in the manifest from the working folder, and renames it to `directory`."""
     for path in partial.iterdir():
-        if path.name not in {*files, shards.MANIFEST}:
+        if path.name not in {*files, shards.MANIFEST, LOCK}:
             path.unlink()
-    old = directory.with_name(f".{directory.name}.old")
     if (directory / shards.MANIFEST).exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
+        directory.rename(old / directory.name)
+        partial.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(directory)
+    (directory / LOCK).unlink()  # last: another process may not begin before the folder has its name
 
 
 def _entries(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -307,8 +339,11 @@ def _write_items(
     try:
         for split, first, last in zip(SPLITS, bounds, bounds[1:], strict=False):
             start, longest = stop, 0
-            for at in range(first, last, TAKEN_ITEMS):
-                chosen, lengths = _ext._C.take_items(tokens, ends, order[at : min(at + TAKEN_ITEMS, last)])
+            at = first
+            while at < last:
+                items = _items_that_fit(ends, order[at : min(at + TAKEN_ITEMS, last)])
+                at += len(items)
+                chosen, lengths = _ext._C.take_items(tokens, ends, items)
                 token_writer.write(chosen)
                 end_writer.write(stop + lengths.cumsum())
                 stop += len(chosen)
@@ -322,6 +357,12 @@ def _write_items(
         token_writer.discard()
         end_writer.discard()
     return {**written, "splits": splits, "duplicates_removed": found.items - kept}
+
+
+def _items_that_fit(ends: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """The first of `items`, of TAKEN_TOKENS tokens together, and at least one."""
+    lengths = ends[items] - np.where(items > 0, ends[np.maximum(items, 1) - 1], 0)
+    return items[: max(1, int(np.searchsorted(lengths.cumsum(), TAKEN_TOKENS, "right")))]
 
 
 def _write_raw_items(

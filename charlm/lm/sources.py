@@ -124,7 +124,17 @@ def _json_pieces(text: Iterator[str], name: str, column: str) -> Iterator[Piece]
             raise UserError(f"{where} has no column {column!r} (it has: {keys}): choose one with --column")
         if not isinstance(row[column], str):
             raise UserError(f"column {column!r} in {where} is {type(row[column]).__name__}, not text")
-        yield Piece(row[column], begins=True)
+        yield Piece(_plain(row[column], where), begins=True)
+
+
+def _plain(text: str, where: str) -> str:
+    """`text` with newlines as "\\n"; UserError for half a character, as of a JSON string that was cut."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} is not text: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _lines(pieces: Iterator[str]) -> Iterator[str]:

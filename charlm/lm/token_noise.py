@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from charlm.lm.models.dropout import in_layer, random_bits
 
 LAYER = -1  # of the keys: the layers of models count from 0
-COUNTED_TOKENS = 1 << 24  # at a time
+COUNTED_TOKENS = 1 << 22  # at a time, of the training split
 
 
 class TokenNoise:
-    """Replaces each input token, with the given probability, by one drawn from the frequencies of `tokens`."""
+    """Replaces each input token, with the given probability, by one drawn from the frequencies of `parts` together."""
 
-    def __init__(self, probability: float, tokens: Tensor, vocab_size: int) -> None:
+    def __init__(self, probability: float, parts: Iterable[Tensor], vocab_size: int) -> None:
         self.probability = probability
-        counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
-        for part in tokens.split(COUNTED_TOKENS):  # bincount copies its input in int64
-            counts += torch.bincount(part, minlength=vocab_size)
-        self.counts = counts.cumsum(0)  # (V,) int64, up to each token
+        counts = [torch.bincount(tokens, minlength=vocab_size) for tokens in parts]
+        self.counts = torch.stack(counts).sum(0).cumsum(0)  # (V,) int64, up to each token
 
     def __call__(self, idx: Tensor, keys: Tensor) -> Tensor:
         """idx (B, T), keys (B,) int64 → (B, T) with noise that is a function of the keys and the position."""

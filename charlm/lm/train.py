@@ -37,7 +37,7 @@ from charlm.lm.optimizer import build_optimizer, learning_rate_at
 from charlm.lm.parallel import SharedLoss, check_parallel, distribute, gathered, is_sharded, scattered
 from charlm.lm.processes import Processes
 from charlm.lm.stop import Interrupted, StopRequest
-from charlm.lm.token_noise import TokenNoise
+from charlm.lm.token_noise import COUNTED_TOKENS, TokenNoise
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ class Trainer:
 
         Training goes on when the state is copied. All processes must call it, and the first one writes.
         """
+        self.finish_saving()  # before the copies: a checkpoint and its file are in memory once
         (nats,) = self.processes.sums(self.loss_sum.item())
         self.loss_sum.fill_(nats if self.processes.rank == 0 else 0.0)  # as after a resume, for the order of additions
         weights = self.model.state_dict() if self.best_step is None else self.best_weights
@@ -185,7 +186,6 @@ class Trainer:
             weights=weights,
             training=training,
         )
-        self.finish_saving()
         writer = ThreadPoolExecutor(max_workers=1)
         self._writing = writer.submit(self._write, saved)
         writer.shutdown(wait=False)
@@ -280,7 +280,8 @@ class Trainer:
             rows = self.corpus.sequences if model.predicts_every_position else self.corpus.examples
             train, dev = rows("train", config.block_size).to(self.device), self._dev()
             if config.token_noise:
-                tokens = self.corpus.examples("train", block_size=1).targets.to(self.device)
+                chunks = self.corpus.examples("train", block_size=1).chunks(COUNTED_TOKENS)
+                tokens = (targets.to(self.device) for _, targets in chunks)
                 noise = TokenNoise(config.token_noise, tokens, model.vocab_size)
             if on_advice is not None:
                 self._advise(train, on_advice)
@@ -451,9 +452,10 @@ class Trainer:
         if self.processes.size == 1:
             return result
         # Of a sample the shares are strata, whose errors are independent.
-        error = math.inf if result.standard_error is None else result.standard_error * result.tokens
-        nats, tokens, variance = self.processes.sums(result.nats * result.tokens, result.tokens, error**2)
-        error = None if math.isinf(variance) else math.sqrt(variance) / tokens
+        of_share = math.nan if result.standard_error is None else result.standard_error * result.tokens
+        variance = of_share**2 if result.tokens else 0.0
+        nats, tokens, variance = self.processes.sums(result.nats * result.tokens, result.tokens, variance)
+        error = math.sqrt(variance) / tokens if math.isfinite(variance) else None
         return replace(result, nats=nats / tokens, tokens=round(tokens), standard_error=error)
 
     def _dev(self) -> Examples | Sequences:

@@ -429,6 +429,12 @@ Array<uint8_t> map_files(const std::vector<std::pair<std::string, size_t>>& file
   for (const auto& [path, size] : files) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file < 0) fail(path);
+    struct stat found{};
+    if (fstat(file, &found) != 0 || static_cast<size_t>(found.st_size) < size) {  // else a read would be a SIGBUS
+      close(file);
+      errno = EIO;
+      fail(path);
+    }
     const void* const mapped = mmap(at, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, file, 0);
     const int error = errno;
     close(file);

@@ -227,7 +227,7 @@ def as_stream(examples: Examples, pad_token: int, file: IO[bytes] | None = None)
         pad_token: The token that starts an item.
         file: An empty file. If it is given, the stream is written to it and mapped into memory.
     """
-    first = before = examples.targets[:0]
+    first = before = examples.slice(0, 0).targets
     items = len(examples) > 0
     row = 0
     for contexts, targets in examples.chunks(SCANNED_EXAMPLES):
