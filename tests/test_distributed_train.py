@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,10 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
         assert [line[:2] for line in our_lines] == [line[:2] for line in their_lines]
         for (*_, actual), (*_, expected) in zip(our_lines, their_lines, strict=True):
             assert actual == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def test_training_in_one_process_imports_neither_fsdp_nor_dtensor() -> None:
+    heavy = ("torch.distributed.fsdp", "torch.distributed.tensor")
+    code = f"import sys, charlm.cli, charlm.lm.train; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -2,20 +2,20 @@
 
 Both average the gradients over the processes. Sharded, each process keeps a part of every parameter, of its gradient
 and of the optimizer's moments, as DTensors, and the weights of a block are gathered when it runs.
+
+FSDP2 and DTensor take most of a second to import: only a run that shards imports them.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from charlm._errors import UserError
@@ -53,6 +53,9 @@ def distribute(model: LanguageModel, parallel: str, processes: Processes, device
         if isinstance(module, BatchNorm):
             module.is_shared = True
     if parallel == "fsdp":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
         network = model.network if isinstance(model, Mixture) else model
         assert isinstance(network, GPT)
         mesh = init_device_mesh(device.type, (processes.size,))
@@ -73,7 +76,11 @@ class SharedLoss:
 
     def __init__(self, model: LanguageModel, loss_of: Callable[..., Tensor], processes: Processes) -> None:
         self._loss_of = loss_of
-        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._sharded: list[Any] = []  # the modules that FSDP shards
+        if is_sharded(model):
+            from torch.distributed.fsdp import FSDPModule
+
+            self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
         self._replica: DistributedDataParallel | None = None
         if processes.size > 1 and not self._sharded:
             options = {NO_BUFFERS: False, "gradient_as_bucket_view": True}
@@ -111,7 +118,13 @@ class _Loss(nn.Module):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    """Whether processes share the parameters of `model`."""
+    return any(map(_is_dtensor, model.parameters()))
+
+
+def _is_dtensor(tensor: Tensor | None) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before it is imported
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gathered(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
@@ -122,7 +135,7 @@ def gathered(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, T
     found = {}
     for name in sorted(tensors):  # equal in all processes, unlike the order of tensors from a file
         tensor = tensors[name]
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole = tensor.full_tensor() if _is_dtensor(tensor) else tensor  # type: ignore[operator]
         if processes.rank == 0:
             found[name] = whole.detach().to("cpu", copy=True)
     return found
@@ -132,8 +145,10 @@ def scattered(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict
     """This process's parts of whole `tensors`, which all processes hold, as `like` of the same name is sharded."""
     found = {}
     for name, tensor in tensors.items():
-        template = like.get(name)
-        if isinstance(template, DTensor) and tensor.shape == template.shape:
+        template: Any = like.get(name)
+        if _is_dtensor(template) and tensor.shape == template.shape:
+            from torch.distributed.tensor import distribute_tensor
+
             tensor = distribute_tensor(
                 tensor.to(template.device), template.device_mesh, template.placements, src_data_rank=None
             )
