@@ -60,7 +60,8 @@ DISTRIBUTED_TESTS = (
     "tests/test_vocab_parallel.py",
     "tests/test_distributed_calls.py",
     "tests/test_distributed_sharding.py",
-    *("-k", "not compile and not 4"),
+    *("-k", "not compiles and not large and not 4"),  # of four processes the kernels are the same
+    *("-m", ""),
 )
 SAMPLE_TESTS = tuple(
     f"tests/test_{op}.py"

@@ -345,24 +345,6 @@ def _gradient(
     inplace: bool,
 ) -> Tensor:
     """The gradient of this rank's logits, from those of nll, lse, smooth and entropy."""
-    grad = _gradient_of_rows(logits, state, entropy, grads, rows, options, inplace)
-    if is_compiling() or not rows.valid.is_cpu or not rows.valid.all():
-        # Rows without a gradient: the kernel multiplies exp(z - m) by 0, and the exponential may be inf or NaN.
-        of_lse = torch.zeros_like(rows.valid) if grads[1] is None else grads[1] != 0
-        of_entropy = torch.zeros_like(rows.valid) if grads[3] is None else grads[3] != 0
-        grad.masked_fill_(~(rows.valid | of_lse | of_entropy).unsqueeze(1), 0)
-    return grad
-
-
-def _gradient_of_rows(
-    logits: Tensor,
-    state: Tensor,
-    entropy: Tensor | None,
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    rows: Rows,
-    options: CrossEntropyOptions,
-    inplace: bool,
-) -> Tensor:
     compute = state.dtype
     op, tail = torch.ops.charlm, (0.0, options.softcap, options.logit_scale, False, compute)
     zero = state.new_zeros(())

@@ -106,12 +106,13 @@ class CrossEntropyRow {
   CHARLM_NOINLINE void backward_with_metrics() const {
     T* grad = params_.grad + n_ * params_.grad_stride;
     const bool counts = !ignored();
+    const C grad_lse = params_.grad_lse ? params_.grad_lse[n_] : C(0);
+    const C grad_entropy = params_.grad_entropy ? params_.grad_entropy[n_] : C(0);
+    if (!counts && grad_lse == 0 && grad_entropy == 0) return zero(grad);  // its logits may be anything
     const Sums w{params_.row_max[n_], params_.row_sum[n_], 0,
                  is_probability(kDense) ? params_.row_dense_sum[n_] : C(0)};
     const C m = w.max, log_sum = log(w.sum), g = counts ? grad_loss() : C(0);
     const C softmax_factor = counts ? (sparse() + dense_factor(w)) / w.sum : C(0);
-    const C grad_lse = params_.grad_lse ? params_.grad_lse[n_] : C(0);
-    const C grad_entropy = params_.grad_entropy ? params_.grad_entropy[n_] : C(0);
     const C entropy = params_.grad_entropy ? params_.entropy[n_] : C(0);
     const auto of_metrics = [&](V z) -> V {
       const V t = z - m, p = exp(t) / w.sum;

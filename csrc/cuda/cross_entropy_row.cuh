@@ -80,12 +80,14 @@ class CrossEntropyRow {
   // logits, they are left unchanged.
   template <CrossEntropyPass kPass>
   __device__ __forceinline__ bool has_zero_gradient() const {
-    if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) return is_bad_ && params_.grad != params_.logits;
-    return is_ignored_ || (is_bad_ && params_.grad != params_.logits);
+    const bool is_bad = is_bad_ && params_.grad != params_.logits;
+    if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) return is_bad || (is_ignored_ && !has_metrics());
+    return is_bad || is_ignored_;
   }
   template <CrossEntropyPass kPass>
   __device__ __forceinline__ bool has_gradient() const {
-    if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics) return !is_bad_;
+    if constexpr (kPass == CrossEntropyPass::kBackwardWithMetrics)
+      return is_counted() || (is_ignored_ && has_metrics());
     return is_counted();
   }
   __device__ __forceinline__ void record_bad() const { record_index_error(params_.target, n_, target_); }
@@ -312,6 +314,11 @@ class CrossEntropyRow {
   __device__ __forceinline__ C sparse() const {
     if constexpr (kPlain) return target_weight_;
     return has_class_indices() ? (1 - params_.label_smoothing) * target_weight_ : C(0);
+  }
+
+  // Whether lse or entropy of the row has a gradient.
+  __device__ __forceinline__ bool has_metrics() const {
+    return (params_.grad_lse && params_.grad_lse[n_] != 0) || (params_.grad_entropy && params_.grad_entropy[n_] != 0);
   }
 
   // p (grad_lse - grad_entropy (log p + H)). p comes first: where it is 0, grad_entropy times the clamped logarithm
