@@ -285,6 +285,7 @@ def test_overwriting_keeps_what_is_not_a_part_of_the_corpus(prepared):
     with pytest.raises(UserError, match="contains more than a prepared corpus, such as out"):
         prepare(in_pieces(NAMES), prepared, Options(), overwrite=True)
     (prepared / "out").rmdir()
+    (prepared / MANIFEST).write_text("damaged")  # it can be replaced
     backup = prepared.with_name(f".{prepared.name}.old")
     backup.mkdir()
     prepare(in_pieces(VERSE), prepared, Options(), overwrite=True)

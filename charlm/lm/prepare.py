@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ from charlm.lm.vocabulary import CODE_POINTS, Vocabulary
 TABLE_BYTES = 100 << 20  # of the table in which equal items are found
 TAKEN_ITEMS, TAKEN_TOKENS = 1 << 18, 1 << 24  # most items, and tokens of items, put in order at a time
 DIGESTED_TOKENS = 1 << 22  # at a time
+OWN_FILES = re.compile(rf"{re.escape(shards.MANIFEST)}|(tokens|ends)-\d+\.bin")  # of a prepared corpus
 PRINTED_SPACE = 10 << 20  # bytes beyond the shards that must be free
 
 Text = Callable[[], Iterator[str]]
@@ -160,8 +162,7 @@ def _check_target(directory: Path, overwrite: bool) -> None:
         raise UserError(f"{directory} exists and is no prepared corpus: choose a new or empty folder with -o")
     if not overwrite:
         raise UserError(f"{directory} already contains a prepared corpus: add --overwrite to replace it")
-    own = {entry["file"] for entry in _entries(shards.read_manifest(directory))} | {shards.MANIFEST}
-    others = sorted(path.name for path in directory.iterdir() if path.name not in own)
+    others = sorted(path.name for path in directory.iterdir() if not OWN_FILES.fullmatch(path.name))
     if others:
         raise UserError(f"{directory} contains more than a prepared corpus, such as {others[0]}: choose another folder")
 
