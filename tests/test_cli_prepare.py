@@ -22,6 +22,7 @@ from lm_support import fails, run, succeeds
 from charlm import _ext
 from charlm.lm import cache
 from charlm.lm.data import build_corpus
+from charlm.lm.prepare import identify
 from charlm.lm.shards import MANIFEST, load
 
 pytestmark = pytest.mark.skipif(_ext._C is None, reason="preparing needs the compiled module")
@@ -51,6 +52,10 @@ def own_cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "MIN_BYTES", 1)
     return tmp_path / "cache" / "charlm" / "corpora"
+
+
+def prepared(cache: Path) -> list[Path]:
+    return [path.parent for path in cache.glob(f"*/{MANIFEST}")]
 
 
 def losses(run: Path) -> list[float]:
@@ -206,7 +211,7 @@ def test_a_killed_call_is_finished_by_the_next(tmp_path):
 def test_a_large_file_is_prepared_once_and_one_command_removes_it(verse, tmp_path, own_cache):
     first = run("train", "-i", verse, "-o", tmp_path / "a", *TINY)
     assert f"preparing {verse} once, in {own_cache}" in first.stderr
-    (folder,) = own_cache.iterdir()
+    (folder,) = prepared(own_cache)
     written = (folder / MANIFEST).stat().st_mtime_ns
     second = run("train", "-i", verse, "-o", tmp_path / "b", *TINY)
     assert (first.exit_code, second.exit_code, second.stderr) == (0, 0, "")
@@ -222,7 +227,24 @@ def test_a_changed_file_and_another_seed_are_prepared_again(names, tmp_path, own
     succeeds("train", "-i", names, "-o", tmp_path / "b", *TINY, "--split-seed", "1")
     names.write_text(NAMES + "zoe\n")
     succeeds("train", "-i", names, "-o", tmp_path / "c", *TINY)
-    assert len(list(own_cache.iterdir())) == 3
+    assert len(prepared(own_cache)) == 3
+
+
+def test_a_copy_of_a_file_is_not_prepared_again(names, tmp_path, own_cache):
+    succeeds("train", "-i", names, "-o", tmp_path / "a", *TINY)
+    copy = tmp_path / "copy.txt"
+    copy.write_text(NAMES)
+    assert run("train", "-i", copy, "-o", tmp_path / "b", *TINY).stderr == ""
+    assert len(prepared(own_cache)) == 1
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_refused(names, tmp_path, own_cache, monkeypatch):
+    states = iter([identify(names), identify(names) | {"modified": 0}])
+    monkeypatch.setattr(cache, "identify", lambda path: next(states))
+    result = run("train", "-i", names, "-o", tmp_path / "a", *TINY)
+    assert result.exit_code == 2
+    assert f"{names} changed while it was read" in result.stderr
+    assert not own_cache.exists()
 
 
 def test_a_damaged_entry_is_prepared_again(names, tmp_path, own_cache):
@@ -246,7 +268,7 @@ def test_of_two_processes_one_prepares_a_file_and_both_train_on_it(tmp_path):
     ]
     assert [process.wait() for process in processes] == [0, 0]
     assert losses(tmp_path / "run0") == losses(tmp_path / "run1")
-    (folder,) = (tmp_path / "cache" / "charlm" / "corpora").iterdir()
+    (folder,) = prepared(tmp_path / "cache" / "charlm" / "corpora")
     assert load(folder).digest == build_corpus(VERSE * 300).digest
 
 

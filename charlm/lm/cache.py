@@ -1,4 +1,8 @@
-"""The corpora that `charlm train` prepared by itself from large files: in $XDG_CACHE_HOME/charlm/corpora."""
+"""The corpora that `charlm train` prepared by itself from large files: in $XDG_CACHE_HOME/charlm/corpora.
+
+<key>/           a prepared corpus; the key is a hash of the text's sha256 and of the options
+files/<key>      the sha256 of a file, found by its path, size and times, so that a file is hashed once
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm import shards
-from charlm.lm.files import LockedError
+from charlm.lm.data import opened
+from charlm.lm.files import LockedError, write_atomically
 from charlm.lm.prepare import Options, Report, identify, prepare
 from charlm.lm.shards import ShardedCorpus
-from charlm.lm.sources import text_of
+from charlm.lm.sources import BLOCK_BYTES, text_of
 
 MIN_BYTES = 64_000_000  # a smaller file is read into memory
 SECONDS_BETWEEN_LOOKS = 0.1  # at a corpus that another process prepares
@@ -41,7 +48,7 @@ def cached_corpus(
     announce: Callable[[Path], None],
     report: Report = lambda stage, done, total: None,
 ) -> ShardedCorpus:
-    """The corpus of a plain text file, prepared once for its path, size, time of change and `options`.
+    """The corpus of a plain text file, prepared once for its content and `options`.
 
     Of several processes that call it at the same time one prepares the corpus, and the others wait.
 
@@ -52,11 +59,12 @@ def cached_corpus(
         report: Called with the progress.
 
     Raises:
-        UserError: As `prepare`.
+        UserError: As `prepare`, or the file changed while it was read.
     """
-    sources = [identify(path)]
-    key = json.dumps([shards.FORMAT_VERSION, sources, asdict(options)], sort_keys=True)
-    directory = folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
+    found = identify(path)
+    # The endings of its name decide how a file is read, as .gz or .jsonl.
+    sources = [{"bytes": found["bytes"], "sha256": _content(path, found, report), "suffixes": path.suffixes[-2:]}]
+    directory = folder() / _key([shards.FORMAT_VERSION, sources, asdict(options)])
     announced = False
     while True:
         if directory.exists():
@@ -68,12 +76,44 @@ def cached_corpus(
             announce(directory)
         announced = True
         try:
-            prepare(lambda: text_of([path]), directory, options, name=str(path), sources=sources, report=report)
+            prepare(lambda: _unchanged(path, found), directory, options, name=str(path), sources=sources, report=report)
         except LockedError:  # another process prepares it, such as another rank
             time.sleep(SECONDS_BETWEEN_LOOKS)
         except UserError:
             if not directory.exists():
                 raise
+
+
+def _key(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _content(path: Path, found: dict[str, Any], report: Report) -> str:
+    """The sha256 of a file, kept until the file changes."""
+    known = folder() / "files" / _key(found)
+    with suppress(OSError):
+        return known.read_text()
+    content, done = hashlib.sha256(), 0
+    with opened(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            content.update(block)
+            done += len(block)
+            report("hashing", done, found["bytes"])
+    _check_unchanged(path, found)
+    known.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(known, content.hexdigest().encode())
+    return content.hexdigest()
+
+
+def _unchanged(path: Path, found: dict[str, Any]) -> Iterator[str]:
+    """The text of a file; UserError at its end if the file is not the one that was `found`."""
+    yield from text_of([path])
+    _check_unchanged(path, found)
+
+
+def _check_unchanged(path: Path, found: dict[str, Any]) -> None:
+    if identify(path) != found:
+        raise UserError(f"{path} changed while it was read: try again")
 
 
 def clear() -> int:
