@@ -17,6 +17,7 @@ from lm_support import StopAt
 from charlm.lm import checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_text
+from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.metrics import METRICS
 from charlm.lm.processes import Launch, Processes
 from charlm.lm.train import Trainer
@@ -78,9 +79,22 @@ def train(name: str, dtype: str, parallel: str, steps: int, directory: Path) -> 
     try:
         trainer = Trainer(config, CORPUS, directory, processes=processes(), parallel=parallel)
         assert trainer.run()
+        check_final_evaluation(trainer)
     finally:
         torch.set_default_dtype(torch.float32)
     return trainer.step, trainer.best_step, trainer.best_nats
+
+
+def check_final_evaluation(trainer: Trainer) -> None:
+    """Each process evaluates its share; the total is the loss of the whole model."""
+    totals: list[int] = []
+    result, model = trainer.evaluate_best(lambda done, total: totals.append(total)), trainer.whole_model()
+    if trainer.processes.rank == 0:
+        assert model is not None
+        whole = evaluate(model, predictions(model, CORPUS, "dev"), "dev")
+        assert result.nats == pytest.approx(whole.nats, rel=1e-6)
+        assert result.tokens == whole.tokens
+        assert totals[-1] == pytest.approx(whole.tokens / trainer.processes.size, rel=0.2)
 
 
 def train_all(cases: list[tuple[str, str, str, int]], folder: str) -> list[Any]:

@@ -141,10 +141,10 @@ def path_to_save(path: Path) -> str:
     return str(resolved)
 
 
-def corpus_of(config: Config, given: Path | None = None, cache: bool = True) -> Corpus:
+def corpus_of(config: Config, given: Path | None = None, cache: bool = True, silent: bool = False) -> Corpus:
     """Reads the corpus of `config`, from the file or the prepared folder `given` instead of its own if there is one.
 
-    With `cache` a large file is prepared once, in a folder that is printed.
+    With `cache` a large file is prepared once, in a folder that is printed unless `silent`.
     """
     from charlm.lm.data import read_corpus
 
@@ -157,7 +157,7 @@ def corpus_of(config: Config, given: Path | None = None, cache: bool = True) -> 
         from charlm.lm.cache import is_worth_it
 
         if is_worth_it(path):
-            return _cached_corpus(config, path)
+            return _cached_corpus(config, path, silent)
     return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
 
 
@@ -174,17 +174,18 @@ def _prepared_corpus(config: Config, directory: Path) -> Corpus:
     return corpus
 
 
-def _cached_corpus(config: Config, path: Path) -> Corpus:
+def _cached_corpus(config: Config, path: Path, silent: bool) -> Corpus:
     from charlm.lm.cache import cached_corpus
     from charlm.lm.prepare import Options
 
     def announce(directory: Path) -> None:
-        typer.echo(
-            f"charlm: preparing {path} once, in {directory}; `charlm prepare --clear-cache` removes it", err=True
-        )
+        if not silent:
+            typer.echo(
+                f"charlm: preparing {path} once, in {directory}; `charlm prepare --clear-cache` removes it", err=True
+            )
 
     options = Options(config.format, config.split_seed, config.dedup)
-    with progress_bar(path.name) as report:
+    with progress_bar(path.name, silent) as report:
         return cached_corpus(path, options, announce=announce, report=report)
 
 
@@ -200,7 +201,7 @@ def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(name: str, silent: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on standard error, where this is a terminal: a function of (stage, done, total or 0)."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -209,7 +210,7 @@ def progress_bar(name: str) -> Iterator[Callable[[str, int, int], None]]:
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description} {task.completed:,.0f}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Bar(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as bar:
         task = bar.add_task(name, total=None)
 
         def report(stage: str, done: int, total: int) -> None:

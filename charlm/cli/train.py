@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from charlm.lm.checkpoint import Checkpoint
     from charlm.lm.data import Corpus
+    from charlm.lm.evaluate import Evaluation
+    from charlm.lm.models import LanguageModel
     from charlm.lm.processes import Processes
     from charlm.lm.train import Progress, Trainer
 
@@ -313,7 +315,7 @@ def _run(
     bound = None if memory is None else parse_bytes(memory)
     console = new_console()
     console.quiet = processes.rank != 0
-    corpus = corpus_of(config, input_file, cache)
+    corpus = corpus_of(config, input_file, cache, silent=processes.rank > 0)
     guessed = ", guessed" if config.format is None else ""
     config = replace(config, format=corpus.format)
     if isinstance(corpus, ShardedCorpus):  # the split of the folder
@@ -347,7 +349,7 @@ def _run(
 
         finished = trainer.run(show, stop, report.advise)
         report.stopped_at(trainer.step)
-        processes.wait()  # the first one prints the result; the others may end
+        processes.wait()  # until the first one has saved
     if stop.signal == signal.SIGPIPE and not finished:
         typer.echo(f"charlm: {lost[0]}; stopped and saved step {trainer.step} in {work_dir}", err=True)
     if not finished and processes.rank == 0:
@@ -356,8 +358,13 @@ def _run(
         console.print(f"{where}; resume with:\ncharlm train -o {work_dir} --resume{again}", soft_wrap=True)
     if not finished:
         raise typer.Exit(128 + (stop.signal or 0))
+    with progress_bar("dev", silent=processes.rank > 0) as bar:
+        result = trainer.evaluate_best(lambda done, total: bar("evaluating", done, total))
+    model = trainer.whole_model()
+    processes.wait()  # the first one prints; the others may end
     if processes.rank == 0:
-        _print_result(console, config, corpus, trainer)
+        assert model is not None
+        _print_result(console, config, corpus, trainer, model, result)
 
 
 def _what_must_be_equal(config: Config, corpus: Corpus, resumed: Checkpoint | None, parallel: str) -> dict[str, str]:
@@ -409,22 +416,17 @@ def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trai
     console.print(f"{config.label}: {work}{start}", soft_wrap=True)
 
 
-def _print_result(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
+def _print_result(
+    console: Console, config: Config, corpus: Corpus, trainer: Trainer, model: LanguageModel, result: Evaluation
+) -> None:
     from charlm.lm.display import print_losses
-    from charlm.lm.evaluate import baselines, evaluate, predictions
+    from charlm.lm.evaluate import baselines
     from charlm.lm.examples import PROTOCOLS
     from charlm.lm.sample import SamplingOptions, sample
 
     rows = baselines(corpus, "dev", config.add_k)
-    with progress_bar("dev") as report:
-        result = evaluate(
-            trainer.model,
-            predictions(trainer.model, corpus, "dev").to(trainer.device),
-            "dev",
-            lambda done, total: report("evaluating", done, total),
-        )
     rows[f"this model ({config.label}, step {trainer.best_step})"] = result
     print_losses(console, f"loss on dev, {result.tokens:,} tokens, {PROTOCOLS[result.protocol]}", rows)
     options = SamplingOptions(max_new_tokens=None if corpus.format == "line" else PASSAGE)
-    samples = sample(trainer.model, corpus.vocabulary, options, trainer.device)
+    samples = sample(model, corpus.vocabulary, options, trainer.device)
     print_samples(console, samples, corpus.format, corpus)

@@ -31,7 +31,7 @@ from charlm.lm.data import Corpus
 from charlm.lm.evaluate import Evaluation, evaluate, predictions, rows_per_pass
 from charlm.lm.examples import Examples, Sequences, sample_rows
 from charlm.lm.metrics import MetricsLog
-from charlm.lm.models import CountModel, Mixture, NGram, build_model
+from charlm.lm.models import CountModel, LanguageModel, Mixture, NGram, build_model
 from charlm.lm.models.dropout import sample_keys
 from charlm.lm.optimizer import build_optimizer, learning_rate_at
 from charlm.lm.parallel import SharedLoss, check_parallel, distribute, gathered, is_sharded, scattered
@@ -103,9 +103,8 @@ class Trainer:
         distribute(self.model, parallel, self.processes, self.device)
         self.batches = torch.Generator().manual_seed(config.seed)
         self.step = 0
-        self.loss_sum = torch.zeros(
-            (), device=self.device
-        )  # of this process, over the loss_steps steps since the last report
+        # The loss of this process, over the loss_steps steps since the last report.
+        self.loss_sum = torch.zeros((), device=self.device)
         self.loss_steps = 0
         self.is_evaluation_due = False  # whether the weights after `step` have yet to be evaluated
         self.best_step: int | None = None
@@ -154,14 +153,27 @@ class Trainer:
             else:
                 self._optimize(self.optimizer, report, stop or StopRequest(), on_advice)
         self.model.load_state_dict(self.best_weights)
-        if is_sharded(self.model):
-            weights = gathered(self.best_weights, self.processes)
-            if self.processes.rank == 0:
-                self.model = build_model(**self.model_config)
-                self.model.load_state_dict(weights)
-                self.model.to(self.device)
         self.model.eval()
         return self._is_finished()
+
+    def evaluate_best(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluation:
+        """The loss of the best weights on all of dev; after `run`, by all processes together.
+
+        Args:
+            on_progress: Called with the number of predictions of this process that are done, and of all its own.
+        """
+        return self._of_all(self._evaluate(self._predictions("dev"), on_progress))
+
+    def whole_model(self) -> LanguageModel | None:
+        """The best model, whole on rank 0; None on other ranks of a sharded run. All processes must call it."""
+        if not is_sharded(self.model):
+            return self.model
+        weights = gathered(self.best_weights, self.processes)
+        if self.processes.rank != 0:
+            return None
+        model = build_model(**self.model_config)
+        model.load_state_dict(weights)
+        return model.to(self.device).eval()
 
     def save(self) -> None:
         """Begins to write the state after `self.step` steps to `self.directory`; `finish_saving` waits for the end.
@@ -250,7 +262,7 @@ class Trainer:
     def _count(self, report: Report) -> None:
         """Trains a count model; this takes one step, which cannot be interrupted and resumed."""
         if self.step < self.config.max_steps:
-            rows = predictions(self.model, self.corpus, "train").to(self.device)
+            rows = self._predictions("train")
             if isinstance(self.model, NGram) and self.memory is not None:
                 self._count_on_disk(self.model, rows, self.memory)
             else:
@@ -438,7 +450,9 @@ class Trainer:
         self.save()
         return True
 
-    def _evaluate(self, dev: Examples | Sequences) -> Evaluation:
+    def _evaluate(
+        self, dev: Examples | Sequences, on_progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Evaluation:
         """The loss on this process's share of `dev`."""
         share = self.processes.share(len(dev))
         if is_sharded(self.model):  # every process must run the blocks equally often
@@ -448,7 +462,7 @@ class Trainer:
                 evaluate(self.model, dev.slice(0, 1), "dev")
         if share.start == share.stop:
             return Evaluation("dev", dev.protocol, 0.0, 0)
-        return evaluate(self.model, dev.slice(share.start, share.stop), "dev")
+        return evaluate(self.model, dev.slice(share.start, share.stop), "dev", on_progress)
 
     def _of_all(self, result: Evaluation) -> Evaluation:
         """The evaluation of all shares."""
@@ -462,7 +476,10 @@ class Trainer:
         return replace(result, nats=nats / tokens, tokens=round(tokens), standard_error=error)
 
     def _dev(self) -> Examples | Sequences:
-        return sample_rows(predictions(self.model, self.corpus, "dev"), self.config.eval_tokens).to(self.device)
+        return sample_rows(self._predictions("dev"), self.config.eval_tokens)
+
+    def _predictions(self, split: str) -> Examples | Sequences:
+        return predictions(self.model, self.corpus, split).to(self.device)
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
