@@ -25,7 +25,7 @@ from charlm.lm.processes import Launch, Processes
 from charlm.lm.stop import StopRequest
 
 KILLS = int(os.environ.get("CHARLM_KILLS", "2"))
-SMALL = ("--n-hidden", 16, "--batch-size", 32, "--log-interval", 5, "--timeout", 60)
+SMALL = ("--batch-size", 32, "--log-interval", 5, "--timeout", 60)
 
 
 @pytest.fixture
@@ -53,11 +53,17 @@ def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
 # ---- the end of a rank
 
 
+GPT = ("--type", "gpt", "--n-layer", 2, "--n-embd", 16, "--n-head", 2, "--parallel", "fsdp")
+
+
 @pytest.mark.exhaustive
-def test_a_killed_rank_costs_a_restart_and_changes_nothing(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("model", [("--n-hidden", 16), GPT], ids=["ddp", "fsdp"])
+def test_a_killed_rank_costs_a_restart_and_changes_nothing(
+    tmp_path: Path, data: Path, model: tuple[str | int, ...]
+) -> None:
     """CHARLM_KILLS=20 kills 20 times."""
     steps, interval = 200 + 100 * KILLS, 40
-    flags = ("-i", data, *SMALL, "--max-steps", steps, "--eval-interval", interval)
+    flags = ("-i", data, *model, *SMALL, "--max-steps", steps, "--eval-interval", interval)
     whole = torchrun(2, "-o", tmp_path / "whole", *flags)
     assert ends([whole])[0][0] == 0
     seed = random.randrange(10**6)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_support import results_of_processes
+from distributed_support import processes, results_of_processes
 from lm_support import StopAt
 
 from charlm.lm import checkpoint
@@ -19,7 +19,6 @@ from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.metrics import METRICS
-from charlm.lm.processes import Launch, Processes
 from charlm.lm.train import Trainer
 
 CORPUS = build_corpus("\n".join(read_text(None).split("\n")[:300]))
@@ -41,7 +40,7 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 CASES = {
     2: [
         *[(name, "float32", "ddp", 200) for name in CONFIGS],
-        *[(name, "float64", "ddp", 40) for name in ("mlp", "mlp with batch norm", "gpt")],
+        *[(name, "float64", "ddp", 40) for name in ("mlp", "mlp with batch norm", "wavenet", "gpt")],
         ("gpt", "float32", "fsdp", 200),
     ],
     4: [
@@ -49,6 +48,7 @@ CASES = {
         ("mlp with batch norm", "float32", "ddp", 200),
         ("wavenet", "float32", "ddp", 200),
         ("gpt", "float32", "ddp", 200),
+        ("wavenet", "float64", "ddp", 40),
         ("gpt", "float64", "fsdp", 20),
     ],
 }
@@ -63,12 +63,6 @@ ALL_CASES = [
 def losses(directory: Path) -> list[tuple[int, str, float]]:
     lines = map(json.loads, (directory / METRICS).read_text().splitlines())
     return [(line["step"], line["split"], line["nats"]) for line in lines]
-
-
-def processes() -> Processes:
-    if not torch.distributed.is_initialized():
-        return Processes()
-    return Processes(Launch(torch.distributed.get_rank(), torch.distributed.get_world_size()))
 
 
 def train(name: str, dtype: str, parallel: str, steps: int, directory: Path) -> Any:

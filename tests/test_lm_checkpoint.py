@@ -119,8 +119,8 @@ def test_a_damaged_manifest_is_a_user_error(tmp_path, text):
 def test_a_newer_checkpoint_is_a_user_error(tmp_path):
     checkpoint.save(tmp_path, a_checkpoint())
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "version": 2}))
-    with pytest.raises(UserError, match=r"written by a newer charlm .checkpoint version 2; .* up to version 1"):
+    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "version": 3}))
+    with pytest.raises(UserError, match=r"written by a newer charlm .checkpoint version 3; .* up to version 2"):
         checkpoint.load(tmp_path)
 
 

@@ -1,14 +1,18 @@
 """Checkpoints of a training run: safetensors and JSON without pickle, replaced atomically.
 
     DIR/checkpoint.json                  the manifest: version, step, config, model, vocabulary, split hash,
-                                         and name, size and sha256 of the two files below
+                                         and name, size and sha256 of the files below
     DIR/model-<sha256>.safetensors       the weights to use: the best on dev so far
     DIR/training-<sha256>.safetensors    the state for resuming: current weights, optimizer and random state
     DIR/metrics.jsonl                    see `metrics`
 
-The name of a tensor file is derived from its content, so a new file never overwrites an old one. Both files are on disk
+The processes of a run that shards its model write a model file and a training file each. The manifest then has
+version 2 and a list of files, in the order of the ranks, in place of one. Of a sharded tensor each file has some rows,
+and all of them in this order are the tensor; every other tensor is in the files of rank 0 alone.
+
+The name of a tensor file is derived from its content, so a new file never overwrites an old one. All files are on disk
 before the new manifest is renamed over the old one. That rename is the only atomic step that is needed: at any time the
-manifest names two complete files. Afterwards the files of the old manifest are removed. Therefore only one process at a
+manifest names complete files. Afterwards the files of the old manifest are removed. Therefore only one run at a
 time may write to a folder, which `files.locked` ensures, and a reader whose file has disappeared reads the manifest
 again.
 """
@@ -34,11 +38,12 @@ from charlm._version import __version__
 from charlm.lm.config import Config
 from charlm.lm.files import write_atomically
 from charlm.lm.models import LanguageModel, build_model
+from charlm.lm.processes import Processes
 from charlm.lm.vocabulary import Vocabulary
 
 MANIFEST = "checkpoint.json"
 FORMAT = "charlm checkpoint"
-VERSION = 1
+VERSION = 2  # that of a checkpoint with one file of each part is 1
 PARTS = ("model", "training")
 # The names of the two tensor files of a checkpoint, and of the temporary files while they are written.
 PART = re.compile(r"(model|training)-[0-9a-f]{16}\.safetensors|\.(model|training)-[0-9a-f]{16}\.safetensors\.\d+\.tmp")
@@ -120,16 +125,43 @@ def foreign_files(directory: Path) -> list[str]:
     return [] if isinstance(manifest, dict) and manifest.get("format") == FORMAT else [MANIFEST]
 
 
-def save(directory: Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` to `directory`, creating it if needed; the old one stays until the new one is complete."""
-    directory.mkdir(parents=True, exist_ok=True)
-    files = {
-        "model": _write_tensors(directory, "model", checkpoint.weights),
-        "training": _write_tensors(directory, "training", checkpoint.training),
-    }
+def save(directory: Path, checkpoint: Checkpoint, processes: Processes | None = None) -> None:
+    """Writes `checkpoint` to `directory`, creating it if needed; the old one stays until the new one is complete.
+
+    Args:
+        directory: The folder; that of all `processes`.
+        checkpoint: The state; its tensors are those of `parallel.parts_to_save`.
+        processes: The processes that write it together, all of which must call this; None is this process alone.
+
+    Raises:
+        OSError: A file cannot be written; the error names it.
+        UserError: Another process cannot write a file, or wrote it to another folder.
+    """
+    processes = processes or Processes()
+
+    def write() -> dict[str, dict[str, Any]]:
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {"model": checkpoint.weights, "training": checkpoint.training}
+        wanted = {part: found for part, found in tensors.items() if found or processes.rank == 0}
+        return {part: _write_tensors(directory, part, found, processes.rank) for part, found in wanted.items()}
+
+    files = processes.results(write)
+    processes.results(lambda: _commit(directory, checkpoint, files) if processes.rank == 0 else None)
+
+
+def _commit(directory: Path, checkpoint: Checkpoint, files: list[dict[str, dict[str, Any]]]) -> None:
+    """Makes the tensor `files`, given by rank and part, the checkpoint of `directory`."""
+    for rank, written in enumerate(files):
+        for entry in written.values():
+            if not (directory / entry["name"]).exists():
+                raise UserError(
+                    f"{directory / entry['name']} of rank {rank} is not here: the ranks must share the folder"
+                )
+    lists = {part: [written[part] for written in files if part in written] for part in PARTS}
+    is_sharded = any(len(entries) > 1 for entries in lists.values())
     manifest = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if is_sharded else 1,
         "charlm": __version__,
         "step": checkpoint.step,
         "best_step": checkpoint.best_step,
@@ -138,11 +170,11 @@ def save(directory: Path, checkpoint: Checkpoint) -> None:
         "model": checkpoint.model,
         "vocabulary": {"chars": checkpoint.vocabulary.chars, "separator": checkpoint.vocabulary.separator},
         "digest": checkpoint.digest,
-        "files": files,
+        "files": lists if is_sharded else {part: entries[0] for part, entries in lists.items()},
     }
     text = json.dumps(manifest, indent=1, allow_nan=False, ensure_ascii=True) + "\n"
     write_atomically(directory / MANIFEST, text.encode())
-    _remove_unnamed(directory, {file["name"] for file in files.values()})
+    _remove_unnamed(directory, {entry["name"] for entries in lists.values() for entry in entries})
 
 
 def load(directory: Path) -> Checkpoint:
@@ -178,7 +210,7 @@ def _load(path: Path, data: bytes) -> Checkpoint:
             f"this charlm reads up to version {VERSION})"
         )
     try:
-        tensors = {part: _read_tensors(directory, part, manifest["files"][part]) for part in PARTS}
+        tensors = {part: _read_tensors(directory, part, _typed(manifest["files"], part, dict, list)) for part in PARTS}
         return Checkpoint(
             step=_typed(manifest, "step", int),
             config=Config.from_dict(manifest["config"]),
@@ -194,7 +226,7 @@ def _load(path: Path, data: bytes) -> Checkpoint:
         raise
     except KeyError as error:
         raise UserError(f"{path} is damaged: it has no {error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -237,16 +269,27 @@ def _vocabulary(manifest: dict[str, Any]) -> Vocabulary:
     return vocabulary
 
 
-def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:
     """Writes one tensor file and returns its entry in the manifest."""
-    data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    metadata = {"rank": str(rank)} if rank else None  # so that no two ranks write the same file
+    data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     digest = hashlib.sha256(data).hexdigest()
     name = f"{part}-{digest[:16]}.safetensors"
     write_atomically(directory / name, data)
     return {"name": name, "bytes": len(data), "sha256": digest}
 
 
-def _read_tensors(directory: Path, part: str, entry: dict[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(directory: Path, part: str, entries: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of the file or of the files that `entries` names."""
+    rows: dict[str, list[Tensor]] = {}
+    for entry in entries if isinstance(entries, list) else [entries]:
+        for name, tensor in _read_file(directory, part, entry).items():
+            rows.setdefault(name, []).append(tensor)
+    # Each tensor is joined on its own, and its rows are freed.
+    return {name: torch.cat(found) if len(found := rows.pop(name)) > 1 else found[0] for name in list(rows)}
+
+
+def _read_file(directory: Path, part: str, entry: dict[str, Any]) -> dict[str, Tensor]:
     name = _typed(entry, "name", str)
     if not re.fullmatch(rf"{part}-[0-9a-f]{{16}}\.safetensors", name):
         raise ValueError(f"{name!r} is not the name of a {part} file")

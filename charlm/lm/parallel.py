@@ -141,6 +141,15 @@ def gathered(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, T
     return found
 
 
+def parts_to_save(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Copies on the CPU of what process `rank` saves: its rows of sharded `tensors`; rank 0 also all other tensors."""
+    return {
+        name: (tensor.to_local() if _is_dtensor(tensor) else tensor).detach().to("cpu", copy=True)  # type: ignore[operator]
+        for name, tensor in tensors.items()
+        if rank == 0 or _is_dtensor(tensor)
+    }
+
+
 def scattered(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This process's parts of whole `tensors`, which all processes hold, as `like` of the same name is sharded."""
     found = {}

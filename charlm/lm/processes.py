@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from charlm._errors import UserError
 from charlm.lm.stop import StopRequest
 
+Result = TypeVar("Result")
 SECONDS_TO_ANSWER = 5.0  # after a time-out, in which a process that lives says so
 SECONDS_TO_END = 1.0  # the same after a closed connection
 
@@ -32,10 +34,12 @@ class Launch:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on its machine
+    local_size: int = 1  # the number of processes that are known to run on its machine
 
     @classmethod
     def from_environment(cls) -> Launch:
-        """Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without WORLD_SIZE it is one process.
+        """Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; without WORLD_SIZE it is one
+        process.
 
         Raises:
             UserError: One of them is missing, is not a number, or is out of its range.
@@ -45,7 +49,8 @@ class Launch:
         size = _number("WORLD_SIZE", at_least=1)
         rank = _number("RANK", below=size) if "RANK" in os.environ or size > 1 else 0
         local_rank = _number("LOCAL_RANK", below=size) if "LOCAL_RANK" in os.environ else rank
-        return cls(rank, size, local_rank)
+        local_size = _number("LOCAL_WORLD_SIZE", at_least=1) if "LOCAL_WORLD_SIZE" in os.environ else 1
+        return cls(rank, size, local_rank, local_size)
 
 
 def is_under_torchrun() -> bool:
@@ -70,13 +75,28 @@ class Processes:
         launch: The place of this process.
         store: The store of the process group; None without one.
         timeout: Seconds after which a process that waits for others gives up.
+        group: The process group; None is torch's default one.
     """
 
-    def __init__(self, launch: Launch | None = None, store: dist.Store | None = None, timeout: float = 600) -> None:
+    def __init__(
+        self,
+        launch: Launch | None = None,
+        store: dist.Store | None = None,
+        timeout: float = 600,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         self.launch = launch or Launch()
         self.rank, self.size = self.launch.rank, self.launch.size
         self._store = store
         self._timeout = timeout
+        self._group = group
+
+    def in_a_thread(self) -> Processes:
+        """The same processes with a process group of their own, for a thread beside the main one; all must call it."""
+        if self.size == 1:
+            return self
+        group = dist.new_group(timeout=timedelta(seconds=self._timeout), backend="gloo")
+        return Processes(self.launch, self._store, self._timeout, group)
 
     def share(self, count: int) -> slice:
         """The part of `count` things in a row that belongs to this process; the sizes of two parts differ by 0 or 1."""
@@ -87,12 +107,37 @@ class Processes:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
 
     def wait(self) -> None:
         """Waits until all processes are here."""
         self.sums(0.0)
+
+    def results(self, work: Callable[[], Result]) -> list[Result]:
+        """What `work`, which writes files, returns in each process, by rank. If it fails in one, all raise.
+
+        Raises:
+            OSError: `work` failed here.
+            UserError: `work` failed in another process, which the sentence names.
+        """
+        if self.size == 1:
+            return [work()]
+        result, failed, reason = None, None, None
+        try:
+            result = work()
+        except OSError as error:
+            failed, reason = error, f"cannot write {error.filename}: {error.strerror}"
+        except UserError as error:
+            failed, reason = error, str(error)
+        found: list[tuple[Any, str | None]] = [(None, None)] * self.size
+        dist.all_gather_object(found, (result, reason), group=self._group)
+        if failed is not None:
+            raise failed
+        for rank, (_, reason) in enumerate(found):
+            if reason is not None:
+                raise UserError(f"rank {rank}: {reason}")
+        return [result for result, _ in found]
 
     def from_first(self, value: int) -> int:
         """The `value` of the first process."""
@@ -106,7 +151,7 @@ class Processes:
         if self.size == 1:
             return lambda: stop.signal
         signal = torch.tensor(stop.signal or 0)
-        work = dist.all_reduce(signal, dist.ReduceOp.MAX, async_op=True)
+        work = dist.all_reduce(signal, dist.ReduceOp.MAX, group=self._group, async_op=True)
 
         def result() -> int | None:
             work.wait()
@@ -127,7 +172,7 @@ class Processes:
             return
         hashes = torch.tensor([int(hashlib.sha256(value.encode()).hexdigest()[:15], 16) for value in values.values()])
         found = [torch.empty_like(hashes) for _ in range(self.size)]
-        dist.all_gather(found, hashes)
+        dist.all_gather(found, hashes, group=self._group)
         for rank, other in enumerate(found):
             for name, differs in zip(values, (other != found[0]).tolist(), strict=True):
                 if differs:

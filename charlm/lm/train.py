@@ -34,7 +34,7 @@ from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, LanguageModel, Mixture, NGram, build_model
 from charlm.lm.models.dropout import sample_keys
 from charlm.lm.optimizer import build_optimizer, learning_rate_at
-from charlm.lm.parallel import SharedLoss, check_parallel, distribute, gathered, is_sharded, scattered
+from charlm.lm.parallel import SharedLoss, check_parallel, distribute, gathered, is_sharded, parts_to_save, scattered
 from charlm.lm.processes import Processes
 from charlm.lm.stop import Interrupted, StopRequest
 from charlm.lm.token_noise import COUNTED_TOKENS, TokenNoise
@@ -113,6 +113,7 @@ class Trainer:
         self.best_weights = copy.deepcopy(self.model.state_dict())
         self._metrics: MetricsLog | None = None  # the log of the last `run`
         self._writing: Future[None] | None = None  # the checkpoint that is being written
+        self._writers = self.processes.in_a_thread()
         self.optimizer = None if isinstance(self.model, CountModel) else build_optimizer(self.model, config)
         if resumed is not None:
             self._restore(resumed)
@@ -178,15 +179,12 @@ class Trainer:
     def save(self) -> None:
         """Begins to write the state after `self.step` steps to `self.directory`; `finish_saving` waits for the end.
 
-        Training goes on when the state is copied. All processes must call it, and the first one writes.
+        Training goes on when the state is copied. All processes must call it; each copies and writes its part.
         """
         self.finish_saving()  # before the copies: a checkpoint and its file are in memory once
         (nats,) = self.processes.sums(self.loss_sum.item())
         self.loss_sum.fill_(nats if self.processes.rank == 0 else 0.0)  # as after a resume, for the order of additions
         weights = self.model.state_dict() if self.best_step is None else self.best_weights
-        weights, training = gathered(weights, self.processes), gathered(self._training_state(), self.processes)
-        if self.processes.rank != 0:
-            return
         saved = Checkpoint(
             step=self.step,
             config=self.config,
@@ -195,8 +193,8 @@ class Trainer:
             digest=self.corpus.digest,
             best_step=self.best_step,
             best_nats=self.best_nats,
-            weights=weights,
-            training=training,
+            weights=parts_to_save(weights, self.processes.rank),
+            training=parts_to_save(self._training_state(), self.processes.rank),
         )
         writer = ThreadPoolExecutor(max_workers=1)
         self._writing = writer.submit(self._write, saved)
@@ -209,7 +207,7 @@ class Trainer:
             writing.result()
 
     def _write(self, saved: Checkpoint) -> None:
-        checkpoints.save(self.directory, saved)
+        checkpoints.save(self.directory, saved, self._writers)
         if self._metrics is not None:
             self._metrics.checkpointed()
 
