@@ -47,7 +47,7 @@ class Recording(Trainer):
 
 
 def trainer_in(run: str | Path) -> Recording:
-    resumed = checkpoint.load(Path(run)) if checkpoint.exists(Path(run)) else None
+    resumed = checkpoint.load(Path(run), mapped=True) if checkpoint.exists(Path(run)) else None
     parallel = "fsdp" if torch.distributed.is_initialized() else "ddp"
     return Recording(CONFIG, CORPUS, Path(run), resumed, processes=processes(), parallel=parallel)
 
@@ -134,16 +134,17 @@ def test_every_command_reads_it(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("part", ["model", "training"])
-def test_a_damaged_file_of_any_rank_is_a_user_error(run: Path, part: str, rank: int) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_damaged_file_of_any_rank_is_a_user_error(run: Path, part: str, rank: int, mapped: bool) -> None:
     path = run / files_of(run)[part][rank]["name"]
     data = path.read_bytes()
     for damaged, words in ((data[:-1], "is truncated"), (data[:-1] + bytes([data[-1] ^ 1]), "is altered")):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"{path.name} {words}"):
-            checkpoint.load(run)
+            checkpoint.load(run, mapped=mapped)
     path.unlink()
     with pytest.raises(UserError, match="a part of the checkpoint: No such file"):
-        checkpoint.load(run)
+        checkpoint.load(run, mapped=mapped)
 
 
 @pytest.mark.parametrize(

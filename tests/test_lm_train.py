@@ -218,10 +218,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path, monkeypatch, failing):
     save = checkpoint.save
 
-    def full(directory, saved):
+    def full(directory, saved, processes):
         if saved.step == failing:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "checkpoint.json")
-        save(directory, saved)
+        save(directory, saved, processes)
 
     monkeypatch.setattr(checkpoint, "save", full)
     trainer = Trainer(SMALL, CORPUS, tmp_path)

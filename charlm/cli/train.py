@@ -212,13 +212,9 @@ def train(
                 _check_folder(work_dir, resume, overwrite)
                 stack.enter_context(locked(work_dir))
                 _check_folder(work_dir, resume, overwrite)  # it may have changed before it was locked
-            saved = None
             if processes.from_first(resume):
-                saved = checkpoint.load(work_dir)
-                check_options(saved.config.type, given)
-                config = _resumed_config(saved.config, given)
-            assert config is not None
-            _run(config, input_file, work_dir, saved, force, not no_cache, processes, parallel, memory)
+                config = None
+            _run(config, given, input_file, work_dir, force, not no_cache, processes, parallel, memory)
 
 
 @contextmanager
@@ -291,17 +287,18 @@ def _resumed_config(saved: Config, given: dict[str, Any]) -> Config:
 
 
 def _run(
-    config: Config,
+    config: Config | None,
+    given: dict[str, Any],
     input_file: Path | None,
     work_dir: Path,
-    resumed: Checkpoint | None,
     force: bool,
     cache: bool,
     processes: Processes,
     parallel: str,
     memory: str | None,
 ) -> None:
-    """Trains until the end or a signal, and prints the result."""
+    """Trains until the end or a signal, and prints the result; without `config`, goes on from the checkpoint."""
+    from charlm.lm import checkpoint
     from charlm.lm.display import ProgressReport
     from charlm.lm.memory import check_fits, parse_bytes
     from charlm.lm.parallel import check_parallel
@@ -309,6 +306,11 @@ def _run(
     from charlm.lm.shards import ShardedCorpus
     from charlm.lm.train import StopRequest, Trainer, usable_device
 
+    resumed = None
+    if config is None:
+        resumed = checkpoint.load(work_dir, mapped=True)
+        check_options(resumed.config.type, given)
+        config = _resumed_config(resumed.config, given)
     check_parallel(parallel, config, processes)
     if memory is not None and config.type != "ngram":
         raise UserError(f"--memory bounds the counting of type ngram; the {config.type} does not have it")
@@ -326,6 +328,7 @@ def _run(
         check_fits(config, corpus, usable_device(processes.device(config.device)))
     processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
     trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound)
+    del resumed  # and so its files, which the next checkpoint replaces
     _print_model(console, config, corpus, trainer)
     stop = StopRequest(ignores_repeats=is_under_torchrun())
     lost: list[str] = []  # the reason why the output cannot be written

@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import load_file as map_tensors
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
@@ -75,8 +77,8 @@ class Checkpoint:
     digest: str
     best_step: int | None
     best_nats: float | None
-    weights: dict[str, Tensor]
-    training: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    training: Mapping[str, Tensor]
 
     def build_model(self, device: torch.device | str = "cpu") -> LanguageModel:
         """Builds the model with its weights, in evaluation mode on `device`.
@@ -177,11 +179,16 @@ def _commit(directory: Path, checkpoint: Checkpoint, files: list[dict[str, dict[
     _remove_unnamed(directory, {entry["name"] for entries in lists.values() for entry in entries})
 
 
-def load(directory: Path) -> Checkpoint:
+def load(directory: Path, *, mapped: bool = False) -> Checkpoint:
     """Loads the checkpoint in `directory`.
 
     The manifest is not trusted: it may only name tensor files in its own folder, and safetensors files cannot contain
     code.
+
+    Args:
+        directory: The folder.
+        mapped: Whether the files are mapped into memory, so that a tensor takes none before it is read. This is for
+            the run that has locked the folder; the disk keeps files that were removed until the checkpoint is freed.
 
     Raises:
         UserError: There is no checkpoint, a newer charlm wrote it, or one of its files is missing, truncated or
@@ -191,14 +198,14 @@ def load(directory: Path) -> Checkpoint:
     while True:
         data = _read(path)
         try:
-            return _load(path, data)
+            return _load(path, data, mapped)
         except UserError:
             # A running training may have replaced the files after the manifest was read: then read the new manifest.
             if _read(path) == data:
                 raise
 
 
-def _load(path: Path, data: bytes) -> Checkpoint:
+def _load(path: Path, data: bytes, mapped: bool) -> Checkpoint:
     directory = path.parent
     manifest = _parse(path, data)
     version = manifest["version"]
@@ -210,7 +217,8 @@ def _load(path: Path, data: bytes) -> Checkpoint:
             f"this charlm reads up to version {VERSION})"
         )
     try:
-        tensors = {part: _read_tensors(directory, part, _typed(manifest["files"], part, dict, list)) for part in PARTS}
+        files = {part: _typed(manifest["files"], part, dict, list) for part in PARTS}
+        tensors = {part: _read_tensors(directory, part, entries, mapped) for part, entries in files.items()}
         return Checkpoint(
             step=_typed(manifest, "step", int),
             config=Config.from_dict(manifest["config"]),
@@ -279,17 +287,35 @@ def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor], rank:
     return {"name": name, "bytes": len(data), "sha256": digest}
 
 
-def _read_tensors(directory: Path, part: str, entries: dict[str, Any] | list[dict[str, Any]]) -> dict[str, Tensor]:
+class _Joined(Mapping[str, Tensor]):
+    """Tensors by name, each joined from its rows in several files whenever it is asked for."""
+
+    def __init__(self, rows: dict[str, list[Tensor]]) -> None:
+        self._rows = rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = self._rows[name]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def _read_tensors(
+    directory: Path, part: str, entries: dict[str, Any] | list[dict[str, Any]], mapped: bool
+) -> Mapping[str, Tensor]:
     """The tensors of the file or of the files that `entries` names."""
     rows: dict[str, list[Tensor]] = {}
     for entry in entries if isinstance(entries, list) else [entries]:
-        for name, tensor in _read_file(directory, part, entry).items():
+        for name, tensor in _read_file(directory, part, entry, mapped).items():
             rows.setdefault(name, []).append(tensor)
-    # Each tensor is joined on its own, and its rows are freed.
-    return {name: torch.cat(found) if len(found := rows.pop(name)) > 1 else found[0] for name in list(rows)}
+    return _Joined(rows) if mapped else dict(_Joined(rows))
 
 
-def _read_file(directory: Path, part: str, entry: dict[str, Any]) -> dict[str, Tensor]:
+def _read_file(directory: Path, part: str, entry: dict[str, Any], mapped: bool) -> dict[str, Tensor]:
     name = _typed(entry, "name", str)
     if not re.fullmatch(rf"{part}-[0-9a-f]{{16}}\.safetensors", name):
         raise ValueError(f"{name!r} is not the name of a {part} file")
@@ -298,13 +324,16 @@ def _read_file(directory: Path, part: str, entry: dict[str, Any]) -> dict[str, T
         found = path.stat().st_size
         if found != entry["bytes"]:  # checked before reading, because the file may have any size
             raise UserError(f"{path} is truncated or altered: it has {found} bytes instead of {entry['bytes']}")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = b"" if mapped else file.read()
+            digest = hashlib.sha256(data)
+            while block := file.read(2**20):
+                digest.update(block)
+        if digest.hexdigest() != entry["sha256"]:
+            raise UserError(f"{path} is altered: its sha256 is not the one in {MANIFEST}")
+        return map_tensors(path) if mapped else tensors_from_bytes(data)
     except OSError as error:
         raise UserError(f"cannot read {path}, a part of the checkpoint: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-        raise UserError(f"{path} is altered: its sha256 is not the one in {MANIFEST}")
-    try:
-        return tensors_from_bytes(data)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
 

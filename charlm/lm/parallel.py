@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -150,16 +150,17 @@ def parts_to_save(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]
     }
 
 
-def scattered(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This process's parts of whole `tensors`, which all processes hold, as `like` of the same name is sharded."""
+def scattered(tensors: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of this process's parts of whole `tensors`, as `like` of the same name is sharded, and on its device."""
     found = {}
-    for name, tensor in tensors.items():
-        template: Any = like.get(name)
+    for name, tensor in tensors:
+        template: Any = like.get(name, tensor)
         if _is_dtensor(template) and tensor.shape == template.shape:
             from torch.distributed.tensor import distribute_tensor
 
-            tensor = distribute_tensor(
+            found[name] = distribute_tensor(
                 tensor.to(template.device), template.device_mesh, template.placements, src_data_rank=None
             )
-        found[name] = tensor
+        else:
+            found[name] = tensor.to(template.device, copy=True)
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -234,10 +234,9 @@ class Trainer:
         try:
             self.step, self.best_step, self.best_nats = saved.step, saved.best_step, saved.best_nats
             state = self.model.state_dict()
-            current = saved.weights if self.optimizer is None else _strip_prefix(tensors, "weights.")
+            current = saved.weights.items() if self.optimizer is None else _with_prefix(tensors, "weights.")
             self.model.load_state_dict(scattered(current, state))
-            best = {name: tensor.to(self.device) for name, tensor in saved.weights.items()}
-            self.best_weights = scattered(best, state)
+            self.best_weights = scattered(saved.weights.items(), state)
             self.batches.set_state(tensors["random.batches"])
             if self.processes.rank == 0:
                 self.loss_sum.copy_(tensors["loss_sum"])
@@ -248,12 +247,10 @@ class Trainer:
             raise UserError(f"the checkpoint does not fit its own config: {error}") from error
         if self.optimizer is not None:
             moments: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in _strip_prefix(tensors, "optimizer.").items():
-                index, key = name.split(".", 1)
-                moments.setdefault(int(index), {})[key] = tensor
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for index, tensors in moments.items():
-                moments[index] = scattered(tensors, dict.fromkeys(tensors, parameters[index]))
+            for name, tensor in _with_prefix(tensors, "optimizer."):
+                index, key = name.split(".", 1)
+                moments.setdefault(int(index), {}).update(scattered([(key, tensor)], {key: parameters[int(index)]}))
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
@@ -501,6 +498,6 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
-def _strip_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name begins with `prefix`, by their name without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors whose name begins with `prefix`, one at a time, with their name without it."""
+    return ((name.removeprefix(prefix), tensors[name]) for name in tensors if name.startswith(prefix))
