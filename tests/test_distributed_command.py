@@ -174,6 +174,7 @@ def test_all_ranks_learn_of_the_rank_with_other_options(tmp_path: Path) -> None:
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set but RANK is not: start charlm with torchrun"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2, but must be below WORLD_SIZE, which is 2"),
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', but must be a number"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0', but must be a number"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "rank 1: MASTER_ADDR and MASTER_PORT are not both set"),
         (
             {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
@@ -185,7 +186,7 @@ def test_all_ranks_learn_of_the_rank_with_other_options(tmp_path: Path) -> None:
 def test_an_environment_that_cannot_be_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
 ) -> None:
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

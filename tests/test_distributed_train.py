@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,7 +20,9 @@ from charlm.lm import checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.evaluate import evaluate, predictions
+from charlm.lm.memory import estimate_bytes
 from charlm.lm.metrics import METRICS
+from charlm.lm.processes import Launch
 from charlm.lm.train import Trainer
 
 CORPUS = build_corpus("\n".join(read_text(None).split("\n")[:300]))
@@ -158,6 +162,44 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
         assert [line[:2] for line in our_lines] == [line[:2] for line in their_lines]
         for (*_, actual), (*_, expected) in zip(our_lines, their_lines, strict=True):
             assert actual == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+# ---- memory
+
+LARGE = {
+    "ddp": Config.of_type("mlp", max_steps=2, n_hidden=20_000, block_size=64, n_embd=32),
+    "fsdp": Config.of_type("gpt", max_steps=2, n_embd=640, n_head=4, n_layer=6, batch_size=4, eval_tokens=100),
+}
+
+
+def memory_taken(parallel: str, folder: str) -> int:
+    """The peak memory of a run in this process, beyond what it had before."""
+
+    def peak() -> int:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found
+        return int(found[1]) * 1024
+
+    if parallel == "fsdp":
+        importlib.import_module("torch.distributed.fsdp")
+    before = peak()
+    Trainer(LARGE[parallel], CORPUS, Path(folder), processes=processes(), parallel=parallel).run()
+    return peak() - before
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("parallel", list(LARGE))
+def test_the_memory_of_two_processes_is_within_a_factor_of_two_of_the_estimate(tmp_path: Path, parallel: str) -> None:
+    taken = sum(results_of_processes(2, tmp_path / "group", memory_taken, parallel, str(tmp_path / "run")))
+    assert 0.5 < taken / estimate_bytes(LARGE[parallel], CORPUS, Launch(0, 2, 0, 2), parallel) < 2
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 2), ("cuda", 1)])
+def test_processes_of_a_machine_share_its_memory_but_not_a_gpu(device: str, processes: int) -> None:
+    config = replace(LARGE["fsdp"], device=device)
+    alone = estimate_bytes(config, CORPUS, Launch(0, 8, 0, 1), "fsdp")
+    assert estimate_bytes(config, CORPUS, Launch(0, 8, 0, 2), "fsdp") == processes * alone
+    assert alone < estimate_bytes(config, CORPUS) / 4
 
 
 def test_training_in_one_process_imports_neither_fsdp_nor_dtensor() -> None:

@@ -325,11 +325,11 @@ def _run(
         config = replace(config, **split)
     _print_data(console, config, corpus, guessed)
     if not force:
-        check_fits(config, corpus, usable_device(processes.device(config.device)))
+        check_fits(config, corpus, usable_device(processes.device(config.device)), processes.launch, parallel)
     processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
     trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound)
     del resumed  # and so its files, which the next checkpoint replaces
-    _print_model(console, config, corpus, trainer)
+    _print_model(console, config, corpus, trainer, parallel)
     stop = StopRequest(ignores_repeats=is_under_torchrun())
     lost: list[str] = []  # the reason why the output cannot be written
     # A count model has nothing to save before its end, so that a signal ends the process as usual.
@@ -400,7 +400,7 @@ def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) 
         console.print(f"{overlap:,} of {sizes['dev']:,} dev items ({overlap / sizes['dev']:.1%}) also occur in train")
 
 
-def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer) -> None:
+def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer, parallel: str) -> None:
     from charlm.lm.memory import estimate_bytes, format_bytes
 
     tokens = corpus.tokens("dev")
@@ -414,7 +414,7 @@ def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trai
     start = f", resumed at step {trainer.step}" if trainer.step else ""
     work = "a count model"
     if parameters:
-        memory = format_bytes(estimate_bytes(config, corpus))
+        memory = format_bytes(estimate_bytes(config, corpus, trainer.processes.launch, parallel))
         work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}, about {memory} of memory"
     console.print(f"{config.label}: {work}{start}", soft_wrap=True)
 

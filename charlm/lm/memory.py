@@ -15,6 +15,7 @@ from charlm._errors import UserError
 from charlm.lm.config import NETWORKS, Config
 from charlm.lm.corpus import Corpus
 from charlm.lm.evaluate import CHUNK
+from charlm.lm.processes import Launch
 
 FLOAT = 4  # bytes
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -33,24 +34,38 @@ def count_parameters(config: Config, vocab_size: int) -> int:
     return 0
 
 
-def estimate_bytes(config: Config, corpus: Corpus) -> int:
+def estimate_bytes(config: Config, corpus: Corpus, launch: Launch | None = None, parallel: str = "ddp") -> int:
     """The peak memory of training in bytes, in addition to that of Python, torch and the text itself.
 
     It is the sum of weights, gradients, optimizer moments, the best weights so far and a checkpoint while it is
     written; of the activations of one batch, or of one chunk of an evaluation; of the batches of a step; and of the
     examples.
+
+    Args:
+        config: The configuration of the run.
+        corpus: The data.
+        launch: The place of this process. On the CPU all processes of its machine are counted, on a GPU this one. None
+            is a run of one process.
+        parallel: "ddp" or "fsdp".
     """
     if config.type not in NETWORKS:
         return 0
+    launch = launch or Launch()
+    local = 1 if config.device.startswith("cuda") else launch.local_size
     parameters = count_parameters(config, len(corpus.vocabulary))
     moments = 2 if config.optimizer == "adamw" else 0
     copies = 3 + moments  # weights, gradients, the best weights
     written = 1 + 2 * (1 + moments)  # the best weights; weights and moments, as tensors and as the bytes of a file
-    rows = config.batch_size if config.type == "gpt" else max(config.batch_size, CHUNK // 4)  # evaluation saves less
+    if parallel == "fsdp":  # a process builds the whole model, and keeps and writes its part
+        numbers = local * max(parameters, (copies + written) * parameters // launch.size)
+    else:  # one process writes
+        numbers = (local * copies + written) * parameters
+    batch = -(-config.batch_size // launch.size)  # of one process
+    rows = batch if config.type == "gpt" else max(batch, CHUNK // 4)  # evaluation saves less
     activations = _activations(config, corpus) * rows
     token = 1 if len(corpus.vocabulary) <= 256 else 4
-    batches = config.batch_size * config.gradient_accumulation_steps * (config.block_size * token + 16)  # per step
-    return FLOAT * ((copies + written) * parameters + activations) + batches + _examples(corpus)
+    batches = config.gradient_accumulation_steps * (batch * config.block_size * token + config.batch_size * 16)
+    return FLOAT * numbers + local * (FLOAT * activations + batches + _examples(corpus))
 
 
 def _activations(config: Config, corpus: Corpus) -> int:
@@ -86,15 +101,19 @@ def machine_bytes(device: torch.device) -> int:
     return min(limits)
 
 
-def check_fits(config: Config, corpus: Corpus, device: torch.device) -> None:
+def check_fits(
+    config: Config, corpus: Corpus, device: torch.device, launch: Launch | None = None, parallel: str = "ddp"
+) -> None:
     """Raises UserError if training needs more memory than `device` has; the message says how much and for what."""
-    needed, found = estimate_bytes(config, corpus), machine_bytes(device)
+    needed, found = estimate_bytes(config, corpus, launch, parallel), machine_bytes(device)
     if needed > found:
         parameters = count_parameters(config, len(corpus.vocabulary))
+        is_shared = device.type == "cpu" and launch is not None and launch.local_size > 1
+        here = f" in {launch.local_size} processes" if is_shared else ""
         raise UserError(
-            f"this {config.type} has {parameters:,} parameters, and training it takes about {format_bytes(needed)} of "
-            f"memory, but {device} has {format_bytes(found)}: make --block-size, --batch-size, "
-            "--gradient-accumulation-steps or the model smaller, or train anyway with --force"
+            f"this {config.type} has {parameters:,} parameters, and training it{here} takes about "
+            f"{format_bytes(needed)} of memory, but {device} has {format_bytes(found)}: make --block-size, "
+            "--batch-size, --gradient-accumulation-steps or the model smaller, or train anyway with --force"
         )
 
 
