@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,30 @@ def test_a_manifest_with_other_files_is_a_user_error(run: Path, change: Callable
         checkpoint.load(run).build_model()
 
 
-# ---- a save that fails
+# ---- a save that takes long, or fails
+
+
+def steps_while_rank_1_writes(run: str) -> int:
+    """The most steps that this process has made while rank 1 wrote a file, which waits for three of them."""
+    trainer, write, made = trainer_in(run), checkpoint.write_atomically, [0]
+
+    def slow(path: Path, data: bytes) -> None:
+        begun, end = trainer.step, time.monotonic() + 30
+        while trainer.step < min(begun + 3, CONFIG.max_steps) and time.monotonic() < end:
+            time.sleep(0.001)
+        made.append(trainer.step - begun)
+        write(path, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:
+            patch.setattr(checkpoint, "write_atomically", slow)
+        assert trainer.run()
+    return max(made)
+
+
+def test_all_ranks_train_on_while_one_writes(tmp_path: Path) -> None:
+    assert results_of_processes(2, tmp_path / "group", steps_while_rank_1_writes, str(tmp_path / "run")) == [0, 3]
+    assert checkpoint.load(tmp_path / "run").step == CONFIG.max_steps
 
 
 def save_twice(folders: list[str], patched: Callable[[pytest.MonkeyPatch, int], None]) -> str:

@@ -12,9 +12,8 @@ and all of them in this order are the tensor; every other tensor is in the files
 
 The name of a tensor file is derived from its content, so a new file never overwrites an old one. All files are on disk
 before the new manifest is renamed over the old one. That rename is the only atomic step that is needed: at any time the
-manifest names complete files. Afterwards the files of the old manifest are removed. Therefore only one run at a
-time may write to a folder, which `files.locked` ensures, and a reader whose file has disappeared reads the manifest
-again.
+manifest names complete files. Afterwards the files of the old manifest are removed. Therefore only one run at a time
+may write to a folder, which `files.locked` ensures, and a reader whose file has disappeared reads the manifest again.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ MANIFEST = "checkpoint.json"
 FORMAT = "charlm checkpoint"
 VERSION = 2  # that of a checkpoint with one file of each part is 1
 PARTS = ("model", "training")
-# The names of the two tensor files of a checkpoint, and of the temporary files while they are written.
+# The names of the tensor files of a checkpoint, and of the temporary files while they are written.
 PART = re.compile(r"(model|training)-[0-9a-f]{16}\.safetensors|\.(model|training)-[0-9a-f]{16}\.safetensors\.\d+\.tmp")
 TEMPORARY = re.compile(r"\.(checkpoint\.json|metrics\.jsonl)\.\d+\.tmp")
 # The names of all files that a run may leave in its folder if it ends before its first checkpoint.
