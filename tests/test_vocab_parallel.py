@@ -114,22 +114,75 @@ def batch(n_classes: int, n: int = 12) -> tuple[Tensor, Tensor]:
 
 
 def check_metrics_and_their_gradients() -> None:
-    everything = dict.fromkeys(
-        ("return_lse", "return_entropy", "return_predicted_tokens", "return_token_accuracy"), True
-    )
     for n_classes in (3, 10, 301):
         logits, target = batch(n_classes)
         grads = []
         outputs = []
         for op in (functional.cross_entropy, of_whole_logits):
             leaf = logits.clone().requires_grad_()
-            output = op(leaf, target, reduction="none", softcap=4.0, **everything)
+            output = op(leaf, target, reduction="none", softcap=4.0, **EVERYTHING)
             rows = torch.arange(1.0, 13.0)
             ((output.loss + output.lse * rows + output.entropy / rows).sum()).backward()
             grads.append(leaf.grad)
             outputs.append(output)
         torch.testing.assert_close(outputs[1], outputs[0])
         torch.testing.assert_close(grads[1], grads[0])
+
+
+def with_special_values(n_classes: int) -> tuple[Tensor, Tensor]:
+    """Rows with a special value in one class, in the classes of one rank of two, or in all, and two values of them."""
+    half, last = -(-n_classes // 2), n_classes - 1
+    everywhere = slice(None)
+    special: list[list[tuple[int | slice, float]]] = [
+        [(where, value)]
+        for value in (-torch.inf, torch.inf, torch.nan, 3e38, -3e38)
+        for where in (0, half, last, slice(half), slice(half, None), everywhere)
+    ]
+    pairs = [(-torch.inf, torch.inf), (torch.inf, -torch.inf)]
+    if dist.get_world_size() > 1:  # on one rank, NaN beside +inf has the state of +inf alone
+        pairs += [(torch.nan, infinite) for infinite in (torch.inf, -torch.inf)]
+        pairs += [(infinite, torch.nan) for infinite in (torch.inf, -torch.inf)]
+    special += [[(0, a), (last, b)] for a, b in pairs]
+    special += [[(everywhere, -torch.inf), (0, 0.0)], [(everywhere, -torch.inf), (last, 0.0)], [(everywhere, 1.0)]]
+    targets = (0, half - 1, half, last, -100)
+    logits = torch.randn(len(special), n_classes, generator=torch.Generator().manual_seed(0))
+    for row, values in zip(logits, special, strict=True):
+        for where, value in values:
+            row[where] = value
+    return logits.repeat_interleave(len(targets), 0), torch.tensor(targets).repeat(len(special))
+
+
+EVERYTHING = dict.fromkeys(("return_lse", "return_entropy", "return_predicted_tokens", "return_token_accuracy"), True)
+
+
+def check_special_logits() -> None:
+    for n_classes in (3, 10, 40):
+        logits, target = with_special_values(n_classes)
+        weight = torch.rand(n_classes, generator=torch.Generator().manual_seed(2)) + 0.5
+        for options in (
+            {},
+            {"label_smoothing": 0.1},
+            {"label_smoothing": 1.0},
+            {"label_smoothing": 0.1, "weight": weight},
+            {"softcap": 4.0, "label_smoothing": 0.2},
+            {"lse_square_scale": 0.1, "label_smoothing": 0.1},
+            {"logit_scale": -0.5, "label_smoothing": 0.1},
+            {"logit_scale": 0.0},
+            {"token_weight": torch.rand(len(target), generator=torch.Generator().manual_seed(3))},
+        ):
+            for metrics in ({}, EVERYTHING):
+                results = []
+                for op in (functional.cross_entropy, of_whole_logits):
+                    leaf = logits.clone().requires_grad_()
+                    output = op(leaf, target, reduction="none", **options, **metrics)
+                    if metrics:
+                        (output.loss + output.lse * 2 + output.entropy * 3).sum().backward()
+                        output = tuple(field.detach() for field in output)
+                    else:
+                        output.sum().backward()
+                        output = output.detach()
+                    results.append((output, leaf.grad))
+                torch.testing.assert_close(results[1], results[0], equal_nan=True)
 
 
 def check_logits_of_minus_infinity_on_a_whole_rank() -> None:
@@ -141,6 +194,21 @@ def check_logits_of_minus_infinity_on_a_whole_rank() -> None:
     found = logits.clone().requires_grad_()
     of_whole_logits(found, target, return_entropy=True).loss.backward()
     torch.testing.assert_close(found.grad, expected.grad)
+
+
+def check_predicted_tokens_that_float32_would_round() -> None:
+    per_rank = 2**24 + 3
+    logits = torch.zeros(2, per_rank, dtype=torch.bfloat16)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        logits[0, -2] = 1
+    n_classes = per_rank * dist.get_world_size()
+    target = torch.tensor([n_classes - 2, 0])
+    with torch.no_grad():
+        output = vocab_parallel_cross_entropy(
+            logits, target, n_classes, return_predicted_tokens=True, return_token_accuracy=True
+        )
+    assert output.predicted_tokens.tolist() == target.tolist()
+    assert output.token_accuracy == 1
 
 
 def check_ignored_rows_of_any_logits_have_no_gradient() -> None:

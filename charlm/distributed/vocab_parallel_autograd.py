@@ -35,6 +35,7 @@ from charlm import _checks
 from charlm.functional import CrossEntropyOutput
 from charlm.functional.cross_entropy import CrossEntropyOptions
 
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 IGNORED = -100  # target of a row that has no target among the classes of this rank
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
@@ -92,7 +93,7 @@ class Numbers(NamedTuple):
     Attributes:
         nll: -log p of the target, 0 where it is ignored.
         lse: the log-sum-exp of the logits.
-        smooth: sum_c w_c (-log p_c).
+        smooth: the mean over classes of w_c (-log p_c).
         entropy: of the softmax.
         predicted: the class of the largest logit, int64.
     """
@@ -193,9 +194,10 @@ class Rows(NamedTuple):
             )
 
     def weights_of(self, rank: int) -> Tensor | float:
-        """The sum of the class weights of a rank."""
+        """The sum of the class weights of a rank, divided by the number of all classes."""
         size, start = self.part.size_of(rank), rank * self.part.per_rank
-        return float(size) if self.weight is None else self.weight[start : start + size].sum()
+        total = size if self.weight is None else self.weight[start : start + size].sum()
+        return total / self.part.num_classes
 
     def result(
         self,
@@ -215,11 +217,11 @@ class Rows(NamedTuple):
         if self.weight is not None:
             safe = torch.where(self.valid, self.target, 0).clamp(0, self.part.num_classes - 1)
             share = torch.where(self.valid, self.weight[safe], zero)
-        loss = nll * share * (1 - options.label_smoothing)
+        loss = nll * (1 - options.label_smoothing) * share
         if smooth is not None:
-            loss = loss + smooth * (options.label_smoothing / self.part.num_classes)
+            loss = loss + smooth * options.label_smoothing
         if options.lse_square_scale != 0:
-            loss = loss + lse.square() * share * options.lse_square_scale
+            loss = loss + lse * (lse * (share * options.lse_square_scale))  # 2 lse, in the gradient, may be infinite
         loss = torch.where(self.valid, loss, zero)
         if token_weight is not None:
             if token_weight.shape != loss.shape or not token_weight.is_floating_point():
@@ -260,7 +262,8 @@ class Rows(NamedTuple):
 
 
 def _of_this_rank(logits: Tensor, rows: Rows, options: CrossEntropyOptions, wanted: Wanted, all_rows: bool) -> Tensor:
-    """(K, n): of each row m_r, s_r and d_r, then, as wanted, the sum of the smoothed losses, entropy, predicted class.
+    """(K, n): of each row m_r, s_r and d_r, then, as wanted, the smoothed loss, the entropy, and the predicted class
+    (its bits, as an integer) with its logit.
 
     Rows of ignored targets are computed with `all_rows` only. d_r counts on the rank of the target only.
     """
@@ -277,22 +280,35 @@ def _of_this_rank(logits: Tensor, rows: Rows, options: CrossEntropyOptions, want
     # A target of another rank counts as class 0 here, so that its row has a log-sum-exp.
     target = torch.where((rows.own == IGNORED) & (rows.valid | all_rows), 0, rows.own)
     loss, state = op.cross_entropy.default(logits, target, None, None, 0, IGNORED, 0.0, *tail)
-    numbers = [*state, loss.flatten()]
-    first = torch.zeros_like(rows.own)
+    maximum, total = state
+    dead = maximum == -math.inf  # or all NaN, as the sum is then
+    maximum = torch.where(total.isnan() & (maximum < math.inf), total, maximum)
+    numbers = [maximum, total, loss.flatten().masked_fill(dead, math.inf)]
     if wanted.smooth:
-        # With a smoothing of 1 the loss is the mean over classes, whatever the target.
-        smooth = op.cross_entropy.default(logits, target, _part_of(rows), None, 0, IGNORED, 1.0, *tail)[0]
-        numbers.append(smooth.flatten() * size)
+        # With a smoothing of 1 the loss is the mean over classes, whatever the target; but 0 * inf is NaN.
+        weight = _part_of(rows)
+        smooth = op.cross_entropy.default(logits, target, weight, None, 0, IGNORED, 1.0, *tail)[0].flatten()
+        infinite = smooth.new_tensor(math.inf) if weight is None else math.inf * weight[target.flatten().clamp(min=0)]
+        impossible = _logits_of(logits, target.clamp(min=0), options, compute) == -math.inf
+        numbers.append(torch.where(impossible, infinite, smooth * (size / rows.part.num_classes)))
     if wanted.entropy or wanted.predicted:
+        first = torch.zeros_like(rows.own)
         _, entropy, predicted, _ = op.cross_entropy_metrics.default(logits, first, 0, IGNORED, 0.0, *tail)
         numbers += [entropy.flatten()] if wanted.entropy else []
         if wanted.predicted:  # with its logit: m_r need not be the maximum
-            best = logits.gather(1, predicted.reshape((*predicted.shape[:1], 1, *logits.shape[2:])))
-            best = best.to(compute) * options.logit_scale
-            if options.softcap > 0:  # of capped logits that are equal the first is predicted
-                best = options.softcap * torch.tanh(best / options.softcap)
-            numbers += [predicted.flatten().to(compute), best.flatten()]
+            numbers += [_as_float(predicted, compute), _logits_of(logits, predicted, options, compute)]
     return torch.stack(numbers)
+
+
+def _logits_of(logits: Tensor, index: Tensor, options: CrossEntropyOptions, compute: torch.dtype) -> Tensor:
+    """(n): scaled and capped, the logits of one class of each row."""
+    z = logits.gather(1, index.unsqueeze(1)).to(compute).flatten() * options.logit_scale
+    return options.softcap * torch.tanh(z / options.softcap) if options.softcap > 0 else z
+
+
+def _as_float(index: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n): the bits of indices, since float32 rounds those beyond 2**24."""
+    return index.flatten().to(_INTEGERS[dtype]).view(dtype)
 
 
 def _part_of(rows: Rows) -> Tensor | None:
@@ -326,7 +342,8 @@ def _of_all_ranks(numbers: Tensor, rows: Rows, wanted: Wanted) -> tuple[Numbers,
         at += 1
     if wanted.predicted:
         best = gathered[:, at + 1].argmax(0, keepdim=True)
-        predicted = (gathered[:, at].gather(0, best).long() + best * part.per_rank).view(shape)
+        index = gathered[:, at].gather(0, best).view(_INTEGERS[gathered.dtype]).long()
+        predicted = (index + best * part.per_rank).view(shape)
     return Numbers(nll, lse, smooth, entropy, predicted), torch.stack([finite, total])
 
 
@@ -370,7 +387,7 @@ def _gradient(
     if of_smooth is None:
         return grad
     first, unused = torch.where(rows.valid, 0, IGNORED), (None, None, None, [True, False])
-    of_smooth = (of_smooth * logits.shape[1]).contiguous()
+    of_smooth = (of_smooth * (logits.shape[1] / rows.part.num_classes)).contiguous()
     grad += backward(of_smooth, logits, first, _part_of(rows), None, state, *unused, 0, IGNORED, 1.0, *tail)[0]
     return grad
 
@@ -510,6 +527,8 @@ def of_logits_by_formula(
     z = z * options.logit_scale
     if options.softcap > 0:
         z = options.softcap * torch.tanh(z / options.softcap)
+    if not all_rows:
+        z = torch.where(rows.valid.view(n, 1), z, 0)
     if size == 0:
         numbers = z.new_zeros((3 + sum(wanted) + wanted.predicted, n)) + z.sum()  # part of the graph of autograd
         numbers[0], numbers[1] = -math.inf, 1
@@ -518,18 +537,18 @@ def of_logits_by_formula(
         return _of_all_ranks(numbers, rows, wanted)[0]
     maximum, best = z.detach().max(1)
     dead = maximum == -math.inf
-    total = (z - maximum.masked_fill(dead, 0)[:, None]).exp().sum(1).masked_fill(dead, 1)
-    lse = maximum + total.log()
-    distance = lse - z.gather(1, rows.own.clamp(min=0).view(n, 1)).squeeze(1)
+    shifted = z - maximum.masked_fill(dead, 0)[:, None]
+    total = shifted.exp().sum(1).masked_fill(dead, 1)
+    log_p = shifted - total.log()[:, None]
+    distance = -log_p.gather(1, rows.own.clamp(min=0).view(n, 1)).squeeze(1)
     numbers = [maximum, total, torch.where(rows.own.flatten() == IGNORED, 0, distance)]
-    log_p = z - lse.masked_fill(dead, 0)[:, None]
     if wanted.smooth:
         weight = _part_of(rows)
-        numbers.append(-(log_p if weight is None else log_p * weight).sum(1))
+        numbers.append(-(log_p * ((1 if weight is None else weight) / rows.part.num_classes)).sum(1))
     if wanted.entropy:
         numbers.append(-(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)).sum(1))
     if wanted.predicted:
-        numbers += [best.to(z.dtype), maximum]
+        numbers += [_as_float(best, z.dtype), maximum]
     return _of_all_ranks(torch.stack(numbers), rows, wanted)[0]
 
 
