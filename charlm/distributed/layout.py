@@ -52,10 +52,7 @@ class Layout(NamedTuple):
 
     def has_one_group(self, label: int | str) -> bool:
         """Whether one dimension of the mesh shards the label, among groups whose ranks have the order of the mesh."""
-        if self.labels.count(label) != 1:
-            return False
-        # Of the whole mesh, not of this process's group: all processes must decide alike.
-        return bool((self.mesh.mesh.diff(dim=self.labels.index(label)) > 0).all())
+        return self.labels.count(label) == 1 and _is_in_order(self.mesh, self.labels.index(label))
 
     def shard(self, label: int | str, size: int) -> tuple[int, int]:
         """The first index and the number of the indices of this process, of `size` that have the label."""
@@ -142,6 +139,12 @@ def _is_cut_freely(tensor: Tensor, wanted: tuple[Placement, ...]) -> bool:
     # A later dimension of the mesh divides what an earlier one leaves: cut before it, other rows would be its own.
     in_order = all(given[later] != wanted[first] for first in cut for later in range(first + 1, len(given)))
     return in_order and not (tensor.requires_grad and torch.is_grad_enabled())
+
+
+@torch.compiler.assume_constant_result
+def _is_in_order(mesh: DeviceMesh, mesh_dim: int) -> bool:
+    """Whether ranks increase along a dimension of the mesh, in all its groups: all processes must decide alike."""
+    return bool((mesh.mesh.diff(dim=mesh_dim) > 0).all())
 
 
 class _Sum(torch.autograd.Function):
