@@ -301,6 +301,11 @@ def errors(failures: Failures, world: int) -> None:
             lambda: F.cross_entropy(logits, whole(torch.full((N,), 9)), reduction="none"),
             "target 9 at position .* is out of range for 5 classes",
         ),
+        "a target outside the classes, of one process": (
+            IndexError,
+            lambda: F.cross_entropy(logits, distribute_tensor(torch.tensor([9] + [0] * (N - 1)), mesh, [ROWS])),
+            "target 9 at position" if mesh.get_local_rank() == 0 else "a target of another process is out of range",
+        ),
         "an unknown reduction": (ValueError, lambda: F.cross_entropy(logits, whole(TARGET), reduction="x"), "x"),
         "another number of targets": (ValueError, lambda: F.cross_entropy(logits, TARGET[:4]), "batch_size"),
         "rows that may differ between processes, a table": (RuntimeError, lambda: F.embedding(TOKENS, layer), "mixed"),
@@ -334,8 +339,7 @@ def compiled(failures: Failures, world: int, step: int = 8) -> None:
         def function(*arguments: Tensor) -> Tensor:
             return first(getattr(F, op)(*arguments, **options))
 
-        fullgraph = case[3] != {"all_gather": 1}  # the exchange of sharded classes breaks the graph
-        fast = torch.compile(function, backend="aot_eager", fullgraph=fullgraph)
+        fast = torch.compile(function, backend="aot_eager", fullgraph=True)
         results = []
         for each in (fast, function):
             arguments = placed(tensors, mesh)

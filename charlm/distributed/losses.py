@@ -225,7 +225,11 @@ class _Call(NamedTuple):
         loss_dtype = options["loss_dtype"] or dtype
         if loss_dtype not in (dtype, wide):
             wide = loss_dtype  # which is refused
-        output = loss(reduction=local_reduction, loss_dtype=wide, all_ignored="zero")
+        try:
+            output = loss(reduction=local_reduction, loss_dtype=wide, all_ignored="zero")
+        except IndexError:  # the other processes wait in the all-reduce: NaN targets tell them
+            layout.all_reduce(torch.full((3 + wants_accuracy,), torch.nan, dtype=wide))
+            raise
         fields = CrossEntropyOutput(output) if isinstance(output, Tensor) else output
         with torch.no_grad():
             count, total_weight = (number.to(wide) for number in divisor())
@@ -234,6 +238,8 @@ class _Call(NamedTuple):
             right = fields.token_accuracy.to(wide)
             numbers.append(right.sum() if local_reduction == "none" else right * count)
         total, total_weight, count, *right = layout.all_reduce(torch.stack(numbers)).unbind()
+        if count.is_cpu and not torch.compiler.is_compiling() and count.isnan():
+            raise IndexError(f"a target of another process is out of range for {self.n_classes} classes")
         if options["all_ignored"] == "zero":  # 0 / 1 instead of 0 / 0, whose gradient is zero too
             total_weight = torch.where(count == 0, 1, total_weight)
             count = count.clamp(min=1)
