@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from torch import Tensor
 
 from charlm import reference
 from tests.cuda_emulator.ops import run_cpu_ops_on_emulator
@@ -45,6 +46,28 @@ def no_reference() -> Iterator[None]:
             patch.setattr(reference, name, refused)
         patch.setattr(kl_div, "_by_torch", refused)
         yield
+
+
+def with_special_values(n_classes: int) -> Tensor:
+    """Rows with a special value in one class, in the classes of one rank of two, or in all, and two values of them."""
+    half, last = -(-n_classes // 2), n_classes - 1
+    everywhere = slice(None)
+    special: list[list[tuple[int | slice, float]]] = [
+        [(where, value)]
+        for value in (-torch.inf, torch.inf, torch.nan, 3e38, -3e38)
+        for where in (0, half, last, slice(half), slice(half, None), everywhere)
+    ]
+    pairs = [(-torch.inf, torch.inf), (torch.inf, -torch.inf)]
+    if torch.distributed.get_world_size() > 1:  # on one rank, NaN beside +inf has the state of +inf alone
+        pairs += [(torch.nan, infinite) for infinite in (torch.inf, -torch.inf)]
+        pairs += [(infinite, torch.nan) for infinite in (torch.inf, -torch.inf)]
+    special += [[(0, a), (last, b)] for a, b in pairs]
+    special += [[(everywhere, -torch.inf), (0, 0.0)], [(everywhere, -torch.inf), (last, 0.0)], [(everywhere, 1.0)]]
+    logits = torch.randn(len(special), n_classes, generator=torch.Generator().manual_seed(0))
+    for row, values in zip(logits, special, strict=True):
+        for where, value in values:
+            row[where] = value
+    return logits
 
 
 def run_parts(parts: list[Part], world: int, folder: Path) -> dict[str, Failures]:

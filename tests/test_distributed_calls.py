@@ -104,7 +104,10 @@ CASES: list[Case] = [
         [SUM, ROWS],
     ),
     ("entropy", [(LOGITS, ROWS)], {}, {}, 0, {}, ROWS, [ROWS]),
+    ("entropy", [(LOGITS, CLASSES)], {}, {"all_gather": 1}, 12 * N, {}, WHOLE, [CLASSES]),
     ("surprisal", LOSS, {}, {}, 0, {}, ROWS, [ROWS]),
+    ("surprisal", BY_CLASS, {}, {"all_gather": 1}, 12 * N, {}, WHOLE, [CLASSES]),
+    ("kl_divergence", [(LOGITS, CLASSES)] * 2, {}, {"all_gather": 1}, 24 * N, {}, WHOLE, [CLASSES] * 2),
     ("kl_divergence", [(LOGITS, ROWS), (LOGITS[0], WHOLE)], {}, {}, 0, {}, ROWS, [ROWS, SUM]),
     ("kl_div", [(LOGITS, ROWS)] * 2, {"log_target": True, "reduction": "batchmean"}, ONE, 4, {}, WHOLE, [ROWS] * 2),
     ("kl_div", [(LOGITS, CLASSES)] * 2, {"log_target": True, "reduction": "sum"}, {}, 0, {}, SUM, [CLASSES] * 2),
@@ -227,8 +230,7 @@ def pending(failures: Failures, world: int) -> None:
 
 
 LEFT_TO_TORCH: list[tuple[str, list[tuple[Tensor, Placement]], dict[str, Any]]] = [
-    ("entropy", [(LOGITS, CLASSES)], {}),
-    ("kl_divergence", [(LOGITS, CLASSES), (LOGITS, CLASSES)], {}),
+    ("kl_divergence", [(LOGITS, CLASSES), (LOGITS, CLASSES)], {"p_kind": "log_probs", "q_kind": "log_probs"}),
     ("cross_entropy", [(LOGITS, CLASSES), (LOGITS.softmax(1), CLASSES)], {"reduction": "none"}),
     ("cross_entropy", [(LOGITS, SUM), (TARGET, WHOLE)], {}),
     ("cross_entropy", [(LOGITS, WHOLE), (TARGET, ROWS)], {"reduction": "sum"}),

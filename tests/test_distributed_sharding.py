@@ -13,7 +13,7 @@ from torch import Tensor
 
 import charlm.functional as F
 from charlm import reference, testing
-from tests.sharding_support import Failures, Part, check, no_reference, run_parts
+from tests.sharding_support import Failures, Part, check, no_reference, run_parts, with_special_values
 
 if not torch.distributed.is_available():
     pytest.skip("this torch is built without torch.distributed", allow_module_level=True)
@@ -78,6 +78,19 @@ def broadcast(last: int, *names: str) -> Callable[[dict[str, Any]], Iterator[Dim
     return dims
 
 
+def and_classes(rows: Callable[..., Iterator[Dims]], *names: str) -> Callable[[dict[str, Any]], Iterator[Dims]]:
+    """The dimensions of `rows`, and the classes: of rows of logits, or of a divergence from p that are logits."""
+
+    def dims(arguments: dict[str, Any]) -> Iterator[Dims]:
+        yield from rows(arguments)
+        if arguments.get("p_kind", "logits") == "logits" and (
+            arguments[names[0]].dim() > 1 or "target" not in arguments
+        ):
+            yield {name: arguments[name].dim() - 1 for name in names}
+
+    return dims
+
+
 def table_dims(arguments: dict[str, Any]) -> Iterator[Dims]:
     """Of embedding: the rows of the table (RowwiseParallel), its columns (ColwiseParallel), the indices."""
     yield from ({"weight": 0}, {"weight": 1})
@@ -103,10 +116,10 @@ OPS = {
     "linear_cross_entropy": rows_dims,
     "embedding": table_dims,
     "embedding_linear": layer_dims,
-    "entropy": leading("logits"),
-    "kl_divergence": broadcast(1, "p", "q"),
+    "entropy": and_classes(leading("logits"), "logits"),
+    "kl_divergence": and_classes(broadcast(1, "p", "q"), "p", "q"),
     "kl_div": broadcast(0, "input", "target"),
-    "surprisal": leading("logits", "target"),
+    "surprisal": and_classes(leading("logits", "target"), "logits"),
 }
 
 
@@ -162,12 +175,40 @@ def on_two_dimensions(failures: Failures, world: int, largest: float = 300) -> N
         compare_all(failures, op, torch.float32, init_device_mesh("cpu", (world // 2, 2)), largest)
 
 
+def special_logits(failures: Failures, world: int) -> None:
+    """Entropy and divergence of rows with infinite, NaN and very large logits, divided by their classes."""
+    mesh = init_device_mesh("cpu", (world,))
+    dims: Dims = {"logits": 1, "p": 1, "q": 1}
+
+    def same(op: Callable[..., Any], arguments: dict[str, Tensor], options: dict[str, str]) -> None:
+        results = []
+        for each in (op, sharded(op, mesh, dims)):
+            leaves = {name: x.clone().requires_grad_() for name, x in arguments.items()}
+            output = each(**leaves, **options)
+            output.sum().backward()
+            results.append((output.detach(), [x.grad for x in leaves.values()]))
+        torch.testing.assert_close(results[1], results[0], equal_nan=True)
+
+    for n_classes in (3, 10, 40):
+        special = with_special_values(n_classes)
+        check(failures, f"entropy {n_classes}", same, F.entropy, {"logits": special}, {})
+        p, q = special.repeat_interleave(len(special), 0), special.repeat(len(special), 1)
+        for q_kind, values in (("logits", q), ("log_probs", q.log_softmax(1)), ("probs", q.softmax(1))):
+            check(
+                failures, f"kl {n_classes} {q_kind}", same, F.kl_divergence, {"p": p, "q": values}, {"q_kind": q_kind}
+            )
+
+
 def all_samples(failures: Failures, world: int) -> None:
     for part in (in_float32, in_other_dtypes, *([on_two_dimensions] if world == 4 else [])):
         part(failures, world, math.inf)
 
 
-PARTS: dict[int, list[Part]] = {1: [in_float32], 2: [in_float32, in_other_dtypes], 4: [in_float32, on_two_dimensions]}
+PARTS: dict[int, list[Part]] = {
+    1: [in_float32, special_logits],
+    2: [in_float32, in_other_dtypes, special_logits],
+    4: [in_float32, on_two_dimensions, special_logits],
+}
 
 
 @pytest.mark.parametrize("world", [pytest.param(n, marks=[] if n == 2 else pytest.mark.exhaustive) for n in PARTS])

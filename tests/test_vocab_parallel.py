@@ -28,6 +28,7 @@ from charlm.testing import (
     sample_inputs_linear_cross_entropy,
 )
 from tests.cuda_emulator.ops import run_cpu_ops_on_emulator
+from tests.sharding_support import with_special_values
 
 EMULATED = os.environ.get("CHARLM_CUDA_EMULATED")
 ALL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -129,35 +130,14 @@ def check_metrics_and_their_gradients() -> None:
         torch.testing.assert_close(grads[1], grads[0])
 
 
-def with_special_values(n_classes: int) -> tuple[Tensor, Tensor]:
-    """Rows with a special value in one class, in the classes of one rank of two, or in all, and two values of them."""
-    half, last = -(-n_classes // 2), n_classes - 1
-    everywhere = slice(None)
-    special: list[list[tuple[int | slice, float]]] = [
-        [(where, value)]
-        for value in (-torch.inf, torch.inf, torch.nan, 3e38, -3e38)
-        for where in (0, half, last, slice(half), slice(half, None), everywhere)
-    ]
-    pairs = [(-torch.inf, torch.inf), (torch.inf, -torch.inf)]
-    if dist.get_world_size() > 1:  # on one rank, NaN beside +inf has the state of +inf alone
-        pairs += [(torch.nan, infinite) for infinite in (torch.inf, -torch.inf)]
-        pairs += [(infinite, torch.nan) for infinite in (torch.inf, -torch.inf)]
-    special += [[(0, a), (last, b)] for a, b in pairs]
-    special += [[(everywhere, -torch.inf), (0, 0.0)], [(everywhere, -torch.inf), (last, 0.0)], [(everywhere, 1.0)]]
-    targets = (0, half - 1, half, last, -100)
-    logits = torch.randn(len(special), n_classes, generator=torch.Generator().manual_seed(0))
-    for row, values in zip(logits, special, strict=True):
-        for where, value in values:
-            row[where] = value
-    return logits.repeat_interleave(len(targets), 0), torch.tensor(targets).repeat(len(special))
-
-
 EVERYTHING = dict.fromkeys(("return_lse", "return_entropy", "return_predicted_tokens", "return_token_accuracy"), True)
 
 
 def check_special_logits() -> None:
     for n_classes in (3, 10, 40):
-        logits, target = with_special_values(n_classes)
+        targets = torch.tensor([0, -(-n_classes // 2) - 1, -(-n_classes // 2), n_classes - 1, -100])
+        special = with_special_values(n_classes)
+        logits, target = special.repeat_interleave(len(targets), 0), targets.repeat(len(special))
         weight = torch.rand(n_classes, generator=torch.Generator().manual_seed(2)) + 0.5
         for options in (
             {},

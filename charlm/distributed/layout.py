@@ -15,11 +15,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 Labels: TypeAlias = tuple["int | str | None", ...]  # of a tensor's dimensions; None: it may not be sharded
+
+
+CLASSES = "classes"  # the label of the classes
 
 
 class Layout(NamedTuple):
@@ -53,6 +57,13 @@ class Layout(NamedTuple):
     def has_one_group(self, label: int | str) -> bool:
         """Whether one dimension of the mesh shards the label, among groups whose ranks have the order of the mesh."""
         return self.labels.count(label) == 1 and _is_in_order(self.mesh, self.labels.index(label))
+
+    def without_classes(self) -> tuple[ProcessGroup | None, Layout]:
+        """The group that shards the classes, if any, and the layout of what is the same on all of its ranks."""
+        if CLASSES not in self.labels:
+            return None, self
+        labels = tuple(None if label == CLASSES else label for label in self.labels)
+        return self.mesh.get_group(self.labels.index(CLASSES)), self._replace(labels=labels)
 
     def shard(self, label: int | str, size: int) -> tuple[int, int]:
         """The first index and the number of the indices of this process, of `size` that have the label."""

@@ -7,17 +7,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from charlm import functional
 from charlm.functional.outputs import CrossEntropyOutput
 
-from .layout import Labels, Layout, find_layout
+from .layout import CLASSES, Labels, Layout, find_layout
 from .vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 
 Loss: TypeAlias = Tensor | CrossEntropyOutput
-
-CLASSES = "classes"
 
 
 def cross_entropy(
@@ -34,7 +31,7 @@ def cross_entropy(
     if layout is None:
         return NotImplemented
     x = layout.local(input, logits)
-    group, layout = _without_classes(layout)
+    group, layout = layout.without_classes()
     y, w, t = call.local(layout, target, weight, token_weight)
     options["inplace"] = None  # it is a permission, and the history of a DTensor could not end at the loss
 
@@ -81,7 +78,7 @@ def linear_cross_entropy(
     if layout is None:
         return NotImplemented
     linear, bias = (None if x is None else layout.local(x, labels) for x, labels in layers)
-    group, layout = _without_classes(layout)
+    group, layout = layout.without_classes()
     x = layout.local(input, of_input)
     y, w, t = call.local(layout, target, weight, token_weight)
     ignore_index = -100 if options["ignore_index"] is None else options["ignore_index"]
@@ -106,14 +103,6 @@ def linear_cross_entropy(
 def _first(n: int, dim: int) -> Labels:
     """The labels of a tensor of `dim` dimensions of which the first n may be sharded."""
     return (*range(n), *[None] * (dim - n))
-
-
-def _without_classes(layout: Layout) -> tuple[ProcessGroup | None, Layout]:
-    """The group that shards the classes, and the layout of what is the same on all of its ranks."""
-    if CLASSES not in layout.labels:
-        return None, layout
-    labels = tuple(None if label == CLASSES else label for label in layout.labels)
-    return layout.mesh.get_group(layout.labels.index(CLASSES)), layout._replace(labels=labels)
 
 
 class _Call(NamedTuple):

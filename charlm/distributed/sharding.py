@@ -16,10 +16,16 @@ import torch
 from torch import Tensor
 
 from charlm import functional
+from charlm._checks import KINDS
+from charlm.functional.broadcasting import result_dtype
+from charlm.functional.kernels import have_kernels
+from charlm.functional.kl_divergence import broadcast_distributions
 from charlm.functional.outputs import EmbeddingLinearOutput
 
-from .layout import Labels, Layout, find_layout
+from .class_sharded import Entropy, KlDivergence
+from .layout import CLASSES, Labels, Layout, find_layout
 from .losses import cross_entropy, linear_cross_entropy
+from .vocab_parallel_autograd import Part, in_autocast
 
 __all__ = [
     "cross_entropy",
@@ -33,27 +39,57 @@ __all__ = [
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Sharded by any dimension but the classes."""
+    """Sharded by any dimensions."""
     rows = _rows(logits.dim() - 1)
-    labels = (*rows, None)
-    layout = find_layout([(logits, labels)], rows) if logits.dim() > 0 else None
-    if layout is None:
+    labels = (*rows, CLASSES)
+    layout = find_layout([(logits, labels)], (*rows, CLASSES)) if logits.dim() > 0 else None
+    if layout is None or not _can_divide_classes(layout):
         return NotImplemented
-    return layout.wrap(functional.entropy(layout.local(logits, labels)), rows, logits.shape[:-1])
+    local = layout.local(logits, labels)
+    group, layout = layout.without_classes()
+    if group is None:
+        return layout.wrap(functional.entropy(local), rows, logits.shape[:-1])
+    if not (local.is_floating_point() and have_kernels("entropy", ("logits",), (local,))):
+        return NotImplemented
+    x, dtype = _for_kernels(local), result_dtype(local)
+    with torch.autocast(x.device.type, enabled=False):
+        result = Entropy.apply(x, Part.of(logits.shape[-1], group)).to(dtype)
+    return layout.wrap(result, rows, logits.shape[:-1])
 
 
 def kl_divergence(p: Tensor, q: Tensor, *, p_kind: str, q_kind: str) -> Tensor:
-    """Sharded by any dimension but the classes; the leading dimensions are broadcast."""
+    """Sharded by any dimensions, by the classes for logits p only; the leading dimensions are broadcast."""
     shape = _broadcast_shape(p.shape[:-1], q.shape[:-1])
     if shape is None or p.dim() < 1 or q.dim() < 1:
         return NotImplemented
     rows = _rows(len(shape))
-    p_labels, q_labels = ((*_broadcast_labels(x.shape[:-1], shape), None) for x in (p, q))
-    layout = find_layout([(p, p_labels), (q, q_labels)], rows)
-    if layout is None:
+    p_labels, q_labels = ((*_broadcast_labels(x.shape[:-1], shape), CLASSES) for x in (p, q))
+    layout = find_layout([(p, p_labels), (q, q_labels)], (*rows, CLASSES))
+    if layout is None or not _can_divide_classes(layout):
+        return NotImplemented
+    n_classes, same = p.shape[-1], p.shape[-1] == q.shape[-1]
+    if CLASSES in layout.labels and not (p_kind == "logits" and same and n_classes > 0):
         return NotImplemented
     p, q = layout.local(p, p_labels), layout.local(q, q_labels)
-    return layout.wrap(functional.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind), rows, shape)
+    group, layout = layout.without_classes()
+    if group is None:
+        return layout.wrap(functional.kl_divergence(p, q, p_kind=p_kind, q_kind=q_kind), rows, shape)
+    floating = p.is_floating_point() and q.is_floating_point()
+    if not (floating and have_kernels("kl_divergence", ("p", "q"), (p, q))):
+        return NotImplemented
+    p, q, dtype = broadcast_distributions(p, q)
+    p, q = _for_kernels(p), _for_kernels(q)
+    with torch.autocast(p.device.type, enabled=False):
+        result = KlDivergence.apply(p, q, KINDS.index(q_kind), Part.of(n_classes, group)).to(dtype)
+    return layout.wrap(result, rows, shape)
+
+
+def _can_divide_classes(layout: Layout) -> bool:
+    return CLASSES not in layout.labels or layout.has_one_group(CLASSES)
+
+
+def _for_kernels(x: Tensor) -> Tensor:
+    return in_autocast(x, torch.float32) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def kl_div(input: Tensor, target: Tensor, *, reduction: str, log_target: bool) -> Tensor:

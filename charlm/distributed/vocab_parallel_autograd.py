@@ -319,11 +319,10 @@ def _part_of(rows: Rows) -> Tensor | None:
 def _of_all_ranks(numbers: Tensor, rows: Rows, wanted: Wanted) -> tuple[Numbers, Tensor]:
     """Exchanges the numbers of each rank; also returns the state of each row, (2, n): m and s."""
     part, shape = rows.part, rows.own.shape
-    gathered = _Gathered.apply(numbers, part)
+    gathered = Gathered.apply(numbers, part)
     maxima, sums, distances = gathered[:, 0], gathered[:, 1], gathered[:, 2]
-    maximum = maxima.amax(0)
-    finite = torch.where(maximum.isinf(), 0, maximum)
-    total = (sums * (maxima - finite).exp()).sum(0)
+    finite, shares = shares_of(maxima, sums)
+    maximum, total = maxima.amax(0), shares.sum(0)
     to_total = (finite - maxima) + (total / sums).log()  # (W, n) lse - lse_r; inf where a rank's logits are all -inf
     owner = rows.owner.flatten()[None]
     nll = (distances.gather(0, owner) + to_total.gather(0, owner)).squeeze(0)
@@ -345,6 +344,13 @@ def _of_all_ranks(numbers: Tensor, rows: Rows, wanted: Wanted) -> tuple[Numbers,
         index = gathered[:, at].gather(0, best).view(_INTEGERS[gathered.dtype]).long()
         predicted = (index + best * part.per_rank).view(shape)
     return Numbers(nll, lse, smooth, entropy, predicted), torch.stack([finite, total])
+
+
+def shares_of(maxima: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of the maxima of the ranks (W, n), or 0 for an infinite one, and their sums relative to it."""
+    maximum = maxima.amax(0)
+    maximum = torch.where(maximum.isinf(), 0, maximum)
+    return maximum, sums * (maxima - maximum).exp()
 
 
 def in_autocast(tensor: Any, dtype: torch.dtype) -> Any:
@@ -499,7 +505,7 @@ class _Copied(Function):
         return grad, None
 
 
-class _Gathered(Function):
+class Gathered(Function):
     """(K, n) of each rank → (W, K, n); every rank computes the same from it, so its gradient is its own part."""
 
     @staticmethod

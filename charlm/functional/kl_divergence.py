@@ -72,7 +72,7 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: Kind = "logits", q_kind: Kind
     if p.shape == q.shape and p.dtype == q.dtype:
         result = _kl_div(p, q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind])
     else:
-        wide_p, wide_q, dtype = _broadcast(p, q)
+        wide_p, wide_q, dtype = broadcast_distributions(p, q)
         result = _kl_div(wide_p, wide_q, _KIND_NUMBERS[p_kind], _KIND_NUMBERS[q_kind]).to(dtype)
     if p_kind == "probs" or q_kind == "probs":
         _checks.nonnegative_probabilities(result, ("p", p, p_kind), ("q", q, q_kind))
@@ -85,7 +85,7 @@ def _kl_div(p: Tensor, q: Tensor, p_kind: int, q_kind: int) -> Tensor:
     return _C.kl_divergence(p, q, p_kind, q_kind)
 
 
-def _broadcast(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+def broadcast_distributions(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
     """p and q in one dtype and shape (..., V), as torch promotes and broadcasts, and the dtype of their divergence.
 
     Half types that are expanded become float32: the gradient of the smaller tensor is a sum, which is rounded once.
