@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .vocab_parallel_autograd import Gathered, Part, shares_of
+from .class_part import Gathered, Part, shares_of
 
 LOGITS = 0  # the number of this kind of distribution, as in charlm._checks.KINDS
 

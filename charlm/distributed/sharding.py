@@ -22,10 +22,11 @@ from charlm.functional.kernels import have_kernels
 from charlm.functional.kl_divergence import broadcast_distributions
 from charlm.functional.outputs import EmbeddingLinearOutput
 
+from .class_part import Part
 from .class_sharded import Entropy, KlDivergence
 from .layout import CLASSES, Labels, Layout, find_layout
 from .losses import cross_entropy, linear_cross_entropy
-from .vocab_parallel_autograd import Part, in_autocast
+from .vocab_parallel_autograd import in_autocast
 
 __all__ = [
     "cross_entropy",

@@ -11,10 +11,10 @@ from charlm.functional import CrossEntropyOutput
 from charlm.functional.cross_entropy import AllIgnored, CrossEntropyOptions
 from charlm.functional.kernels import have_kernels
 
+from .class_part import Part
 from .vocab_parallel_autograd import (
     OfLinear,
     OfLogits,
-    Part,
     Rows,
     Wanted,
     in_autocast,
