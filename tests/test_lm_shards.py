@@ -52,7 +52,7 @@ def in_pieces(text: str, seed: int = 0):
         chance, at = random.Random(seed), 0
         while at < len(text):
             size = chance.randint(0, 700)
-            yield text[at : at + size]
+            yield text[at : at + size].encode()
             at += size
 
     return pieces
@@ -112,18 +112,28 @@ def test_the_native_shuffle_is_pythons(count, dtype):
     assert ours.tolist() == expected
 
 
-@pytest.mark.parametrize("table_bytes", [1 << 13, 1 << 20])
-def test_repeated_items_are_found_in_one_pass_and_in_many(table_bytes):
+def random_items(dtype: str) -> tuple[list[str], np.ndarray]:
+    """Items of which many are equal, and their tokens."""
     chance = random.Random(5)
     items = ["".join(chance.choices("ab", k=chance.randint(1, 13))) for _ in range(9000)]
-    tokens = np.frombuffer("".join(f"{item}\0" for item in items).encode(), np.uint8)
-    ends = np.cumsum([len(item) + 1 for item in items])
-    found = _ext._C.repeated_items(tokens, ends, 7000, table_bytes)
-    first = {}
-    for number, item in enumerate(items[:7000]):
-        first.setdefault(item, number)
-    assert len(first) > 1 << 10  # more than half of the smaller table, so that it takes several passes
-    assert found.tolist() == [first.get(item, number) < number for number, item in enumerate(items)]
+    return items, np.array([ord(character) for item in items for character in f"{item}\0"], dtype)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32"])
+@pytest.mark.parametrize("table_bytes", [1 << 13, 1 << 20])
+def test_repeated_items_are_found_in_one_pass_and_in_many(table_bytes, dtype):
+    items, tokens = random_items(dtype)
+    found = _ext._C.repeated_items(tokens, len(items), table_bytes)
+    first: dict[str, int] = {}
+    expected = [first.setdefault(item, number) < number for number, item in enumerate(items)]
+    assert np.unpackbits(found, count=len(items), bitorder="little").tolist() == expected
+
+
+@pytest.mark.parametrize("wanted_items", [300, 10_000])
+def test_dev_items_are_looked_for_at_once_and_in_parts(wanted_items, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "WANTED_ITEMS", wanted_items)
+    monkeypatch.setattr(prepare_module, "READ_TOKENS", 100)
+    assert_equal(*both("\n".join([*random_items("uint8")[0], "ab" * 900]), tmp_path / "corpus"))
 
 
 @pytest.mark.parametrize("type", ["mlp", "gpt", "ngram"])
@@ -195,7 +205,7 @@ def test_a_text_that_changes_between_the_passes_is_a_user_error(tmp_path):
     for first, second in ((VERSE, VERSE + "x"), (VERSE, VERSE.replace("T", "#")), (NAMES, NAMES.replace("a", "#"))):
         texts = iter([first, second])
         with pytest.raises(UserError, match="the input changed while it was read"):
-            prepare(lambda texts=texts: iter([next(texts)]), tmp_path / "corpus", Options())
+            prepare(lambda texts=texts: iter([next(texts).encode()]), tmp_path / "corpus", Options())
         assert list(tmp_path.iterdir()) == []
 
 

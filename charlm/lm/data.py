@@ -32,6 +32,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm.corpus import Corpus
 from charlm.lm.examples import item_stream
@@ -130,6 +131,29 @@ def decode_blocks(blocks: Iterable[bytes], name: str) -> Iterator[str]:
             text = text.removeprefix(BYTE_ORDER_MARK.decode())
         read += len(block)
         yield newlines.decode(text, final=not block)
+
+
+def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
+    """As `decode_blocks`, but the text stays UTF-8: pieces of whole, valid characters. Needs the compiled module."""
+    rest, carriage_return, read = b"", b"", 0  # what of the last block belongs to the next piece
+    for block in itertools.chain(blocks, [b""]):
+        if read == 0 and wide_encoding(block) is not None:
+            decode_text(block, name)  # raises the error that names the encoding
+        data = rest + block
+        valid = _ext._C.valid_utf8(data)
+        try:
+            codecs.utf_8_decode(data[valid:], "strict", not block)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(name, data, valid, read - len(rest) + valid, error.reason) from error
+        piece, rest = (data, b"") if valid == len(data) else (data[:valid], data[valid:])
+        if read == 0:
+            piece = piece.removeprefix(BYTE_ORDER_MARK)
+        read += len(block)
+        if carriage_return or b"\r" in piece:
+            piece = carriage_return + piece
+            carriage_return = b"\r" if block and piece.endswith(b"\r") else b""
+            piece = piece.removesuffix(carriage_return).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        yield piece
 
 
 def wide_encoding(raw: bytes) -> str | None:

@@ -15,15 +15,18 @@ keeps its finished shards; after an error it is removed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import re
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,15 +38,18 @@ from charlm.lm.files import LOCK, locked, naming, write_atomically
 from charlm.lm.memory import format_bytes
 from charlm.lm.shard_writer import Scan, ShardWriter, Work
 from charlm.lm.sources import text_of
-from charlm.lm.vocabulary import CODE_POINTS, Vocabulary
+from charlm.lm.vocabulary import CODE_POINTS, SEPARATOR, Vocabulary
 
-TABLE_BYTES = 100 << 20  # of the table in which equal items are found
-TAKEN_ITEMS, TAKEN_TOKENS = 1 << 18, 1 << 24  # most items, and tokens of items, put in order at a time
-DIGESTED_TOKENS = 1 << 22  # at a time
+THREADS = 2  # beside that which writes; a third could not be fed by the one that reads
+TABLE_BYTES = 128 << 20  # of the table in which equal items are found
+WANTED_ITEMS, WANTED_BYTES = 12 << 20, 96 << 20  # of dev, looked for in train at a time; in such a table
+TAKEN_ITEMS, TAKEN_TOKENS = 1 << 18, 1 << 22  # most items, and tokens of items, put in order at a time
+READ_TOKENS = 1 << 20  # of shards, at a time
+PADDING = 8  # bytes behind the tokens of items, which are copied in words of that many
 OWN_FILES = re.compile(rf"{re.escape(shards.MANIFEST)}|(tokens|ends)-\d+\.bin")  # of a prepared corpus
 PRINTED_SPACE = 10 << 20  # bytes beyond the shards that must be free
 
-Text = Callable[[], Iterator[str]]
+Text = Callable[[], Iterator[bytes]]
 Report = Callable[[str, int, int], None]  # stage, characters done, characters in total (0 in the first stage: unknown)
 
 
@@ -69,7 +75,7 @@ def prepare(
     """Prepares a corpus.
 
     Args:
-        text: Returns the text in pieces, with newlines as "\\n"; it is called twice.
+        text: Returns the text in pieces of UTF-8, each of whole characters, with newlines as "\\n"; it is called twice.
         directory: The folder to create.
         options: The split and the format.
         name: What error messages call the text.
@@ -197,19 +203,12 @@ def _prepare(work: Work, text: Text, options: Options, name: str, report: Report
     _check_disk(work, found, np.dtype(dtype).itemsize)
     write = _write_items if found.format == "line" else _write_text
     written = write(work, text, options, name, vocabulary, dtype, report)
-    tokens = _mapped(work, written["tokens"])
-    ends = _mapped(work, written["ends"]) if written["ends"] else None
     digest = hashlib.sha256(found.format.encode())
-    overlap = None
     for split, part in written["splits"].items():
-        _digest(digest, split, part, tokens, vocabulary, report)
-    if ends is not None:
-        bounds = written["splits"]
-        last = bounds["dev"]["last_item"]
-        repeated = _ext._C.repeated_items(
-            tokens[: bounds["dev"]["stop"]], ends[:last], bounds["train"]["last_item"], TABLE_BYTES
+        _digest(
+            digest, split, part, lambda start, stop: _read(work, written["tokens"], start, stop), vocabulary, report
         )
-        overlap = int(repeated[bounds["dev"]["first_item"] :].sum())
+    overlap = _overlap(work, written) if written["ends"] else None
     return {
         "format_version": shards.FORMAT_VERSION,
         "format": found.format,
@@ -229,16 +228,25 @@ def scan(text: Text, options: Options, name: str, report: Report) -> Scan:
     """Reads the text once; raises UserError where `build_corpus` would."""
     if options.format not in (None, *FORMATS):
         raise UserError(f"unknown format {options.format!r}: it must be one of {', '.join(FORMATS)}")
-    seen, seen_in_items = (np.zeros(CODE_POINTS, np.uint8) for _ in range(2))
-    lines = _ext._C.Lines(_is_space(), ITEM_CHARACTERS)
+    seen, spaces_in_items = (np.zeros(CODE_POINTS, np.uint8) for _ in range(2))
+    is_space = _is_space()
+    lines = _ext._C.Lines(is_space, ITEM_CHARACTERS)
     characters = 0
-    for piece in text():
-        _ext._C.mark_characters(piece, seen)
+
+    def read() -> Iterator[bytes]:
+        nonlocal characters
+        for piece in text():
+            characters += _ext._C.mark_characters(piece, seen)
+            report("reading", characters, 0)
+            yield piece
+        yield b"\n"
+
+    def mark(piece: bytes) -> None:
         if options.format != "text":
-            lines.mark(piece, seen_in_items)
-        characters += len(piece)
-        report("reading", characters, 0)
-    lines.mark("\n", seen_in_items)
+            lines.mark(piece, spaces_in_items)
+
+    for _ in _in_order(mark, read(), threads=1):
+        pass
     chars = _characters(seen)
     if not chars or chars.isspace():
         raise UserError(f"{name} is empty")
@@ -246,7 +254,8 @@ def scan(text: Text, options: Options, name: str, report: Report) -> Scan:
         "line" if is_of_items(lines.lines, lines.items, lines.short_items, lines.words) else "text"
     )
     if format == "line":
-        return Scan("line", _characters(seen_in_items), lines.characters, lines.items)
+        seen[: len(is_space)] &= 1 - is_space
+        return Scan("line", _characters(seen | spaces_in_items), lines.characters, lines.items)
     if options.dedup:
         raise UserError(f"{name} is running text, which has no items to deduplicate; --format line reads it as items")
     if characters < len(SPLITS):
@@ -270,7 +279,7 @@ def _check_disk(work: Work, found: Scan, itemsize: int) -> None:
     """Raises UserError unless the shards, and the working files of items, fit onto the disk."""
     needed = found.characters * itemsize
     if found.format == "line":
-        needed = 2 * (needed + found.items * itemsize) + found.items * (8 + 8 + 8)
+        needed = 2 * (needed + found.items * itemsize + found.items * _index_dtype(found).itemsize)
     needed -= sum(entry["bytes"] for entry in work.finished.values())
     free = shutil.disk_usage(work.directory).free
     if needed + PRINTED_SPACE > free:
@@ -289,17 +298,22 @@ def _write_text(
     assert work.scan is not None
     writer, total, done = ShardWriter(work, "tokens", dtype), work.scan.characters, 0
     table = vocabulary.table
+
+    def encode(piece: bytes) -> np.ndarray:
+        tokens = np.empty(len(piece), dtype)
+        count = _ext._C.encode_characters(piece, table, tokens)
+        if count < 0:
+            raise _changed(name)
+        return tokens[:count]
+
     try:
-        for piece in text():
-            out = np.empty(len(piece), dtype)
-            if _ext._C.encode_characters(piece, table, out) >= 0:
-                raise _changed(name)
-            writer.write(out)
-            done += len(piece)
+        for tokens in _in_order(encode, text()):
+            writer.write(tokens)
+            done += len(tokens)
             report("encoding", done, total)
         if done != total:
             raise _changed(name)
-        tokens = writer.close()
+        written = writer.close()
     finally:
         writer.discard()
     bounds = [0, *split_bounds(total), total]
@@ -307,7 +321,7 @@ def _write_text(
         split: {"start": start, "stop": stop, "first_item": 0, "last_item": 0, "longest_item": stop - start}
         for split, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False)
     }
-    return {"tokens": tokens, "ends": None, "splits": splits, "duplicates_removed": 0}
+    return {"tokens": written, "ends": None, "splits": splits, "duplicates_removed": 0}
 
 
 def _changed(name: str) -> UserError:
@@ -322,33 +336,30 @@ def _write_items(
 ) -> dict[str, Any]:
     assert work.scan is not None
     found = work.scan
-    raw, raw_ends = work.directory / "items.tmp", work.directory / "ends.tmp"
-    _write_raw_items(work, text, name, vocabulary, dtype, raw, raw_ends, report)
-    tokens = shards.map_files([(str(raw), raw.stat().st_size)]).view(dtype)
-    ends = shards.map_files([(str(raw_ends), raw_ends.stat().st_size)]).view(np.int64)
-    order = np.memmap(
-        work.directory / "order.tmp", "uint32" if found.items < 2**32 else "int64", "w+", shape=(found.items,)
-    )
-    kept = _order(tokens, ends, order, options)
+    tokens, starts = _write_raw_items(work, text, name, vocabulary, dtype, report)
+    kept = _order(tokens, starts, options)
     if kept < len(SPLITS):
         raise UserError(f"{name} has {plural(kept, 'item')}, but train, dev and test need one each")
     bounds = [0, *split_bounds(kept), kept]
     total = found.characters + found.items
-    token_writer = ShardWriter(work, "tokens", dtype)
-    end_writer = ShardWriter(work, "ends", "uint32" if total < 2**32 else "int64")
+    token_writer, end_writer = ShardWriter(work, "tokens", dtype), ShardWriter(work, "ends", str(starts.dtype))
+    room = TAKEN_TOKENS
     splits, stop = {}, 0
     try:
         for split, first, last in zip(SPLITS, bounds, bounds[1:], strict=False):
-            start, longest = stop, 0
-            at = first
+            start, longest, at = stop, 0, first
             while at < last:
-                items = _items_that_fit(ends, order[at : min(at + TAKEN_ITEMS, last)])
-                at += len(items)
-                chosen, lengths = _ext._C.take_items(tokens, ends, items)
-                token_writer.write(chosen)
-                end_writer.write(stop + lengths.cumsum())
-                stop += len(chosen)
-                longest = max(longest, int(lengths.max()) - 1)
+                chosen = starts[at : min(at + TAKEN_ITEMS, last)]
+                out, ends = np.empty(room, dtype), np.empty_like(chosen)
+                items, size, most = _ext._C.take_items(tokens, chosen, stop, out, ends)
+                if not items:  # an item longer than all that were taken so far
+                    room *= 2
+                    continue
+                token_writer.write(out[:size])
+                end_writer.write(ends[:items])
+                at += items
+                stop += size
+                longest = max(longest, most - 1)
                 report("shuffling", stop, total)
             splits[split] = {
                 "start": start, "stop": stop, "first_item": first, "last_item": last, "longest_item": longest,
@@ -360,69 +371,124 @@ def _write_items(
     return {**written, "splits": splits, "duplicates_removed": found.items - kept}
 
 
-def _items_that_fit(ends: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """The first of `items`, of TAKEN_TOKENS tokens together, and at least one."""
-    lengths = ends[items] - np.where(items > 0, ends[np.maximum(items, 1) - 1], 0)
-    return items[: max(1, int(np.searchsorted(lengths.cumsum(), TAKEN_TOKENS, "right")))]
+def _index_dtype(found: Scan) -> np.dtype[Any]:
+    """The dtype of an index of the tokens of all items."""
+    return np.dtype("uint32" if found.characters + found.items < 2**32 else "int64")
 
 
 def _write_raw_items(
-    work: Work, text: Text, name: str, vocabulary: Vocabulary, dtype: str, raw: Path, raw_ends: Path, report: Report
-) -> None:
-    """Writes the tokens of the items in the order of the text, and the index behind each."""
+    work: Work, text: Text, name: str, vocabulary: Vocabulary, dtype: str, report: Report
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the tokens of the items in the order of the text, and where each begins; returns both, mapped.
+
+    Behind the tokens are PADDING bytes.
+    """
     assert work.scan is not None
+    raw, raw_starts = work.directory / "items.tmp", work.directory / "starts.tmp"
     lines = _ext._C.Lines(_is_space(), ITEM_CHARACTERS)
     encode = {"uint8": lines.encode8, "uint16": lines.encode16, "uint32": lines.encode32}[dtype]
-    table, end, done, total = vocabulary.table, 0, 0, work.scan.characters + work.scan.items
-    with naming(raw), raw.open("wb") as token_file, raw_ends.open("wb") as end_file:
-        for piece in _with_newline(text()):
-            try:
-                tokens, lengths = encode(piece, table)
-            except ValueError as error:
-                raise _changed(name) from error
-            ends = end + lengths.cumsum()
-            end = int(ends[-1]) if len(ends) else end
+    table, index = vocabulary.table, _index_dtype(work.scan)
+    done, total = 0, work.scan.characters + work.scan.items
+
+    def encoded(piece: bytes) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.empty(len(piece) + lines.spaces + 1, dtype)
+        try:
+            count, starts = encode(piece, table, tokens)
+        except ValueError as error:
+            raise _changed(name) from error
+        return tokens[:count], starts.astype(index)
+
+    with naming(raw), raw.open("wb") as token_file, raw_starts.open("wb") as start_file:
+        for tokens, starts in _in_order(encoded, itertools.chain(text(), [b"\n"]), threads=1):
             done += len(tokens)
             token_file.write(tokens.data)
-            end_file.write(ends.data)
+            start_file.write(starts.data)
             report("encoding", done, total)
+        token_file.write(bytes(PADDING))
     if lines.items != work.scan.items or done != total:
         raise _changed(name)
+    mapped = shards.map_files([(str(raw), raw.stat().st_size)]).view(dtype)
+    return mapped, np.memmap(raw_starts, index, "r+")
 
 
-def _with_newline(text: Iterator[str]) -> Iterator[str]:
-    yield from text
-    yield "\n"
-
-
-def _order(tokens: np.ndarray, ends: np.ndarray, order: np.ndarray, options: Options) -> int:
-    """Fills `order` with the items in the order of the split; returns their number, without removed duplicates."""
-    kept, removed = len(order), None
+def _order(tokens: np.ndarray, starts: np.ndarray, options: Options) -> int:
+    """Puts `starts` in the order of the split; returns their number without duplicates, of which nothing is left."""
+    kept = len(starts)
     if options.dedup:
-        removed = _ext._C.repeated_items(tokens, ends, len(ends), TABLE_BYTES)
-        kept -= int(removed.sum(dtype=np.int64))
-    at = 0
-    for start in range(0, len(order), TAKEN_ITEMS):
-        items = np.arange(start, min(start + TAKEN_ITEMS, len(order)))
-        if removed is not None:
-            items = items[removed[start : start + TAKEN_ITEMS] == 0]
-        order[at : at + len(items)] = items
-        at += len(items)
+        whole = tokens[: -PADDING // tokens.itemsize]
+        repeated = _ext._C.repeated_items(whole, len(starts), TABLE_BYTES)
+        kept = 0
+        for at in range(0, len(starts), TAKEN_ITEMS):
+            block = starts[at : at + TAKEN_ITEMS]
+            bits = np.unpackbits(repeated[at // 8 : (at + len(block) + 7) // 8], count=len(block), bitorder="little")
+            block = block[bits == 0]
+            starts[kept : kept + len(block)] = block
+            kept += len(block)
     state = random.Random(options.seed).getstate()[1]
-    _ext._C.shuffle_indices(order[:kept], list(state))
+    _ext._C.shuffle_indices(starts[:kept], list(state))
     return kept
+
+
+def _overlap(work: Work, written: dict[str, Any]) -> int:
+    """The number of dev items that also occur in train, by a hash table of as many dev items as fit at a time."""
+    train, dev = (written["splits"][split] for split in ("train", "dev"))
+    array, found = written["tokens"], 0
+    wanted_of = {"uint8": _ext._C.WantedItems8, "uint16": _ext._C.WantedItems16, "uint32": _ext._C.WantedItems32}
+    for tokens, items in _chunks(_whole_items(_read(work, array, dev["start"], dev["stop"]))):
+        wanted = wanted_of[array["dtype"]](tokens, items)
+        for _ in _in_order(wanted.mark, _whole_items(_read(work, array, train["start"], train["stop"]))):
+            pass
+        found += wanted.found()
+    return found
+
+
+def _whole_items(blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The tokens of items in blocks that end behind an item."""
+    rest: list[np.ndarray] = []
+    for block in blocks:
+        size = _ext._C.whole_items(block)
+        if size:
+            yield np.concatenate([*rest, block[:size]])
+            rest = []
+        rest.append(block[size:])
+
+
+def _chunks(blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks of items, joined up to WANTED_ITEMS or WANTED_BYTES, and the number of items in them."""
+    parts: list[np.ndarray] = []
+    items = 0
+    for block in blocks:
+        parts.append(block)
+        items += int(np.count_nonzero(block == SEPARATOR))
+        if items >= WANTED_ITEMS or sum(part.nbytes for part in parts) >= WANTED_BYTES:
+            yield np.concatenate(parts), items
+            parts, items = [], 0
+    if parts:
+        yield np.concatenate(parts), items
 
 
 # ---- the digest
 
 
-def _mapped(work: Work, array: dict[str, Any]) -> np.ndarray:
-    files = [(str(work.directory / shard["file"]), shard["bytes"]) for shard in array["shards"]]
-    return shards.map_files(files).view(array["dtype"])
+def _read(work: Work, array: dict[str, Any], start: int, stop: int) -> Iterator[np.ndarray]:
+    """array[start:stop] in blocks; they are read, and not mapped, so that only some are in memory."""
+    dtype = np.dtype(array["dtype"])
+    shard_size = shards.SHARD_BYTES // dtype.itemsize
+    while start < stop:
+        shard, at = divmod(start, shard_size)
+        path = work.directory / array["shards"][shard]["file"]
+        size = min(READ_TOKENS, stop - start, shard_size - at)
+        yield np.fromfile(path, dtype, size, offset=at * dtype.itemsize)
+        start += size
 
 
 def _digest(
-    digest: Any, split: str, part: dict[str, Any], tokens: np.ndarray, vocabulary: Vocabulary, report: Report
+    digest: Any,
+    split: str,
+    part: dict[str, Any],
+    read: Callable[[int, int], Iterator[np.ndarray]],
+    vocabulary: Vocabulary,
+    report: Report,
 ) -> None:
     """Adds a split to the digest, as `charlm.lm.data` does: its size in items or strings, in bytes, and its text."""
     start, stop = part["start"], part["stop"]
@@ -430,18 +496,39 @@ def _digest(
         count, stop = part["last_item"] - part["first_item"], stop - 1  # without the end of the last item
     else:
         count = 1
-    text = ("\n" if vocabulary.separator else "") + vocabulary.chars
-    points = np.array([ord(character) for character in text], np.uint32)
-    sizes = np.array([len(character.encode("utf-8", "surrogatepass")) for character in text], np.uint8)
-    blocks = [(at, min(at + DIGESTED_TOKENS, stop)) for at in range(start, stop, DIGESTED_TOKENS)]
-    one_byte = int(sizes.max()) == 1
-    size = stop - start if one_byte else sum(int(sizes[tokens[a:b]].sum(dtype=np.int64)) for a, b in blocks)
+    encoded = [character.encode() for character in ("\n" if vocabulary.separator else "") + vocabulary.chars]
+    sizes = np.array([len(character) for character in encoded], np.uint8)
+    characters = np.array([int.from_bytes(character, "little") for character in encoded], np.uint32)
+
+    def decode(block: np.ndarray) -> tuple[np.ndarray, int]:
+        text = np.empty(4 * len(block), np.uint8)
+        return text[: _ext._C.decode_tokens(block, characters, sizes, text)], len(block)
+
+    size = stop - start
+    if sizes.max() > 1:
+        size = sum(_in_order(lambda block: _ext._C.utf8_size(block, sizes), read(start, stop)))
     digest.update(f"\n{split} {count} {size}\n".encode())
-    to_bytes = bytes(points.astype(np.uint8).tobytes().ljust(256, b"\0")) if one_byte else b""
-    for a, b in blocks:
-        block = tokens[a:b]
-        if one_byte:
-            digest.update(block.tobytes().translate(to_bytes))
-        else:
-            digest.update(points[block].tobytes().decode("utf-32-le").encode())
-        report("digesting", b, len(tokens))
+    for text, tokens in _in_order(decode, read(start, stop)):
+        digest.update(text)
+        start += tokens
+        report("digesting", start, stop)
+
+
+# ---- threads
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+def _in_order(
+    function: Callable[[Argument], Result], arguments: Iterable[Argument], threads: int = THREADS
+) -> Iterator[Result]:
+    """Yields the results of `function`, which threads call for the next arguments meanwhile; one calls it in order."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[Result]] = deque()
+        for argument in arguments:
+            running.append(pool.submit(function, argument))
+            if len(running) > threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()

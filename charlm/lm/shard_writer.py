@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class Work:
     key: dict[str, Any]
     scan: Scan | None = None
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # the manifest's entry of each shard, by its name
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # that writes all files
 
     def load(self) -> None:
         """Takes over what an earlier call with the same key has finished."""
@@ -53,11 +55,12 @@ class Work:
 
 
 class ShardWriter:
-    """Writes one array as shards; shards that are finished already are not written again."""
+    """Writes one array as shards, in the thread of `work`; shards that are finished already are not written again."""
 
     def __init__(self, work: Work, name: str, dtype: str) -> None:
         self.work, self.name, self.dtype = work, name, dtype
         self.entries: list[dict[str, Any]] = []
+        self.writing: Future[None] | None = None
         self._open()
 
     def _open(self) -> None:
@@ -67,6 +70,15 @@ class ShardWriter:
         self.out = None if self.skips else (self.work.directory / f"{self.file}.tmp").open("wb")
 
     def write(self, array: np.ndarray) -> None:
+        """Writes `array`, which must not change any more, as soon as the last one is written."""
+        self._wait()
+        self.writing = self.work.thread.submit(self._write, array)
+
+    def _wait(self) -> None:
+        if self.writing is not None:
+            self.writing.result()
+
+    def _write(self, array: np.ndarray) -> None:
         data = memoryview(np.ascontiguousarray(array, self.dtype)).cast("B") if len(array) else memoryview(b"")
         while len(data):
             part, data = data[: self.room], data[self.room :]
@@ -94,6 +106,10 @@ class ShardWriter:
 
     def close(self) -> dict[str, Any]:
         """Finishes the last shard; returns the manifest's entry of the array."""
+        self._wait()
+        return self.work.thread.submit(self._close).result()
+
+    def _close(self) -> dict[str, Any]:
         if self.room < shards.SHARD_BYTES or not self.entries:
             self._finish()
         elif self.out is not None:
@@ -102,6 +118,8 @@ class ShardWriter:
         return {"dtype": self.dtype, "shards": self.entries}
 
     def discard(self) -> None:
-        """Closes the file after an error."""
+        """Closes the file after an error, when it is no longer being written."""
+        if self.writing is not None:
+            wait([self.writing])
         if self.out is not None:
             self.out.close()

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from charlm._errors import UserError
-from charlm.lm.data import STDIN, data_name, decode_blocks, opened
+from charlm.lm.data import STDIN, data_name, decode_blocks, opened, utf8_blocks
 
 BLOCK_BYTES = 1 << 20  # read at a time
 PARQUET_ROWS = 1024  # read at a time
 DEFAULT_COLUMN = "text"
 COMPRESSIONS = (".gz", ".zst")
+DOCUMENTS = (".jsonl", ".parquet")  # files of many documents
 
 
 class Piece(NamedTuple):
@@ -58,16 +59,31 @@ def find_inputs(patterns: Iterable[str]) -> list[Path]:
     return found
 
 
-def text_of(paths: Sequence[Path], column: str = DEFAULT_COLUMN, separator: str = "\n") -> Iterator[str]:
-    """The text of all documents in pieces, with `separator` between two of them unless the first ends with it."""
+def text_of(paths: Sequence[Path], column: str = DEFAULT_COLUMN, separator: str = "\n") -> Iterator[bytes]:
+    """The text of all documents as UTF-8, in pieces of whole characters, with newlines as "\\n".
+
+    Between two documents is `separator`, unless the first ends with it. It raises UserError as `pieces` does.
+    """
+    between = separator.encode()
     ends_with = True
     for path in paths:
+        for piece, begins in _encoded_pieces(path, column):
+            if begins and not ends_with:
+                yield between
+            if piece:
+                ends_with = piece.endswith(between)
+                yield piece
+
+
+def _encoded_pieces(path: Path, column: str) -> Iterator[tuple[bytes, bool]]:
+    """`pieces` in UTF-8; that of a text file is not decoded."""
+    if _kind(path) in DOCUMENTS:
         for piece in pieces(path, column):
-            if piece.begins and not ends_with:
-                yield separator
-            if piece.text:
-                ends_with = piece.text.endswith(separator)
-                yield piece.text
+            yield piece.text.encode(), piece.begins
+        return
+    with _blocks(path) as blocks:
+        for number, part in enumerate(utf8_blocks(blocks, data_name(path))):
+            yield part, number == 0
 
 
 def pieces(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[Piece]:
@@ -78,17 +94,28 @@ def pieces(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[Piece]:
             the message names the line of a .jsonl file.
     """
     name = data_name(path)
-    kind = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
-    if kind == ".parquet":
+    if _kind(path) == ".parquet":
         yield from _parquet_pieces(path, column)
         return
-    with opened(path) as raw, _decompressed(raw, path) as file:
-        text = decode_blocks(iter(lambda: file.read(BLOCK_BYTES), b""), name)
-        if kind == ".jsonl":
+    with _blocks(path) as blocks:
+        text = decode_blocks(blocks, name)
+        if _kind(path) == ".jsonl":
             yield from _json_pieces(text, name, column)
         else:
             for number, part in enumerate(text):
                 yield Piece(part, begins=number == 0)
+
+
+def _kind(path: Path) -> str:
+    """The suffix of the name of `path`, without that of a compression."""
+    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+@contextmanager
+def _blocks(path: Path) -> Iterator[Iterator[bytes]]:
+    """The bytes of a file, decompressed, BLOCK_BYTES at a time."""
+    with opened(path) as raw, _decompressed(raw, path) as file:
+        yield iter(lambda: file.read(BLOCK_BYTES), b"")
 
 
 @contextmanager
