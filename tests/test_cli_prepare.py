@@ -156,6 +156,18 @@ def test_evaluation_on_a_folder_of_other_data_is_refused(names, verse, tmp_path)
     assert "was not trained on the corpus in" in fails("eval", tmp_path / "run", "-i", tmp_path / "corpus")
 
 
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "ends-00000.bin"])
+def test_a_damaged_file_is_found_by_check(names, tmp_path, name):
+    succeeds("prepare", names, "-o", tmp_path / "corpus")
+    assert "corpus: ok" in succeeds("prepare", "--check", tmp_path / "corpus")
+    data = bytearray((tmp_path / "corpus" / name).read_bytes())
+    data[100] ^= 1
+    (tmp_path / "corpus" / name).write_bytes(data)
+    assert f"{name} was changed after it was written" in fails("prepare", "--check", tmp_path / "corpus")
+    (tmp_path / "corpus" / name).unlink()
+    assert f"{name} is missing" in fails("prepare", "--check", tmp_path / "corpus")
+
+
 # ---- the disk
 
 

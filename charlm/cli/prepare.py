@@ -39,6 +39,10 @@ def prepare(
         ),
     ] = "\n",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the corpus in the folder.")] = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Only compare the files in this prepared folder with their checksums.", show_default=False),
+    ] = None,
     clear_cache: Annotated[
         bool, typer.Option("--clear-cache", help="Only remove the corpora that `charlm train` prepared by itself.")
     ] = False,
@@ -52,8 +56,14 @@ def prepare(
     from charlm.lm import cache
     from charlm.lm.memory import format_bytes
     from charlm.lm.prepare import Options, prepare
+    from charlm.lm.shards import verify
     from charlm.lm.sources import find_inputs, text_of
 
+    if check is not None:
+        with progress_bar(check.name) as report:
+            size = verify(check, report)
+        new_console().print(f"{check}: ok, {format_bytes(size)}", soft_wrap=True)
+        return
     if clear_cache:
         size = cache.clear()
         new_console().print(f"removed {cache.folder()} ({format_bytes(size) if size else 'it was empty'})")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -167,10 +168,36 @@ def checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _mapped(directory: Path, array: dict[str, Any]) -> Tensor:
-    """Maps the shards of one array of the manifest."""
-    dtype, itemsize = DTYPES[array["dtype"]], np.dtype(array["dtype"]).itemsize
-    files = []
+def verify(directory: Path, report: Callable[[str, int, int], None] = lambda stage, done, total: None) -> int:
+    """Reads all shards of the prepared corpus in `directory` and compares their sha256; returns their bytes.
+
+    Args:
+        directory: The folder.
+        report: Called with the progress, as by `charlm.lm.prepare`.
+
+    Raises:
+        UserError: As `load`, or a shard was changed or cannot be read; the message names it.
+    """
+    manifest = read_manifest(directory)
+    files = [file for array in ("tokens", "ends") if manifest[array] for file in _shards(directory, manifest[array])]
+    total, done = sum(shard["bytes"] for _, shard in files), 0
+    for path, shard in files:
+        found = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    found.update(block)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        if found.hexdigest() != shard["sha256"]:
+            raise UserError(f"{path} was changed after it was written (its sha256 differs): prepare the corpus again")
+        done += shard["bytes"]
+        report("checking", done, total)
+    return total
+
+
+def _shards(directory: Path, array: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The path of each shard of one array of the manifest, and what the manifest says of it; checks their sizes."""
     for shard in array["shards"]:
         name, expected = shard["file"], shard["bytes"]
         path = directory / name
@@ -182,7 +209,13 @@ def _mapped(directory: Path, array: dict[str, Any]) -> Tensor:
             raise UserError(f"{path} is missing ({error.strerror}): prepare the corpus again") from error
         if found != expected:
             raise UserError(f"{path} has {found:,} bytes instead of {expected:,}: prepare the corpus again")
-        files.append((str(path), expected))
+        yield path, shard
+
+
+def _mapped(directory: Path, array: dict[str, Any]) -> Tensor:
+    """Maps the shards of one array of the manifest."""
+    dtype, itemsize = DTYPES[array["dtype"]], np.dtype(array["dtype"]).itemsize
+    files = [(str(path), shard["bytes"]) for path, shard in _shards(directory, array)]
     return torch.from_numpy(map_files(files)).view(dtype)[: sum(size for _, size in files) // itemsize]
 
 
