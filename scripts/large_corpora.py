@@ -1,4 +1,4 @@
-"""Measures training on a text and a list of names of 500 MB, and counting n-grams, for docs/scale.md.
+"""Measures training on a text and a list of names of 500 MB, their batches, and counting n-grams, for docs/scale.md.
 
     python scripts/large_corpora.py TEXT bench/results/large_corpora.json
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import torch
 
 BYTES = 500_000_000
 REPEATS = 3
+BATCHED_BYTES, BATCHES = 20_000_000, 20_000  # of which, and how many, random batches are timed
 STEP = """
 import os, sys, time
 import torch
@@ -109,11 +111,39 @@ def main() -> None:
         found["text, mlp, not prepared"] = first_step(folder / "text.txt", folder, "mlp")
         for data in ("text", "names"):
             found[f"prepare {data}"] = {"seconds": prepare(folder / f"{data}.txt", folder / data)}
+            found[f"random batches, {data}"] = time_batches(folder / f"{data}.txt", folder)
             for type in ("mlp", "gpt"):
                 found[f"{data}, {type}, prepared"] = first_step(folder / data, folder, type)
         found["names"] = sum(1 for _ in (folder / "names.txt").open("rb"))
         count_ngrams(arguments.text, folder, found)
     arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def time_batches(data: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """Random rows of the beginning of `data`, from memory and from shards in turn: medians in µs, and their ratio."""
+    from charlm.lm.data import read_corpus
+    from charlm.lm.shards import load
+
+    head = folder / "head.txt"
+    with data.open("rb") as file:
+        head.write_bytes(file.read(BATCHED_BYTES).rpartition(b"\n")[0])
+    prepare(head, folder / "head")
+    corpora = {"memory": read_corpus(head), "shards": load(folder / "head")}
+    examples = {name: corpus.examples("train", 8) for name, corpus in corpora.items()}
+    found = {}
+    for batch in (32, 4096):
+        times: dict[str, list[float]] = {name: [] for name in corpora}
+        for _ in range(BATCHES):
+            for name, rows in examples.items():
+                chosen = torch.randint(len(rows), (batch,))
+                start = time.perf_counter()
+                rows.select(chosen)
+                times[name].append(1e6 * (time.perf_counter() - start))
+        median = {name: statistics.median(values) for name, values in times.items()}
+        found[f"batch {batch}"] = {**median, "speed of shards": median["memory"] / median["shards"]}
+    head.unlink()
+    shutil.rmtree(folder / "head")
+    return found
 
 
 def count_ngrams(text: Path, folder: Path, found: dict[str, Any]) -> None:

@@ -143,9 +143,9 @@ _NATIVE_DTYPES = {torch.uint8: torch.uint8, torch.int16: torch.int32, torch.int3
 
 def _widened(tokens: Tensor) -> Tensor:
     """Unsigned tokens of 16 bits as int32; others as they are."""
-    return tokens.to(torch.int32) & 0xFFFF if tokens.dtype == torch.int16 else tokens
+    return tokens.view(torch.uint16).to(torch.int32) if tokens.dtype == torch.int16 else tokens
 
 
 def _unsigned(ends: Tensor) -> Tensor:
     """Unsigned numbers of 32 bits, or int64, as int64."""
-    return ends.to(torch.int64) & 0xFFFFFFFF if ends.dtype == torch.int32 else ends
+    return ends.view(torch.uint32).to(torch.int64) if ends.dtype == torch.int32 else ends
