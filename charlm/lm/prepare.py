@@ -6,7 +6,7 @@
     3. digest    reads the shards: the sha256 by which a checkpoint knows its data
 
 Vocabulary, split, order and digest are those of `charlm.lm.data.build_corpus`. Memory does not depend on the size of
-the text, but for one byte for each item, and two mapped arrays of 8 and 4 bytes for each that the system may reclaim.
+running text. Items take 4 bytes each, 8 from 2³² tokens on; their tokens are mapped, and the system may reclaim them.
 
 All is written to a folder beside the target, which is renamed at the end. After a kill it stays, and the same call
 keeps its finished shards; after an error it is removed.
@@ -279,7 +279,7 @@ def _check_disk(work: Work, found: Scan, itemsize: int) -> None:
     """Raises UserError unless the shards, and the working files of items, fit onto the disk."""
     needed = found.characters * itemsize
     if found.format == "line":
-        needed = 2 * (needed + found.items * itemsize + found.items * _index_dtype(found).itemsize)
+        needed = 2 * (needed + found.items * itemsize) + found.items * _index_dtype(found).itemsize
     needed -= sum(entry["bytes"] for entry in work.finished.values())
     free = shutil.disk_usage(work.directory).free
     if needed + PRINTED_SPACE > free:
@@ -379,36 +379,39 @@ def _index_dtype(found: Scan) -> np.dtype[Any]:
 def _write_raw_items(
     work: Work, text: Text, name: str, vocabulary: Vocabulary, dtype: str, report: Report
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Writes the tokens of the items in the order of the text, and where each begins; returns both, mapped.
+    """Writes the tokens of the items in the order of the text; returns them, mapped, and where each item begins.
 
     Behind the tokens are PADDING bytes.
     """
     assert work.scan is not None
-    raw, raw_starts = work.directory / "items.tmp", work.directory / "starts.tmp"
+    raw = work.directory / "items.tmp"
     lines = _ext._C.Lines(_is_space(), ITEM_CHARACTERS)
     encode = {"uint8": lines.encode8, "uint16": lines.encode16, "uint32": lines.encode32}[dtype]
     table, index = vocabulary.table, _index_dtype(work.scan)
-    done, total = 0, work.scan.characters + work.scan.items
+    starts = np.empty(work.scan.items, index)  # in memory: the system would write back a file that is shuffled
+    done, total, items = 0, work.scan.characters + work.scan.items, 0
 
     def encoded(piece: bytes) -> tuple[np.ndarray, np.ndarray]:
         tokens = np.empty(len(piece) + lines.spaces + 1, dtype)
         try:
-            count, starts = encode(piece, table, tokens)
+            count, found = encode(piece, table, tokens)
         except ValueError as error:
             raise _changed(name) from error
-        return tokens[:count], starts.astype(index)
+        return tokens[:count], found
 
-    with naming(raw), raw.open("wb") as token_file, raw_starts.open("wb") as start_file:
-        for tokens, starts in _in_order(encoded, itertools.chain(text(), [b"\n"]), threads=1):
+    with naming(raw), raw.open("wb") as file:
+        for tokens, found in _in_order(encoded, itertools.chain(text(), [b"\n"]), threads=1):
+            if items + len(found) > len(starts):
+                raise _changed(name)
+            starts[items : items + len(found)] = found
+            items += len(found)
             done += len(tokens)
-            token_file.write(tokens.data)
-            start_file.write(starts.data)
+            file.write(tokens.data)
             report("encoding", done, total)
-        token_file.write(bytes(PADDING))
-    if lines.items != work.scan.items or done != total:
+        file.write(bytes(PADDING))
+    if items != len(starts) or done != total:
         raise _changed(name)
-    mapped = shards.map_files([(str(raw), raw.stat().st_size)]).view(dtype)
-    return mapped, np.memmap(raw_starts, index, "r+")
+    return shards.map_files([(str(raw), raw.stat().st_size)]).view(dtype), starts
 
 
 def _order(tokens: np.ndarray, starts: np.ndarray, options: Options) -> int:
