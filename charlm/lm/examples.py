@@ -151,12 +151,12 @@ class Examples(Predictions):
         """(contexts, targets, number of predictions) of `rows`, (B,) int64 on the CPU."""
         numbers = self._numbers(rows)
         at = numbers + self.stream.start if self.stream.start else numbers
-        contexts = self.stream.windows(at - self.block_size, self.block_size, by_item=self.protocol == "items")
+        contexts, targets = self.stream.examples(at, self.block_size, by_item=self.protocol == "items")
         if self.protocol == "fixed":  # the first prediction of a window has one token of context
             seen = (numbers % self.block_size + 1)[:, None]
             hidden = torch.arange(self.block_size) < self.block_size - seen  # (B, T)
             contexts = contexts.masked_fill(hidden.to(contexts.device), self.stream.pad_token)
-        return contexts, self.stream.at(at), len(rows)
+        return contexts, targets, len(rows)
 
     def count(self, rows: Tensor) -> Tensor:
         """The number of predictions of each of `rows`, (B,) int64 on the CPU: 1."""

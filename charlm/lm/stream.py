@@ -73,16 +73,31 @@ class Stream:
             begin = self.items(self.item_of(first + width))[0]
             hidden = first[:, None] + torch.arange(width) < begin[:, None]  # (B, W)
             return self.windows(first, width).masked_fill(hidden.to(self.device), self.pad_token)
-        native = _NATIVE_DTYPES.get(self.tokens.dtype)
-        if self.tokens.device.type == "cpu" and native is not None and _ext._C is not None:
-            found = torch.empty(len(first), width, dtype=native)
-            tokens = self.tokens.numpy()
-            separator = self.pad_token if by_item else -1
-            if self.tokens.dtype == torch.int16:
-                tokens = tokens.view("uint16")
-            _ext._C.token_windows(tokens, first.contiguous().numpy(), self.pad_token, separator, found.numpy())
-            return found if self.device.type == "cpu" else found.to(self.device)
+        if self._is_native:
+            return self._native(first, 0, width, by_item, 0)[0]
         return self._windows_by_torch(first, width, by_item)
+
+    def examples(self, index: Tensor, width: int, by_item: bool = False) -> tuple[Tensor, Tensor]:
+        """`windows` of the tokens before each of `index`, and `at` of these: (B, width) and (B,)."""
+        if self._is_native and not (by_item and not self.separators_end_items):
+            return self._native(index, width, width, by_item, len(index))
+        return self.windows(index - width, width, by_item), self.at(index)
+
+    @property
+    def _is_native(self) -> bool:
+        return self.tokens.device.type == "cpu" and self.tokens.dtype in _NATIVE_DTYPES and _ext._C is not None
+
+    def _native(self, index: Tensor, before: int, width: int, by_item: bool, n_at: int) -> tuple[Tensor, Tensor]:
+        """Windows that begin `before` tokens before each of `index`, and the tokens at the first `n_at` of these."""
+        dtype, tokens = _NATIVE_DTYPES[self.tokens.dtype], self.tokens.numpy()
+        if self.tokens.dtype == torch.int16:
+            tokens = tokens.view("uint16")
+        found, at = torch.empty(len(index), width, dtype=dtype), torch.empty(n_at, dtype=dtype)
+        separator = self.pad_token if by_item else -1
+        _ext._C.token_windows(
+            tokens, index.contiguous().numpy(), before, self.pad_token, separator, found.numpy(), at.numpy()
+        )
+        return (found, at) if self.device.type == "cpu" else (found.to(self.device), at.to(self.device))
 
     def _windows_by_torch(self, first: Tensor, width: int, by_item: bool) -> Tensor:
         device = self.tokens.device

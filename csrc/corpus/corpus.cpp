@@ -279,16 +279,22 @@ class Lines {
 
 // ---- windows
 
-// out[i, j] = tokens[first[i] + j], or `pad` outside the tokens; with a separator, also up to the last one in a row.
-// first: (B,), out: (B, width)
+// out[i, j] = tokens[index[i] - before + j], or `pad` outside the tokens; with a separator, also up to the last one in
+// a row. next[i] = tokens[index[i]], which must be within the tokens.
+// index: (B,), out: (B, width), next: (B,), or empty
 template <class Token, class Out>
-void windows(const Array<Token>& tokens, const Array<int64_t>& first, int64_t pad, int64_t separator, Array<Out> out) {
+void windows(const Array<Token>& tokens, const Array<int64_t>& index, int64_t before, int64_t pad, int64_t separator,
+             Array<Out> out, Array<Out> next) {
   const Token* const token = tokens.data();
   const int64_t size = tokens.size(), rows = out.shape(0), width = out.shape(1);
-  const int64_t* const begin = first.data();
+  for (int64_t i = 0; i < next.size(); ++i) {
+    const int64_t at = index.data()[i];
+    if (at < 0 || at >= size) throw py::index_error("token " + std::to_string(at) + " of " + std::to_string(size));
+    next.mutable_data()[i] = static_cast<Out>(token[at]);
+  }
   Out* row = out.mutable_data();
   for (int64_t i = 0; i < rows; ++i, row += width) {
-    const int64_t at = begin[i];
+    const int64_t at = index.data()[i] - before;
     int64_t low = std::clamp<int64_t>(-at, 0, width);
     const int64_t high = std::clamp<int64_t>(size - at, low, width);
     for (int64_t j = low; j < high; ++j) row[j] = static_cast<Out>(token[at + j]);
@@ -357,8 +363,8 @@ void bind_for(py::module_& m, py::class_<Lines>& lines, const char* encode_items
 template <class Token, class Out>
 void bind_windows(py::module_& m) {
   using py::arg;
-  m.def("token_windows", &windows<Token, Out>, arg("tokens").noconvert(), arg("first").noconvert(), arg("pad"),
-        arg("separator"), arg("out").noconvert());
+  m.def("token_windows", &windows<Token, Out>, arg("tokens").noconvert(), arg("index").noconvert(), arg("before"),
+        arg("pad"), arg("separator"), arg("out").noconvert(), arg("next").noconvert());
 }
 
 }  // namespace
