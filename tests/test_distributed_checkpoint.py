@@ -192,7 +192,9 @@ def steps_while_rank_1_writes(run: str) -> int:
 
 
 def test_all_ranks_train_on_while_one_writes(tmp_path: Path) -> None:
-    assert results_of_processes(2, tmp_path / "group", steps_while_rank_1_writes, str(tmp_path / "run")) == [0, 3]
+    steps = results_of_processes(2, tmp_path / "group", steps_while_rank_1_writes, str(tmp_path / "run"))
+    assert steps[0] == 0
+    assert steps[1] >= 3
     assert checkpoint.load(tmp_path / "run").step == CONFIG.max_steps
 
 

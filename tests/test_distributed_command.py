@@ -84,7 +84,8 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
             time.sleep(0.01)
     code, _, errors = ends([killed], seconds=60 + 60 * KILLS)[0]
     assert code == 0, errors
-    assert repeated <= interval + 10
+    # An interval, and the steps made while a checkpoint was written: the next one waits until it is.
+    assert repeated < 2 * interval
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     ours, theirs = checkpoint.load(tmp_path / "run"), checkpoint.load(tmp_path / "whole")
     assert (ours.best_step, ours.best_nats) == (theirs.best_step, theirs.best_nats)

@@ -26,8 +26,9 @@ class Part(NamedTuple):
     per_rank: int
 
     @classmethod
-    def of(cls, num_classes: int, group: ProcessGroup | None) -> Part:
-        num_classes = _checks.integer("vocab_parallel_cross_entropy", "num_classes", num_classes)
+    def of(cls, function: str, num_classes: int, group: ProcessGroup | None) -> Part:
+        """The part of this rank in a call of `function`, which an error about num_classes names."""
+        num_classes = _checks.integer(function, "num_classes", num_classes)
         if num_classes < 1:
             raise ValueError(f"num_classes must be > 0, got {num_classes}")
         group = dist.group.WORLD if group is None else group

@@ -217,7 +217,7 @@ class _Call(NamedTuple):
         try:
             output = loss(reduction=local_reduction, loss_dtype=wide, all_ignored="zero")
         except IndexError:  # the other processes wait in the all-reduce: NaN targets tell them
-            layout.all_reduce(torch.full((3 + wants_accuracy,), torch.nan, dtype=wide))
+            layout.all_reduce(torch.full((3 + wants_accuracy,), torch.nan, dtype=wide, device="cpu"))
             raise
         fields = CrossEntropyOutput(output) if isinstance(output, Tensor) else output
         with torch.no_grad():

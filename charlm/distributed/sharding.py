@@ -54,7 +54,7 @@ def entropy(logits: Tensor) -> Tensor:
         return NotImplemented
     x, dtype = _for_kernels(local), result_dtype(local)
     with torch.autocast(x.device.type, enabled=False):
-        result = Entropy.apply(x, Part.of(logits.shape[-1], group)).to(dtype)
+        result = Entropy.apply(x, Part.of("entropy", logits.shape[-1], group)).to(dtype)
     return layout.wrap(result, rows, logits.shape[:-1])
 
 
@@ -81,7 +81,7 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: str, q_kind: str) -> Tensor:
     p, q, dtype = broadcast_distributions(p, q)
     p, q = _for_kernels(p), _for_kernels(q)
     with torch.autocast(p.device.type, enabled=False):
-        result = KlDivergence.apply(p, q, KINDS.index(q_kind), Part.of(n_classes, group)).to(dtype)
+        result = KlDivergence.apply(p, q, KINDS.index(q_kind), Part.of("kl_divergence", n_classes, group)).to(dtype)
     return layout.wrap(result, rows, shape)
 
 

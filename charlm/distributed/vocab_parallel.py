@@ -91,7 +91,7 @@ def vocab_parallel_cross_entropy(
     _checks.choice("inplace", inplace, (None, "backward"))
     if logits.dim() < 2:
         raise RuntimeError(f"expected logits of shape (N, C_r) or (N, C_r, d1, ...), got {tuple(logits.shape)}")
-    part = Part.of(num_classes, group)
+    part = Part.of("vocab_parallel_cross_entropy", num_classes, group)
     part.check("logits", logits.shape[1])
     device = logits.device.type
     if torch.is_autocast_enabled(device):  # as cross_entropy's
@@ -174,7 +174,7 @@ def vocab_parallel_linear_cross_entropy(
             f"expected input (N, D) and linear_weight (C_r, D), got {tuple(input.shape)} and "
             f"{tuple(linear_weight.shape)}"
         )
-    part = Part.of(num_classes, group)
+    part = Part.of("vocab_parallel_linear_cross_entropy", num_classes, group)
     part.check("linear_weight", linear_weight.shape[0])
     device = input.device.type
     result_dtype = input.dtype

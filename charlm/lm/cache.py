@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +25,9 @@ from charlm.lm.data import opened
 from charlm.lm.files import LockedError, write_atomically
 from charlm.lm.prepare import Options, Report, identify, prepare
 from charlm.lm.shards import ShardedCorpus
-from charlm.lm.sources import BLOCK_BYTES, text_of
+from charlm.lm.sources import BLOCK_BYTES, reads_as, text_of
 
+SHA256 = re.compile(rb"[0-9a-f]{64}")
 MIN_BYTES = 64_000_000  # a smaller file is read into memory
 SECONDS_BETWEEN_LOOKS = 0.1  # at a corpus that another process prepares
 
@@ -62,8 +64,7 @@ def cached_corpus(
         UserError: As `prepare`, or the file changed while it was read.
     """
     found = identify(path)
-    # The endings of its name decide how a file is read, as .gz or .jsonl.
-    sources = [{"bytes": found["bytes"], "sha256": _content(path, found, report), "suffixes": path.suffixes[-2:]}]
+    sources = [{"bytes": found["bytes"], "sha256": _content(path, found, report), "reads_as": reads_as(path)}]
     directory = folder() / _key([shards.FORMAT_VERSION, sources, asdict(options)])
     announced = False
     while True:
@@ -92,7 +93,8 @@ def _content(path: Path, found: dict[str, Any], report: Report) -> str:
     """The sha256 of a file, kept until the file changes."""
     known = folder() / "files" / _key(found)
     with suppress(OSError):
-        return known.read_text()
+        if SHA256.fullmatch(text := known.read_bytes()):
+            return text.decode()
     content, done = hashlib.sha256(), 0
     with opened(path) as file:
         while block := file.read(BLOCK_BYTES):
@@ -100,12 +102,13 @@ def _content(path: Path, found: dict[str, Any], report: Report) -> str:
             done += len(block)
             report("hashing", done, found["bytes"])
     _check_unchanged(path, found)
-    known.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(known, content.hexdigest().encode())
+    with suppress(OSError):  # then it is hashed again next time
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, content.hexdigest().encode())
     return content.hexdigest()
 
 
-def _unchanged(path: Path, found: dict[str, Any]) -> Iterator[str]:
+def _unchanged(path: Path, found: dict[str, Any]) -> Iterator[bytes]:
     """The text of a file; UserError at its end if the file is not the one that was `found`."""
     yield from text_of([path])
     _check_unchanged(path, found)

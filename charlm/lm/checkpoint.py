@@ -141,13 +141,14 @@ def save(directory: Path, checkpoint: Checkpoint, processes: Processes | None = 
     processes = processes or Processes()
 
     def write() -> dict[str, dict[str, Any]]:
-        directory.mkdir(parents=True, exist_ok=True)
         tensors = {"model": checkpoint.weights, "training": checkpoint.training}
         wanted = {part: found for part, found in tensors.items() if found or processes.rank == 0}
+        if wanted:
+            directory.mkdir(parents=True, exist_ok=True)
         return {part: _write_tensors(directory, part, found, processes.rank) for part, found in wanted.items()}
 
-    files = processes.results(write)
-    processes.results(lambda: _commit(directory, checkpoint, files) if processes.rank == 0 else None)
+    files = processes.results_of_all(write)
+    processes.results_of_all(lambda: _commit(directory, checkpoint, files) if processes.rank == 0 else None)
 
 
 def _commit(directory: Path, checkpoint: Checkpoint, files: list[dict[str, dict[str, Any]]]) -> None:
@@ -276,7 +277,7 @@ def _vocabulary(manifest: dict[str, Any]) -> Vocabulary:
     return vocabulary
 
 
-def _write_tensors(directory: Path, part: str, tensors: dict[str, Tensor], rank: int) -> dict[str, Any]:
+def _write_tensors(directory: Path, part: str, tensors: Mapping[str, Tensor], rank: int) -> dict[str, Any]:
     """Writes one tensor file and returns its entry in the manifest."""
     metadata = {"rank": str(rank)} if rank else None  # so that no two ranks write the same file
     data = tensors_to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)

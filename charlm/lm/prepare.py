@@ -42,10 +42,10 @@ from charlm.lm.vocabulary import CODE_POINTS, SEPARATOR, Vocabulary
 
 THREADS = 2  # beside that which writes; a third could not be fed by the one that reads
 TABLE_BYTES = 128 << 20  # of the table in which equal items are found
-WANTED_ITEMS, WANTED_BYTES = 12 << 20, 96 << 20  # of dev, looked for in train at a time; in such a table
+WANTED_ITEMS, WANTED_BYTES = 12 << 20, 96 << 20  # most dev items, and bytes of these, in a table at a time
 TAKEN_ITEMS, TAKEN_TOKENS = 1 << 18, 1 << 22  # most items, and tokens of items, put in order at a time
 READ_TOKENS = 1 << 20  # of shards, at a time
-PADDING = 8  # bytes behind the tokens of items, which are copied in words of that many
+PADDING = 8  # bytes behind the tokens of items, which are copied in words of 8 bytes
 OWN_FILES = re.compile(rf"{re.escape(shards.MANIFEST)}|(tokens|ends)-\d+\.bin")  # of a prepared corpus
 PRINTED_SPACE = 10 << 20  # bytes beyond the shards that must be free
 
@@ -415,7 +415,7 @@ def _write_raw_items(
 
 
 def _order(tokens: np.ndarray, starts: np.ndarray, options: Options) -> int:
-    """Puts `starts` in the order of the split; returns their number without duplicates, of which nothing is left."""
+    """Puts `starts` in the order of the split; returns how many are left without duplicates."""
     kept = len(starts)
     if options.dedup:
         whole = tokens[: -PADDING // tokens.itemsize]
@@ -481,7 +481,10 @@ def _read(work: Work, array: dict[str, Any], start: int, stop: int) -> Iterator[
         shard, at = divmod(start, shard_size)
         path = work.directory / array["shards"][shard]["file"]
         size = min(READ_TOKENS, stop - start, shard_size - at)
-        yield np.fromfile(path, dtype, size, offset=at * dtype.itemsize)
+        block = np.fromfile(path, dtype, size, offset=at * dtype.itemsize)
+        if len(block) < size:
+            raise UserError(f"{path} was cut while the corpus was prepared: prepare it again")
+        yield block
         start += size
 
 

@@ -114,11 +114,11 @@ class Processes:
         """Waits until all processes are here."""
         self.sums(0.0)
 
-    def results(self, work: Callable[[], Result]) -> list[Result]:
-        """What `work`, which writes files, returns in each process, by rank. If it fails in one, all raise.
+    def results_of_all(self, work: Callable[[], Result]) -> list[Result]:
+        """What `work` returns in each process, by rank. If it fails in one, all raise.
 
         Raises:
-            OSError: `work` failed here.
+            Exception: The error of `work` in this process.
             UserError: `work` failed in another process, which the sentence names.
         """
         if self.size == 1:
@@ -126,10 +126,12 @@ class Processes:
         result, failed, reason = None, None, None
         try:
             result = work()
-        except OSError as error:
-            failed, reason = error, f"cannot write {error.filename}: {error.strerror}"
         except UserError as error:
             failed, reason = error, str(error)
+        except OSError as error:
+            failed, reason = error, f"cannot write {error.filename}: {error.strerror}"
+        except Exception as error:  # such as a MemoryError: the others wait for it
+            failed, reason = error, f"{type(error).__name__}: {error}"
         found: list[tuple[Any, str | None]] = [(None, None)] * self.size
         dist.all_gather_object(found, (result, reason), group=self._group)
         if failed is not None:

@@ -106,6 +106,12 @@ def pieces(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[Piece]:
                 yield Piece(part, begins=number == 0)
 
 
+def reads_as(path: Path) -> list[str]:
+    """What the name of a file says of its content: the kind of its documents and its compression, "" for neither."""
+    kind = _kind(path)
+    return [kind if kind in DOCUMENTS else "", path.suffix if path.suffix in COMPRESSIONS else ""]
+
+
 def _kind(path: Path) -> str:
     """The suffix of the name of `path`, without that of a compression."""
     return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -32,8 +33,8 @@ class MersenneTwister {
  public:
   // state: random.Random(seed).getstate()[1], 624 words and the index of the next.
   explicit MersenneTwister(const std::vector<uint32_t>& state) {
-    std::copy_n(state.begin(), kWords, words_.begin());
     index_ = state.at(kWords);
+    std::copy_n(state.begin(), kWords, words_.begin());
   }
 
   uint32_t next() {
@@ -167,6 +168,7 @@ class ItemTable {
  public:
   // items: how many the table takes without growing. tokens: (size,), of all items that are added
   ItemTable(const Token* tokens, uint64_t size, uint64_t items) : tokens_(tokens), size_(size) {
+    if (size >> kStartBits) throw py::value_error("too many tokens for a table of items: " + std::to_string(size));
     size_t slots = 16;
     while (slots < items + items / 4) slots *= 2;
     slots_.resize(slots);
@@ -174,14 +176,14 @@ class ItemTable {
 
   void prefetch_slot(const Item& item) const { __builtin_prefetch(&slots_[home(item.hash)]); }
   void prefetch_item(const Item& item) const {
-    const uint64_t slot = slots_[home(item.hash)];
+    const uint64_t slot = load_slot(slots_[home(item.hash)]);
     if ((slot & kTag) == tag(item.hash)) __builtin_prefetch(tokens_ + (slot >> kTagBits));
   }
 
   // The slot of the item that equals `item` of `tokens`; an empty one if there is none.
   uint64_t& find(const Item& item, const Token* tokens) {
     for (size_t at = home(item.hash);; at = next(at)) {
-      const uint64_t slot = __atomic_load_n(&slots_[at], __ATOMIC_RELAXED);
+      const uint64_t slot = load_slot(slots_[at]);
       if (!slot) return slots_[at];
       if ((slot & kTag) != tag(item.hash)) continue;
       const uint64_t begin = slot >> kTagBits;
@@ -200,6 +202,9 @@ class ItemTable {
   }
 
   static constexpr uint64_t kMark = 1;
+
+  // Threads that call `find` may set marks meanwhile.
+  static uint64_t load_slot(const uint64_t& slot) { return __atomic_load_n(&slot, __ATOMIC_RELAXED); }
 
  private:
   static constexpr int kTagBits = 64 - kStartBits;
@@ -244,7 +249,8 @@ class WantedItems {
     const py::gil_scoped_release release;
     for_each(token, size, [&](const Item& item) {
       uint64_t& slot = table_.find(item, token);
-      if (slot && !(slot & Table::kMark)) __atomic_fetch_or(&slot, Table::kMark, __ATOMIC_RELAXED);
+      const uint64_t found = Table::load_slot(slot);
+      if (found && !(found & Table::kMark)) __atomic_fetch_or(&slot, Table::kMark, __ATOMIC_RELAXED);
     });
   }
 
