@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -123,10 +124,22 @@ class TokenTable {
     std::copy_n(tokens_, std::min(size_, ascii_.size()), ascii_.begin());
   }
 
+  // Writes the tokens of points to `to`. Returns a number below 0 if a character has none, and otherwise another.
+  template <class Point, class Token>
+  int32_t write(const Point* points, size_t size, Token* to) const {
+    int32_t all = 0;  // has the sign bit of -1
+    for (size_t i = 0; i < size; ++i) {
+      const int32_t token = (*this)(points[i]);
+      all |= token;
+      to[i] = static_cast<Token>(token);
+    }
+    return all;
+  }
+
+ private:
   int32_t operator()(uint8_t ascii) const { return ascii_[ascii]; }
   int32_t operator()(uint32_t point) const { return point < size_ ? tokens_[point] : -1; }
 
- private:
   const int32_t* const tokens_;
   const size_t size_;
   std::array<int32_t, 128> ascii_;
@@ -136,18 +149,14 @@ class TokenTable {
 // out: (at least the characters of text,)
 template <class Token>
 int64_t encode(const py::bytes& text, const Array<int32_t>& table, Array<Token> out) {
-  const TokenTable token_of(table);
+  const TokenTable tokens(table);
   Token* to = out.mutable_data();
-  int32_t smallest = 0;
+  int32_t all = 0;
   for_code_points(text, [&](const auto* points, size_t size) {
-    for (size_t i = 0; i < size; ++i) {
-      const int32_t token = token_of(points[i]);
-      smallest = std::min(smallest, token);
-      to[i] = static_cast<Token>(token);
-    }
+    all |= tokens.write(points, size, to);
     to += size;
   });
-  return smallest < 0 ? -1 : to - out.data();
+  return all < 0 ? -1 : to - out.data();
 }
 
 // The number of bytes of the UTF-8 of tokens. sizes: (vocab_size,), the number of each token.
@@ -193,7 +202,10 @@ class Lines {
   // Marks the spaces within items in seen, (0x110000,). All other characters of a text are characters of items.
   void mark(const py::bytes& text, Array<uint8_t> seen) {
     uint8_t* const marks = seen.mutable_data();
-    read(text, [](auto) {}, [=](uint32_t space) { marks[space] = 1; }, [] {});
+    const auto mark_spaces = [=](const auto* points, size_t, uint64_t spaces) {
+      for (; spaces != 0; spaces &= spaces - 1) marks[points[std::countr_zero(spaces)]] = 1;
+    };
+    read(text, mark_spaces, [] {});
   }
 
   // Writes the tokens of the items to out, and token 0 behind each; those of an item that does not end in this piece
@@ -201,21 +213,20 @@ class Lines {
   // out: (at least bytes of text + spaces + 1,), see `spaces`
   template <class Token>
   py::tuple encode(const py::bytes& text, const Array<int32_t>& table, Array<Token> out) {
-    const TokenTable token_of(table);
+    const TokenTable tokens(table);
     Token *const first = out.mutable_data(), *to = first;
     std::vector<int64_t> starts;
-    int32_t smallest = 0;  // below 0 if a character is not in the table
-    const auto character = [&](auto point) {
-      const int32_t token = token_of(point);
-      smallest = std::min(smallest, token);
-      *to++ = static_cast<Token>(token);
+    int32_t all = 0;  // below 0 if a character is not in the table
+    const auto write = [&](const auto* points, size_t size, uint64_t) {
+      all |= tokens.write(points, size, to);
+      to += size;
     };
     const auto end = [&] {
       starts.push_back(encoded_ + (to - first) - characters_);
       *to++ = 0;
     };
-    read(text, character, character, end);
-    if (smallest < 0) throw py::value_error("a character is not in the table");
+    read(text, write, end);
+    if (all < 0) throw py::value_error("a character is not in the table");
     encoded_ += to - first;
     return py::make_tuple(to - first, Array<int64_t>(starts.size(), starts.data()));
   }
@@ -229,44 +240,95 @@ class Lines {
   int64_t words() const { return words_; }
 
  private:
-  template <class Character, class Space, class End>
-  void read(const py::bytes& text, const Character& character, const Space& inner_space, const End& end) {
-    const uint8_t* const spaces = is_space_.data();
-    const size_t known = is_space_.size();
-    const auto is_space = [=](auto point) { return point < known && spaces[point]; };  // newlines too
+  // Calls part(points, size, spaces) for consecutive parts of items, with a bit for each space within, and end() behind
+  // each item.
+  template <class Part, class End>
+  void read(const py::bytes& text, const Part& part, const End& end) {
     for_code_points(text, [&](const auto* points, size_t size) {
-      for (size_t i = 0; i < size;) {
-        if (points[i] == '\n') {
-          ++newlines_;
-          if (characters_ > 0) {
-            end();
-            ++items_;
-            total_ += characters_;
-            if (characters_ <= short_characters_) ++short_items_;
-          }
-          characters_ = 0;
-          pending_.clear();
-          ++i;
-          continue;
-        }
-        if (newlines_ > 0) lines_ += lines_ > 0 ? newlines_ : 1;
-        newlines_ = 0;
-        if (is_space(points[i])) {
-          if (characters_ > 0) pending_.push_back(points[i]);
-          ++i;
-          continue;
-        }
-        if (characters_ == 0 || !pending_.empty()) ++words_;
-        for (const uint32_t space : pending_) inner_space(space);
-        characters_ += static_cast<int64_t>(pending_.size());
-        pending_.clear();
-        const size_t begin = i;
-        do character(points[i]);
-        while (++i < size && !is_space(points[i]));
-        characters_ += static_cast<int64_t>(i - begin);
+      for (size_t i = 0; i < size; i += 64) {
+        const size_t count = std::min<size_t>(size - i, 64);
+        read_block(points + i, count, find_spaces(points + i, count), part, end);
       }
     });
   }
+
+  struct Spaces {
+    uint64_t newlines, all;  // a bit for each code point
+  };
+
+  Spaces find_spaces(const uint32_t* points, size_t size) const {  // no ASCII
+    uint64_t spaces = 0;
+    for (size_t i = 0; i < size; ++i) spaces |= uint64_t{is_space(points[i])} << i;
+    return {0, spaces};
+  }
+
+  // Of 8 bytes at a time: a carry into the high bit of a byte tells that it is at least a limit.
+  static Spaces find_spaces(const uint8_t* ascii, size_t size) {
+    Spaces found{};
+    for (size_t i = 0; i < size; i += 8) {
+      uint64_t word = 0;
+      if (size - i >= 8) {
+        std::memcpy(&word, ascii + i, 8);
+      } else {
+        std::memcpy(&word, ascii + i, size - i);
+      }
+      const auto at_least = [=](uint8_t limit) { return word + (0x80U - limit) * 0x0101010101010101U; };
+      const uint64_t newlines = at_least('\n') & ~at_least('\n' + 1);
+      const uint64_t spaces = (at_least(9) & ~at_least(14)) | (at_least(28) & ~at_least(33));
+      found.newlines |= high_bits(newlines) << i;
+      found.all |= high_bits(spaces) << i;
+    }
+    return found;
+  }
+
+  // The highest bit of each byte of word, as 8 bits.
+  static uint64_t high_bits(uint64_t word) { return (word >> 7 & 0x0101010101010101U) * 0x0102040810204080U >> 56; }
+
+  static uint64_t low_bits(size_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
+
+  // points: (size,), 1 to 64
+  template <class Point, class Part, class End>
+  void read_block(const Point* points, size_t size, Spaces spaces, const Part& part, const End& end) {
+    const uint64_t others = ~spaces.all & low_bits(size);
+    const bool in_word = characters_ > 0 && pending_.empty();
+    words_ += std::popcount(others & (spaces.all << 1 | uint64_t{!in_word}));
+    for (size_t begin = 0; begin < size; ++begin) {
+      const uint64_t ahead = ~uint64_t{0} << begin, newlines = spaces.newlines & ahead;
+      const size_t stop = newlines != 0 ? std::countr_zero(newlines) : size;
+      if (stop > begin && newlines_ > 0) {
+        lines_ += lines_ > 0 ? newlines_ : 1;
+        newlines_ = 0;
+      }
+      if (const uint64_t item = others & ahead & low_bits(stop); item != 0) {
+        if (!pending_.empty()) {
+          for (size_t i = 0; i < pending_.size(); ++i) part(&pending_[i], 1, 1);
+          characters_ += static_cast<int64_t>(pending_.size());
+          pending_.clear();
+        }
+        if (characters_ == 0) begin = std::countr_zero(item);
+        const size_t count = 64 - std::countl_zero(item) - begin;
+        part(points + begin, count, spaces.all >> begin & low_bits(count));
+        characters_ += static_cast<int64_t>(count);
+        begin += count;
+      }
+      if (stop == size) {
+        if (characters_ > 0) pending_.insert(pending_.end(), points + begin, points + stop);
+        return;
+      }
+      ++newlines_;
+      if (characters_ > 0) {
+        end();
+        ++items_;
+        total_ += characters_;
+        if (characters_ <= short_characters_) ++short_items_;
+        characters_ = 0;
+        pending_.clear();
+      }
+      begin = stop;
+    }
+  }
+
+  bool is_space(uint32_t point) const { return point < is_space_.size() && is_space_[point]; }
 
   const std::vector<uint8_t> is_space_;
   const int64_t short_characters_;
