@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from dataclasses import replace
 from functools import partial
@@ -188,6 +190,21 @@ def test_a_call_that_was_killed_goes_on_with_its_shards(tmp_path, monkeypatch):
     assert_equal(build_corpus(VERSE * 10), load(target))
     names = {entry["file"] for entry in load(target).manifest["tokens"]["shards"]}
     assert {path.name for path in target.iterdir()} == {*names, MANIFEST}
+
+
+@pytest.mark.parametrize("name", ["tokens-00001.bin", "tokens-00002.bin"])  # the last is synced by close()
+def test_a_shard_that_cannot_be_synced_is_an_error_and_leaves_nothing(tmp_path, monkeypatch, name):
+    sync = os.fsync
+
+    def fail(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"{name}.tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=name):
+        prepare(in_pieces(VERSE * 2), tmp_path / "out", Options())
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_of_another_text_are_not_taken_over(tmp_path):

@@ -8,7 +8,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class Work:
     scan: Scan | None = None
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # the manifest's entry of each shard, by its name
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # that writes all files
+    hashing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    syncing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # that alone adds to `finished`
 
     def load(self) -> None:
         """Takes over what an earlier call with the same key has finished."""
@@ -55,19 +57,23 @@ class Work:
 
 
 class ShardWriter:
-    """Writes one array as shards, in the thread of `work`; shards that are finished already are not written again."""
+    """Writes one array as shards, in the threads of `work`; shards that are finished already are not written again.
+
+    While one shard is synced to disk, the next is written; there are never two that are not synced.
+    """
 
     def __init__(self, work: Work, name: str, dtype: str) -> None:
         self.work, self.name, self.dtype = work, name, dtype
-        self.entries: list[dict[str, Any]] = []
+        self.files: list[str] = []
         self.writing: Future[None] | None = None
+        self.syncing: Future[None] | None = None
         self._open()
 
     def _open(self) -> None:
-        self.file = f"{self.name}-{len(self.entries):05}.bin"
+        self.file = f"{self.name}-{len(self.files):05}.bin"
         self.room, self.hash = shards.SHARD_BYTES, hashlib.sha256()
-        self.skips = self.file in self.work.finished
-        self.out = None if self.skips else (self.work.directory / f"{self.file}.tmp").open("wb")
+        is_finished = self.file in self.work.finished
+        self.out = None if is_finished else (self.work.directory / f"{self.file}.tmp").open("wb")
 
     def write(self, array: np.ndarray) -> None:
         """Writes `array`, which must not change any more, as soon as the last one is written."""
@@ -83,26 +89,35 @@ class ShardWriter:
         while len(data):
             part, data = data[: self.room], data[self.room :]
             if self.out is not None:
+                hashing = self.work.hashing.submit(self.hash.update, part)
                 with naming(self.work.directory / self.file):
                     self.out.write(part)
-                self.hash.update(part)
+                hashing.result()
             self.room -= len(part)
             if not self.room:
                 self._finish()
                 self._open()
 
     def _finish(self) -> None:
-        path = self.work.directory / self.file
+        self._wait_for_sync()
         if self.out is not None:
-            with naming(path):
-                self.out.flush()
-                os.fsync(self.out.fileno())
-                self.out.close()
-                path.with_name(f"{self.file}.tmp").rename(path)
-            entry = {"file": self.file, "bytes": path.stat().st_size, "sha256": self.hash.hexdigest()}
-            self.work.finished[self.file] = entry
-            self.work.save()
-        self.entries.append(self.work.finished[self.file])
+            self.syncing = self.work.syncing.submit(self._sync, self.out, self.file, self.hash.hexdigest())
+            self.out = None
+        self.files.append(self.file)
+
+    def _wait_for_sync(self) -> None:
+        if self.syncing is not None:
+            self.syncing.result()
+
+    def _sync(self, out: BinaryIO, file: str, sha256: str) -> None:
+        """Records a shard as finished when it is on disk under its name."""
+        path = self.work.directory / file
+        with naming(path), out:
+            out.flush()
+            os.fsync(out.fileno())
+            path.with_name(f"{file}.tmp").rename(path)
+        self.work.finished[file] = {"file": file, "bytes": path.stat().st_size, "sha256": sha256}
+        self.work.save()
 
     def close(self) -> dict[str, Any]:
         """Finishes the last shard; returns the manifest's entry of the array."""
@@ -110,16 +125,19 @@ class ShardWriter:
         return self.work.thread.submit(self._close).result()
 
     def _close(self) -> dict[str, Any]:
-        if self.room < shards.SHARD_BYTES or not self.entries:
+        if self.room < shards.SHARD_BYTES or not self.files:
             self._finish()
         elif self.out is not None:
             self.out.close()
             (self.work.directory / f"{self.file}.tmp").unlink()
-        return {"dtype": self.dtype, "shards": self.entries}
+        self._wait_for_sync()
+        return {"dtype": self.dtype, "shards": [self.work.finished[file] for file in self.files]}
 
     def discard(self) -> None:
-        """Closes the file after an error, when it is no longer being written."""
+        """Closes the file after an error, when nothing is being written or synced any more."""
         if self.writing is not None:
             wait([self.writing])
+        if self.syncing is not None:
+            wait([self.syncing])
         if self.out is not None:
             self.out.close()
