@@ -52,6 +52,7 @@ def train(
     from charlm.lm.config import Config, check_options
     from charlm.lm.files import locked
     from charlm.lm.prepare import Options, prepare_documents
+    from charlm.lm.processes import Launch
     from charlm.lm.train import Trainer
 
     unknown = sorted(set(options) - set(Config.names()) | {"input_file"} & set(options))
@@ -59,6 +60,11 @@ def train(
         raise UserError(f"unknown options: {', '.join(unknown)}")
     if isinstance(documents, str):
         raise TypeError("train() takes an iterable of documents, not str")
+    if Launch.from_environment().size > 1:
+        raise UserError(
+            "train() trains in one process: write the documents with `charlm prepare`, and train on them with "
+            "torchrun -m charlm train -i DIR"
+        )
     config = Config.of_type(type, **options)
     check_options(type, options)
     run = Path(directory).resolve()

@@ -267,6 +267,35 @@ def test_a_damaged_entry_is_prepared_again(names, tmp_path, own_cache):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+def test_a_damaged_entry_that_cannot_be_removed_is_named(names, tmp_path, own_cache):
+    succeeds("train", "-i", names, "-o", tmp_path / "a", *TINY)
+    (folder,) = prepared(own_cache)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")  # rmtree refuses a link
+    (tmp_path / "elsewhere" / MANIFEST).write_text("{}")
+    result = run("train", "-i", names, "-o", tmp_path / "b", *TINY)
+    assert result.exit_code == 2
+    assert "cannot be used or removed" in result.stderr
+
+
+def test_a_file_that_changes_while_it_is_prepared_is_refused(names, tmp_path, monkeypatch):
+    states = iter([identify(names), identify(names) | {"modified": 0}])
+    monkeypatch.setattr("charlm.lm.prepare.identify", lambda path: next(states))
+    assert f"{names} changed while it was read" in fails("prepare", names, "-o", tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_overwriting_that_was_killed_is_finished(names, tmp_path, monkeypatch):
+    succeeds("prepare", names, "-o", tmp_path / "corpus")
+    with monkeypatch.context() as patch:
+        patch.setattr("charlm.lm.prepare.shutil.rmtree", lambda *arguments, **options: None)
+        succeeds("prepare", names, "-o", tmp_path / "corpus", "--overwrite")  # as if killed before the old one is gone
+    assert len(list(tmp_path.glob(".corpus.old-*"))) == 1
+    succeeds("prepare", names, "-o", tmp_path / "corpus", "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", names.name]
+    assert load(tmp_path / "corpus").digest == build_corpus(names.read_text()).digest
+
+
 @pytest.mark.exhaustive
 def test_of_two_processes_one_prepares_a_file_and_both_train_on_it(tmp_path):
     path = tmp_path / "data.txt"

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,9 @@ def test_a_damaged_file_of_any_rank_is_a_user_error(run: Path, part: str, rank: 
     ("change", "words"),
     [
         (lambda entries: entries[:1], "do not fit its model"),
-        (lambda entries: [*entries, entries[1]], "do not fit its model"),
+        (lambda entries: [*entries, entries[1]], "is the file of rank 1, in the place of that of rank 2"),
         (lambda entries: [], "do not fit its model"),
+        (lambda entries: entries[::-1], "is the file of rank 1, in the place of that of rank 0"),
         (lambda entries: "model", "is damaged: model is 'model'"),
         (lambda entries: ["model"], "is damaged"),
         (
@@ -168,6 +170,21 @@ def test_a_manifest_with_other_files_is_a_user_error(run: Path, change: Callable
     (run / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=words):
         checkpoint.load(run).build_model()
+
+
+def changed(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> Tensors:
+    """`tensors` with the first moment of the first parameter that has more than one row changed."""
+    name = next(name for name, tensor in tensors.items() if name.endswith("exp_avg") and len(tensor) > 1)
+    return {**tensors, name: change(tensors[name])}
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1].clone(), lambda t: torch.cat([t, t]), Tensor.int, Tensor.sum])
+def test_moments_that_do_not_fit_are_a_user_error(run: Path, change: Callable[[Tensor], Tensor]) -> None:
+    train(str(run), 17)  # in one process: a file of each part
+    saved = checkpoint.load(run)
+    checkpoint.save(run, replace(saved, training=changed(dict(saved.training), change)))
+    with pytest.raises(UserError, match="does not fit its own config"):
+        trainer_in(run)
 
 
 # ---- a save that takes long, or fails
@@ -234,6 +251,7 @@ def test_a_full_disk_of_one_rank_ends_all_and_leaves_the_old_checkpoint(tmp_path
     assert first.endswith(": No space left on device")
     assert second.startswith("[Errno 28] No space left on device")
     assert checkpoint.load(run).step == 0
+    assert len(list(run.glob("*.safetensors"))) == 4
     assert not list(run.glob(".*"))
 
 

@@ -87,11 +87,11 @@ def test_a_world_of_one_process_is_a_run_as_any_other(tmp_path, data, monkeypatc
 def test_a_reader_whose_files_a_run_replaces_reads_the_new_ones(run, monkeypatch):
     read, saved = checkpoint._read_tensors, []
 
-    def overtaken(directory, part, entry):
+    def overtaken(directory, *arguments):
         if not saved:
             saved.append(untrained_checkpoint(build_corpus(NAMES), n_hidden=9))
             checkpoint.save(directory, saved[0])
-        return read(directory, part, entry)
+        return read(directory, *arguments)
 
     monkeypatch.setattr(checkpoint, "_read_tensors", overtaken)
     assert checkpoint.load(run).model["n_hidden"] == 9

@@ -139,6 +139,36 @@ def test_a_damaged_zst_file_is_named(tmp_path):
 
 
 @needs_module
+@needs_module
+@pytest.mark.parametrize("kept", [10, 0.5, -1])
+def test_a_zst_file_that_is_cut_is_refused(tmp_path, kept):
+    whole = pytest.importorskip("zstandard").compress(bytes(range(97, 123)) * 50_000)
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(whole + whole)
+    assert b"".join(text_of([path])) == bytes(range(97, 123)) * 100_000
+    path.write_bytes(whole + whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
+    assert "it ends within a frame" in fails("prepare", path, "-o", tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_newlines_of_a_parquet_file_are_plain_and_a_broken_one_is_named(tmp_path):
+    path = write(tmp_path / "a.parquet", ["one\r\ntwo\rthree"])
+    assert b"".join(text_of([path])) == b"one\ntwo\nthree"
+    path.write_bytes(b"PAR1" + bytes(40) + b"PAR1")
+    with pytest.raises(UserError, match=r"is damaged or not a \.parquet file"):
+        list(text_of([path]))
+
+
+def test_json_of_any_depth_and_a_separator_that_is_no_text_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 200_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        list(text_of([path]))
+    with pytest.raises(UserError, match="separator is not text"):
+        list(text_of([path], separator="\udcff"))
+
+
+@needs_module
 @pytest.mark.parametrize(("name", "package"), [("a.zst", "zstandard"), ("a.parquet", "pyarrow")])
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, name, package):
     monkeypatch.setattr("charlm.lm.sources.find_spec", lambda package: None)
@@ -190,6 +220,14 @@ def test_documents_that_are_no_text_are_a_type_error(tmp_path):
     for documents in ("a text", ["a", 3]):
         with pytest.raises(TypeError, match="str"):
             charlm.train(documents, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_on_documents_under_torchrun_is_refused(tmp_path, monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="trains in one process"):
+        charlm.train(["one", "two", "three"], tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

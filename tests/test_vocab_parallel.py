@@ -202,11 +202,13 @@ def check_ignored_rows_of_any_logits_have_no_gradient() -> None:
         {"label_smoothing": 0.1},
         {"token_weight": torch.tensor([torch.inf, torch.nan, *[1.0] * 10])},
         {"weight": weight},
+        {"lse_square_scale": 0.1, "return_lse": True},
     ):
         results = []
         for op in (functional.cross_entropy, of_whole_logits):
             leaf = logits.clone().requires_grad_()
             loss = op(leaf, target, **options)
+            loss = getattr(loss, "loss", loss)
             loss.backward()
             results.append((loss.detach(), leaf.grad))
         torch.testing.assert_close(results[1], results[0])

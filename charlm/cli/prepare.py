@@ -55,7 +55,7 @@ def prepare(
     """
     from charlm.lm import cache
     from charlm.lm.memory import format_bytes
-    from charlm.lm.prepare import Options, prepare
+    from charlm.lm.prepare import Options, prepare, unchanged
     from charlm.lm.shards import verify
     from charlm.lm.sources import find_inputs, text_of
 
@@ -73,13 +73,13 @@ def prepare(
     paths = find_inputs(files)
     console = new_console()
     with _readable_twice(paths, output) as (readable, sources), progress_bar(output.name) as report:
-        sources = [source | {"column": column, "separator": document_separator} for source in sources]
+        found = sources if readable == paths else []  # a stream has been copied
         manifest = prepare(
-            lambda: text_of(readable, column, document_separator),
+            lambda: unchanged(text_of(readable, column, document_separator), paths[: len(found)], found),
             output,
             Options(format, split_seed, dedup),
             name=", ".join(files[:3]) + (" …" if len(files) > 3 else ""),
-            sources=sources,
+            sources=[source | {"column": column, "separator": document_separator} for source in sources],
             overwrite=overwrite,
             report=report,
         )

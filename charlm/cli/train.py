@@ -312,6 +312,8 @@ def _run(
         check_options(resumed.config.type, given)
         config = _resumed_config(resumed.config, given)
     check_parallel(parallel, config, processes)
+    if parallel == "fsdp" and processes.size == 1 and not is_under_torchrun():
+        raise UserError("--parallel fsdp shards the model over the processes of torchrun: start charlm with torchrun")
     if memory is not None and config.type != "ngram":
         raise UserError(f"--memory bounds the counting of type ngram; the {config.type} does not have it")
     bound = None if memory is None else parse_bytes(memory)
@@ -358,7 +360,9 @@ def _run(
     if not finished and processes.rank == 0:
         again = " -i FILE" if config.input_file == STREAM else ""
         where = f"stopped at step {trainer.step} of {config.max_steps} and saved in {work_dir}"
-        console.print(f"{where}; resume with:\ncharlm train -o {work_dir} --resume{again}", soft_wrap=True)
+        command = "charlm train" if processes.size == 1 else "torchrun … -m charlm train"
+        sharded = " --parallel fsdp" if parallel == "fsdp" else ""
+        console.print(f"{where}; resume with:\n{command} -o {work_dir} --resume{again}{sharded}", soft_wrap=True)
     if not finished:
         raise typer.Exit(128 + (stop.signal or 0))
     with progress_bar("dev", silent=processes.rank > 0) as bar:
@@ -416,6 +420,8 @@ def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trai
     if parameters:
         memory = format_bytes(estimate_bytes(config, corpus, trainer.processes.launch, parallel))
         work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}, about {memory} of memory"
+    if trainer.processes.size > 1:
+        work += f", {trainer.processes.size} processes ({parallel})"
     console.print(f"{config.label}: {work}{start}", soft_wrap=True)
 
 

@@ -183,7 +183,8 @@ class Rows(NamedTuple):
         if smooth is not None:
             loss = loss + smooth * options.label_smoothing
         if options.lse_square_scale != 0:
-            loss = loss + lse * (lse * (share * options.lse_square_scale))  # 2 lse, in the gradient, may be infinite
+            z = torch.where(self.valid, lse, zero)  # an ignored row has no gradient, even of an infinite lse
+            loss = loss + z * (z * (share * options.lse_square_scale))  # 2 z, in the gradient, may be infinite
         loss = torch.where(self.valid, loss, zero)
         if token_weight is not None:
             if token_weight.shape != loss.shape or not token_weight.is_floating_point():

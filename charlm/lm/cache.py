@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +23,12 @@ from charlm._errors import UserError
 from charlm.lm import shards
 from charlm.lm.data import opened
 from charlm.lm.files import LockedError, write_atomically
-from charlm.lm.prepare import Options, Report, identify, prepare
+from charlm.lm.prepare import Options, Report, identify, prepare, unchanged
 from charlm.lm.shards import ShardedCorpus
 from charlm.lm.sources import BLOCK_BYTES, reads_as, text_of
 
 SHA256 = re.compile(rb"[0-9a-f]{64}")
+MOST_REMOVALS = 3  # of a damaged corpus that comes back
 MIN_BYTES = 64_000_000  # a smaller file is read into memory
 SECONDS_BETWEEN_LOOKS = 0.1  # at a corpus that another process prepares
 
@@ -66,18 +67,28 @@ def cached_corpus(
     found = identify(path)
     sources = [{"bytes": found["bytes"], "sha256": _content(path, found, report), "reads_as": reads_as(path)}]
     directory = folder() / _key([shards.FORMAT_VERSION, sources, asdict(options)])
-    announced = False
+    announced, damaged = False, 0
     while True:
         if directory.exists():
             try:
                 return shards.load(directory)
-            except UserError:  # damaged: prepare it again
+            except UserError as error:  # damaged: prepare it again
                 shutil.rmtree(directory, ignore_errors=True)  # another process may do so too
+                damaged += 1
+                if damaged > MOST_REMOVALS:
+                    raise UserError(f"{directory} cannot be used or removed ({error}): remove it by hand") from error
         if not announced:
             announce(directory)
         announced = True
         try:
-            prepare(lambda: _unchanged(path, found), directory, options, name=str(path), sources=sources, report=report)
+            prepare(
+                lambda: unchanged(text_of([path]), [path], [found]),
+                directory,
+                options,
+                name=str(path),
+                sources=sources,
+                report=report,
+            )
         except LockedError:  # another process prepares it, such as another rank
             time.sleep(SECONDS_BETWEEN_LOOKS)
         except UserError:
@@ -101,22 +112,12 @@ def _content(path: Path, found: dict[str, Any], report: Report) -> str:
             content.update(block)
             done += len(block)
             report("hashing", done, found["bytes"])
-    _check_unchanged(path, found)
+    if identify(path) != found:
+        raise UserError(f"{path} changed while it was read: try again")
     with suppress(OSError):  # then it is hashed again next time
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(known, content.hexdigest().encode())
     return content.hexdigest()
-
-
-def _unchanged(path: Path, found: dict[str, Any]) -> Iterator[bytes]:
-    """The text of a file; UserError at its end if the file is not the one that was `found`."""
-    yield from text_of([path])
-    _check_unchanged(path, found)
-
-
-def _check_unchanged(path: Path, found: dict[str, Any]) -> None:
-    if identify(path) != found:
-        raise UserError(f"{path} changed while it was read: try again")
 
 
 def clear() -> int:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import load_file as map_tensors
 from safetensors.torch import save as tensors_to_bytes
@@ -39,6 +39,7 @@ from charlm._version import __version__
 from charlm.lm.config import Config
 from charlm.lm.files import write_atomically
 from charlm.lm.models import LanguageModel, build_model
+from charlm.lm.parallel import scattered
 from charlm.lm.processes import Processes
 from charlm.lm.vocabulary import Vocabulary
 
@@ -87,7 +88,7 @@ class Checkpoint:
         """
         try:
             model = build_model(**self.model)
-            model.load_state_dict(self.weights)
+            model.load_state_dict(scattered(self.weights.items(), model.state_dict()))
         except UserError:  # a ValueError too
             raise
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -140,14 +141,25 @@ def save(directory: Path, checkpoint: Checkpoint, processes: Processes | None = 
     """
     processes = processes or Processes()
 
+    written: dict[str, dict[str, Any]] = {}  # by this process
+
     def write() -> dict[str, dict[str, Any]]:
         tensors = {"model": checkpoint.weights, "training": checkpoint.training}
         wanted = {part: found for part, found in tensors.items() if found or processes.rank == 0}
         if wanted:
             directory.mkdir(parents=True, exist_ok=True)
-        return {part: _write_tensors(directory, part, found, processes.rank) for part, found in wanted.items()}
+        for part, found in wanted.items():
+            written[part] = _write_tensors(directory, part, found, processes.rank)
+        return written
 
-    files = processes.results_of_all(write)
+    try:
+        files = processes.results_of_all(write)
+    except (UserError, OSError):  # all processes raise, so that none will name these files
+        old = (directory / MANIFEST).read_text(encoding="utf-8") if exists(directory) else ""
+        for entry in written.values():
+            if entry["name"] not in old:
+                (directory / entry["name"]).unlink(missing_ok=True)
+        raise
     processes.results_of_all(lambda: _commit(directory, checkpoint, files) if processes.rank == 0 else None)
 
 
@@ -309,13 +321,13 @@ def _read_tensors(
 ) -> Mapping[str, Tensor]:
     """The tensors of the file or of the files that `entries` names."""
     rows: dict[str, list[Tensor]] = {}
-    for entry in entries if isinstance(entries, list) else [entries]:
-        for name, tensor in _read_file(directory, part, entry, mapped).items():
+    for rank, entry in enumerate(entries if isinstance(entries, list) else [entries]):
+        for name, tensor in _read_file(directory, part, entry, rank, mapped).items():
             rows.setdefault(name, []).append(tensor)
     return _Joined(rows) if mapped else dict(_Joined(rows))
 
 
-def _read_file(directory: Path, part: str, entry: dict[str, Any], mapped: bool) -> dict[str, Tensor]:
+def _read_file(directory: Path, part: str, entry: dict[str, Any], rank: int, mapped: bool) -> dict[str, Tensor]:
     name = _typed(entry, "name", str)
     if not re.fullmatch(rf"{part}-[0-9a-f]{{16}}\.safetensors", name):
         raise ValueError(f"{name!r} is not the name of a {part} file")
@@ -331,6 +343,10 @@ def _read_file(directory: Path, part: str, entry: dict[str, Any], mapped: bool) 
                 digest.update(block)
         if digest.hexdigest() != entry["sha256"]:
             raise UserError(f"{path} is altered: its sha256 is not the one in {MANIFEST}")
+        with safe_open(path, "pt") as tensors:
+            written_by = (tensors.metadata() or {}).get("rank", "0")
+        if written_by != str(rank):
+            raise UserError(f"{path} is the file of rank {written_by}, in the place of that of rank {rank}")
         return map_tensors(path) if mapped else tensors_from_bytes(data)
     except OSError as error:
         raise UserError(f"cannot read {path}, a part of the checkpoint: {error.strerror}") from error

@@ -14,6 +14,7 @@ keeps its finished shards; after an error it is removed.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import json
@@ -156,6 +157,14 @@ def identify(path: Path) -> dict[str, Any]:
     }
 
 
+def unchanged(text: Iterator[bytes], paths: list[Path], found: list[dict[str, Any]]) -> Iterator[bytes]:
+    """`text` of the files `paths`; UserError at its end unless these are still as `identify` found them."""
+    yield from text
+    for path, before in zip(paths, found, strict=True):
+        if identify(path) != before:
+            raise UserError(f"{path} changed while it was read: prepare it again")
+
+
 def _own_path(directory: Path) -> Path:
     """`directory` with a name of its own, which can be renamed: not a link, and not "."."""
     return directory.resolve() if directory.is_symlink() or not directory.name else directory
@@ -181,11 +190,10 @@ def _publish(partial: Path, directory: Path, files: set[str]) -> None:
     if (directory / shards.MANIFEST).exists():
         old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
         directory.rename(old / directory.name)
-        partial.rename(directory)
+    partial.rename(directory)
+    (directory / LOCK).unlink()  # not before: another process may not begin until the folder has its name
+    for old in directory.parent.glob(f".{glob.escape(directory.name)}.old-*"):  # also of a call that was killed here
         shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(directory)
-    (directory / LOCK).unlink()  # last: another process may not begin before the folder has its name
 
 
 def _entries(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -153,7 +153,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: prepare the corpus again") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, but this charlm reads {FORMAT_VERSION}: prepare again")

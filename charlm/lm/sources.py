@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from charlm._errors import UserError
 from charlm.lm.data import STDIN, data_name, decode_blocks, opened, utf8_blocks
 
 BLOCK_BYTES = 1 << 20  # read at a time
+ZSTANDARD_BYTES = 1 << 12  # read at a time: zeros take a 32,000th of their size
 PARQUET_ROWS = 1024  # read at a time
 DEFAULT_COLUMN = "text"
 COMPRESSIONS = (".gz", ".zst")
@@ -64,7 +64,10 @@ def text_of(paths: Sequence[Path], column: str = DEFAULT_COLUMN, separator: str 
 
     Between two documents is `separator`, unless the first ends with it. It raises UserError as `pieces` does.
     """
-    between = separator.encode()
+    try:
+        between = separator.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the document separator is not text: {error}") from error
     ends_with = True
     for path in paths:
         for piece, begins in _encoded_pieces(path, column):
@@ -120,27 +123,40 @@ def _kind(path: Path) -> str:
 @contextmanager
 def _blocks(path: Path) -> Iterator[Iterator[bytes]]:
     """The bytes of a file, decompressed, BLOCK_BYTES at a time."""
-    with opened(path) as raw, _decompressed(raw, path) as file:
-        yield iter(lambda: file.read(BLOCK_BYTES), b"")
-
-
-@contextmanager
-def _decompressed(file: BinaryIO, path: Path) -> Iterator[BinaryIO]:
-    """`file` as its name says it is compressed; damage becomes a UserError."""
     damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
-    if path.suffix == ".zst":
-        _require("zstandard", path)
-        import zstandard
+    with opened(path) as file:
+        if path.suffix == ".zst":
+            _require("zstandard", path)
+            import zstandard
 
-        damage = (*damage, zstandard.ZstdError)
-        opener = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-        reader = cast("BinaryIO", io.BufferedReader(cast("io.RawIOBase", opener), BLOCK_BYTES))
-    else:
-        reader = cast("BinaryIO", gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
-    try:
-        yield reader
-    except damage as error:
-        raise UserError(f"{path} is damaged or not a {path.suffix} file: {error}") from error
+            damage = (*damage, zstandard.ZstdError)
+            blocks = _zstandard_blocks(file)
+        else:
+            reader = cast("BinaryIO", gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+            blocks = iter(lambda: reader.read(BLOCK_BYTES), b"")
+        try:
+            yield blocks
+        except damage as error:
+            raise UserError(f"{path} is damaged or not a {path.suffix} file: {error}") from error
+
+
+def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """The content of all frames; EOFError if the last one is cut, which zstandard's own reader does not notice."""
+    import zstandard
+
+    frame, done, size = None, [], 0
+    while data := file.read(ZSTANDARD_BYTES):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            done.append(frame.decompress(data))
+            size += len(done[-1])
+            data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        if size >= BLOCK_BYTES:
+            yield b"".join(done)
+            done, size = [], 0
+    if frame is not None:
+        raise EOFError("it ends within a frame")
+    yield b"".join(done)
 
 
 def _json_pieces(text: Iterator[str], name: str, column: str) -> Iterator[Piece]:
@@ -150,7 +166,7 @@ def _json_pieces(text: Iterator[str], name: str, column: str) -> Iterator[Piece]
         where = f"line {number} of {name}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where} is not JSON: {error}") from error
         if not isinstance(row, dict) or column not in row:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -196,8 +212,8 @@ def _parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
                     if value is not None and not isinstance(value, str):
                         raise UserError(f"column {column!r} of {path} is {type(value).__name__}, not text")
                     if value is not None:
-                        yield Piece(value, begins=True)
-    except arrow.ArrowInvalid as error:
+                        yield Piece(_plain(value, f"column {column!r} of {path}"), begins=True)
+    except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a .parquet file: {error}") from error
 
 

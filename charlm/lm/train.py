@@ -243,16 +243,21 @@ class Trainer:
             self.loss_steps = int(tensors["loss_steps"].item())
             if "is_evaluation_due" in tensors:
                 self.is_evaluation_due = bool(tensors["is_evaluation_due"].item())
-        except (KeyError, RuntimeError) as error:
+            if self.optimizer is not None:
+                moments: dict[int, dict[str, Tensor]] = {}
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                for name, tensor in _with_prefix(tensors, "optimizer."):
+                    index, key = name.split(".", 1)
+                    parameter = parameters[int(index)]
+                    shape = torch.Size() if key == "step" else parameter.shape
+                    if tensor.shape != shape:
+                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+                    like = {} if key == "step" else {key: parameter}
+                    moments.setdefault(int(index), {}).update(scattered([(key, tensor)], like))
+                groups = self.optimizer.state_dict()["param_groups"]
+                self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        except (LookupError, ValueError, RuntimeError) as error:
             raise UserError(f"the checkpoint does not fit its own config: {error}") from error
-        if self.optimizer is not None:
-            moments: dict[int, dict[str, Tensor]] = {}
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            for name, tensor in _with_prefix(tensors, "optimizer."):
-                index, key = name.split(".", 1)
-                moments.setdefault(int(index), {}).update(scattered([(key, tensor)], {key: parameters[int(index)]}))
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def _count(self, report: Report) -> None:
         """Trains a count model; this takes one step, which cannot be interrupted and resumed."""
