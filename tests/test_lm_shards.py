@@ -181,6 +181,8 @@ def test_a_call_that_was_killed_goes_on_with_its_shards(tmp_path, monkeypatch):
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("tokens-*.bin")}
     assert len(kept) >= 2
     assert not target.exists()
+    damaged = kept.popitem()[0]
+    (partial / damaged).write_bytes(b"\xff" * 4096)
     stages: list[str] = []
     prepare(text, target, Options(), sources=sources, report=lambda stage, *_: stages.append(stage))
     assert "reading" not in stages

@@ -107,8 +107,11 @@ def prepare(
             write_atomically(partial / shards.MANIFEST, json.dumps(manifest, indent=1).encode())
             _publish(partial, directory, {entry["file"] for entry in _entries(manifest)})
         except Exception:
+            work.close()
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        finally:
+            work.close()
     return manifest
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,7 +49,23 @@ class Work:
             return
         if state["key"] == json.loads(json.dumps(self.key)):
             self.scan = Scan(**state["scan"])
-            self.finished = state["finished"]
+            self.finished = {name: entry for name, entry in state["finished"].items() if self._is_whole(entry)}
+
+    def _is_whole(self, entry: dict[str, Any]) -> bool:
+        """Whether a finished shard is still as it was written."""
+        digest = hashlib.sha256()
+        try:
+            with (self.directory / entry["file"]).open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError:
+            return False
+        return digest.hexdigest() == entry["sha256"]
+
+    def close(self) -> None:
+        """Ends the threads."""
+        for thread in (self.thread, self.hashing, self.syncing):
+            thread.shutdown()
 
     def save(self) -> None:
         assert self.scan is not None
@@ -140,4 +157,5 @@ class ShardWriter:
         if self.syncing is not None:
             wait([self.syncing])
         if self.out is not None:
-            self.out.close()
+            with suppress(OSError):  # it writes its buffer again, which has failed and has been reported
+                self.out.close()
