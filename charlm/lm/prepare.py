@@ -14,6 +14,7 @@ keeps its finished shards; after an error it is removed.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import itertools
@@ -25,6 +26,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -213,12 +215,11 @@ def _prepare(work: Work, text: Text, options: Options, name: str, report: Report
     dtype = "uint8" if len(vocabulary) <= 256 else "uint16" if len(vocabulary) <= 65536 else "uint32"
     _check_disk(work, found, np.dtype(dtype).itemsize)
     write = _write_items if found.format == "line" else _write_text
-    written = write(work, text, options, name, vocabulary, dtype, report)
+    written, bytes_of = write(work, text, options, name, vocabulary, dtype, report)
     digest = hashlib.sha256(found.format.encode())
     for split, part in written["splits"].items():
-        _digest(
-            digest, split, part, lambda start, stop: _read(work, written["tokens"], start, stop), vocabulary, report
-        )
+        read = functools.partial(_read, work, written["tokens"])
+        _digest(digest, split, part, read, bytes_of.get(split), vocabulary, report)
     overlap = _overlap(work, written) if written["ends"] else None
     return {
         "format_version": shards.FORMAT_VERSION,
@@ -305,34 +306,45 @@ def _check_disk(work: Work, found: Scan, itemsize: int) -> None:
 
 def _write_text(
     work: Work, text: Text, options: Options, name: str, vocabulary: Vocabulary, dtype: str, report: Report
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Writes the shards; returns their part of the manifest, and the bytes of the splits that are known."""
     assert work.scan is not None
     writer, total, done = ShardWriter(work, "tokens", dtype), work.scan.characters, 0
-    table = vocabulary.table
+    table, buffers, last = vocabulary.table, _Buffers(dtype), None
 
-    def encode(piece: bytes) -> np.ndarray:
-        tokens = np.empty(len(piece), dtype)
-        count = _ext._C.encode_characters(piece, table, tokens)
-        if count < 0:
-            raise _changed(name)
-        return tokens[:count]
+    bounds = [0, *split_bounds(total), total]
+    sizes = dict.fromkeys(SPLITS, 0)  # of each split in bytes
+
+    def encode(piece: bytes) -> tuple[bytes, np.ndarray, int]:
+        buffer = buffers.take(len(piece))
+        return piece, buffer, _ext._C.encode_characters(piece, table, buffer)
 
     try:
-        for tokens in _in_order(encode, text()):
-            writer.write(tokens)
-            done += len(tokens)
+        for piece, buffer, count in _in_order(encode, text()):
+            if count < 0:
+                raise _changed(name)
+            for split, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False):
+                first, end = max(start - done, 0), min(stop - done, count)  # the characters of the piece in this split
+                if first == 0 and end == count:
+                    sizes[split] += len(piece)
+                elif first < end:
+                    sizes[split] += len(piece.decode()[first:end].encode())
+            writer.write(buffer[:count])
+            if last is not None:  # it is written now
+                buffers.give_back(last)
+            last = buffer
+            done += count
             report("encoding", done, total)
         if done != total:
             raise _changed(name)
         written = writer.close()
     finally:
         writer.discard()
-    bounds = [0, *split_bounds(total), total]
     splits = {
         split: {"start": start, "stop": stop, "first_item": 0, "last_item": 0, "longest_item": stop - start}
         for split, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False)
     }
-    return {"tokens": written, "ends": None, "splits": splits, "duplicates_removed": 0}
+    return {"tokens": written, "ends": None, "splits": splits, "duplicates_removed": 0}, sizes
 
 
 def _changed(name: str) -> UserError:
@@ -344,7 +356,8 @@ def _changed(name: str) -> UserError:
 
 def _write_items(
     work: Work, text: Text, options: Options, name: str, vocabulary: Vocabulary, dtype: str, report: Report
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """As `_write_text`, for items."""
     assert work.scan is not None
     found = work.scan
     tokens, starts = _write_raw_items(work, text, name, vocabulary, dtype, report)
@@ -379,7 +392,7 @@ def _write_items(
     finally:
         token_writer.discard()
         end_writer.discard()
-    return {**written, "splits": splits, "duplicates_removed": found.items - kept}
+    return {**written, "splits": splits, "duplicates_removed": found.items - kept}, {}
 
 
 def _index_dtype(found: Scan) -> np.dtype[Any]:
@@ -402,22 +415,24 @@ def _write_raw_items(
     starts = np.empty(work.scan.items, index)  # in memory: the system would write back a file that is shuffled
     done, total, items = 0, work.scan.characters + work.scan.items, 0
 
-    def encoded(piece: bytes) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.empty(len(piece) + lines.spaces + 1, dtype)
+    buffers = _Buffers(dtype)
+
+    def encoded(piece: bytes) -> tuple[np.ndarray, int, np.ndarray]:
+        buffer = buffers.take(len(piece) + lines.spaces + 1)
         try:
-            count, found = encode(piece, table, tokens)
+            return (buffer, *encode(piece, table, buffer))
         except ValueError as error:
             raise _changed(name) from error
-        return tokens[:count], found
 
     with naming(raw), raw.open("wb") as file:
-        for tokens, found in _in_order(encoded, itertools.chain(text(), [b"\n"]), threads=1):
+        for buffer, count, found in _in_order(encoded, itertools.chain(text(), [b"\n"]), threads=1):
             if items + len(found) > len(starts):
                 raise _changed(name)
             starts[items : items + len(found)] = found
             items += len(found)
-            done += len(tokens)
-            file.write(tokens.data)
+            done += count
+            file.write(buffer[:count].data)
+            buffers.give_back(buffer)
             report("encoding", done, total)
         file.write(bytes(PADDING))
     if items != len(starts) or done != total:
@@ -504,10 +519,14 @@ def _digest(
     split: str,
     part: dict[str, Any],
     read: Callable[[int, int], Iterator[np.ndarray]],
+    size: int | None,
     vocabulary: Vocabulary,
     report: Report,
 ) -> None:
-    """Adds a split to the digest, as `charlm.lm.data` does: its size in items or strings, in bytes, and its text."""
+    """Adds a split to the digest, as `charlm.lm.data` does: its size in items or strings, in bytes, and its text.
+
+    Its size in bytes is `size`, or is found in a pass over its tokens.
+    """
     start, stop = part["start"], part["stop"]
     if vocabulary.separator:
         count, stop = part["last_item"] - part["first_item"], stop - 1  # without the end of the last item
@@ -521,9 +540,10 @@ def _digest(
         text = np.empty(4 * len(block), np.uint8)
         return text[: _ext._C.decode_tokens(block, characters, sizes, text)], len(block)
 
-    size = stop - start
-    if sizes.max() > 1:
+    if size is None and sizes.max() > 1:
         size = sum(_in_order(lambda block: _ext._C.utf8_size(block, sizes), read(start, stop)))
+    elif size is None:
+        size = stop - start
     digest.update(f"\n{split} {count} {size}\n".encode())
     for text, tokens in _in_order(decode, read(start, stop)):
         digest.update(text)
@@ -531,7 +551,28 @@ def _digest(
         report("digesting", start, stop)
 
 
-# ---- threads
+# ---- memory and threads
+
+
+class _Buffers:
+    """Arrays that are used again: the pages of a new one cost as much as what is written into it."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self._free: deque[np.ndarray] = deque()
+
+    def take(self, size: int) -> np.ndarray:
+        """An array of at least `size`."""
+        with suppress(IndexError):  # threads take and give back
+            buffer = self._free.pop()
+            if len(buffer) >= size:
+                return buffer
+        return np.empty(size + size // 8, self._dtype)
+
+    def give_back(self, buffer: np.ndarray) -> None:
+        """Takes back an array that nobody reads any more."""
+        self._free.append(buffer)
+
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
