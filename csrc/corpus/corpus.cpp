@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -203,7 +202,7 @@ class Lines {
   void mark(const py::bytes& text, Array<uint8_t> seen) {
     uint8_t* const marks = seen.mutable_data();
     const auto mark_spaces = [=](const auto* points, size_t, uint64_t spaces) {
-      for (; spaces != 0; spaces &= spaces - 1) marks[points[std::countr_zero(spaces)]] = 1;
+      for (; spaces != 0; spaces &= spaces - 1) marks[points[__builtin_ctzll(spaces)]] = 1;
     };
     read(text, mark_spaces, [] {});
   }
@@ -291,10 +290,10 @@ class Lines {
   void read_block(const Point* points, size_t size, Spaces spaces, const Part& part, const End& end) {
     const uint64_t others = ~spaces.all & low_bits(size);
     const bool in_word = characters_ > 0 && pending_.empty();
-    words_ += std::popcount(others & (spaces.all << 1 | uint64_t{!in_word}));
+    words_ += __builtin_popcountll(others & (spaces.all << 1 | uint64_t{!in_word}));
     for (size_t begin = 0; begin < size; ++begin) {
       const uint64_t ahead = ~uint64_t{0} << begin, newlines = spaces.newlines & ahead;
-      const size_t stop = newlines != 0 ? std::countr_zero(newlines) : size;
+      const size_t stop = newlines != 0 ? __builtin_ctzll(newlines) : size;
       if (stop > begin && newlines_ > 0) {
         lines_ += lines_ > 0 ? newlines_ : 1;
         newlines_ = 0;
@@ -305,8 +304,8 @@ class Lines {
           characters_ += static_cast<int64_t>(pending_.size());
           pending_.clear();
         }
-        if (characters_ == 0) begin = std::countr_zero(item);
-        const size_t count = 64 - std::countl_zero(item) - begin;
+        if (characters_ == 0) begin = __builtin_ctzll(item);
+        const size_t count = 64 - __builtin_clzll(item) - begin;
         part(points + begin, count, spaces.all >> begin & low_bits(count));
         characters_ += static_cast<int64_t>(count);
         begin += count;

@@ -19,6 +19,8 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 #include "cpu/gemm/gemm.h"
 #include "ops/cross_entropy_call.h"
 #include "ops/linear_products.h"
@@ -26,7 +28,8 @@
 namespace charlm {
 namespace {
 
-constexpr int64_t kIgnored = -1;  // the target of a row without a gradient of the loss, in a tile
+constexpr int64_t kReadBehindRow = 64;  // elements
+constexpr int64_t kIgnored = -1;        // the target of a row without a gradient of the loss, in a tile
 
 template <class T>
 class ClassTiles {
@@ -181,7 +184,10 @@ class ClassTiles {
       }
       write_gradient(tile, g, elsewhere);
       const int64_t n = n_classes(tile), padded = logits.size(1);
-      if (padded > n) logits.narrow(1, n, padded - n).zero_();
+      // Behind the tile too, which oneDNN's products of bfloat16 by AMX read, times 0: a NaN there would be one in
+      // them.
+      const int64_t end = x_.is_cuda() ? padded : std::min(padded + kReadBehindRow, row_stride_), behind = end - n;
+      if (behind > 0) memory(tile).narrow(1, n, behind).zero_();
       if (call_.mask[0]) add_input_gradient(input_sum, logits, weight_of(tile));
       if (call_.mask[1]) multiply(all_grad_weight_.narrow(0, first_class(tile), padded), logits.t(), x_);
       if (call_.mask[2]) {
