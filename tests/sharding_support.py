@@ -51,11 +51,12 @@ def no_reference() -> Iterator[None]:
 def with_special_values(n_classes: int) -> Tensor:
     """Rows with a special value in one class, in the classes of one rank of two, or in all, and two values of them."""
     half, last = -(-n_classes // 2), n_classes - 1
+    values = [-torch.inf, torch.inf, torch.nan]
+    if not EMULATED:  # of one process the CUDA kernels overflow in a sum over the classes, where the parts do not
+        values += [3e38, -3e38]
     everywhere = slice(None)
     special: list[list[tuple[int | slice, float]]] = [
-        [(where, value)]
-        for value in (-torch.inf, torch.inf, torch.nan, 3e38, -3e38)
-        for where in (0, half, last, slice(half), slice(half, None), everywhere)
+        [(where, value)] for value in values for where in (0, half, last, slice(half), slice(half, None), everywhere)
     ]
     pairs = [(-torch.inf, torch.inf), (torch.inf, -torch.inf)]
     if torch.distributed.get_world_size() > 1:  # on one rank, NaN beside +inf has the state of +inf alone
