@@ -16,7 +16,7 @@ from lm_support import fails, succeeds
 import charlm
 from charlm import _ext
 from charlm._errors import UserError
-from charlm.lm.data import build_corpus, decode_blocks, utf8_blocks
+from charlm.lm.data import build_corpus, decode_text, utf8_blocks
 from charlm.lm.shards import load
 from charlm.lm.sources import Documents, find_inputs, pieces, text_of
 
@@ -251,15 +251,17 @@ def test_a_folder_of_others_is_not_written_over(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "run"]
 
 
-@needs_module
-@given(text=st.text(st.sampled_from("a\n\r\ufeffé€😀"), max_size=12), sizes=st.lists(st.integers(1, 4), max_size=20))
-def test_blocks_of_bytes_are_the_blocks_of_text(text: str, sizes: list[int]) -> None:
+@given(text=st.text(st.sampled_from("a\n\r\ufeffé€😀"), max_size=12), sizes=st.lists(st.integers(4, 7), max_size=9))
+@pytest.mark.parametrize("has_module", [True, False])
+def test_blocks_of_any_size_give_the_text(has_module: bool, text: str, sizes: list[int]) -> None:
     raw, blocks, at = text.encode(), [], 0
     for size in [*sizes, len(raw)]:
         blocks.append(raw[at : at + size])
         at += size
-    blocks = [block for block in blocks if block]
-    pieces = list(utf8_blocks(blocks, "the text"))
-    assert b"".join(pieces).decode() == "".join(decode_blocks(blocks, "the text"))
+    with pytest.MonkeyPatch.context() as patch:
+        if not has_module:
+            patch.setattr(_ext, "_C", None)
+        pieces = list(utf8_blocks(filter(None, blocks), "the text"))
+        assert b"".join(pieces).decode() == decode_text(raw, "the text")
     for piece in pieces:
         piece.decode()  # whole characters

@@ -21,11 +21,10 @@ from typing import Any
 from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm import shards
-from charlm.lm.data import opened
-from charlm.lm.files import LockedError, write_atomically
+from charlm.lm.files import LockedError, sha256_of, write_atomically
 from charlm.lm.prepare import Options, Report, identify, prepare, unchanged
 from charlm.lm.shards import ShardedCorpus
-from charlm.lm.sources import BLOCK_BYTES, reads_as, text_of
+from charlm.lm.sources import reads_as, text_of
 
 SHA256 = re.compile(rb"[0-9a-f]{64}")
 MOST_REMOVALS = 3  # of a damaged corpus that comes back
@@ -106,18 +105,23 @@ def _content(path: Path, found: dict[str, Any], report: Report) -> str:
     with suppress(OSError):
         if SHA256.fullmatch(text := known.read_bytes()):
             return text.decode()
-    content, done = hashlib.sha256(), 0
-    with opened(path) as file:
-        while block := file.read(BLOCK_BYTES):
-            content.update(block)
-            done += len(block)
-            report("hashing", done, found["bytes"])
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        report("hashing", done, found["bytes"])
+
+    try:
+        content = sha256_of(path, count)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     if identify(path) != found:
         raise UserError(f"{path} changed while it was read: try again")
     with suppress(OSError):  # then it is hashed again next time
         known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, content.hexdigest().encode())
-    return content.hexdigest()
+        write_atomically(known, content.encode())
+    return content
 
 
 def clear() -> int:

@@ -37,7 +37,7 @@ from torch import Tensor
 from charlm._errors import UserError
 from charlm._version import __version__
 from charlm.lm.config import Config
-from charlm.lm.files import write_atomically
+from charlm.lm.files import sha256_of, write_atomically
 from charlm.lm.models import LanguageModel, build_model
 from charlm.lm.parallel import scattered
 from charlm.lm.processes import Processes
@@ -336,12 +336,8 @@ def _read_file(directory: Path, part: str, entry: dict[str, Any], rank: int, map
         found = path.stat().st_size
         if found != entry["bytes"]:  # checked before reading, because the file may have any size
             raise UserError(f"{path} is truncated or altered: it has {found} bytes instead of {entry['bytes']}")
-        with path.open("rb") as file:
-            data = b"" if mapped else file.read()
-            digest = hashlib.sha256(data)
-            while block := file.read(2**20):
-                digest.update(block)
-        if digest.hexdigest() != entry["sha256"]:
+        data = b"" if mapped else path.read_bytes()
+        if (sha256_of(path) if mapped else hashlib.sha256(data).hexdigest()) != entry["sha256"]:
             raise UserError(f"{path} is altered: its sha256 is not the one in {MANIFEST}")
         with safe_open(path, "pt") as tensors:
             written_by = (tensors.metadata() or {}).get("rank", "0")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import io
 import itertools
 import random
 import shlex
@@ -115,45 +114,38 @@ def decode_text(raw: bytes, name: str) -> str:
 
 def decode_blocks(blocks: Iterable[bytes], name: str) -> Iterator[str]:
     """`decode_text` for a stream of blocks, split at any byte, in constant memory."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    read = 0  # bytes before this block
-    for block in itertools.chain(blocks, [b""]):
-        if read == 0 and wide_encoding(block) is not None:
-            decode_text(block, name)  # raises the error that names the encoding
-        kept = decoder.getstate()[0]  # the bytes of an incomplete character at the end of the last block
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            offset = read - len(kept) + error.start
-            raise _not_utf8(name, error.object, error.start, offset, error.reason) from error
-        if read == 0:
-            text = text.removeprefix(BYTE_ORDER_MARK.decode())
-        read += len(block)
-        yield newlines.decode(text, final=not block)
+    return map(bytes.decode, utf8_blocks(blocks, name))
 
 
 def utf8_blocks(blocks: Iterable[bytes], name: str) -> Iterator[bytes]:
-    """As `decode_blocks`, but the text stays UTF-8: pieces of whole, valid characters. Needs the compiled module."""
-    rest, carriage_return, read = b"", b"", 0  # what of the last block belongs to the next piece
+    """As `decode_blocks`, but the text stays UTF-8: pieces of whole, valid characters."""
+    rest, read = b"", 0  # the bytes that belong to the next piece, and the number of those read
     for block in itertools.chain(blocks, [b""]):
         if read == 0 and wide_encoding(block) is not None:
             decode_text(block, name)  # raises the error that names the encoding
-        data = rest + block
-        valid = _ext._C.valid_utf8(data)
+        data, is_last = rest + block, not block
+        valid = _valid_utf8(data)
         try:
-            codecs.utf_8_decode(data[valid:], "strict", not block)
+            codecs.utf_8_decode(data[valid:], "strict", is_last)  # nothing, or the beginning of a character
         except UnicodeDecodeError as error:
             raise _not_utf8(name, data, valid, read - len(rest) + valid, error.reason) from error
+        if data.endswith(b"\r", 0, valid) and not is_last:  # a newline may follow
+            valid -= 1
         piece, rest = (data, b"") if valid == len(data) else (data[:valid], data[valid:])
         if read == 0:
             piece = piece.removeprefix(BYTE_ORDER_MARK)
         read += len(block)
-        if carriage_return or b"\r" in piece:
-            piece = carriage_return + piece
-            carriage_return = b"\r" if block and piece.endswith(b"\r") else b""
-            piece = piece.removesuffix(carriage_return).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        yield piece
+        yield piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in piece else piece
+
+
+def _valid_utf8(data: bytes) -> int:
+    """The number of bytes before the first that is no part of a whole, valid character."""
+    if _ext._C is not None:
+        return _ext._C.valid_utf8(data)
+    try:
+        return codecs.utf_8_decode(data, "strict", False)[1]
+    except UnicodeDecodeError as error:
+        return error.start
 
 
 def wide_encoding(raw: bytes) -> str | None:

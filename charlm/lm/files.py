@@ -1,16 +1,18 @@
-"""Atomic file writes, which leave the old file intact after a crash or on a full disk, and the lock of a folder."""
+"""Atomic file writes, which leave the old file intact after a crash or on a full disk; hashes; the lock of a folder."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from charlm._errors import UserError
 
 LOCK = ".lock"
+HASHED_BYTES = 1 << 20  # read at a time
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -31,6 +33,24 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         _sync_directory(path.parent)
+
+
+def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda size: None) -> str:
+    """The sha256 of a file in hexadecimal.
+
+    Args:
+        path: The file.
+        on_bytes: Called with the size of each block that is read.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(HASHED_BYTES):
+            digest.update(block)
+            on_bytes(len(block))
+    return digest.hexdigest()
 
 
 class LockedError(UserError):

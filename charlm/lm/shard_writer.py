@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from charlm.lm import shards
-from charlm.lm.files import naming, write_atomically
+from charlm.lm.files import naming, sha256_of, write_atomically
 
 STATE = "state.json"
 
@@ -53,14 +53,10 @@ class Work:
 
     def _is_whole(self, entry: dict[str, Any]) -> bool:
         """Whether a finished shard is still as it was written."""
-        digest = hashlib.sha256()
         try:
-            with (self.directory / entry["file"]).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            return sha256_of(self.directory / entry["file"]) == entry["sha256"]
         except OSError:
             return False
-        return digest.hexdigest() == entry["sha256"]
 
     def close(self) -> None:
         """Ends the threads."""

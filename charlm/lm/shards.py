@@ -24,6 +24,7 @@ from torch import Tensor
 from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm.corpus import Corpus
+from charlm.lm.files import sha256_of
 from charlm.lm.stream import Stream
 from charlm.lm.vocabulary import SEPARATOR, Vocabulary
 
@@ -182,14 +183,11 @@ def verify(directory: Path, report: Callable[[str, int, int], None] = lambda sta
     files = [file for array in ("tokens", "ends") if manifest[array] for file in _shards(directory, manifest[array])]
     total, done = sum(shard["bytes"] for _, shard in files), 0
     for path, shard in files:
-        found = hashlib.sha256()
         try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    found.update(block)
+            found = sha256_of(path)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
-        if found.hexdigest() != shard["sha256"]:
+        if found != shard["sha256"]:
             raise UserError(f"{path} was changed after it was written (its sha256 differs): prepare the corpus again")
         done += shard["bytes"]
         report("checking", done, total)
