@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm import prepare as prepare_module
-from charlm.lm import shards
+from charlm.lm import prepare_items, shard_writer, shards
 from charlm.lm.config import Config
 from charlm.lm.data import SPLITS, TextCorpus, build_corpus, decode_text, guess_format
 from charlm.lm.prepare import Options, prepare, scan
@@ -133,8 +133,8 @@ def test_repeated_items_are_found_in_one_pass_and_in_many(table_bytes, dtype):
 
 @pytest.mark.parametrize("wanted_items", [300, 10_000])
 def test_dev_items_are_looked_for_at_once_and_in_parts(wanted_items, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "WANTED_ITEMS", wanted_items)
-    monkeypatch.setattr(prepare_module, "READ_TOKENS", 100)
+    monkeypatch.setattr(prepare_items, "WANTED_ITEMS", wanted_items)
+    monkeypatch.setattr(shard_writer, "READ_TOKENS", 100)
     assert_equal(*both("\n".join([*random_items("uint8")[0], "ab" * 900]), tmp_path / "corpus"))
 
 
@@ -331,5 +331,5 @@ def test_a_link_to_a_folder_is_filled(tmp_path):
 
 
 def test_few_items_are_taken_at_a_time_where_they_are_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "TAKEN_TOKENS", 50)
+    monkeypatch.setattr(prepare_items, "TAKEN_TOKENS", 50)
     assert_equal(*both(NAMES + "x" * 300 + "\n", tmp_path / "corpus", format="line"))

@@ -73,9 +73,9 @@ def prepare(
     paths = find_inputs(files)
     console = new_console()
     with _readable_twice(paths, output) as (readable, sources), progress_bar(output.name) as report:
-        found = sources if readable == paths else []  # a stream has been copied
+        files_found = dict(zip(paths, sources, strict=True)) if readable == paths else {}  # a stream has been copied
         manifest = prepare(
-            lambda: unchanged(text_of(readable, column, document_separator), paths[: len(found)], found),
+            lambda: unchanged(text_of(readable, column, document_separator), files_found),
             output,
             Options(format, split_seed, dedup),
             name=", ".join(files[:3]) + (" …" if len(files) > 3 else ""),

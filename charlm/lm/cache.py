@@ -22,7 +22,8 @@ from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm import shards
 from charlm.lm.files import LockedError, sha256_of, write_atomically
-from charlm.lm.prepare import Options, Report, identify, prepare, unchanged
+from charlm.lm.prepare import Options, identify, prepare, unchanged
+from charlm.lm.shard_writer import Report, changed
 from charlm.lm.shards import ShardedCorpus
 from charlm.lm.sources import reads_as, text_of
 
@@ -81,7 +82,7 @@ def cached_corpus(
         announced = True
         try:
             prepare(
-                lambda: unchanged(text_of([path]), [path], [found]),
+                lambda: unchanged(text_of([path]), {path: found}),
                 directory,
                 options,
                 name=str(path),
@@ -117,7 +118,7 @@ def _content(path: Path, found: dict[str, Any], report: Report) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if identify(path) != found:
-        raise UserError(f"{path} changed while it was read: try again")
+        raise changed(str(path))
     with suppress(OSError):  # then it is hashed again next time
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(known, content.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -13,10 +14,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from charlm._errors import UserError
 from charlm.lm import shards
 from charlm.lm.files import naming, sha256_of, write_atomically
 
 STATE = "state.json"
+READ_TOKENS = 1 << 20  # at a time
+
+Text = Callable[[], Iterator[bytes]]  # the text in pieces of UTF-8, each of whole characters, with newlines as "\n"
+Report = Callable[[str, int, int], None]  # stage, characters done, characters in total (0 in the first stage: unknown)
+
+
+def changed(name: str) -> UserError:
+    """The error about a text that is not the same in both passes."""
+    return UserError(f"{name} changed while it was read: prepare it again")
 
 
 @dataclass
@@ -37,7 +48,7 @@ class Work:
     key: dict[str, Any]
     scan: Scan | None = None
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)  # the manifest's entry of each shard, by its name
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # that writes all files
+    writing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     hashing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     syncing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))  # that alone adds to `finished`
 
@@ -59,9 +70,26 @@ class Work:
             return False
 
     def close(self) -> None:
-        """Ends the threads."""
-        for thread in (self.thread, self.hashing, self.syncing):
+        """Ends the threads, when they have done what they were given."""
+        for thread in (self.writing, self.hashing, self.syncing):
             thread.shutdown()
+
+    def read(self, array: dict[str, Any], start: int, stop: int) -> Iterator[np.ndarray]:
+        """array[start:stop] in blocks, of the array that a ShardWriter has written.
+
+        They are read, and not mapped, so that only some are in memory.
+        """
+        dtype = np.dtype(array["dtype"])
+        shard_size = shards.SHARD_BYTES // dtype.itemsize
+        while start < stop:
+            shard, at = divmod(start, shard_size)
+            path = self.directory / array["shards"][shard]["file"]
+            size = min(READ_TOKENS, stop - start, shard_size - at)
+            block = np.fromfile(path, dtype, size, offset=at * dtype.itemsize)
+            if len(block) < size:
+                raise UserError(f"{path} was cut while the corpus was prepared: prepare it again")
+            yield block
+            start += size
 
     def save(self) -> None:
         assert self.scan is not None
@@ -88,16 +116,21 @@ class ShardWriter:
         is_finished = self.file in self.work.finished
         self.out = None if is_finished else (self.work.directory / f"{self.file}.tmp").open("wb")
 
-    def write(self, array: np.ndarray) -> None:
-        """Writes `array`, which must not change any more, as soon as the last one is written."""
+    def write(self, array: np.ndarray, then: Callable[[], object] = lambda: None) -> None:
+        """Writes `array` in a thread, as soon as the last one is written.
+
+        Args:
+            array: The array; it may not be changed before it is written.
+            then: Called when it is written.
+        """
         self._wait()
-        self.writing = self.work.thread.submit(self._write, array)
+        self.writing = self.work.writing.submit(self._write, array, then)
 
     def _wait(self) -> None:
         if self.writing is not None:
             self.writing.result()
 
-    def _write(self, array: np.ndarray) -> None:
+    def _write(self, array: np.ndarray, then: Callable[[], object]) -> None:
         data = memoryview(np.ascontiguousarray(array, self.dtype)).cast("B") if len(array) else memoryview(b"")
         while len(data):
             part, data = data[: self.room], data[self.room :]
@@ -110,6 +143,7 @@ class ShardWriter:
             if not self.room:
                 self._finish()
                 self._open()
+        then()
 
     def _finish(self) -> None:
         self._wait_for_sync()
@@ -135,7 +169,7 @@ class ShardWriter:
     def close(self) -> dict[str, Any]:
         """Finishes the last shard; returns the manifest's entry of the array."""
         self._wait()
-        return self.work.thread.submit(self._close).result()
+        return self.work.writing.submit(self._close).result()
 
     def _close(self) -> dict[str, Any]:
         if self.room < shards.SHARD_BYTES or not self.files:
