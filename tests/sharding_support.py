@@ -52,7 +52,7 @@ def with_special_values(n_classes: int) -> Tensor:
     """Rows with a special value in one class, in the classes of one rank of two, or in all, and two values of them."""
     half, last = -(-n_classes // 2), n_classes - 1
     values = [-torch.inf, torch.inf, torch.nan]
-    if not EMULATED:  # of one process the CUDA kernels overflow in a sum over the classes, where the parts do not
+    if not EMULATED:  # of one process the CUDA kernels, as torch, overflow in a sum over the classes; the parts do not
         values += [3e38, -3e38]
     everywhere = slice(None)
     special: list[list[tuple[int | slice, float]]] = [

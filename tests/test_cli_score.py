@@ -222,7 +222,7 @@ def test_the_scale_goes_from_green_to_red_and_no_further():
     assert green.green > green.red
     assert red.red > red.green
     assert heat(-1.0).bgcolor.triplet == green
-    assert heat(math.inf).bgcolor.triplet == red
+    assert heat(math.inf).bgcolor.triplet == heat(math.nan).bgcolor.triplet == red
 
 
 def test_rows_end_at_the_width_and_behind_newlines(capsys):

@@ -224,6 +224,7 @@ def test_standard_input_is_refused_where_several_would_read_it(tmp_path: Path, m
         (5, "ddp", {"batch_size": 4}, "batch_size is 4, but must be at least the number of processes, 5"),
         (2, "tensor", {}, "parallel is 'tensor', but must be ddp or fsdp"),
         (2, "fsdp", {}, "parallel is fsdp, which shards the gpt; the mlp takes ddp"),
+        (1, "fsdp", {"type": "gpt"}, "over the processes of torchrun"),
         (2, "fsdp", {"type": "gpt", "compile": True}, "--compile does not go with --parallel fsdp"),
     ],
 )

@@ -297,7 +297,10 @@ def _run(
     parallel: str,
     memory: str | None,
 ) -> None:
-    """Trains until the end or a signal, and prints the result; without `config`, goes on from the checkpoint."""
+    """Trains until the end or a signal, and prints the result.
+
+    `config` is that of a new run; None resumes the checkpoint in `work_dir` with the options `given`.
+    """
     from charlm.lm import checkpoint
     from charlm.lm.display import ProgressReport
     from charlm.lm.memory import check_fits, parse_bytes
@@ -312,8 +315,6 @@ def _run(
         check_options(resumed.config.type, given)
         config = _resumed_config(resumed.config, given)
     check_parallel(parallel, config, processes)
-    if parallel == "fsdp" and processes.size == 1 and not is_under_torchrun():
-        raise UserError("--parallel fsdp shards the model over the processes of torchrun: start charlm with torchrun")
     if memory is not None and config.type != "ngram":
         raise UserError(f"--memory bounds the counting of type ngram; the {config.type} does not have it")
     bound = None if memory is None else parse_bytes(memory)
@@ -354,7 +355,6 @@ def _run(
 
         finished = trainer.run(show, stop, report.advise)
         report.stopped_at(trainer.step)
-        processes.wait()  # until the first one has saved
     if stop.signal == signal.SIGPIPE and not finished:
         typer.echo(f"charlm: {lost[0]}; stopped and saved step {trainer.step} in {work_dir}", err=True)
     if not finished and processes.rank == 0:
@@ -368,7 +368,6 @@ def _run(
     with progress_bar("dev", silent=processes.rank > 0) as bar:
         result = trainer.evaluate_best(lambda done, total: bar("evaluating", done, total))
     model = trainer.whole_model()
-    processes.wait()  # the first one prints; the others may end
     if processes.rank == 0:
         assert model is not None
         _print_result(console, config, corpus, trainer, model, result)

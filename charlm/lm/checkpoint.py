@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ from charlm._version import __version__
 from charlm.lm.config import Config
 from charlm.lm.files import sha256_of, write_atomically
 from charlm.lm.models import LanguageModel, build_model
-from charlm.lm.parallel import scattered
 from charlm.lm.processes import Processes
 from charlm.lm.vocabulary import Vocabulary
 
@@ -88,7 +87,7 @@ class Checkpoint:
         """
         try:
             model = build_model(**self.model)
-            model.load_state_dict(scattered(self.weights.items(), model.state_dict()))
+            model.load_state_dict(dict(checked(self.weights.items(), model.state_dict())))
         except UserError:  # a ValueError too
             raise
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -140,7 +139,6 @@ def save(directory: Path, checkpoint: Checkpoint, processes: Processes | None = 
         UserError: Another process cannot write a file, or wrote it to another folder.
     """
     processes = processes or Processes()
-
     written: dict[str, dict[str, Any]] = {}  # by this process
 
     def write() -> dict[str, dict[str, Any]]:
@@ -299,8 +297,17 @@ def _write_tensors(directory: Path, part: str, tensors: Mapping[str, Tensor], ra
     return {"name": name, "bytes": len(data), "sha256": digest}
 
 
+def checked(tensors: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yields named `tensors`; ValueError for one of another dtype than that of `like`, which torch would convert."""
+    for name, tensor in tensors:
+        expected = like.get(name, tensor).dtype
+        if tensor.dtype != expected:
+            raise ValueError(f"{name} is {tensor.dtype}, but must be {expected}")
+        yield name, tensor
+
+
 class _Joined(Mapping[str, Tensor]):
-    """Tensors by name, each joined from its rows in several files whenever it is asked for."""
+    """The tensors of several files by name; a lookup concatenates the rows of one that is divided among them."""
 
     def __init__(self, rows: dict[str, list[Tensor]]) -> None:
         self._rows = rows

@@ -222,7 +222,7 @@ def legend(max_bits: float, vocab_size: int) -> Text:
 
 def heat(share: float) -> Style:
     """Black on a colour between green (share 0), yellow and red (share 1 or more)."""
-    hue = (1 - min(max(share, 0.0), 1.0)) / 3 if share == share else 0.0  # NaN of a diverged model is red
+    hue = (1 - max(min(1.0, share), 0.0)) / 3  # NaN, of a diverged model, counts as 1
     rgb = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.55, 0.95))
     return Style(color="black", bgcolor=Color.from_rgb(*rgb))
 

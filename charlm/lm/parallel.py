@@ -22,7 +22,7 @@ from charlm._errors import UserError
 from charlm.lm.config import Config
 from charlm.lm.models import GPT, LanguageModel, Mixture
 from charlm.lm.models.batch_norm import BatchNorm
-from charlm.lm.processes import Processes
+from charlm.lm.processes import Processes, is_under_torchrun
 
 PARALLEL = ("ddp", "fsdp")
 # The buffers of a model are equal in all processes; torch 2.13 has renamed the option that keeps DDP from sending them.
@@ -41,6 +41,10 @@ def check_parallel(parallel: str, config: Config, processes: Processes) -> None:
     if parallel == "fsdp":
         if config.type != "gpt":
             raise UserError(f"parallel is fsdp, which shards the gpt; the {config.type} takes ddp")
+        if processes.size == 1 and not is_under_torchrun():
+            raise UserError(
+                "parallel is fsdp, which shards the model over the processes of torchrun: start it with that"
+            )
         if config.compile:
             raise UserError("--compile does not go with --parallel fsdp: leave one of them out")
 
@@ -151,16 +155,10 @@ def parts_to_save(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]
 
 
 def scattered(tensors: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of this process's parts of whole `tensors`, as `like` of the same name is sharded, and on its device.
-
-    Raises:
-        ValueError: A tensor has another dtype than that of `like`.
-    """
+    """Copies of this process's parts of whole `tensors`, as `like` of the same name is sharded, and on its device."""
     found = {}
     for name, tensor in tensors:
         template: Any = like.get(name, tensor)
-        if tensor.dtype != template.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, but must be {template.dtype}")
         if _is_dtensor(template) and tensor.shape == template.shape:
             from torch.distributed.tensor import distribute_tensor
 

@@ -110,10 +110,6 @@ class Processes:
         dist.all_reduce(tensor, group=self._group)
         return tensor.tolist()
 
-    def wait(self) -> None:
-        """Waits until all processes are here."""
-        self.sums(0.0)
-
     def results_of_all(self, work: Callable[[], Result]) -> list[Result]:
         """What `work` returns in each process, by rank. If it fails in one, all raise.
 

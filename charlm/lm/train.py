@@ -235,8 +235,8 @@ class Trainer:
             self.step, self.best_step, self.best_nats = saved.step, saved.best_step, saved.best_nats
             state = self.model.state_dict()
             current = saved.weights.items() if self.optimizer is None else _with_prefix(tensors, "weights.")
-            self.model.load_state_dict(scattered(current, state))
-            self.best_weights = scattered(saved.weights.items(), state)
+            self.model.load_state_dict(scattered(checkpoints.checked(current, state), state))
+            self.best_weights = scattered(checkpoints.checked(saved.weights.items(), state), state)
             self.batches.set_state(tensors["random.batches"])
             if self.processes.rank == 0:
                 self.loss_sum.copy_(tensors["loss_sum"])
@@ -253,7 +253,8 @@ class Trainer:
                     if tensor.shape != shape:
                         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
                     like = {} if key == "step" else {key: parameter}
-                    moments.setdefault(int(index), {}).update(scattered([(key, tensor)], like))
+                    part = scattered(checkpoints.checked([(key, tensor)], like), like)
+                    moments.setdefault(int(index), {}).update(part)
                 groups = self.optimizer.state_dict()["param_groups"]
                 self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         except (LookupError, ValueError, RuntimeError) as error:
