@@ -38,7 +38,7 @@ from .class_part import Copied, Gathered, Part, shares_of
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 IGNORED = -100  # target of a row that has no target among the classes of this rank
 
-# ------------------------------------------------------------------------------------------ classes, rows and options
+# --------------------------------------------------------------------------------------------------- rows and options
 
 
 class Wanted(NamedTuple):

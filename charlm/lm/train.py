@@ -176,6 +176,8 @@ class Trainer:
         model.load_state_dict(weights)
         return model.to(self.device).eval()
 
+    # ---- checkpoints
+
     def save(self) -> None:
         """Begins to write the state after `self.step` steps to `self.directory`; `finish_saving` waits for the end.
 
@@ -259,6 +261,8 @@ class Trainer:
                 self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         except (LookupError, ValueError, RuntimeError) as error:
             raise UserError(f"the checkpoint does not fit its own config: {error}") from error
+
+    # ---- training
 
     def _count(self, report: Report) -> None:
         """Trains a count model; this takes one step, which cannot be interrupted and resumed."""
@@ -400,6 +404,8 @@ class Trainer:
         if self.config.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+    # ---- evaluation
 
     def _is_finished(self) -> bool:
         """Whether max_steps are done and evaluated, or the patience is exhausted."""
