@@ -38,12 +38,12 @@ class Entropy(Function):
         state = torch.ops.charlm.entropy.default(logits)[1]
         if logits.shape[-1] == 0:
             state[0] = -math.inf
-        maxima, sums, distances = Gathered.apply(state, part).unbind(1)
+        maxima, sums, distances = Gathered.apply(state, part).double().unbind(1)
         maximum, shares = shares_of(maxima, sums)
         total = shares.sum(0)
         distance = _mean(shares, distances + (maximum - maxima), total)
-        ctx.save_for_backward(logits, torch.stack([maximum, total, distance]))
-        return (total.log() + distance).view(logits.shape[:-1])
+        ctx.save_for_backward(logits, torch.stack([maximum, total, distance]).to(state.dtype))
+        return (total.log() + distance).to(state.dtype).view(logits.shape[:-1])
 
     @staticmethod
     @once_differentiable
@@ -64,7 +64,7 @@ class KlDivergence(Function):
         if p.shape[-1] == 0:
             p_max, q_max = p_max - math.inf, q_max - math.inf
         numbers = torch.stack([p_max, p_sum, q_max, q_sum, centre, offset])
-        p_maxima, p_sums, q_maxima, q_sums, centres, offsets = Gathered.apply(numbers, part).unbind(1)
+        p_maxima, p_sums, q_maxima, q_sums, centres, offsets = Gathered.apply(numbers, part).double().unbind(1)
         p_max, p_shares = shares_of(p_maxima, p_sums)
         p_sum = p_shares.sum(0)
         if q_kind == LOGITS:
@@ -79,17 +79,17 @@ class KlDivergence(Function):
         mean = _mean(p_shares, centres - centre - offsets, p_sum)
         # A class with p_c > 0 = q_c, also where the share of its rank has been rounded to 0. As in the kernel, where
         # -huge replaces -inf, a difference of more than half of it is infinite.
-        huge = torch.finfo(mean.dtype).max / 4
+        huge = torch.finfo(state.dtype).max / 4
         far = (p_shift - q_shift.clamp(min=-huge) > huge / 2) | ((offsets == -math.inf) & (p_shift > -huge / 2))
         unknown = (p_sum + q_sum).isnan() | ((p_shares > 0) & offsets.isnan()).any(0)
         mean = torch.where(far.any(0), math.inf, mean).masked_fill(unknown, math.nan)
         result = mean + (centre + (q_sum.log() - p_sum.log()))
         result = torch.where(result < 0, 0, result)  # from rounding
         result = torch.where((p_sum == 0) | (q_sum == 0), math.nan, result)  # a row of -inf
-        state = torch.stack([p_max, p_sum, q_max, q_sum, torch.ones_like(p_sum), centre, -mean])
-        ctx.save_for_backward(p, q, state)
+        of_all = torch.stack([p_max, p_sum, q_max, q_sum, torch.ones_like(p_sum), centre, -mean])
+        ctx.save_for_backward(p, q, of_all.to(state.dtype))
         ctx.q_kind = q_kind
-        return result.view(p.shape[:-1])
+        return result.to(state.dtype).view(p.shape[:-1])
 
     @staticmethod
     @once_differentiable

@@ -283,7 +283,8 @@ def _of_all_ranks(numbers: Tensor, rows: Rows, wanted: Wanted) -> tuple[Numbers,
     """Exchanges the numbers of each rank; also returns the state of each row, (2, n): m and s."""
     part, shape = rows.part, rows.own.shape
     gathered = Gathered.apply(numbers, part)
-    maxima, sums, distances = gathered[:, 0], gathered[:, 1], gathered[:, 2]
+    exact = gathered.double()
+    maxima, sums, distances = exact[:, 0], exact[:, 1], exact[:, 2]
     finite, shares = shares_of(maxima, sums)
     maximum, total = maxima.amax(0), shares.sum(0)
     to_total = (finite - maxima) + (total / sums).log()  # (W, n) lse - lse_r; inf where a rank's logits are all -inf
@@ -294,19 +295,20 @@ def _of_all_ranks(numbers: Tensor, rows: Rows, wanted: Wanted) -> tuple[Numbers,
     smooth = entropy = predicted = None
     at = 3
     if wanted.smooth:
-        of_ranks = [gathered[r, at] + rows.weights_of(r) * to_total[r] for r in range(part.n_ranks) if part.size_of(r)]
+        of_ranks = [exact[r, at] + rows.weights_of(r) * to_total[r] for r in range(part.n_ranks) if part.size_of(r)]
         smooth = torch.stack(of_ranks).sum(0).view(shape)
         at += 1
     if wanted.entropy:
         share = (-to_total).exp()
-        terms = torch.where(share > 0, gathered[:, at] + to_total, 0)  # before the product: 0 * inf is NaN
+        terms = torch.where(share > 0, exact[:, at] + to_total, 0)  # before the product: 0 * inf is NaN
         entropy = (share * terms).sum(0).view(shape)
         at += 1
     if wanted.predicted:
         best = gathered[:, at + 1].argmax(0, keepdim=True)
         index = gathered[:, at].gather(0, best).view(_INTEGERS[gathered.dtype]).long()
         predicted = (index + best * part.per_rank).view(shape)
-    return Numbers(nll, lse, smooth, entropy, predicted), torch.stack([finite, total])
+    nll, lse, smooth, entropy = (x if x is None else x.to(gathered.dtype) for x in (nll, lse, smooth, entropy))
+    return Numbers(nll, lse, smooth, entropy, predicted), torch.stack([finite, total]).to(gathered.dtype)
 
 
 def in_autocast(tensor: Any, dtype: torch.dtype) -> Any:
