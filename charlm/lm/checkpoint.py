@@ -80,14 +80,14 @@ class Checkpoint:
     training: Mapping[str, Tensor]
 
     def build_model(self, device: torch.device | str = "cpu") -> LanguageModel:
-        """Builds the model with its weights, in evaluation mode on `device`.
+        """Builds the model with its weights in torch's default dtype, in evaluation mode on `device`.
 
         Raises:
             UserError: The weights do not fit the model.
         """
         try:
             model = build_model(**self.model)
-            model.load_state_dict(dict(checked(self.weights.items(), model.state_dict())))
+            model.load_state_dict(self.weights)
         except UserError:  # a ValueError too
             raise
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
