@@ -140,10 +140,13 @@ def compare(op: str, mesh: DeviceMesh, sample: testing.SampleInput, *dims: Dims)
 
 
 def is_left_to_torch(sample: testing.SampleInput, *dims: Dims) -> bool:
-    """A table whose rows are scaled, that has a sparse gradient, or whose indices are counted over processes."""
+    """A table whose rows are scaled, that has a sparse gradient, or whose indices are counted over processes; classes
+    of an entropy or divergence that two dimensions of the mesh divide."""
     options = sample.arguments
     counted = options.get("scale_grad_by_freq") and any(each and each != {"weight": 1} for each in dims)
-    return options.get("max_norm") is not None or options.get("sparse") or counted
+    classes = {name: options[name].dim() - 1 for name in ("logits", "p") if name in options}
+    divided_twice = len(dims) == 2 and all(classes.items() & each.items() for each in dims)
+    return options.get("max_norm") is not None or options.get("sparse") or counted or divided_twice
 
 
 def compare_all(failures: Failures, op: str, dtype: torch.dtype, mesh: DeviceMesh, largest: float) -> None:
