@@ -76,6 +76,13 @@ def test_an_option_of_another_type_is_refused_on_resume_too(tmp_path, data):
     assert "--n-layer (gpt)" in fails("train", "-o", run, "--resume", "--n-layer", 4)
 
 
+def test_a_finished_run_that_is_resumed_says_how_to_continue(tmp_path, data):
+    run = tmp_path / "run"
+    succeeds("train", "-i", data, "-o", run, "--max-steps", 2, "--n-hidden", 4)
+    assert "these were all its steps: more --max-steps than 2 continue it" in succeeds("train", "-o", run, "--resume")
+    assert "all its steps" not in succeeds("train", "-o", run, "--resume", "--max-steps", 3)
+
+
 @pytest.mark.parametrize("value", [99999999999999999999, -99999999999999999999, 2**64, -(2**63) - 1])
 def test_a_seed_beyond_64_bits_is_one_sentence(tmp_path, data, value):
     for command in (("train", "-i", data, "-o", tmp_path / "run"), ("sample", tmp_path)):

@@ -316,6 +316,13 @@ def errors(failures: Failures, world: int) -> None:
             lambda: F.linear_cross_entropy(INPUT, layer, TARGET),
             "mixed",
         ),
+        "a negative probability": (
+            ValueError,
+            lambda: F.kl_divergence(
+                *(distribute_tensor(x, mesh, [CLASSES]) for x in (LOGITS, -LOGITS.exp())), q_kind="probs"
+            ),
+            r"q must hold probabilities, but is -.* at position \(0, 0\)",
+        ),
         "a loss_dtype": (
             ValueError,
             lambda: F.cross_entropy(logits, whole(TARGET), loss_dtype=torch.float16),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from charlm import functional
-from charlm._checks import KINDS
+from charlm._checks import KINDS, nonnegative_probabilities
 from charlm.functional.broadcasting import result_dtype
 from charlm.functional.kernels import have_kernels
 from charlm.functional.kl_divergence import broadcast_distributions
@@ -82,6 +82,7 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: str, q_kind: str) -> Tensor:
     p, q = _for_kernels(p), _for_kernels(q)
     with torch.autocast(p.device.type, enabled=False):
         result = KlDivergence.apply(p, q, KINDS.index(q_kind), Part.of("kl_divergence", n_classes, group)).to(dtype)
+    nonnegative_probabilities(result, ("q", q, q_kind))  # of this process, at a position in its part
     return layout.wrap(result, rows, shape)
 
 
