@@ -7,6 +7,7 @@ With CHARLM_CUDA_EMULATED=LIBRARY the CPU's kernels are replaced by the CUDA ker
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,10 @@ hypothesis.settings.load_profile("charlm")
 BUILD = zlib.crc32(Path(_C.__file__).read_bytes())
 CACHE = Path(__file__).resolve().parents[1] / "build" / "torchinductor" / f"{BUILD:08x}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE))
+
+# Subprocesses inherit signals that are ignored: by nohup, or by a shell that starts a job in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # One thread, here and in subprocesses: most tensors are tiny, and threads that wait for each other took up to 30 times
 # as long. A test of threads sets its own number.
