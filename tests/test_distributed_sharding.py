@@ -207,20 +207,15 @@ def all_samples(failures: Failures, world: int) -> None:
         part(failures, world, math.inf)
 
 
-PARTS: dict[int, list[Part]] = {
-    1: [in_float32, special_logits],
-    2: [in_float32, in_other_dtypes, special_logits],
-    4: [in_float32, on_two_dimensions, special_logits],
-}
-
-
-@pytest.mark.parametrize("world", [pytest.param(n, marks=[] if n == 2 else pytest.mark.exhaustive) for n in PARTS])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_sharded_tensors_give_what_one_process_gives(world: int, tmp_path: Path) -> None:
-    for part, failures in run_parts(PARTS[world], world, tmp_path).items():
+    parts: list[Part] = [in_float32, in_other_dtypes, special_logits]
+    for part, failures in run_parts(parts, world, tmp_path).items():
         assert failures == {}, part
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("world", PARTS)
-def test_large_samples_that_are_sharded_give_what_one_process_gives(world: int, tmp_path: Path) -> None:
-    assert run_parts([all_samples], world, tmp_path) == {"all_samples": {}}
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_all_samples_that_are_sharded_give_what_one_process_gives(world: int, tmp_path: Path) -> None:
+    for part, failures in run_parts([all_samples, special_logits], world, tmp_path).items():
+        assert failures == {}, part
