@@ -42,7 +42,7 @@ def test_the_class_is_a_subclass_of_torchs_and_starts_with_its_arguments(ours: t
 
 @pytest.mark.parametrize("options", EMBEDDING_OPTIONS, ids=str)
 def test_an_embedding_of_the_same_seed_trains_like_torchs(options: dict[str, Any]) -> None:
-    index, results = torch.randint(27, (33, 3)), []
+    index, results = torch.randint(27, (33, 3), generator=torch.Generator().manual_seed(0)), []
     for class_ in PAIRS[0]:
         torch.manual_seed(0)
         module = class_(27, 10, **options)
@@ -52,7 +52,11 @@ def test_an_embedding_of_the_same_seed_trains_like_torchs(options: dict[str, Any
     (our_repr, ours, our_grad), (their_repr, theirs, their_grad) = results
     assert our_repr == their_repr
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(our_grad, their_grad, rtol=1e-2 if "dtype" in options else 1.3e-6, atol=1e-5)
+    if options.get("dtype") is torch.bfloat16:  # torch rounds the sum of a row after each term, we once
+        their_grad = torch.zeros(27, 10).index_add_(0, index.flatten(), 2 * ours.float().flatten(0, 1))
+        torch.testing.assert_close(our_grad, their_grad, rtol=2**-8, atol=0)
+    else:
+        torch.testing.assert_close(our_grad, their_grad)
 
 
 @pytest.mark.parametrize("options", LOSS_OPTIONS, ids="+".join)
