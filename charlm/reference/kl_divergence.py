@@ -43,7 +43,13 @@ def _divergence(p: Tensor, q: Tensor, p_kind: str, q_kind: str) -> Tensor:
     p, log_p = torch.where(constant, p.detach(), p), torch.where(constant, log_p.detach(), log_p)
     # A class of p_c = 0 adds nothing, unless q is NaN. exp may have rounded a p_c > 0 to 0, and 0 * inf is NaN.
     nothing = (absent & ~log_q.isnan()) | (infinite & (p == 0))
-    total = (p * (log_p.masked_fill(nothing, 0) - log_q.masked_fill(nothing, 0))).sum(-1)
+    difference = log_p.masked_fill(nothing, 0) - log_q.masked_fill(nothing, 0)
+    total = (p * difference).sum(-1)
+    # float64 judges all others. As sum_c p_c = 1, differences can be taken from their mean, where the terms of the
+    # derivative do not cancel: without it they lose up to 18 ulps.
+    if p_kind == "logits" and x.dtype == torch.float64:
+        mean = torch.where(total.isfinite(), total, 0).detach()
+        total = (p * (difference - mean.unsqueeze(-1))).sum(-1) + mean
     total = total + torch.zeros_like(total).masked_fill(infinite.any(-1), torch.inf)
     # Only rounding makes it negative. Subtracting the detached value makes it 0 and keeps the derivative.
     return torch.where(total < 0, total - total.detach(), total).to(dtype)
