@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,15 +295,6 @@ def _write_tensors(directory: Path, part: str, tensors: Mapping[str, Tensor], ra
     name = f"{part}-{digest[:16]}.safetensors"
     write_atomically(directory / name, data)
     return {"name": name, "bytes": len(data), "sha256": digest}
-
-
-def checked(tensors: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields named `tensors`; ValueError for one of another dtype than that of `like`, which torch would convert."""
-    for name, tensor in tensors:
-        expected = like.get(name, tensor).dtype
-        if tensor.dtype != expected:
-            raise ValueError(f"{name} is {tensor.dtype}, but must be {expected}")
-        yield name, tensor
 
 
 class _Joined(Mapping[str, Tensor]):

@@ -155,10 +155,16 @@ def parts_to_save(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]
 
 
 def scattered(tensors: Iterable[tuple[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of this process's parts of whole `tensors`, as `like` of the same name is sharded, and on its device."""
+    """Copies of this process's parts of whole `tensors`, as `like` of the same name is sharded, and on its device.
+
+    Raises:
+        ValueError: A tensor has another dtype than that of `like`, which torch would convert.
+    """
     found = {}
     for name, tensor in tensors:
         template: Any = like.get(name, tensor)
+        if tensor.dtype != template.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, but must be {template.dtype}")
         if _is_dtensor(template) and tensor.shape == template.shape:
             from torch.distributed.tensor import distribute_tensor
 

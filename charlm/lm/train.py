@@ -237,8 +237,8 @@ class Trainer:
             self.step, self.best_step, self.best_nats = saved.step, saved.best_step, saved.best_nats
             state = self.model.state_dict()
             current = saved.weights.items() if self.optimizer is None else _with_prefix(tensors, "weights.")
-            self.model.load_state_dict(scattered(checkpoints.checked(current, state), state))
-            self.best_weights = scattered(checkpoints.checked(saved.weights.items(), state), state)
+            self.model.load_state_dict(scattered(current, state))
+            self.best_weights = scattered(saved.weights.items(), state)
             self.batches.set_state(tensors["random.batches"])
             if self.processes.rank == 0:
                 self.loss_sum.copy_(tensors["loss_sum"])
@@ -255,7 +255,7 @@ class Trainer:
                     if tensor.shape != shape:
                         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
                     like = {} if key == "step" else {key: parameter}
-                    part = scattered(checkpoints.checked([(key, tensor)], like), like)
+                    part = scattered([(key, tensor)], like)
                     moments.setdefault(int(index), {}).update(part)
                 groups = self.optimizer.state_dict()["param_groups"]
                 self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
