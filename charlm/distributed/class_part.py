@@ -80,7 +80,7 @@ class Copied(Function):
 class Gathered(Function):
     """(K, n) of each rank → (W, K, n); every rank computes the same from it, so its gradient is its own part.
 
-    The numbers of all ranks are best joined in float64: each rounding of a row's sum is an error of all its gradients.
+    The callers join the numbers in float64: a rounding of a row's sum is an error of all its gradients.
     """
 
     @staticmethod

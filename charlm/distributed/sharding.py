@@ -82,7 +82,8 @@ def kl_divergence(p: Tensor, q: Tensor, *, p_kind: str, q_kind: str) -> Tensor:
     p, q = _for_kernels(p), _for_kernels(q)
     with torch.autocast(p.device.type, enabled=False):
         result = KlDivergence.apply(p, q, KINDS.index(q_kind), Part.of("kl_divergence", n_classes, group)).to(dtype)
-    nonnegative_probabilities(result, ("q", q, q_kind))  # of this process, at a position in its part
+    if q_kind == "probs":
+        nonnegative_probabilities(result, ("q", q, q_kind))  # of this process, at a position in its part
     return layout.wrap(result, rows, shape)
 
 

@@ -283,8 +283,8 @@ def _of_all_ranks(numbers: Tensor, rows: Rows, wanted: Wanted) -> tuple[Numbers,
     """Exchanges the numbers of each rank; also returns the state of each row, (2, n): m and s."""
     part, shape = rows.part, rows.own.shape
     gathered = Gathered.apply(numbers, part)
-    exact = gathered.double()
-    maxima, sums, distances = exact[:, 0], exact[:, 1], exact[:, 2]
+    wide = gathered.double()
+    maxima, sums, distances = wide[:, 0], wide[:, 1], wide[:, 2]
     finite, shares = shares_of(maxima, sums)
     maximum, total = maxima.amax(0), shares.sum(0)
     to_total = (finite - maxima) + (total / sums).log()  # (W, n) lse - lse_r; inf where a rank's logits are all -inf
@@ -295,12 +295,12 @@ def _of_all_ranks(numbers: Tensor, rows: Rows, wanted: Wanted) -> tuple[Numbers,
     smooth = entropy = predicted = None
     at = 3
     if wanted.smooth:
-        of_ranks = [exact[r, at] + rows.weights_of(r) * to_total[r] for r in range(part.n_ranks) if part.size_of(r)]
+        of_ranks = [wide[r, at] + rows.weights_of(r) * to_total[r] for r in range(part.n_ranks) if part.size_of(r)]
         smooth = torch.stack(of_ranks).sum(0).view(shape)
         at += 1
     if wanted.entropy:
         share = (-to_total).exp()
-        terms = torch.where(share > 0, exact[:, at] + to_total, 0)  # before the product: 0 * inf is NaN
+        terms = torch.where(share > 0, wide[:, at] + to_total, 0)  # before the product: 0 * inf is NaN
         entropy = (share * terms).sum(0).view(shape)
         at += 1
     if wanted.predicted:
