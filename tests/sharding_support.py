@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import os
 import traceback
@@ -82,6 +83,7 @@ def run_parts(parts: list[Part], world: int, folder: Path) -> dict[str, Failures
 
 
 def _work(rank: int, parts: list[Part], world: int, folder: str) -> None:
+    faulthandler.enable()  # prints the threads' tracebacks if a rank crashes
     torch.set_num_threads(1)
     if EMULATED:  # as in tests/conftest.py, which this process does not run
         run_cpu_ops_on_emulator(EMULATED)
