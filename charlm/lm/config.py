@@ -18,6 +18,17 @@ DTYPES = ("float32", "bfloat16")
 
 # Defaults by model type, chosen on makemore's names for two cores. The defaults of `Config` itself are those of the MLP
 # and apply to every type unless they are listed here.
+RECURRENT = {
+    "block_size": 32,
+    "n_embd": 64,
+    "n_hidden": 192,
+    "n_layer": 1,
+    "dropout": 0.3,
+    "max_steps": 3000,
+    "batch_size": 256,
+    "learning_rate": 3e-3,
+    "grad_clip": 1.0,
+}
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "wavenet": {
         "n_embd": 24,
@@ -27,6 +38,16 @@ TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 512,
         "learning_rate": 3e-3,
     },
+    "bow": {
+        "block_size": 32,
+        "n_embd": 64,
+        "max_steps": 3000,
+        "batch_size": 256,
+        "learning_rate": 3e-3,
+    },
+    "rnn": RECURRENT,
+    "gru": RECURRENT,
+    "lstm": RECURRENT,
     "gpt": {
         "block_size": 32,
         "n_embd": 64,
@@ -41,11 +62,13 @@ TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
 MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "mlp": ("n_embd", "n_hidden", "batch_norm", "dropout"),
     "wavenet": ("n_embd", "n_hidden", "dropout"),
+    "bow": ("n_embd", "n_hidden", "dropout"),
+    **dict.fromkeys(("rnn", "gru", "lstm"), ("n_layer", "n_embd", "n_hidden", "dropout")),
     "gpt": ("n_layer", "n_head", "n_embd", "dropout"),
     "ngram": ("order", "smoothing", "add_k"),
 }
 COUNT_OPTIONS = ("add_k",)
-NETWORKS = ("mlp", "wavenet", "gpt")
+NETWORKS = ("mlp", "wavenet", "bow", "rnn", "gru", "lstm", "gpt")
 # Options that only networks have. (Every type has add_k, because it also smooths the baselines in the tables.)
 NETWORK_OPTIONS = (
     "block_size",

@@ -15,9 +15,12 @@ from charlm._errors import UserError
 from charlm.lm.config import NETWORKS, Config
 from charlm.lm.corpus import Corpus
 from charlm.lm.evaluate import CHUNK
+from charlm.lm.models import MODELS
+from charlm.lm.models.recurrent import Recurrent
 from charlm.lm.processes import Launch
 
 FLOAT = 4  # bytes
+CELLS = {type: model.cell for type, model in MODELS.items() if issubclass(model, Recurrent)}
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -29,6 +32,14 @@ def count_parameters(config: Config, vocab_size: int) -> int:
     if config.type == "wavenet":
         layers = T.bit_length() - 1
         return V * D + 2 * D * H + (layers - 1) * 2 * H * H + layers * 2 * H + H * V + V
+    if config.type == "bow":
+        return V * D + T * D + 2 * D * H + H + D + D * V + V
+    if config.type in CELLS:
+        cell = CELLS[config.type]
+        inputs = D + (config.n_layer - 1) * H
+        return (
+            V * D + (inputs + config.n_layer * (H + 1)) * cell.gates * H + config.n_layer * cell.states * H + H * V + V
+        )
     if config.type == "gpt":
         return V * D + T * D + config.n_layer * (12 * D * D + 2 * D) + D
     return 0
@@ -61,7 +72,7 @@ def estimate_bytes(config: Config, corpus: Corpus, launch: Launch | None = None,
     else:  # one process writes
         numbers = (local * copies + written) * parameters
     batch = -(-config.batch_size // launch.size)  # of one process
-    rows = batch if config.type == "gpt" else max(batch, CHUNK // 4)  # evaluation saves less
+    rows = batch if MODELS[config.type].predicts_every_position else max(batch, CHUNK // 4)  # evaluation saves less
     activations = _activations(config, corpus) * rows
     token = 1 if len(corpus.vocabulary) <= 256 else 4
     batches = config.gradient_accumulation_steps * (batch * config.block_size * token + config.batch_size * 16)
@@ -76,6 +87,10 @@ def _activations(config: Config, corpus: Corpus) -> int:
     if config.type == "wavenet":
         return T * D + 7 * H * T  # T/2 + T/4 + … positions; product, norm, tanh, dropout, gradient
     T = min(T, corpus.longest_item("train") + 1)
+    if config.type == "bow":
+        return 6 * T * D + 3 * T * H
+    if config.type in CELLS:
+        return T * D + config.n_layer * T * 4 * (1 + CELLS[config.type].gates) * H
     scores = 3 * config.n_head * T * T if config.dropout else 0  # without dropout, attention saves none
     return config.n_layer * (24 * T * D + scores)
 

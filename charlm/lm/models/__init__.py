@@ -8,14 +8,26 @@ from __future__ import annotations
 from typing import Any
 
 from charlm.lm.models.base import LanguageModel
+from charlm.lm.models.bow import BoW
 from charlm.lm.models.counts import COUNT_MODELS, Bigram, CountModel, Uniform, Unigram
 from charlm.lm.models.gpt import GPT
 from charlm.lm.models.mixture import Mixture
 from charlm.lm.models.mlp import MLP
 from charlm.lm.models.ngram import NGram
+from charlm.lm.models.recurrent import GRU, LSTM, RNN
 from charlm.lm.models.wavenet import WaveNet
 
-MODELS: dict[str, type[LanguageModel]] = {"mlp": MLP, "wavenet": WaveNet, "gpt": GPT, "ngram": NGram, **COUNT_MODELS}
+MODELS: dict[str, type[LanguageModel]] = {
+    "mlp": MLP,
+    "wavenet": WaveNet,
+    "bow": BoW,
+    "rnn": RNN,
+    "gru": GRU,
+    "lstm": LSTM,
+    "gpt": GPT,
+    "ngram": NGram,
+    **COUNT_MODELS,
+}
 
 
 def build_model(type: str, *, mix_ngram: int = 0, **config: Any) -> LanguageModel:
@@ -33,9 +45,13 @@ def build_model(type: str, *, mix_ngram: int = 0, **config: Any) -> LanguageMode
 __all__ = [
     "COUNT_MODELS",
     "GPT",
+    "GRU",
+    "LSTM",
     "MLP",
     "MODELS",
+    "RNN",
     "Bigram",
+    "BoW",
     "CountModel",
     "LanguageModel",
     "Mixture",
