@@ -13,10 +13,11 @@ import torch
 from charlm._errors import UserError
 from charlm.lm import checkpoint
 from charlm.lm.config import Config
-from charlm.lm.data import build_corpus
+from charlm.lm.data import build_corpus, read_corpus
 from charlm.lm.evaluate import evaluate
 from charlm.lm.examples import Examples, text_examples
 from charlm.lm.models import Bigram, NGram, Unigram, ngram
+from charlm.lm.models.ngram import TABLES, pack, unpack
 from charlm.lm.stream import Stream
 from charlm.lm.train import Trainer
 
@@ -245,3 +246,65 @@ def test_the_block_size_of_an_ngram_model_is_its_context():
     assert config.block_size == 3
     assert replace(config, order=1).block_size == 1
     assert Config(order=4).block_size == Config().block_size
+
+
+# ---- the packed tables
+
+
+@pytest.mark.parametrize("smoothing", ["kneser-ney", "add-k"])
+def test_a_state_dict_of_bytes_gives_the_same_tables(smoothing):
+    corpus = read_corpus(None)
+    model = NGram(len(corpus.vocabulary), 4, order=5, smoothing=smoothing)
+    model.fit(corpus.examples("train", 4))
+    state = model.state_dict()
+    assert set(state) == {"items", "tables"}
+    assert len(state["tables"]) < 2 * len(model.ngram_keys)  # bytes
+    loaded = NGram(len(corpus.vocabulary), 4, order=5, smoothing=smoothing)
+    loaded.load_state_dict(state)
+    for name in TABLES:
+        assert torch.equal(getattr(loaded, name), getattr(model, name))
+    idx, targets = next(corpus.examples("dev", 4).chunks(1000))
+    assert torch.equal(loaded.loss(idx, targets, "none"), model.loss(idx, targets, "none"))
+
+
+def test_a_state_dict_of_an_earlier_version_is_read():
+    corpus = build_corpus("ab\nabc\nba\nbac\nabab", format="line")
+    model = NGram(len(corpus.vocabulary), 2, order=3)
+    model.fit(corpus.examples("train", 2))
+    old = {name: getattr(model, name) for name in (*TABLES, "items")}
+    loaded = NGram(len(corpus.vocabulary), 2, order=3)
+    loaded.load_state_dict(old)
+    assert torch.equal(loaded.tables, model.tables)
+    assert torch.equal(loaded.share, model.share)
+
+
+def packed(context_keys=(0, 2), ngram_keys=(0, 4, 7), counts=(1, 2, 3), lengths=None, cut=None) -> np.ndarray:
+    arrays = [np.array(array, np.int64) for array in (context_keys, ngram_keys, counts)]
+    data = pack(tuple(arrays))
+    if lengths is not None:
+        data = np.concatenate([np.array(lengths, "<i8").view(np.uint8), data[16:]])
+    return data[:cut]
+
+
+def test_packed_tables_come_back():
+    assert [array.tolist() for array in unpack(packed(), 3)] == [[0, 2], [0, 4, 7], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (packed(cut=-4), "too short|damaged"),
+        (packed(cut=20), "too short|damaged"),
+        (np.concatenate([packed()[:16], np.zeros(40, np.uint8)]), "damaged"),
+        (packed(lengths=(2, 2**40)), "contexts and 1099511627776 n-grams"),
+        (packed(lengths=(-1, 3)), "name -1 contexts"),
+        (packed(lengths=(2, 4)), "too short"),
+        (packed(ngram_keys=(0, 7, 4)), "not sorted"),
+        (packed(context_keys=(-3, 2)), "not sorted"),
+        (packed(ngram_keys=(0, 4, 9)), "contexts that do not exist"),
+        (packed(counts=(1, 0, 3)), "not sorted, or"),
+    ],
+)
+def test_damaged_tables_are_a_value_error(data, words):
+    with pytest.raises(ValueError, match=words):
+        unpack(np.ascontiguousarray(data), 3)

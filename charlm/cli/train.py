@@ -26,7 +26,7 @@ from charlm.cli.common import (
     print_samples,
     progress_bar,
 )
-from charlm.lm.config import DTYPES, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
+from charlm.lm.config import DTYPES, NETWORKS, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,9 +82,13 @@ def train(
     overwrite: Annotated[bool, option(OUTPUT, "Replace the run in the work dir.", "--overwrite")] = False,
     force: Annotated[bool, option(OUTPUT, "Train even if the memory may not suffice.", "--force")] = False,
     type: Annotated[
-        str,
-        option(MODEL, "Model type: a network (mlp, wavenet, gpt) or a count model (ngram, bigram, unigram, uniform)."),
-    ] = DEFAULT.type,
+        str | None,
+        option(
+            MODEL,
+            f"Model type: a network ({', '.join(NETWORKS)}) or a count model (ngram, bigram, unigram, uniform). "
+            "Default: mlp for a short list of short items, otherwise gru.",
+        ),
+    ] = None,
     block_size: Annotated[
         int, option(MODEL, "Context in characters; a power of two for the wavenet.", by_type="block_size")
     ] = DEFAULT.block_size,
@@ -100,8 +104,13 @@ def train(
         float, option(TRAINING, "Probability of replacing an input token by a random one.")
     ] = DEFAULT.token_noise,
     mix_ngram: Annotated[
-        int, option(MODEL, "Order of an n-gram to average with the network; 0 for none.")
-    ] = DEFAULT.mix_ngram,
+        int | None,
+        option(MODEL, "Order of the n-gram that the network is mixed with. Default: chosen on a part of train."),
+    ] = None,
+    mix_tokens: Annotated[
+        int, option(MODEL, "Most characters of train that this n-gram counts, the last ones.")
+    ] = DEFAULT.mix_tokens,
+    no_mix: Annotated[bool, option(MODEL, "Train the network alone, as --mix-ngram 0.", "--no-mix")] = False,
     order: Annotated[int, option(MODEL, "Order of the ngram model; its context is order - 1.")] = DEFAULT.order,
     smoothing: Annotated[str, option(MODEL, "Smoothing of ngram: kneser-ney or add-k.")] = DEFAULT.smoothing,
     add_k: Annotated[float, option(MODEL, "Constant added to the counts of count models.")] = DEFAULT.add_k,
@@ -176,7 +185,7 @@ def train(
 ) -> None:
     """Train a model; show its loss and samples.
 
-    Without options, train an mlp on the shipped names, on the CPU, into ./out.
+    Without options, train on the shipped names, on the CPU, into ./out. A network is mixed with an n-gram.
 
     Losses are in nats per character; the table at the end adds bits and the baselines.
 
@@ -191,6 +200,10 @@ def train(
         for name in Config.names()
         if context.get_parameter_source(name).name == "COMMANDLINE"
     }
+    if no_mix:
+        if given.get("mix_ngram"):
+            raise UserError("--mix-ngram and --no-mix exclude each other")
+        given["mix_ngram"] = 0
     if input_file is not None:
         given["input_file"] = path_to_save(input_file)
     if resume and overwrite:
@@ -202,8 +215,8 @@ def train(
         if launch.size > 1 and given.get("input_file") == STREAM:
             raise UserError("standard input and pipes can be read by one process only: give a file with -i")
         _set_threads(threads)
-        if not resume:
-            check_options(given.get("type", DEFAULT.type), given)
+        if not resume and "type" in given:
+            check_options(given["type"], given)
         config = None if resume else Config.of_type(**{"type": DEFAULT.type, **given})
         with joined(launch, timeout) as processes, ExitStack() as stack:
             if processes.rank == 0:
@@ -302,6 +315,7 @@ def _run(
     `config` is that of a new run; None resumes the checkpoint in `work_dir` with the options `given`.
     """
     from charlm.lm import checkpoint
+    from charlm.lm.defaults import config_for
     from charlm.lm.display import ProgressReport
     from charlm.lm.memory import check_fits, parse_bytes
     from charlm.lm.parallel import check_parallel
@@ -322,6 +336,8 @@ def _run(
     console.quiet = processes.rank != 0
     corpus = corpus_of(config, input_file, cache, silent=processes.rank > 0)
     guessed = ", guessed" if config.format is None else ""
+    if resumed is None:
+        config = config_for(corpus, given)
     config = replace(config, format=corpus.format)
     if isinstance(corpus, ShardedCorpus):  # the split of the folder
         split = {name: corpus.manifest[name] for name in ("split_seed", "dedup")}
@@ -331,6 +347,7 @@ def _run(
         check_fits(config, corpus, usable_device(processes.device(config.device)), processes.launch, parallel)
     processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
     trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound)
+    config = trainer.config
     del resumed  # and so its files, which the next checkpoint replaces
     _print_model(console, config, corpus, trainer, parallel)
     stop = StopRequest(ignores_repeats=is_under_torchrun())
@@ -430,11 +447,16 @@ def _print_result(
     console: Console, config: Config, corpus: Corpus, trainer: Trainer, model: LanguageModel, result: Evaluation
 ) -> None:
     from charlm.lm.display import print_losses
-    from charlm.lm.evaluate import baselines
+    from charlm.lm.evaluate import baselines, evaluate, predictions
     from charlm.lm.examples import PROTOCOLS
+    from charlm.lm.models import Mixture
     from charlm.lm.sample import SamplingOptions, sample
 
-    rows = baselines(corpus, "dev", config.add_k)
+    rows = baselines(corpus, "dev", config.add_k, model.ngram.cpu() if isinstance(model, Mixture) else None)
+    if isinstance(model, Mixture):
+        network = model.to(trainer.device).network
+        dev = predictions(network, corpus, "dev").to(trainer.device)
+        rows[f"the {config.type} alone"] = evaluate(network, dev, "dev")
     rows[f"this model ({config.label}, step {trainer.best_step})"] = result
     print_losses(console, f"loss on dev, {result.tokens:,} tokens, {PROTOCOLS[result.protocol]}", rows)
     options = SamplingOptions(max_new_tokens=None if corpus.format == "line" else PASSAGE)

@@ -242,9 +242,10 @@ def _piece_surprisals(
         return torch.empty(0, dtype=torch.float64)
     if protocol != "fixed":
         return _token_surprisals(model, [torch.cat([before, tokens])], device)[0][len(before) :]
-    stream = Stream(torch.cat([before[-1:], tokens]).int(), model.pad_token, start=len(before[-1:]))
+    before = before[-(1 + model.tokens_before_window) :]
+    stream = Stream(torch.cat([before, tokens]).int(), model.pad_token, start=len(before))
     if model.predicts_every_position:
-        examples: Predictions = text_windows(stream, model.block_size)
+        examples: Predictions = text_windows(stream, model.block_size, model.tokens_before_window)
     else:
         examples = in_windows(text_examples(stream, model.block_size))
     return surprisals(model, examples.to(device)).double().cpu()

@@ -139,7 +139,9 @@ class Config:
         token_noise: Probability that training replaces an input token, padding included, by one drawn from the token
             frequencies (unigram noising, Xie et al. 2017, "Data Noising as Smoothing in Neural Network Language
             Models"). Targets are not changed.
-        mix_ngram: Order of a Kneser–Ney n-gram whose probabilities are averaged with those of the network; 0 for none.
+        mix_ngram: Order of a Kneser–Ney n-gram that is mixed with the network, see `Mixture`; 0 for none. None, the
+            default of the command, chooses it on a held-out part of train.
+        mix_tokens: The most characters of train that this n-gram counts, the last ones.
         order: Length of the longest n-gram of the n-gram model, whose block_size is always order - 1.
         smoothing: Smoothing of the n-gram model, "kneser-ney" or "add-k".
         add_k: Constant added to every count of a count model.
@@ -176,7 +178,8 @@ class Config:
     n_head: int = 4
     dropout: float = 0.1
     token_noise: float = 0.0
-    mix_ngram: int = 0
+    mix_ngram: int | None = 0
+    mix_tokens: int = 5_000_000
     order: int = 6
     smoothing: str = "kneser-ney"
     add_k: float = 1.0
@@ -200,10 +203,20 @@ class Config:
 
     def __post_init__(self) -> None:
         check_numbers(vars(self))
-        counts = ("block_size", "n_embd", "n_hidden", "n_layer", "n_head", "max_steps", "batch_size", "log_interval")
-        for name in (*counts, "gradient_accumulation_steps"):
+        counts = (
+            "block_size",
+            "n_embd",
+            "n_hidden",
+            "n_layer",
+            "n_head",
+            "max_steps",
+            "batch_size",
+            "log_interval",
+            "mix_tokens",
+        )
+        for name in (*counts, "gradient_accumulation_steps", "mix_tokens"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "mix_ngram"):
+        for name in ("warmup_steps", "weight_decay", "grad_clip"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "add_k"):
             self._check(name, getattr(self, name) > 0, "above 0")
@@ -225,12 +238,12 @@ class Config:
             self._check("block_size", is_power, "a power of two for the wavenet")
         if self.type == "ngram":
             object.__setattr__(self, "block_size", max(1, self.order - 1))
-        if self.mix_ngram:
-            self._check(
-                "mix_ngram", not issubclass(MODELS[self.type], CountModel), f"0 for type {self.type}, which counts"
-            )
-            most = min(self.block_size + 1, MAX_LENGTH)
+        if self.mix_ngram is not None:
+            self._check("mix_ngram", self.mix_ngram >= 0, "at least 0")
+            most = self.largest_mixed_order
             self._check("mix_ngram", self.mix_ngram <= most, f"at most {most} for a block_size of {self.block_size}")
+        if self.mix_ngram != 0 and issubclass(MODELS[self.type], CountModel):
+            self._check("mix_ngram", False, f"0 for type {self.type}, which counts")
         if self.type == "gpt":
             self._check("n_head", self.n_embd % self.n_head == 0, f"a divisor of n_embd, which is {self.n_embd}")
 
@@ -255,6 +268,11 @@ class Config:
             **{name: getattr(self, name) for name in own},
             **mixed,
         }
+
+    @property
+    def largest_mixed_order(self) -> int:
+        """The largest `mix_ngram`: beside a model that predicts every position, an n-gram sees no more than a row."""
+        return min(self.block_size + 1, MAX_LENGTH) if MODELS[self.type].predicts_every_position else MAX_LENGTH
 
     @property
     def label(self) -> str:

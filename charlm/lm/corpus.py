@@ -78,9 +78,9 @@ class Corpus(ABC):
         make = item_sequences if self.format == "line" else text_sequences
         return make(self.stream(split, block_size), block_size)
 
-    def windows(self, split: str, block_size: int) -> Sequences:
-        """Consecutive windows of running text with a prediction at every position."""
-        return text_windows(self.stream(split, block_size), block_size)
+    def windows(self, split: str, block_size: int, before: int = 0) -> Sequences:
+        """Consecutive windows of running text with a prediction at every position; `before` as in `text_windows`."""
+        return text_windows(self.stream(split, max(block_size, before + 1)), block_size, before)
 
     def examples_in_windows(self, split: str, block_size: int) -> Examples:
         """The predictions of `windows`, one per row; no context reaches beyond its window."""

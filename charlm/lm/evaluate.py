@@ -22,9 +22,12 @@ from torch import Tensor
 
 from charlm.lm.corpus import Corpus
 from charlm.lm.examples import BLOCK, Examples, Sequences, is_target, resolve_protocol
-from charlm.lm.models import COUNT_MODELS, LanguageModel
+from charlm.lm.held_out import choose_order, fitted_ngram
+from charlm.lm.models import COUNT_MODELS, LanguageModel, NGram
 from charlm.lm.vocabulary import UNKNOWN, check_choice
+from charlm.ngrams import MAX_LENGTH
 
+KNESER_NEY_TOKENS = 5_000_000  # that the n-gram of the tables counts
 SUMMED = 1 << 20  # surprisals that are summed at once
 CHUNK = 8192  # predictions at a time: the logits of a chunk stay in cache for most vocabularies
 
@@ -82,7 +85,9 @@ def predictions(model: LanguageModel, corpus: Corpus, split: str, protocol: str 
         return corpus.examples(split, model.block_size)
     if protocol == "items":
         return (corpus.sequences if model.predicts_every_position else corpus.examples)(split, model.block_size)
-    return (corpus.windows if model.predicts_every_position else corpus.examples_in_windows)(split, model.block_size)
+    if not model.predicts_every_position:
+        return corpus.examples_in_windows(split, model.block_size)
+    return corpus.windows(split, model.block_size, model.tokens_before_window)
 
 
 def surprisals(model: LanguageModel, examples: Examples | Sequences) -> Tensor:
@@ -180,20 +185,32 @@ def evaluate_on(
     return Evaluation(split, examples.protocol, nats.mean().item(), len(nats)), int(escaped.sum().item())
 
 
-def fitted_baselines(corpus: Corpus, add_k: float = 1.0) -> Iterator[tuple[str, LanguageModel]]:
-    """The count models from uniform to bigram whose tables fit into memory, fitted on train: (name, model) pairs."""
+def fitted_baselines(
+    corpus: Corpus, add_k: float = 1.0, ngram: NGram | None = None
+) -> Iterator[tuple[str, LanguageModel]]:
+    """The count models whose tables fit into memory, fitted on train: (name, model) pairs.
+
+    They are uniform, unigram and bigram with add-k smoothing, and a Kneser–Ney n-gram of at most KNESER_NEY_TOKENS
+    tokens, whose order is chosen on a held-out part of train; `ngram` is that n-gram if there is one already.
+    """
     train, vocabulary = corpus.examples("train", block_size=1), corpus.vocabulary
     for name, kind in COUNT_MODELS.items():
         if kind.fits(len(vocabulary)):
             model = kind(len(vocabulary), pad_token=vocabulary.pad_token, add_k=add_k).eval()
             model.fit(train)
             yield name, model
+    if ngram is None:
+        order = choose_order(corpus, MAX_LENGTH)
+        ngram = fitted_ngram(corpus, order, corpus.tokens("train"), KNESER_NEY_TOKENS)
+    yield f"{ngram.order}-gram, Kneser–Ney", ngram.eval()
 
 
-def baselines(corpus: Corpus, split: str = "dev", add_k: float = 1.0) -> dict[str, Evaluation]:
+def baselines(
+    corpus: Corpus, split: str = "dev", add_k: float = 1.0, ngram: NGram | None = None
+) -> dict[str, Evaluation]:
     """The evaluation of each of `fitted_baselines` on `split`, by name."""
-    held_out = corpus.examples(split, block_size=1)
-    return {name: evaluate(model, held_out, split) for name, model in fitted_baselines(corpus, add_k)}
+    fitted = fitted_baselines(corpus, add_k, ngram)
+    return {name: evaluate(model, corpus.examples(split, model.block_size), split) for name, model in fitted}
 
 
 # ---- comparison

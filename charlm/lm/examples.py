@@ -191,10 +191,12 @@ class Sequences(Predictions):
         layout: "runs", "windows" or "every", as made by `run_sequences`, `text_windows` and `text_sequences`.
         long: For "runs" of more than block_size tokens: their numbers and the number of further rows before each, two
             of (L,) int64.
+        before: For "windows": the number of tokens before each row that idx has as additional first columns.
     """
 
     layout: str
     long: tuple[Tensor, Tensor] | None = None
+    before: int = 0
 
     @property
     def tokens(self) -> int:
@@ -231,10 +233,13 @@ class Sequences(Predictions):
         return self.count(torch.arange(len(self)))
 
     def select(self, rows: Tensor) -> tuple[Tensor, Tensor, int]:
-        """(idx, targets, number of predictions) of `rows`, (B,) int64 on the CPU, cropped to the longest of them."""
+        """(idx, targets, number of predictions) of `rows`, (B,) int64 on the CPU, cropped to the longest of them.
+
+        idx (B, before + T), targets (B, T).
+        """
         first, width, further = self._geometry(self._numbers(rows))
         columns = int(width.max().item())
-        idx = self.stream.windows(first - 1, columns)  # (B, T)
+        idx = self.stream.windows(first - 1 - self.before, self.before + columns)
         targets = self.stream.windows(first, columns)
         if self.layout == "every":
             return idx, targets, len(rows) * columns
@@ -244,6 +249,7 @@ class Sequences(Predictions):
         if self.layout == "runs":
             padded = outside | ((column == 0) & ~further[:, None])
             outside = outside | (further[:, None] & (column < width[:, None] - 1))
+        padded = torch.nn.functional.pad(padded, (self.before, 0))
         idx = idx.masked_fill(padded.to(idx.device), self.stream.pad_token)
         signed = torch.int16 if targets.dtype == torch.uint8 else torch.int32
         targets = targets.to(signed).masked_fill(outside.to(targets.device), IGNORED)
@@ -419,6 +425,9 @@ def text_sequences(stream: Stream, block_size: int) -> Sequences:
     return Sequences(stream, block_size, "fixed", range(rows), "every")
 
 
-def text_windows(stream: Stream, block_size: int) -> Sequences:
-    """Consecutive rows of `block_size` predictions, as nanoGPT evaluates. The last row may be shorter."""
-    return Sequences(stream, block_size, "fixed", range(-(-len(stream) // block_size)), "windows")
+def text_windows(stream: Stream, block_size: int, before: int = 0) -> Sequences:
+    """Consecutive rows of `block_size` predictions, as nanoGPT evaluates. The last row may be shorter.
+
+    `before` is that of `Sequences`; the stream must hold as many tokens before the split.
+    """
+    return Sequences(stream, block_size, "fixed", range(-(-len(stream) // block_size)), "windows", before=before)

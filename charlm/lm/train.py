@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from charlm._errors import UserError
 from charlm.lm import checkpoint as checkpoints
-from charlm.lm import threads
+from charlm.lm import held_out, threads
+from charlm.lm.calibration import Calibration
 from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
@@ -88,6 +89,8 @@ class Trainer:
     ) -> None:
         self.processes = processes or Processes()
         check_parallel(parallel, config, self.processes)
+        if config.mix_ngram is None:
+            config = replace(config, mix_ngram=held_out.choose_order(corpus, config.largest_mixed_order))
         self.config = config
         self.corpus = corpus
         self.directory = directory
@@ -99,7 +102,9 @@ class Trainer:
             torch.manual_seed(config.seed)
             self.model = build_model(**self.model_config).to(self.device)
         if isinstance(self.model, Mixture) and resumed is None:
-            self.model.fit(corpus.examples("train", self.model.ngram.block_size).to(self.device))
+            end = corpus.tokens("train")
+            self.model.fit(held_out.counted(corpus, config.mix_ngram, end, config.mix_tokens).to(self.device))
+        self._calibration: Calibration | None = None
         distribute(self.model, parallel, self.processes, self.device)
         self.batches = torch.Generator().manual_seed(config.seed)
         self.step = 0
@@ -296,6 +301,8 @@ class Trainer:
         with suppress(Interrupted), stop.interrupting():
             rows = self.corpus.sequences if model.predicts_every_position else self.corpus.examples
             train, dev = rows("train", config.block_size).to(self.device), self._dev()
+            if isinstance(model, Mixture):
+                train = held_out.before(train, held_out.training_end(self.corpus, config.block_size))
             if config.token_noise:
                 chunks = self.corpus.examples("train", block_size=1).chunks(COUNTED_TOKENS)
                 tokens = (targets.to(self.device) for _, targets in chunks)
@@ -436,9 +443,11 @@ class Trainer:
         start = time.perf_counter()
         result = None
         if is_sharded(self.model):  # the processes exchange weights, so that none may leave the others
+            self._calibrate()
             result = self._evaluate(dev)
         else:
             with suppress(Interrupted), stop.interrupting():
+                self._calibrate()
                 result = self._evaluate(dev)
         if self.processes.stopping(stop)() is not None or result is None:
             return False
@@ -456,6 +465,12 @@ class Trainer:
         report("dev", result.nats, result.tokens / seconds)
         self.save()
         return True
+
+    def _calibrate(self) -> None:
+        """Fits the weights of a mixture to its network."""
+        if isinstance(self.model, Mixture):
+            self._calibration = self._calibration or Calibration(self.corpus, self.model, self.config.mix_tokens)
+            self._calibration.fit(self.model)
 
     def _evaluate(
         self, dev: Examples | Sequences, on_progress: Callable[[int, int], None] = lambda done, total: None

@@ -35,7 +35,7 @@ def build_model(type: str, *, mix_ngram: int = 0, **config: Any) -> LanguageMode
 
     Args:
         type: A key of MODELS.
-        mix_ngram: Order of the n-gram to average the model with, see `Mixture`; 0 for none.
+        mix_ngram: Order of the n-gram to mix the model with, see `Mixture`; 0 for none.
         config: The constructor arguments of the model.
     """
     model = MODELS[type](**config)

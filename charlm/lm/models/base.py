@@ -20,10 +20,12 @@ class LanguageModel(nn.Module):
         pad_token: Token that fills the window before the first token.
 
     The class attribute `predicts_every_position` says what a model is trained on: `Sequences`, with idx and targets
-    (B, T), if true, and otherwise `Examples`, with idx (B, T) and targets (B,).
+    (B, T), if true, and otherwise `Examples`, with idx (B, T) and targets (B,). `tokens_before_window` is the number of
+    tokens before a fixed window of running text that the model takes in addition, as the first columns of idx.
     """
 
     predicts_every_position = False
+    tokens_before_window = 0
 
     def __init__(self, vocab_size: int, block_size: int, pad_token: int = 0) -> None:
         super().__init__()

@@ -19,10 +19,15 @@ Add-k (Lidstone; k = 1 is Laplace smoothing), at the highest order only
 The counts form a trie of contexts that is read backwards from the nearest token, so that the contexts of all orders lie
 on one path. Node 0 is the empty context. `context_keys` holds (parent · V + token) of the other nodes in sorted order;
 node i is at index i - 1. `ngram_keys` holds (node · V + next token) of every n-gram of every order, also sorted.
+
+The state dict holds the three arrays in one tensor of bytes, `tables`: their differences, compressed. That is 1 to 2
+bytes for each n-gram of a text in place of 24. A state dict that holds the arrays themselves, as it was before, can be
+loaded too.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,6 +45,10 @@ from charlm.lm.models.base import reduce
 from charlm.lm.models.counts import CountModel
 from charlm.ngrams import NgramLevel, count_ngrams
 
+# (B,) int64 nodes, and a (B,) mask of those that were seen in training, of each length of context.
+Contexts = list[tuple[Tensor, Tensor]]
+
+TABLES = ("context_keys", "ngram_keys", "ngram_counts")
 SMOOTHINGS = ("kneser-ney", "add-k")
 SCANNED_EXAMPLES = 1 << 18  # examples whose order is checked at a time
 BYTES_PER_NGRAM = 112  # of memory while the tables are built; the tables themselves take at most 48
@@ -83,9 +92,10 @@ class NGram(CountModel):
         self.ngram_keys: Tensor  # (G,) int64
         self.ngram_counts: Tensor  # (G,) int64: a of Kneser–Ney, or n of add-k
         self.items: Tensor  # () bool: whether the pad token starts an item, which ends a context
-        for name in ("context_keys", "ngram_keys", "ngram_counts"):
-            self.register_buffer(name, torch.empty(0, dtype=torch.int64))
+        for name in TABLES:
+            self.register_buffer(name, torch.empty(0, dtype=torch.int64), persistent=False)
         self.register_buffer("items", torch.tensor(False))
+        self.register_buffer("tables", torch.empty(0, dtype=torch.uint8))  # the three tables, packed
         self._derive()
 
     def fit(self, examples: Examples, *, memory: int | None = None, directory: str | Path | None = None) -> None:
@@ -124,38 +134,66 @@ class NGram(CountModel):
         self.context_keys, self.ngram_keys, self.ngram_counts = (
             torch.from_numpy(array).to(self.items.device) for array in arrays
         )
+        self.tables = torch.from_numpy(pack(arrays)).to(self.items.device)
         self.items.fill_(items)
         self._derive()
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """As `LanguageModel.forward`; the logits are log-probabilities, (B, V) float64."""
-        p = torch.full((len(idx), self.vocab_size), 1 / self.vocab_size, dtype=torch.float64, device=idx.device)
-        for node, seen in self._contexts(idx):
-            p *= torch.where(seen, self.rest[node], 1.0)[:, None]
-            first = self.first_ngram[node]  # (B,) index of the first n-gram of each context
-            size = torch.where(seen, self.first_ngram[node + 1] - first, 0)  # (B,) n-grams of each context
-            row = torch.arange(len(idx), device=idx.device).repeat_interleave(size)  # (R,) for R n-grams in total
-            ngram = (first - size.cumsum(0) + size)[row] + torch.arange(len(row), device=idx.device)
-            p[row, self.ngram_keys[ngram] % self.vocab_size] += self.share[ngram]  # each pair occurs once
-        logits = p.log_()
+        logits = self.log_probs(self.contexts(idx))
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """As `LanguageModel.loss`; only the probabilities of the targets are computed."""
-        p = torch.full((len(idx),), 1 / self.vocab_size, dtype=torch.float64, device=idx.device)
+        return reduce(self.surprisal(self.contexts(idx), targets), reduction)
+
+    def log_probs(self, contexts: Contexts) -> Tensor:
+        """The log-probabilities of all tokens after `contexts`, (B, V) float64."""
+        node, _ = contexts[0]
+        p = torch.full((len(node), self.vocab_size), 1 / self.vocab_size, dtype=torch.float64, device=node.device)
+        for node, seen in contexts if len(self.ngram_keys) else []:
+            p *= torch.where(seen, self.rest[node], 1.0)[:, None]
+            first = self.first_ngram[node]  # (B,) index of the first n-gram of each context
+            size = torch.where(seen, self.first_ngram[node + 1] - first, 0)  # (B,) n-grams of each context
+            row = torch.arange(len(node), device=node.device).repeat_interleave(size)  # (R,) for R n-grams in total
+            ngram = (first - size.cumsum(0) + size)[row] + torch.arange(len(row), device=node.device)
+            p[row, self.ngram_keys[ngram] % self.vocab_size] += self.share[ngram]  # each pair occurs once
+        return p.log_()
+
+    def surprisal(self, contexts: Contexts, targets: Tensor) -> Tensor:
+        """-log p of `targets` (B,) after `contexts`, (B,) float64 nats."""
         targets = targets.long()
-        for node, seen in self._contexts(idx):
+        p = torch.full((len(targets),), 1 / self.vocab_size, dtype=torch.float64, device=targets.device)
+        for node, seen in contexts if len(self.ngram_keys) else []:
             ngram, occurs = find(self.ngram_keys, node * self.vocab_size + targets)
             share = torch.where(seen & occurs, self.share[ngram], 0.0)
             p = p * torch.where(seen, self.rest[node], 1.0) + share
-        return reduce(-p.log(), reduction)
+        return -p.log_()
+
+    def evidence(self, contexts: Contexts) -> tuple[Tensor, Tensor, Tensor]:
+        """What training has seen of the longest known one of `contexts`.
+
+        Returns:
+            Its length in tokens, (B,) int64; the sum A of its counts; and the number T of distinct tokens after it, two
+            of (B,) float64.
+        """
+        node, _ = contexts[0]
+        length, longest = torch.zeros_like(node), node
+        for number, (node, seen) in enumerate(contexts):
+            length, longest = torch.where(seen, number, length), torch.where(seen, node, longest)
+        distinct = self.first_ngram[longest + 1] - self.first_ngram[longest]
+        return length, self.total[longest], distinct.double()
+
+    def contexts(self, idx: Tensor) -> Contexts:
+        """The contexts of idx (B, T) that contribute to p, shortest first."""
+        return list(self._contexts(idx))
 
     def _contexts(self, idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The contexts that contribute to p, shortest first: (B,) nodes, and a (B,) mask of those seen in training."""
-        if len(self.ngram_keys) == 0:
-            return
         node = torch.zeros(len(idx), dtype=torch.int64, device=idx.device)
         seen = torch.ones_like(node, dtype=torch.bool)
+        if len(self.ngram_keys) == 0:
+            yield node, seen
+            return
         whole = torch.zeros_like(seen)  # whether the context reaches the beginning of its item
         if self.smoothing == "kneser-ney":
             yield node, seen
@@ -176,7 +214,7 @@ class NGram(CountModel):
         """Computes the lookup tables of `forward` from the counts.
 
         first_ngram (C + 1,) is the index of the first n-gram of each context. share (G,) is the term that an n-gram
-        adds to p. rest (C,) is the factor of the probability given the next shorter context.
+        adds to p. rest (C,) is the factor of the probability given the next shorter context. total (C,) is A.
         """
         contexts = len(self.context_keys) + 1
         nodes = torch.arange(contexts + 1, device=self.ngram_keys.device)
@@ -191,7 +229,7 @@ class NGram(CountModel):
             discount = self._discounts(first)  # (C,)
             share = (self.ngram_counts - discount[node]) / total[node]
             rest = discount * first.diff() / total
-        for name, tensor in {"first_ngram": first, "share": share, "rest": rest}.items():
+        for name, tensor in {"first_ngram": first, "share": share, "rest": rest, "total": total}.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def _discounts(self, first_ngram: Tensor) -> Tensor:
@@ -207,12 +245,56 @@ class NGram(CountModel):
         return torch.cat(discounts).to(first_ngram.device)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        """Accepts tensors of any size, because the number of n-grams is known only after training."""
-        for name in ("context_keys", "ngram_keys", "ngram_counts"):
-            if prefix + name in state_dict:
-                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
+        """Accepts tables of any size, because the number of n-grams is known only after training."""
+        if prefix + TABLES[0] in state_dict:  # of an earlier version
+            arrays = tuple(state_dict.pop(prefix + name).cpu().numpy() for name in TABLES)
+            state_dict[prefix + "tables"] = torch.from_numpy(pack(arrays))
+        tables = state_dict.get(prefix + "tables")
+        if tables is not None:
+            self.tables = torch.empty_like(tables, device=self.items.device)
+            for name, array in zip(TABLES, unpack(tables.cpu().numpy(), self.vocab_size), strict=True):
+                setattr(self, name, torch.from_numpy(array).to(self.items.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
         self._derive()
+
+
+def pack(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
+    """The tables (TABLES) as bytes, (n,) uint8: their lengths, and the compressed bytes of differences and counts.
+
+    The lowest bytes of all numbers come first, then the second ones, and so on: most of them are equal.
+    """
+    context_keys, ngram_keys, counts = arrays
+    numbers = np.concatenate([np.diff(context_keys, prepend=0), np.diff(ngram_keys, prepend=0), counts])
+    planes = np.ascontiguousarray(numbers.astype("<i8").view(np.uint8).reshape(-1, 8).T)
+    lengths = np.array([len(context_keys), len(ngram_keys)], "<i8")
+    return np.frombuffer(bytearray(lengths.tobytes() + zlib.compress(planes.tobytes(), level=1)), np.uint8)
+
+
+def unpack(packed: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The inverse of `pack`; ValueError if the bytes are not those of tables of `vocab_size` tokens."""
+    if not len(packed):
+        return tuple(np.empty(0, np.int64) for _ in TABLES)
+    data = packed.tobytes()
+    contexts, ngrams = (int(length) for length in np.frombuffer(data[:16], "<i8"))
+    size = 8 * (contexts + 2 * ngrams)
+    # zlib makes at most about 1032 bytes of one, so that a short file cannot ask for much memory.
+    if contexts < 0 or ngrams < 1 or size > 1100 * len(data):
+        raise ValueError(f"the tables of the n-gram name {contexts} contexts and {ngrams} n-grams")
+    stream = zlib.decompressobj()
+    try:
+        raw = stream.decompress(data[16:], size + 1)
+    except zlib.error as error:
+        raise ValueError(f"the tables of the n-gram are damaged: {error}") from error
+    if len(raw) != size or not stream.eof:  # at the end zlib compares a checksum
+        raise ValueError("the tables of the n-gram are too short or too long")
+    numbers = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(8, -1).T).view("<i8").ravel()
+    context_keys, ngram_keys = np.cumsum(numbers[:contexts]), np.cumsum(numbers[contexts : contexts + ngrams])
+    counts = numbers[contexts + ngrams :].copy()
+    steps = np.diff(context_keys), np.diff(ngram_keys)
+    in_order = all((step > 0).all() for step in steps) and (context_keys[:1] >= 0).all() and ngram_keys[0] >= 0
+    if not in_order or (counts < 1).any() or ngram_keys[-1] >= (contexts + 1) * vocab_size:
+        raise ValueError("the tables of the n-gram are not sorted, or name contexts that do not exist")
+    return context_keys, ngram_keys, counts
 
 
 def as_stream(examples: Examples, pad_token: int, file: IO[bytes] | None = None) -> tuple[Tensor, bool]:

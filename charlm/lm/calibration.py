@@ -1,0 +1,51 @@
+"""Chooses the weights of a mixture on the held-out part of train, with an n-gram that has not counted it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from charlm.lm.corpus import Corpus
+from charlm.lm.evaluate import surprisals
+from charlm.lm.held_out import CHUNK, fitted_ngram, training_end
+from charlm.lm.models import Mixture
+from charlm.lm.models.mixture import weight_terms
+
+
+class Calibration:
+    """The held-out predictions of an n-gram, which stay the same while the network is trained.
+
+    Args:
+        corpus: The data.
+        model: The mixture.
+        most: The number of tokens that the n-gram may count.
+    """
+
+    def __init__(self, corpus: Corpus, model: Mixture, most: int) -> None:
+        size, total = model.network.block_size, corpus.tokens("train")
+        end = training_end(corpus, size)
+        first = end
+        if model.predicts_every_position and corpus.format == "text":
+            first = min(total, -(-end // size) * size)  # windows begin at multiples of their size
+            self.rows = corpus.windows("train", size).slice(first // size, -(-total // size))
+        elif model.predicts_every_position:
+            rows = corpus.sequences("train", size)
+            item = rows.stream.item_of(torch.tensor([end])) if end < total else torch.tensor([rows.stream.n_items])
+            self.rows = rows.slice(int(rows.unit_rows(item)[0].item()), len(rows))
+        else:
+            self.rows = corpus.examples("train", size).slice(end, total)
+        order = model.ngram.order
+        ngram = fitted_ngram(corpus, order, end, most)
+        terms: list[Tensor] = [torch.empty(0, len(model.weights), dtype=torch.float64)]
+        nats: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
+        for idx, targets in corpus.examples("train", ngram.block_size).slice(first, total).chunks(CHUNK):
+            contexts = ngram.contexts(idx)
+            terms.append(weight_terms(ngram, contexts))
+            nats.append(ngram.surprisal(contexts, targets))
+        self.terms, self.nats = torch.cat(terms), torch.cat(nats)
+
+    def fit(self, model: Mixture) -> None:
+        """Fits the weights of `model` to its network."""
+        if len(self.nats):
+            rows = self.rows.to(model.weights.device)
+            model.fit_weights(surprisals(model.network, rows).cpu(), self.nats, self.terms)

@@ -1,0 +1,53 @@
+"""The defaults of a training run, which follow the corpus: its size, its format and its alphabet.
+
+A short list of short items, such as names, is learned best by an mlp, in seconds. For everything else the default is a
+gru of about four minutes on two cores. All networks are mixed with an n-gram (see `charlm.lm.models.mixture`).
+docs/language_model.md has what this reaches on seven corpora.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from charlm.lm.config import NETWORKS, TYPE_DEFAULTS, Config, check_options
+from charlm.lm.corpus import Corpus
+
+FEW_TOKENS = 400_000  # of train, for which the default is an mlp
+LARGE_ALPHABET = 1000  # tokens from which on most of the work is the softmax
+RECURRENT = ("rnn", "gru", "lstm")
+
+
+def config_for(corpus: Corpus, given: Mapping[str, Any]) -> Config:
+    """The configuration of a run on `corpus` with the options `given`; of all others the default.
+
+    Raises:
+        UserError: An option is out of its range, or the type does not have it.
+    """
+    options = {"type": default_type(corpus), **given}
+    type = options["type"]
+    if "type" in given:
+        check_options(type, given)
+    else:
+        check_options(type, [name for name in given if name != "type"])
+    mixed = {"mix_ngram": None} if type in NETWORKS else {}
+    return Config(**{**TYPE_DEFAULTS.get(type, {}), **_of_corpus(type, corpus), **mixed, **options})
+
+
+def default_type(corpus: Corpus) -> str:
+    """The type of model for `corpus` where none is given."""
+    is_small = corpus.tokens("train") <= FEW_TOKENS and len(corpus.vocabulary) < LARGE_ALPHABET
+    return "mlp" if corpus.format == "line" and is_small else "gru"
+
+
+def _of_corpus(type: str, corpus: Corpus) -> dict[str, Any]:
+    """The defaults of a recurrent network, beyond those for names."""
+    if type not in RECURRENT:
+        return {}
+    if corpus.format == "text":
+        return {"n_hidden": 256, "block_size": 64, "batch_size": 32, "dropout": 0.0, "max_steps": 5000}
+    size = corpus.tokens("train") / corpus.sizes["train"]  # tokens per item
+    batch_size = 1 << max(3, min(8, round(800 / size).bit_length() - 1))
+    n_hidden = 192 if len(corpus.vocabulary) >= LARGE_ALPHABET else 256
+    block_size = max(16, min(64, corpus.longest_item("train") + 1))
+    return {"n_hidden": n_hidden, "block_size": block_size, "batch_size": batch_size, "max_steps": 10000}
