@@ -4,82 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from charlm.lm.character_model import CharacterModel
+    from charlm.lm.run import Run
 
 
 def train(
-    documents: Iterable[str],
-    directory: str | PathLike[str],
+    data: str | PathLike[str] | Iterable[str] | None = None,
+    directory: str | PathLike[str] | None = None,
     *,
-    type: str = "mlp",
+    type: str | None = None,
     separator: str = "\n",
+    resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
+    no_cache: bool = False,
+    threads: int | None = None,
+    memory: int | str | None = None,
+    progress: bool = True,
     **options: Any,
-) -> CharacterModel:
-    """Trains a language model on documents from any source, of any total size, in this process.
+) -> Run:
+    """Trains a language model in this process; the options are those of `charlm train`.
 
-    The documents are read once. Their tokens are written to the folder `directory` + "-corpus", as `charlm prepare`
-    does, so that `charlm train -o DIRECTORY --resume` and the other commands find them.
+    An interrupt (Ctrl-C, or the stop button of a notebook) ends training after the current step, saves its state and
+    returns the run, with `finished` False; a second one raises KeyboardInterrupt at once. After SIGTERM or SIGHUP the
+    state is saved, and the program then gets the signal.
 
     Args:
-        documents: the documents, such as a column of a Hugging Face dataset; short lines without spaces are items.
-        directory: the folder for the checkpoint and the metrics.
-        type: the model type, as in `charlm train --type`.
-        separator: the text between two documents, where the first does not end with it.
-        overwrite: whether a run in the folder, and its corpus, are replaced.
-        options: fields of `charlm.lm.config.Config`, which are the options of `charlm train`: max_steps=100.
+        data: A path (str or PathLike) of what `charlm train -i` takes: a UTF-8 text file or a folder of `charlm
+            prepare`. Or an iterable of str: items such as names, or documents, which are joined; it is read once and
+            may be larger than memory. A single text is [text]. None is the shipped names, or the data of the resumed
+            run.
+        directory: The folder for the checkpoint, the metrics and the documents; a large iterable is prepared in the
+            folder `directory` + "-corpus". None is a temporary folder, which lasts as long as the run that is returned;
+            `Run.save` keeps it.
+        type: The model type, such as "gpt". None chooses it for the data, or is that of the resumed run.
+        separator: The text between two documents, where the first does not end with it.
+        resume: Whether to continue the run in `directory`; `max_steps` may be larger than before.
+        overwrite: Whether a run in `directory`, and its prepared documents, are replaced.
+        force: Whether to train even if the memory may not suffice.
+        no_cache: Whether a large file is read into memory instead of preparing it once in the cache.
+        threads: Number of CPU threads of this run; None is torch's current number.
+        memory: Most memory for counting the n-grams of type "ngram", in bytes or as "2GB".
+        progress: Whether the data, the model and a progress bar are shown.
+        options: Other options of `charlm train`, with underscores: max_steps=100, n_embd=64, device="cuda". They are
+            the fields of `charlm.lm.config.Config`.
 
     Returns:
-        The best model on dev.
+        A `charlm.lm.run.Run`: `run.model` is the best model on dev, `run.history` the losses.
 
     Raises:
-        charlm.UserError: the documents are too few, an option is out of its range, or the folder is in use.
-        ImportError: the extra `lm` is not installed.
+        charlm.UserError: The data are too few or cannot be read, an option does not exist or is out of its range, or
+            the folder is in use.
+        TypeError: A document is not a str, or `data` is neither a path nor an iterable.
+        ImportError: The extra `lm` is not installed.
 
     Example:
         >>> import charlm
-        >>> model = charlm.train(["emma", "olivia", "ava", "mia", "luca"], "names", max_steps=10)
+        >>> run = charlm.train(["emma", "olivia", "ava", "mia", "luca"], max_steps=10, progress=False)
+        >>> run.model.generate("e", num_samples=2)
+        >>> run.history[-1]["nats"]
     """
-    from dataclasses import replace
+    from charlm.lm.train_run import train_run
 
-    from charlm._errors import UserError
-    from charlm._load import load
-    from charlm.lm import checkpoint, shards
-    from charlm.lm.config import Config, check_options
-    from charlm.lm.files import locked
-    from charlm.lm.prepare import Options, prepare_documents
-    from charlm.lm.processes import Launch
-    from charlm.lm.train import Trainer
-
-    unknown = sorted(set(options) - set(Config.names()) | {"input_file"} & set(options))
-    if unknown:
-        raise UserError(f"unknown options: {', '.join(unknown)}")
-    if isinstance(documents, str):
-        raise TypeError("train() takes an iterable of documents, not str")
-    if Launch.from_environment().size > 1:
-        raise UserError(
-            "train() trains in one process: write the documents with `charlm prepare`, and train on them with "
-            "torchrun -m charlm train -i DIR"
-        )
-    config = Config.of_type(type, **options)
-    check_options(type, options)
-    run = Path(directory).resolve()
-    corpus_folder = run.with_name(f"{run.name}-corpus")
-    with locked(run):
-        if foreign := checkpoint.foreign_files(run):
-            raise UserError(
-                f"{run} contains files that charlm did not write, such as {foreign[0]}: choose another folder"
-            )
-        for folder, found in ((run, checkpoint.exists(run)), (corpus_folder, corpus_folder.exists())):
-            if found and not overwrite:
-                raise UserError(f"{folder} is that of an earlier run: overwrite=True replaces it")
-        split = Options(config.format, config.split_seed, config.dedup)
-        prepare_documents(documents, corpus_folder, split, separator=separator, overwrite=overwrite)
-        corpus = shards.load(corpus_folder)
-        config = replace(config, input_file=str(corpus_folder), format=corpus.format)
-        Trainer(config, corpus, run).run()
-    return load(run, config.device)
+    return train_run(
+        data,
+        directory,
+        type=type,
+        separator=separator,
+        resume=resume,
+        overwrite=overwrite,
+        force=force,
+        no_cache=no_cache,
+        threads=threads,
+        memory=memory,
+        progress=progress,
+        options=options,
+    )

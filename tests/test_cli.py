@@ -12,10 +12,11 @@ from lm_support import fails, run, succeeds
 from typer.testing import CliRunner
 
 import charlm
-from charlm.cli import FREE_ON_RESUME, app
+from charlm.cli import app
 from charlm.lm import checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import read_text
+from charlm.lm.start import FREE_ON_RESUME
 
 SMALL = ["--n-hidden", "16", "--n-embd", "4", "--block-size", "3", "--max-steps", "40", "--batch-size", "16"]
 VERSE = "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"

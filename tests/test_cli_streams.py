@@ -13,9 +13,10 @@ import pytest
 from lm_support import fails, succeeds, untrained_checkpoint
 
 from charlm.cli import app
-from charlm.cli.common import STREAM, prepare_streams
+from charlm.cli.common import prepare_streams
 from charlm.lm import checkpoint
 from charlm.lm.data import read_corpus
+from charlm.lm.inputs import STREAM
 
 CHARLM = [sys.executable, "-c", "from charlm.cli import main; main()"]
 TINY = ["--n-hidden", "8", "--n-embd", "2", "--block-size", "3", "--batch-size", "8", "--max-steps", "2"]

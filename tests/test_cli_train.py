@@ -21,8 +21,7 @@ from rich.console import Console
 import charlm
 import charlm.lm.sample  # imported before tests patch the machine's memory
 from charlm._errors import UserError
-from charlm.cli import common
-from charlm.lm import checkpoint, display, memory, threads, train
+from charlm.lm import checkpoint, display, inputs, memory, threads, train
 from charlm.lm.config import NETWORKS, TYPE_DEFAULTS, Config, check_options
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.display import ProgressReport
@@ -146,7 +145,7 @@ def test_parameters_are_counted_without_the_model(n_embd, n_hidden, block_size, 
 )
 def test_a_run_beyond_the_memory_is_refused_before_any_is_taken(tmp_path, data, options, monkeypatch):
     monkeypatch.setattr(memory, "machine_bytes", lambda device: 8 * 10**9)
-    flags = [text for name, value in options.items() for text in (common.flag(name), value)]
+    flags = [text for name, value in options.items() for text in (inputs.flag(name), value)]
     message = fails("train", "-i", data, "-o", tmp_path / "run", *flags)
     assert " parameters, and training it takes about " in message
     assert " GB of memory, but cpu has 8.0 GB: make --block-size" in message

@@ -8,12 +8,10 @@ from itertools import chain, islice
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lm_support import fails, succeeds
 
-import charlm
 from charlm import _ext
 from charlm._errors import UserError
 from charlm.lm.data import build_corpus, decode_text, utf8_blocks
@@ -176,61 +174,6 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, name, package
     assert f"needs the package {package}: pip install" in fails("prepare", tmp_path / name, "-o", tmp_path / "corpus")
 
 
-# ---- charlm.train
-
-TINY = {"max_steps": 4, "n_embd": 2, "n_hidden": 8}
-
-
-@needs_module
-def test_training_takes_documents_that_can_be_read_once(tmp_path):
-    names = [f"{a}{b * n}" for n in range(1, 9) for a in "abcde" for b in "vwxyz"]
-    model = charlm.train((name for name in names), tmp_path / "run", **TINY)
-    assert model.format == "line"
-    assert load(tmp_path / "run-corpus").digest == build_corpus("\n".join(names)).digest
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-corpus"]
-    (tmp_path / "names.txt").write_text("\n".join(names))
-    tiny = [part for name, value in TINY.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    succeeds("train", "-i", tmp_path / "names.txt", "-o", tmp_path / "other", *tiny)
-    other = charlm.load(tmp_path / "other").model.state_dict()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in model.model.state_dict().items())
-    assert "dev" in succeeds("eval", tmp_path / "run")
-    with pytest.raises(UserError, match="is that of an earlier run: overwrite=True"):
-        charlm.train(names, tmp_path / "run", **TINY)
-    charlm.train(names, tmp_path / "run", overwrite=True, **TINY)
-
-
-@needs_module
-@pytest.mark.parametrize(
-    ("documents", "options", "error"),
-    [
-        ([], {}, "the documents is empty|are empty"),
-        (["a", "b"], {}, "2 items"),
-        (["ada", "bea", "cleo"], {"steps": 3}, "unknown options: steps"),
-        (["ada", "bea", "cleo"], {"max_steps": 0}, "max_steps is 0"),
-    ],
-)
-def test_bad_documents_and_options_leave_nothing(tmp_path, documents, options, error):
-    with pytest.raises(UserError, match=error):
-        charlm.train(documents, tmp_path / "run", **options)
-    assert list(tmp_path.iterdir()) == []
-
-
-@needs_module
-def test_documents_that_are_no_text_are_a_type_error(tmp_path):
-    for documents in ("a text", ["a", 3]):
-        with pytest.raises(TypeError, match="str"):
-            charlm.train(documents, tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_training_on_documents_under_torchrun_is_refused(tmp_path, monkeypatch):
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="trains in one process"):
-        charlm.train(["one", "two", "three"], tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_half_a_character_is_refused_and_newlines_are_plain(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(r'{"text": "one\r\ntwo\rthree"}' + "\n")
@@ -238,17 +181,6 @@ def test_half_a_character_is_refused_and_newlines_are_plain(tmp_path):
     path.write_text(r'{"text": "cut \ud83d"}' + "\n")
     with pytest.raises(UserError, match=r"line 1 of .* is not text"):
         list(text_of([path]))
-    with pytest.raises(UserError, match="document 1 is not text"):
-        charlm.train(["whole", "cut \ud83d"], tmp_path / "run")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
-
-
-def test_a_folder_of_others_is_not_written_over(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"such as notes\.txt"):
-        charlm.train(["one", "two", "three"], tmp_path / "run", max_steps=1)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "run"]
 
 
 @given(text=st.text(st.sampled_from("a\n\r\ufeffé€😀"), max_size=12), sizes=st.lists(st.integers(4, 7), max_size=9))

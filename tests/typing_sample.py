@@ -17,6 +17,7 @@ import charlm
 import charlm.functional as F
 import charlm.nn.functional
 from charlm import information, ngrams, nn, reference
+from charlm.lm import CharacterModel
 from charlm.nn import functional, init
 from charlm.nn.functional import cross_entropy as cross_entropy_of_nn
 from charlm.reference.cross_entropy import LossAndMetrics
@@ -112,7 +113,10 @@ def library() -> None:
     charlm.synchronize("cpu")
     with charlm.patch_torch() as patch:
         patch.undo()
-    charlm.train(iter(["ada", "bea", "cleo"]), "trained", type="gpt", max_steps=10)
+    run = charlm.train(iter(["ada", "bea", "cleo"]), "trained", type="gpt", max_steps=10)
+    assert_type(run.finished, bool)
+    assert_type(run.history[-1]["nats"], Any)
+    assert_type(run.model, CharacterModel)
     model = charlm.load("out", device="cpu")
     assert_type(model.log_prob("emma", unit="bits"), float)
     assert_type(model.surprisal("emma"), Tensor)

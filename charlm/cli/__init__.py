@@ -17,9 +17,8 @@ import typer
 from charlm._version import __version__
 from charlm.cli import compare, entropy, eval, info, prepare, sample, score, train
 from charlm.cli.common import prepare_streams, reports_user_errors
-from charlm.cli.train import FREE_ON_RESUME
 
-__all__ = ["FREE_ON_RESUME", "app", "main"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     help="A character language model, trained through charlm's kernels.",

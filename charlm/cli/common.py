@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from charlm._errors import UserError
-from charlm.lm.config import Config
+from charlm.lm.inputs import corpus_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from charlm.lm.data import Corpus
 
 EXIT_USER_ERROR = 2
-STREAM = "-"  # the path of standard input; in a checkpoint, data from standard input or a pipe
 # Replacements of our own non-ASCII characters on an output that cannot encode them; others become escapes.
 ASCII_REPLACEMENTS = {"·": "-", "…": "...", "±": "+-", "×": "x", "–": "-"}
 
@@ -50,11 +49,6 @@ def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
         raise error
     text = error.object[error.start : error.end]
     return "".join(ASCII_REPLACEMENTS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in text), error.end
-
-
-def flag(name: str) -> str:
-    """The command-line option of a parameter: "n_layer" → "--n-layer"."""
-    return f"--{name.replace('_', '-')}"
 
 
 def reports_user_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -133,62 +127,6 @@ def new_console() -> Console:
     return terminal.new_console()
 
 
-def path_to_save(path: Path) -> str:
-    """The path of the data as a checkpoint stores it: STREAM for a pipe or a terminal, which can be read only once."""
-    resolved = path.resolve()
-    if path == Path(STREAM) or (os.path.exists(path) and not (resolved.is_file() or resolved.is_dir())):
-        return STREAM
-    return str(resolved)
-
-
-def corpus_of(config: Config, given: Path | None = None, cache: bool = True, silent: bool = False) -> Corpus:
-    """Reads the corpus of `config`, from the file or the prepared folder `given` instead of its own if there is one.
-
-    With `cache` a large file is prepared once, in a folder that is printed unless `silent`.
-    """
-    from charlm.lm.data import read_corpus
-
-    if given is None and config.input_file == STREAM:
-        raise UserError("the run read its data from standard input or a pipe: give the data again with -i")
-    path = given or (None if config.input_file is None else Path(config.input_file))
-    if path is not None and path.is_dir():
-        return _prepared_corpus(config, path)
-    if path is not None and cache:
-        from charlm.lm.cache import is_worth_it
-
-        if is_worth_it(path):
-            return _cached_corpus(config, path, silent)
-    return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
-
-
-def _prepared_corpus(config: Config, directory: Path) -> Corpus:
-    """The prepared corpus in `directory`; UserError if it was prepared with other options than those of `config`."""
-    from charlm.lm.shards import load
-
-    corpus = load(directory)
-    prepared = {"format": corpus.format, "split_seed": corpus.manifest["split_seed"], "dedup": corpus.manifest["dedup"]}
-    for name, value in prepared.items():
-        wanted = getattr(config, name)
-        if wanted not in (getattr(Config, name), value):
-            raise UserError(f"{directory} was prepared with {flag(name)} {value}, not {wanted}: leave the option out")
-    return corpus
-
-
-def _cached_corpus(config: Config, path: Path, silent: bool) -> Corpus:
-    from charlm.lm.cache import cached_corpus
-    from charlm.lm.prepare import Options
-
-    def announce(directory: Path) -> None:
-        if not silent:
-            typer.echo(
-                f"charlm: preparing {path} once, in {directory}; `charlm prepare --clear-cache` removes it", err=True
-            )
-
-    options = Options(config.format, config.split_seed, config.dedup)
-    with progress_bar(path.name, silent) as report:
-        return cached_corpus(path, options, announce=announce, report=report)
-
-
 def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
     """Reads the corpus that `saved` was trained on, from its recorded path or from `input_file`."""
     corpus = corpus_of(saved.config, input_file)
@@ -198,25 +136,6 @@ def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
             f"{name} is not the data that the model was trained on (its split differs): give that data with -i"
         )
     return corpus
-
-
-@contextmanager
-def progress_bar(name: str, silent: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error, where this is a terminal: a function of (stage, done, total or 0)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-
-    from charlm.lm.display import Bar
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description} {task.completed:,.0f}"), BarColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(name, total=None)
-
-        def report(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{stage} {name}", completed=done, total=total or None)
-
-        yield report
 
 
 def print_samples(console: Console, samples: list[str], format: str, corpus: Corpus | None) -> None:

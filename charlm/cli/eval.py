@@ -16,12 +16,11 @@ from charlm.cli.common import (
     Directory,
     Unknown,
     check_split,
-    corpus_of,
     new_console,
-    progress_bar,
     trained_corpus,
     unknown_characters_named,
 )
+from charlm.lm.inputs import corpus_of
 
 if TYPE_CHECKING:
     from charlm.lm.checkpoint import Checkpoint
@@ -65,7 +64,7 @@ def evaluate(
     """
     from charlm.lm import checkpoint
     from charlm.lm.data import WHOLE, data_name
-    from charlm.lm.display import print_losses
+    from charlm.lm.display import print_losses, progress_bar
     from charlm.lm.evaluate import baselines, evaluate_on
     from charlm.lm.examples import PROTOCOLS
     from charlm.lm.train import usable_device

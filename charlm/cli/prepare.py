@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from charlm._errors import UserError
-from charlm.cli.common import new_console, progress_bar
+from charlm.cli.common import new_console
 from charlm.lm.config import Config
 
 
@@ -54,6 +54,7 @@ def prepare(
     An interrupted call goes on where it stopped if it is repeated.
     """
     from charlm.lm import cache
+    from charlm.lm.display import progress_bar
     from charlm.lm.memory import format_bytes
     from charlm.lm.prepare import Options, prepare, unchanged
     from charlm.lm.shards import verify

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,16 +16,12 @@ import typer
 from charlm._errors import UserError
 from charlm._version import __version__
 from charlm.cli.common import (
-    STREAM,
-    corpus_of,
     discard_stdout,
-    flag,
     new_console,
-    path_to_save,
     print_samples,
-    progress_bar,
 )
 from charlm.lm.config import DTYPES, NETWORKS, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
+from charlm.lm.inputs import STREAM, corpus_of, path_to_save
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,8 +37,6 @@ DEFAULT_DIRECTORY = Path("out")
 MAX_TIMEOUT = 1e6  # seconds
 PASSAGE = 80  # length in characters of the samples that are printed after training on running text
 DEFAULT = Config()
-# Options that may change on --resume, because they do not affect what the run computes in each step.
-FREE_ON_RESUME = {"input_file", "device", "max_steps", "eval_interval", "patience", "log_interval"}
 DATA, MODEL, TRAINING, PROCESSES, OUTPUT = "Data", "Model", "Training", "Several processes", "Output"
 
 
@@ -194,6 +187,8 @@ def train(
     from charlm.lm import checkpoint
     from charlm.lm.files import locked
     from charlm.lm.processes import Launch, joined
+    from charlm.lm.start import check_folder
+    from charlm.lm.threads import using_threads
 
     given = {
         name: context.params[name]
@@ -214,17 +209,16 @@ def train(
             raise UserError(f"timeout is {timeout:g}, but must be above 0 and at most {MAX_TIMEOUT:g} seconds")
         if launch.size > 1 and given.get("input_file") == STREAM:
             raise UserError("standard input and pipes can be read by one process only: give a file with -i")
-        _set_threads(threads)
         if not resume and "type" in given:
             check_options(given["type"], given)
         config = None if resume else Config.of_type(**{"type": DEFAULT.type, **given})
-        with joined(launch, timeout) as processes, ExitStack() as stack:
+        with using_threads(threads), joined(launch, timeout) as processes, ExitStack() as stack:
             if processes.rank == 0:
                 # Processes that torchrun has restarted go on from what they have saved themselves.
                 resume = resume or not processes.first_time("manifest", checkpoint.fingerprint(work_dir))
-                _check_folder(work_dir, resume, overwrite)
+                check_folder(work_dir, resume, overwrite)
                 stack.enter_context(locked(work_dir))
-                _check_folder(work_dir, resume, overwrite)  # it may have changed before it was locked
+                check_folder(work_dir, resume, overwrite)  # it may have changed before it was locked
             if processes.from_first(resume):
                 config = None
             _run(config, given, input_file, work_dir, force, not no_cache, processes, parallel, memory)
@@ -256,49 +250,6 @@ def end_process(end: SystemExit) -> None:
         os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
-def _set_threads(count: int | None) -> None:
-    if count is None:
-        return
-    import torch
-
-    cores = os.cpu_count() or 1
-    if not 1 <= count <= cores:
-        raise UserError(f"threads is {count}, but must be at least 1 and at most {cores}, the cores of this machine")
-    torch.set_num_threads(count)
-
-
-def _check_folder(work_dir: Path, resume: bool, overwrite: bool) -> None:
-    """Raises UserError unless a run may start, or resume, in `work_dir`."""
-    from charlm.lm import checkpoint
-
-    if resume:
-        if not checkpoint.exists(work_dir):
-            raise UserError(f"there is no checkpoint in {work_dir} to resume from")
-        return
-    names = checkpoint.foreign_files(work_dir)
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(
-            f"{work_dir} contains files that charlm did not write ({', '.join(names[:3])}{more}): choose a new or "
-            "empty folder with -o"
-        )
-    if checkpoint.exists(work_dir) and not overwrite:
-        raise UserError(
-            f"{work_dir} already contains a trained model: add --resume to continue it, or --overwrite to replace it"
-        )
-
-
-def _resumed_config(saved: Config, given: dict[str, Any]) -> Config:
-    """The saved config, updated with the given options, of which only those in FREE_ON_RESUME may differ."""
-    for name, value in given.items():
-        if name not in FREE_ON_RESUME and value != getattr(saved, name):
-            raise UserError(
-                f"{flag(name)} {value} differs from the checkpoint's {getattr(saved, name)}, which --resume cannot "
-                "change: leave the option out"
-            )
-    return replace(saved, **{name: value for name, value in given.items() if name in FREE_ON_RESUME})
-
-
 def _run(
     config: Config | None,
     given: dict[str, Any],
@@ -316,18 +267,18 @@ def _run(
     """
     from charlm.lm import checkpoint
     from charlm.lm.defaults import config_for
-    from charlm.lm.display import ProgressReport
+    from charlm.lm.display import ProgressReport, print_data, print_model, progress_bar
     from charlm.lm.memory import check_fits, parse_bytes
     from charlm.lm.parallel import check_parallel
     from charlm.lm.processes import is_under_torchrun
-    from charlm.lm.shards import ShardedCorpus
+    from charlm.lm.start import config_on, resumed_config
     from charlm.lm.train import StopRequest, Trainer, usable_device
 
     resumed = None
     if config is None:
         resumed = checkpoint.load(work_dir, mapped=True)
         check_options(resumed.config.type, given)
-        config = _resumed_config(resumed.config, given)
+        config = resumed_config(resumed.config, given)
     check_parallel(parallel, config, processes)
     if memory is not None and config.type != "ngram":
         raise UserError(f"--memory bounds the counting of type ngram; the {config.type} does not have it")
@@ -338,18 +289,15 @@ def _run(
     guessed = ", guessed" if config.format is None else ""
     if resumed is None:
         config = config_for(corpus, given)
-    config = replace(config, format=corpus.format)
-    if isinstance(corpus, ShardedCorpus):  # the split of the folder
-        split = {name: corpus.manifest[name] for name in ("split_seed", "dedup")}
-        config = replace(config, **split)
-    _print_data(console, config, corpus, guessed)
+    config = config_on(config, corpus)
+    print_data(console, config, corpus, guessed)
     if not force:
         check_fits(config, corpus, usable_device(processes.device(config.device)), processes.launch, parallel)
     processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
     trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound)
     config = trainer.config
     del resumed  # and so its files, which the next checkpoint replaces
-    _print_model(console, config, corpus, trainer, parallel)
+    print_model(console, config, corpus, trainer, parallel)
     stop = StopRequest(ignores_repeats=is_under_torchrun())
     lost: list[str] = []  # the reason why the output cannot be written
     # A count model has nothing to save before its end, so that a signal ends the process as usual.
@@ -401,46 +349,6 @@ def _what_must_be_equal(config: Config, corpus: Corpus, resumed: Checkpoint | No
         "checkpoints": "" if resumed is None else repr((resumed.step, resumed.digest, resumed.best_nats)),
         "versions of charlm or torch": f"{__version__} {torch.__version__}",
     }
-
-
-def _print_data(console: Console, config: Config, corpus: Corpus, guessed: str) -> None:
-    sizes = corpus.sizes
-    unit = "characters" if corpus.format == "text" else "items"
-    counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    source = config.input_file or "the names shipped with charlm"
-    console.print(
-        f"{'standard input or a pipe' if source == STREAM else source}: {sum(sizes.values()):,} {unit} "
-        f"({corpus.format} format{guessed}); {counts}; {len(corpus.vocabulary)} tokens",
-        soft_wrap=True,
-    )
-    if corpus.duplicates_removed:
-        console.print(f"{corpus.duplicates_removed:,} duplicates removed")
-    overlap = corpus.overlap()
-    if overlap is not None:
-        console.print(f"{overlap:,} of {sizes['dev']:,} dev items ({overlap / sizes['dev']:.1%}) also occur in train")
-
-
-def _print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer, parallel: str) -> None:
-    from charlm.lm.memory import estimate_bytes, format_bytes
-
-    tokens = corpus.tokens("dev")
-    if tokens > config.eval_tokens:
-        console.print(
-            f"evaluations during training take a fixed sample of about {config.eval_tokens:,} of the {tokens:,} dev "
-            "tokens, ± is its standard error; the last one takes all",
-            soft_wrap=True,
-        )
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    start = f", resumed at step {trainer.step}" if trainer.step else ""
-    work = "a count model"
-    if parameters:
-        memory = format_bytes(estimate_bytes(config, corpus, trainer.processes.launch, parallel))
-        work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}, about {memory} of memory"
-    if trainer.processes.size > 1:
-        work += f", {trainer.processes.size} processes ({parallel})"
-    console.print(f"{config.label}: {work}{start}", soft_wrap=True)
-    if parameters and trainer.step >= config.max_steps:
-        console.print(f"these were all its steps: more --max-steps than {config.max_steps} continue it")
 
 
 def _print_result(

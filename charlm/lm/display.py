@@ -10,8 +10,10 @@ import colorsys
 import math
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import zip_longest
 from types import TracebackType
 
@@ -25,10 +27,14 @@ from rich.style import Style
 from rich.table import Column
 from rich.text import Text
 
+from charlm.lm.config import Config
+from charlm.lm.corpus import Corpus
 from charlm.lm.evaluate import Comparison, Evaluation
 from charlm.lm.examples import PROTOCOLS
+from charlm.lm.inputs import STREAM
+from charlm.lm.memory import estimate_bytes, format_bytes
 from charlm.lm.terminal import print_line, print_table, visible
-from charlm.lm.train import Progress
+from charlm.lm.train import Progress, Trainer
 
 SECONDS_BETWEEN_LINES = 10.0
 SAMPLE_COLUMN = 32  # maximum width of the column of samples; a longer sample shifts only its own mark
@@ -61,8 +67,8 @@ class Narrower:
 class ProgressReport:
     """Shows the progress of a training run: a context manager that is called with each `Progress`.
 
-    On a terminal it is a live bar. Elsewhere it prints a line for each evaluation on dev, and for the training loss
-    whenever SECONDS_BETWEEN_LINES have passed since the last line.
+    On a terminal, and in Jupyter with ipywidgets, it is a live bar. Elsewhere it prints a line for each evaluation on
+    dev, and for the training loss whenever SECONDS_BETWEEN_LINES have passed since the last line.
     """
 
     def __init__(self, console: Console, max_steps: int, step: int) -> None:
@@ -70,6 +76,7 @@ class ProgressReport:
         self.max_steps = max_steps
         self.train: Progress | None = None
         self.dev: Progress | None = None
+        self.is_live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
         # Refreshed manually: rich's refresh thread would compete with the training loop for the GIL.
         self.bar = Bar(
             # A narrow terminal truncates the end of this text, never the steps.
@@ -81,7 +88,7 @@ class ProgressReport:
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             auto_refresh=False,
-            disable=not console.is_terminal,
+            disable=not self.is_live or console.quiet,
         )
         self.task = self.bar.add_task("training", total=max_steps, completed=step, losses="")
         self.printed_at = time.monotonic()
@@ -91,7 +98,7 @@ class ProgressReport:
             self.train = progress
         else:
             self.dev = progress
-        if not self.console.is_terminal:
+        if not self.is_live:
             if progress.split == "dev" or time.monotonic() - self.printed_at >= SECONDS_BETWEEN_LINES:
                 self._print_line(progress)
             return
@@ -132,6 +139,60 @@ class ProgressReport:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.bar.stop()
+
+
+@contextmanager
+def progress_bar(name: str, silent: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on standard error, where this is a terminal: a function of (stage, done, total or 0)."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description} {task.completed:,.0f}"), BarColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console, disable=silent or not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{stage} {name}", completed=done, total=total or None)
+
+        yield report
+
+
+def print_data(console: Console, config: Config, corpus: Corpus, guessed: str, source: str | None = None) -> None:
+    """Prints what a run trains on; `guessed` follows the format, and `source` stands for the path of the data."""
+    sizes = corpus.sizes
+    unit = "characters" if corpus.format == "text" else "items"
+    counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    source = source or config.input_file or "the names shipped with charlm"
+    console.print(
+        f"{'standard input or a pipe' if source == STREAM else source}: {sum(sizes.values()):,} {unit} "
+        f"({corpus.format} format{guessed}); {counts}; {len(corpus.vocabulary)} tokens",
+        soft_wrap=True,
+    )
+    if corpus.duplicates_removed:
+        console.print(f"{corpus.duplicates_removed:,} duplicates removed")
+    overlap = corpus.overlap()
+    if overlap is not None:
+        console.print(f"{overlap:,} of {sizes['dev']:,} dev items ({overlap / sizes['dev']:.1%}) also occur in train")
+
+
+def print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer, parallel: str) -> None:
+    """Prints what a run trains: its size, steps and memory."""
+    tokens = corpus.tokens("dev")
+    if tokens > config.eval_tokens:
+        console.print(
+            f"evaluations during training take a fixed sample of about {config.eval_tokens:,} of the {tokens:,} dev "
+            "tokens, ± is its standard error; the last one takes all",
+            soft_wrap=True,
+        )
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    start = f", resumed at step {trainer.step}" if trainer.step else ""
+    work = "a count model"
+    if parameters:
+        memory = format_bytes(estimate_bytes(config, corpus, trainer.processes.launch, parallel))
+        work = f"{parameters:,} parameters, {config.max_steps:,} steps on {config.device}, about {memory} of memory"
+    if trainer.processes.size > 1:
+        work += f", {trainer.processes.size} processes ({parallel})"
+    console.print(f"{config.label}: {work}{start}", soft_wrap=True)
+    if parameters and trainer.step >= config.max_steps:
+        console.print(f"these were all its steps: more --max-steps than {config.max_steps} continue it")
 
 
 def print_losses(console: Console, title: str, rows: dict[str, Evaluation]) -> None:

@@ -10,10 +10,11 @@ whole split, or over a sample of a large one (`--eval-tokens`). tokens/s is the 
 from __future__ import annotations
 
 import json
+import math
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from charlm.lm.files import naming, write_atomically
 
@@ -64,6 +65,19 @@ class MetricsLog:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The records of DIR/metrics.jsonl that are whole, with "bits" too, and "tokens_per_second" for "tokens/s"."""
+    records = [json.loads(line) for line in _lines(directory / METRICS) if math.isfinite(_step(line))]
+    return [
+        {
+            **{key: record[key] for key in ("step", "split", "nats")},
+            "bits": record["nats"] / math.log(2),
+            "tokens_per_second": record["tokens/s"],
+        }
+        for record in records
+    ]
 
 
 def _lines(path: Path) -> list[str]:

@@ -20,7 +20,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -104,6 +104,25 @@ def prepare(
     return manifest
 
 
+def encoded(documents: Iterable[str], separator: str) -> Iterator[bytes]:
+    """The documents as UTF-8, with `separator` before each whose predecessor does not end with it.
+
+    Raises:
+        TypeError: A document is not a str.
+        UserError: A document has half a character.
+    """
+    end = separator
+    for number, document in enumerate(documents):
+        if not isinstance(document, str):
+            hint = ": give one column, such as data['text']" if isinstance(document, Mapping) else ""
+            raise TypeError(f"document {number} is of type {type(document).__name__}, but must be str{hint}")
+        try:
+            yield ("" if end.endswith(separator) else separator).encode() + document.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"document {number} is not text: {error}") from error
+        end = document[-len(separator) :] if document else end
+
+
 def prepare_documents(
     documents: Iterable[str], directory: Path, options: Options, *, separator: str = "\n", overwrite: bool = False
 ) -> dict[str, Any]:
@@ -112,18 +131,11 @@ def prepare_documents(
     _check_target(directory, overwrite)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory.parent) as spool:
-        end, content = separator, hashlib.sha256()
-        for number, document in enumerate(documents):
-            if not isinstance(document, str):
-                raise TypeError(f"expected documents of type str, but got {type(document).__name__}")
-            try:
-                written = ("" if end.endswith(separator) else separator).encode() + document.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"document {number} is not text: {error}") from error
+        content = hashlib.sha256()
+        for written in encoded(documents, separator):
             content.update(written)
             with naming(directory):
                 spool.write(written)
-            end = document[-len(separator) :] if document else end
         with naming(directory):
             spool.flush()
         path = Path(f"/proc/self/fd/{spool.fileno()}")
@@ -131,7 +143,7 @@ def prepare_documents(
             lambda: text_of([path]),
             directory,
             options,
-            name="the documents",
+            name="the data",
             sources=[{"documents": content.hexdigest()}],
             overwrite=overwrite,
         )

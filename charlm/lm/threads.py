@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+from charlm._errors import UserError
 
 WARM_UP, REPEATS = 2, 5
 MIN_STEPS = 1000  # shorter runs are not timed: the measurement takes 2 * (WARM_UP + REPEATS) steps
@@ -23,6 +27,27 @@ def advice(step: Callable[[], None]) -> str | None:
         f"a step takes {1e3 * many:.3g} ms with {threads} threads, but {1e3 * one:.3g} ms with one: "
         "--threads 1 is faster here"
     )
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """Sets the number of torch's CPU threads inside; None changes nothing.
+
+    Raises:
+        UserError: The machine does not have so many cores.
+    """
+    cores, before = os.cpu_count() or 1, torch.get_num_threads()
+    if count is not None:
+        if not 1 <= count <= cores:
+            raise UserError(
+                f"threads is {count}, but must be at least 1 and at most {cores}, the cores of this machine"
+            )
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 def seconds_of(step: Callable[[], None], threads: int) -> tuple[float, float]:
