@@ -20,6 +20,7 @@ from charlm.cli.common import (
     new_console,
     print_samples,
 )
+from charlm.cli.config_file import use_config_file
 from charlm.lm.config import DTYPES, NETWORKS, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
 from charlm.lm.inputs import STREAM, corpus_of, path_to_save
 
@@ -65,6 +66,17 @@ def train(
     ] = None,
     split_seed: Annotated[int, option(DATA, "Random seed of the 80/10/10 split.")] = DEFAULT.split_seed,
     dedup: Annotated[bool, option(DATA, "Keep only the first of equal items.")] = DEFAULT.dedup,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="TOML file of options, such as max_steps = 5000; the command line overrides it.",
+            callback=use_config_file,
+            is_eager=True,
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     no_cache: Annotated[
         bool, option(DATA, "Read a large file into memory instead of preparing it once in the cache.", "--no-cache")
     ] = False,
@@ -193,7 +205,7 @@ def train(
     given = {
         name: context.params[name]
         for name in Config.names()
-        if context.get_parameter_source(name).name == "COMMANDLINE"
+        if context.get_parameter_source(name).name in ("COMMANDLINE", "DEFAULT_MAP")  # the latter: of --config
     }
     if no_mix:
         if given.get("mix_ngram"):
