@@ -170,7 +170,9 @@ def test_force_trains_beyond_the_memory(tmp_path, data, monkeypatch):
     monkeypatch.setattr(memory, "machine_bytes", lambda device: 1)
     flags = ("train", "-i", data, "-o", tmp_path / "run", "--max-steps", 1, "--n-hidden", 4)
     assert "but cpu has 1 MB" in fails(*flags)
-    assert re.search(r"mlp: [\d,]+ parameters, 1 steps on cpu, about \d MB of memory\n", succeeds(*flags, "--force"))
+    assert re.search(
+        r"mlp \+ \d-gram: [\d,]+ parameters, 1 steps on cpu, about \d MB of memory\n", succeeds(*flags, "--force")
+    )
 
 
 @pytest.mark.parametrize("type", list(MODELS))

@@ -204,7 +204,7 @@ def test_a_run_has_the_model_its_losses_and_their_history(tmp_path):
     ]
     assert run.history[-1]["bits"] == run.history[-1]["nats"] / math.log(2)
     assert repr(run) == (
-        f"<charlm run: gpt, 4 steps, finished, {run.evaluation.nats:.4f} nats per character on dev; "
+        f"<charlm run: gpt + 2-gram, 4 steps, finished, {run.evaluation.nats:.4f} nats per character on dev; "
         f"in {tmp_path / 'run'}>"
     )
     assert same(run, charlm.load(tmp_path / "run"))
@@ -339,7 +339,7 @@ def test_progress_is_printed_or_not(capsys):
     charlm.train(NAMES, **{**TINY, "progress": True})
     shown = capsys.readouterr().out
     assert shown.startswith("the data: 200 items (line format, guessed); train 160, dev 20, test 20; 11 tokens\n")
-    assert "mlp: 257 parameters, 4 steps on cpu" in shown
+    assert "mlp + 2-gram: 257 parameters, 4 steps on cpu" in shown
     assert "step 4/4 · train" in shown
 
 

@@ -7,10 +7,10 @@ docs/language_model.md has what this reaches on seven corpora.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from charlm.lm.config import NETWORKS, TYPE_DEFAULTS, Config, check_options
+from charlm.lm.config import NETWORKS, TYPE_DEFAULTS, Config, check_options, types_with
 from charlm.lm.corpus import Corpus
 
 FEW_TOKENS = 400_000  # of train, for which the default is an mlp
@@ -24,20 +24,17 @@ def config_for(corpus: Corpus, given: Mapping[str, Any]) -> Config:
     Raises:
         UserError: An option is out of its range, or the type does not have it.
     """
-    options = {"type": default_type(corpus), **given}
-    type = options["type"]
-    if "type" in given:
-        check_options(type, given)
-    else:
-        check_options(type, [name for name in given if name != "type"])
+    type = given.get("type") or default_type(corpus, given)
+    check_options(type, given)
     mixed = {"mix_ngram": None} if type in NETWORKS else {}
-    return Config(**{**TYPE_DEFAULTS.get(type, {}), **_of_corpus(type, corpus), **mixed, **options})
+    return Config(**{**TYPE_DEFAULTS.get(type, {}), **_of_corpus(type, corpus), **mixed, **given, "type": type})
 
 
-def default_type(corpus: Corpus) -> str:
-    """The type of model for `corpus` where none is given."""
+def default_type(corpus: Corpus, given: Iterable[str] = ()) -> str:
+    """The type of model for `corpus` where none is given: of the two, the one that has the options `given`."""
     is_small = corpus.tokens("train") <= FEW_TOKENS and len(corpus.vocabulary) < LARGE_ALPHABET
-    return "mlp" if corpus.format == "line" and is_small else "gru"
+    types = ["mlp", "gru"] if corpus.format == "line" and is_small else ["gru", "mlp"]
+    return next((type for type in types if all(type in types_with(name) for name in given)), types[0])
 
 
 def _of_corpus(type: str, corpus: Corpus) -> dict[str, Any]:
