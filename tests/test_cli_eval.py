@@ -18,7 +18,7 @@ VERSE = "to be, or not to be:\nthat is the question\n" * 20
 FOREIGN = "it is not the question:\nto be!\n"
 
 
-@pytest.fixture(params=["mlp", "gpt", "bigram"])
+@pytest.fixture(params=["mlp", "gru", "gpt", "bigram"])
 def run_of(request, tmp_path):
     """Saves an untrained model of a text: its folder."""
 

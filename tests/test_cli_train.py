@@ -48,12 +48,15 @@ def data(tmp_path):
     ("flags", "words"),
     [
         (("--n-layer", 12, "--order", 3), "mlp does not have these options (the types that have them in brackets): "),
-        (("--n-layer", 12, "--order", 3), "--n-layer (gpt), --order (ngram)"),
-        (("--n-layer", 4), "--n-layer (gpt)"),  # its default: given, and of no effect
-        (("--type", "gpt", "--n-hidden", 9, "--batch-norm"), "--n-hidden (mlp and wavenet), --batch-norm (mlp)"),
+        (("--n-layer", 12, "--order", 3), "--n-layer (rnn and gru and lstm and gpt), --order (ngram)"),
+        (("--n-layer", 4), "--n-layer (rnn and gru and lstm and gpt)"),  # its default: given, and of no effect
+        (
+            ("--type", "gpt", "--n-hidden", 9, "--batch-norm"),
+            "--n-hidden (mlp and wavenet and bow and rnn and gru and lstm), --batch-norm (mlp)",
+        ),
         (("--type", "wavenet", "--smoothing", "add-k"), "--smoothing (ngram)"),
-        (("--type", "ngram", "--block-size", 3), "--block-size (mlp and wavenet and gpt)"),
-        (("--type", "bigram", "--max-steps", 9, "-l", 0.1), "--max-steps (mlp and wavenet and gpt), --learning-rate"),
+        (("--type", "ngram", "--block-size", 3), f"--block-size ({' and '.join(NETWORKS)})"),
+        (("--type", "bigram", "--max-steps", 9, "-l", 0.1), f"--max-steps ({' and '.join(NETWORKS)}), --learning-rate"),
     ],
 )
 def test_an_option_of_another_type_is_refused_naming_the_types_that_have_it(tmp_path, data, flags, words):
@@ -72,7 +75,7 @@ def test_every_option_that_changes_a_model_is_one_that_its_type_accepts():
 def test_an_option_of_another_type_is_refused_on_resume_too(tmp_path, data):
     run = tmp_path / "run"
     succeeds("train", "-i", data, "-o", run, "--max-steps", 1, "--n-hidden", 4)
-    assert "--n-layer (gpt)" in fails("train", "-o", run, "--resume", "--n-layer", 4)
+    assert "--n-layer (rnn and" in fails("train", "-o", run, "--resume", "--n-layer", 4)
 
 
 def test_a_finished_run_that_is_resumed_says_how_to_continue(tmp_path, data):
@@ -123,7 +126,7 @@ def test_threads_are_those_of_the_machine(tmp_path, data):
 )
 def test_parameters_are_counted_without_the_model(n_embd, n_hidden, block_size, vocab_size):
     sizes = {"n_embd": n_embd, "n_hidden": n_hidden, "block_size": block_size, "n_layer": 3, "n_head": 2}
-    for type, options in (("mlp", {}), ("mlp", {"batch_norm": True}), ("wavenet", {}), ("gpt", {}), ("bigram", {})):
+    for type, options in ((type, {"batch_norm": type == "mlp"}) for type in (*NETWORKS, "bigram")):
         config = Config(type=type, **sizes, **options)
         model = build_model(**config.model_config(vocab_size, 0))
         assert memory.count_parameters(config, vocab_size) == sum(p.numel() for p in model.parameters())
@@ -187,6 +190,10 @@ def test_the_defaults_fit_a_small_machine(type):
         ("mlp", {"block_size": 2000}),
         ("mlp", {"n_hidden": 20_000, "block_size": 64, "n_embd": 32}),
         ("wavenet", {"block_size": 64, "batch_size": 2048}),
+        ("bow", {"format": "text", "block_size": 512, "batch_size": 256}),
+        ("rnn", {"format": "text", "block_size": 512, "batch_size": 128}),
+        ("gru", {"format": "text", "block_size": 512, "batch_size": 64, "n_layer": 2}),
+        ("lstm", {"format": "text", "block_size": 512, "batch_size": 64}),
         ("gpt", {"format": "text", "block_size": 512, "batch_size": 16}),
     ],
 )
@@ -240,7 +247,7 @@ def test_steps_are_timed_with_one_thread_and_with_all_and_the_number_is_restored
     assert min(one, two) >= 0.001
 
 
-@pytest.mark.parametrize("type", ["mlp", "wavenet", "gpt"])
+@pytest.mark.parametrize("type", NETWORKS)
 def test_timing_steps_changes_nothing_of_the_run(tmp_path, monkeypatch, type):
     monkeypatch.setattr(threads, "MIN_STEPS", 1)
     before = torch.get_num_threads()

@@ -17,7 +17,7 @@ from distributed_support import processes, results_of_processes
 from lm_support import StopAt
 
 from charlm.lm import checkpoint
-from charlm.lm.config import Config
+from charlm.lm.config import NETWORKS, Config
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.memory import estimate_bytes
@@ -32,6 +32,10 @@ CONFIGS = {
     "mlp": Config.of_type("mlp", **TRAINING, batch_size=11, gradient_accumulation_steps=2, grad_clip=0.5),
     "mlp with batch norm": Config.of_type("mlp", **TRAINING, batch_size=10, batch_norm=True),
     "wavenet": Config.of_type("wavenet", **TRAINING, batch_size=10),
+    "bow": Config.of_type("bow", **TRAINING, batch_size=7),
+    "rnn": Config.of_type("rnn", **TRAINING, batch_size=7),
+    "gru": Config.of_type("gru", **{**TRAINING, "block_size": 6}, n_layer=2, batch_size=6),
+    "lstm": Config.of_type("lstm", **TRAINING, batch_size=7, gradient_accumulation_steps=2),
     "gpt": Config.of_type(
         "gpt", **{**TRAINING, "n_embd": 8, "block_size": 6}, n_head=2, n_layer=2, batch_size=6, grad_clip=0.5
     ),
@@ -44,19 +48,20 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 CASES = {
     2: [
         *[(name, "float32", "ddp", 200) for name in CONFIGS],
-        *[(name, "float64", "ddp", 40) for name in ("mlp", "mlp with batch norm", "wavenet", "gpt")],
+        *[(name, "float64", "ddp", 40) for name in ("mlp", "mlp with batch norm", *NETWORKS[1:])],
         ("gpt", "float32", "fsdp", 200),
     ],
     4: [
         ("mlp", "float32", "ddp", 200),
         ("mlp with batch norm", "float32", "ddp", 200),
         ("wavenet", "float32", "ddp", 200),
+        ("gru", "float32", "ddp", 200),
         ("gpt", "float32", "ddp", 200),
         ("wavenet", "float64", "ddp", 40),
         ("gpt", "float64", "fsdp", 20),
     ],
 }
-FEW = {(2, "mlp", "float32", "ddp", 200), (2, "gpt", "float32", "fsdp", 200)}
+FEW = {(2, "mlp", "float32", "ddp", 200), (2, "gru", "float64", "ddp", 40), (2, "gpt", "float32", "fsdp", 200)}
 ALL_CASES = [
     pytest.param(size, *case, marks=[] if (size, *case) in FEW else [pytest.mark.exhaustive])
     for size, cases in CASES.items()

@@ -146,14 +146,16 @@ def test_load_takes_a_path_or_a_string_and_says_what_is_wrong(tmp_path):
         charlm.load(tmp_path / "out", device="abacus")
 
 
-@pytest.mark.parametrize("type", ["mlp", "gpt", "bigram"])
+@pytest.mark.parametrize("type", ["mlp", "bow", "gru", "gpt", "bigram"])
 @pytest.mark.parametrize("protocol", ["sliding", "fixed"])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_a_text_in_pieces_is_scored_as_the_whole(type, protocol, size, monkeypatch):
     model = CharacterModel(untrained_checkpoint(TEXT, type, block_size=4, n_embd=4, n_head=2))
     whole = TEXT.parts["train"][0]
     nats = model.surprisal(whole, protocol=protocol)
-    if (type, protocol) != ("gpt", "sliding"):  # there eval sees block_size paddings before the text, and this one
+    if (
+        protocol != "sliding" or not model.model.predicts_every_position
+    ):  # there eval sees block_size paddings before the text, and this one
         expected = evaluate(model.model, predictions(model.model, TEXT, "train", protocol), "train")
         assert nats.mean().item() == pytest.approx(expected.nats, rel=1e-6)
     monkeypatch.setattr("charlm.lm.character_model.MAX_CONTEXT_TOKENS", 100)
@@ -164,7 +166,7 @@ def test_a_text_in_pieces_is_scored_as_the_whole(type, protocol, size, monkeypat
     assert total == pytest.approx(nats.sum().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("type", ["mlp", "gpt"])
+@pytest.mark.parametrize("type", ["mlp", "bow", "gru", "gpt"])
 def test_items_in_pieces_are_scored_as_the_items(type, monkeypatch):
     model = CharacterModel(untrained_checkpoint(ITEMS, type, block_size=4, n_embd=4, n_head=2))
     items = [*ITEMS.parts["train"][:40], "a" * 50, "e"]

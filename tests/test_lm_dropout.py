@@ -16,6 +16,10 @@ B, N = 512, 256
 NETWORKS = {
     "mlp": {"block_size": 8, "n_embd": 6, "n_hidden": 20},
     "wavenet": {"block_size": 8, "n_embd": 6, "n_hidden": 20},
+    "bow": {"block_size": 8, "n_embd": 6, "n_hidden": 20},
+    "rnn": {"block_size": 8, "n_embd": 6, "n_hidden": 20},
+    "gru": {"block_size": 8, "n_embd": 6, "n_hidden": 20, "n_layer": 2},
+    "lstm": {"block_size": 8, "n_embd": 6, "n_hidden": 20, "n_layer": 2},
     "gpt": {"block_size": 8, "n_embd": 8, "n_head": 2, "n_layer": 2},
 }
 

@@ -28,6 +28,10 @@ ORDER, T = 4, 6
 NETWORKS = {
     "mlp": {"n_embd": 4, "n_hidden": 8},
     "wavenet": {"n_embd": 4, "n_hidden": 8, "block_size": 8},
+    "bow": {"n_embd": 4, "n_hidden": 8},
+    "rnn": {"n_embd": 4, "n_hidden": 8},
+    "gru": {"n_embd": 4, "n_hidden": 8},
+    "lstm": {"n_embd": 4, "n_hidden": 8},
     "gpt": {"n_layer": 2, "n_head": 2, "n_embd": 8},
 }
 

@@ -194,6 +194,10 @@ def test_bits_and_perplexity_follow_from_nats():
 SMALL = {
     "mlp": {"n_embd": 4, "n_hidden": 8},
     "wavenet": {"n_embd": 4, "n_hidden": 8},
+    "bow": {"n_embd": 4, "n_hidden": 8},
+    "rnn": {"n_embd": 4, "n_hidden": 8},
+    "gru": {"n_embd": 4, "n_hidden": 8, "n_layer": 2},
+    "lstm": {"n_embd": 4, "n_hidden": 8, "n_layer": 2},
     "gpt": {"n_layer": 2, "n_head": 2, "n_embd": 8},
 }
 

@@ -21,6 +21,10 @@ SMALL = {
     "bigram": {},
     "mlp": {"n_embd": 4, "n_hidden": 8},
     "wavenet": {"n_embd": 4, "n_hidden": 8},
+    "bow": {"n_embd": 4, "n_hidden": 8, "dropout": 0.5},
+    "rnn": {"n_embd": 4, "n_hidden": 8, "dropout": 0.5},
+    "gru": {"n_embd": 4, "n_hidden": 8, "n_layer": 2, "dropout": 0.5},
+    "lstm": {"n_embd": 4, "n_hidden": 8, "n_layer": 2, "dropout": 0.5},
     "gpt": {"n_layer": 2, "n_head": 2, "n_embd": 8, "dropout": 0.5},
 }
 

@@ -138,7 +138,7 @@ def test_dev_items_are_looked_for_at_once_and_in_parts(wanted_items, tmp_path, m
     assert_equal(*both("\n".join([*random_items("uint8")[0], "ab" * 900]), tmp_path / "corpus"))
 
 
-@pytest.mark.parametrize("type", ["mlp", "gpt", "ngram"])
+@pytest.mark.parametrize("type", ["mlp", "gru", "gpt", "ngram"])
 @pytest.mark.parametrize("name", ["names", "text", "text of 300 symbols"])
 def test_training_on_shards_has_the_losses_of_memory(type, name, tmp_path):
     losses = []

@@ -18,7 +18,7 @@ from lm_support import StopAt
 
 from charlm._errors import UserError
 from charlm.lm import checkpoint
-from charlm.lm.config import Config
+from charlm.lm.config import NETWORKS, Config
 from charlm.lm.data import build_corpus, read_text
 from charlm.lm.evaluate import baselines, evaluate
 from charlm.lm.metrics import METRICS, MetricsLog
@@ -341,7 +341,7 @@ def small(type: str, **given) -> Config:
     return Config.of_type(type, **{**widths, **run, "dropout": 0.0, **given})
 
 
-@pytest.mark.parametrize("type", ["mlp", "gpt"])
+@pytest.mark.parametrize("type", ["mlp", "gru", "gpt"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_accumulated_batches_are_one_large_batch(tmp_path, type, optimizer):
     """Token by token: items are of many lengths, and so no two batches of a GPT hold as many."""
@@ -399,7 +399,7 @@ def test_training_ends_when_dev_has_not_become_better_for_so_long(tmp_path):
     assert again.step == trainer.step
 
 
-@pytest.mark.parametrize("type", ["mlp", "wavenet", "gpt"])
+@pytest.mark.parametrize("type", NETWORKS)
 def test_bfloat16_trains_beside_float32(tmp_path, type):
     last = []
     for dtype in ("float32", "bfloat16"):
@@ -411,7 +411,9 @@ def test_bfloat16_trains_beside_float32(tmp_path, type):
     assert last[0] == pytest.approx(last[1], abs=0.1)
 
 
-@pytest.mark.parametrize("type", ["mlp", pytest.param("gpt", marks=pytest.mark.exhaustive)])  # compiling takes 30 s
+@pytest.mark.parametrize(
+    "type", ["mlp", *(pytest.param(t, marks=pytest.mark.exhaustive) for t in ("bow", "gpt"))]
+)  # compiling takes 30 s
 def test_a_compiled_run_is_the_run(tmp_path, type):
     runs = []
     for compile in (False, True):
@@ -422,7 +424,7 @@ def test_a_compiled_run_is_the_run(tmp_path, type):
         torch.testing.assert_close(tensor, runs[1][name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("type", ["wavenet", "gpt"])
+@pytest.mark.parametrize("type", NETWORKS)
 def test_every_neural_type_resumes_exactly(tmp_path, type):
     config = small(type, dropout=0.2, token_noise=0.2, gradient_accumulation_steps=2, grad_clip=1.0)
     whole = Trainer(config, CORPUS, tmp_path / "whole")
@@ -442,6 +444,7 @@ def test_every_neural_type_resumes_exactly(tmp_path, type):
         ("wavenet", {"batch_size": 1}, "batch_size is 1, but must be at least 2 with batch norm"),
         ("gpt", {"n_head": 5, "n_embd": 12}, "n_head is 5, but must be a divisor of n_embd"),
         ("gpt", {"dtype": "float16"}, "dtype is float16, but must be one of float32, bfloat16"),
+        ("lstm", {"compile": True}, "compile is True, but must be left out for the lstm: torch.compile would unroll"),
         ("mlp", {"patience": 0}, "patience is 0, but must be at least 1"),
     ],
 )

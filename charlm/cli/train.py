@@ -98,8 +98,12 @@ def train(
         int, option(MODEL, "Context in characters; a power of two for the wavenet.", by_type="block_size")
     ] = DEFAULT.block_size,
     n_embd: Annotated[int, option(MODEL, "Width of an embedding.", by_type="n_embd")] = DEFAULT.n_embd,
-    n_hidden: Annotated[int, option(MODEL, "Width of the tanh layers.", by_type="n_hidden")] = DEFAULT.n_hidden,
-    n_layer: Annotated[int, option(MODEL, "Number of gpt blocks.")] = DEFAULT.n_layer,
+    n_hidden: Annotated[
+        int, option(MODEL, "Width of the hidden layers, or of the state.", by_type="n_hidden")
+    ] = DEFAULT.n_hidden,
+    n_layer: Annotated[
+        int, option(MODEL, "Number of layers of the rnn, gru and lstm, and of gpt blocks.", by_type="n_layer")
+    ] = DEFAULT.n_layer,
     n_head: Annotated[int, option(MODEL, "Attention heads per gpt block.")] = DEFAULT.n_head,
     batch_norm: Annotated[bool, option(MODEL, "Batch norm before the tanh of the mlp.")] = DEFAULT.batch_norm,
     dropout: Annotated[
@@ -128,7 +132,7 @@ def train(
         int,
         option(
             TRAINING,
-            "Batch size in examples; for the gpt in items or windows.",
+            "Batch size in examples; for bow, rnn, gru, lstm and gpt in items or windows.",
             "-b",
             "--batch-size",
             by_type="batch_size",

@@ -10,6 +10,7 @@ from typing import Any
 from charlm._errors import UserError
 from charlm.lm.models import MODELS, CountModel
 from charlm.lm.models.ngram import SMOOTHINGS
+from charlm.lm.models.recurrent import Recurrent
 from charlm.ngrams import MAX_LENGTH
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -131,9 +132,9 @@ class Config:
         type: A key of `charlm.lm.models.MODELS`.
         block_size: Length of the context in characters.
         n_embd: Width of an embedding.
-        n_hidden: Width of the tanh layers of the MLP and the WaveNet.
+        n_hidden: Width of the tanh layers of the MLP, the WaveNet and the BoW, and of the state of RNN, GRU and LSTM.
         batch_norm: Batch normalization before the tanh of the MLP.
-        n_layer: Number of GPT blocks.
+        n_layer: Number of layers of RNN, GRU and LSTM, and of GPT blocks.
         n_head: Attention heads per GPT block.
         dropout: Dropout probability of hidden units.
         token_noise: Probability that training replaces an input token, padding included, by one drawn from the token
@@ -146,7 +147,7 @@ class Config:
         smoothing: Smoothing of the n-gram model, "kneser-ney" or "add-k".
         add_k: Constant added to every count of a count model.
         max_steps: Number of optimizer steps, at which the schedule ends.
-        batch_size: Rows per forward pass: examples, or items or windows for the GPT.
+        batch_size: Rows per forward pass: examples, or items or windows for the models that predict every position.
         gradient_accumulation_steps: Batches per optimizer step; each token of them has the same weight.
         optimizer: "adamw", or "sgd" without momentum as in makemore's lecture.
         learning_rate: Peak learning rate of the schedule.
@@ -244,6 +245,9 @@ class Config:
             self._check("mix_ngram", self.mix_ngram <= most, f"at most {most} for a block_size of {self.block_size}")
         if self.mix_ngram != 0 and issubclass(MODELS[self.type], CountModel):
             self._check("mix_ngram", False, f"0 for type {self.type}, which counts")
+        is_recurrent = issubclass(MODELS[self.type], Recurrent)
+        loops = f"left out for the {self.type}: torch.compile would unroll its loop over time for every length"
+        self._check("compile", not (self.compile and is_recurrent), loops)
         if self.type == "gpt":
             self._check("n_head", self.n_embd % self.n_head == 0, f"a divisor of n_embd, which is {self.n_embd}")
 

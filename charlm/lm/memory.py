@@ -35,11 +35,9 @@ def count_parameters(config: Config, vocab_size: int) -> int:
     if config.type == "bow":
         return V * D + T * D + 2 * D * H + H + D + D * V + V
     if config.type in CELLS:
-        cell = CELLS[config.type]
-        inputs = D + (config.n_layer - 1) * H
-        return (
-            V * D + (inputs + config.n_layer * (H + 1)) * cell.gates * H + config.n_layer * cell.states * H + H * V + V
-        )
+        cell, L = CELLS[config.type], config.n_layer
+        layers = (D + (L - 1) * H + L * H + L) * cell.gates * H + L * cell.states * H
+        return V * D + layers + H * V + V
     if config.type == "gpt":
         return V * D + T * D + config.n_layer * (12 * D * D + 2 * D) + D
     return 0
