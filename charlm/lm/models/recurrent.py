@@ -21,7 +21,7 @@ for 256 names and 192 units, and as long for 32 names and 64 units.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,33 @@ from charlm.lm.models.sequence import SequenceModel, keys_at
 from charlm.nn import Embedding
 
 State = tuple[Tensor, ...]  # each (B, H); the first is the output
+
+
+class Steps(NamedTuple):
+    """The positions of a batch (B, t) that are computed, n of them: those of the first step, then of the second, …
+
+    A batch of names is padded to its longest name, which doubles the number of positions. In each step the rows are in
+    the same order, longest first, so that those that go on are the first ones.
+    """
+
+    where: Tensor  # (n,) int64 places among the B * t positions
+    sizes: list[int]  # the number of positions of each step
+    places: Tensor  # (len(at),) int64 where each place of `at` is among the n
+
+    @classmethod
+    def of(cls, at: Tensor, B: int, t: int, whole: bool = False) -> Steps:
+        """Each row up to the last of its places `at`; all of it if `whole`, or on a GPU, which would wait for it."""
+        if whole or not at.is_cpu:
+            every = torch.arange(B * t, device=at.device)
+            return cls(every.view(B, t).t().flatten(), [B] * t, at % t * B + at // t)
+        lengths = torch.ones(B, dtype=torch.int64).scatter_reduce(0, at // t, at % t + 1, "amax")
+        lengths, order = lengths.sort(descending=True, stable=True)
+        inside = torch.arange(t)[:, None] < lengths  # (t, B)
+        step, rank = inside.nonzero().unbind(1)  # (n,) each
+        sizes = inside.sum(1)
+        begins = sizes.cumsum(0) - sizes
+        places = begins[at % t] + order.argsort()[at // t]
+        return cls(order[rank] * t + step, sizes.tolist(), places)
 
 
 class Cell(nn.Module):
@@ -163,37 +190,19 @@ class Recurrent(SequenceModel):
         self, idx: Tensor, at: Tensor, keys: Tensor | None = None, state: dict[str, Any] | None = None
     ) -> Tensor:
         """As `SequenceModel.features`; a row is computed up to the last of its places `at`."""
-        B, t = idx.shape
-        if at.is_cpu and state is None:
-            # Rows in order of their lengths, longest first, so that the rows of a step are the first ones.
-            lengths = torch.ones(B, dtype=torch.int64).scatter_reduce(0, at // t, at % t + 1, "amax")
-            lengths, order = lengths.sort(descending=True, stable=True)
-            inside = torch.arange(t)[:, None] < lengths  # (t, B)
-            steps, ranks = inside.nonzero().unbind(1)  # (n,) each, step by step
-            where = order[ranks] * t + steps
-            sizes = inside.sum(1)
-            places = (sizes.cumsum(0) - sizes)[at % t] + order.argsort()[at // t]  # of `at` among the n
-            counts = sizes[sizes > 0].tolist()
-        else:  # every row up to its end: lengths would synchronize a GPU
-            where = torch.arange(B * t, device=idx.device).view(B, t).t().flatten()
-            places = at % t * B + at // t
-            counts = [B] * t
-        keys = keys_at(keys, where, t)
-        layers = [None] * len(self.layers) if not state else state["layers"]
-        tokens = idx.flatten()[where][:, None]  # (n, 1)
-        x, ends = None, []
-        for layer, dropout, before in zip(self.layers, self.dropouts, layers, strict=True):
-            if x is None:
-                x = F.embedding_linear(tokens, self.embedding.weight, layer.input.weight, layer.input.bias)
-            else:
-                x = layer.input(x)
-            x, end = layer(x, counts, before)
-            x = dropout(x, keys)
+        steps = Steps.of(at, *idx.shape, whole=state is not None)
+        keys = keys_at(keys, steps.where, idx.shape[1])
+        first = self.layers[0].input
+        x = F.embedding_linear(idx.flatten()[steps.where][:, None], self.embedding.weight, first.weight, first.bias)
+        befores = state["layers"] if state else [None] * len(self.layers)
+        ends = []
+        for number, (layer, dropout, before) in enumerate(zip(self.layers, self.dropouts, befores, strict=True)):
+            x, end = layer(layer.input(x) if number else x, steps.sizes, before)
+            x = dropout(x, keys)  # (n, H)
             ends.append(end)
         if state is not None:
             state["layers"] = ends
-        assert x is not None
-        return x[places]
+        return x[steps.places]
 
 
 class RNN(Recurrent):

@@ -53,7 +53,7 @@ class SequenceModel(LanguageModel):
         at = _last(idx) if targets is not None and targets.dim() == 1 else _all(idx)
         logits = self.head(self.features(idx, at))  # (n, V)
         loss = None if targets is None else F.cross_entropy(logits, targets.flatten())
-        return logits if targets is not None and targets.dim() == 1 else logits.view(*idx.shape, -1), loss
+        return logits if targets is not None and targets.dim() == 1 else logits.view(*idx.shape, self.vocab_size), loss
 
     def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
         """As `LanguageModel.loss`, for the targets of `forward`; the logits are never materialized."""
