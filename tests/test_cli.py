@@ -43,7 +43,7 @@ def trained(tmp_path_factory, names) -> Path:
 def test_train_ends_with_the_table_and_20_samples(tmp_path, names):
     output = succeeds("train", "-i", names, "-o", tmp_path / "run", *SMALL)
     lines = output.splitlines()
-    assert "500 items (line format, guessed); train 400, dev 50, test 50" in lines[0]
+    assert "500 items (line format, guessed); train 400, dev 50, test 50" in lines[1]
     assert "0 of 50 dev items (0.0%) also occur in train" in output
     rows = [line for line in lines if line.startswith("│")]
     names = [row.split("│")[1].strip() for row in rows]

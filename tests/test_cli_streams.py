@@ -127,7 +127,7 @@ def test_a_run_on_a_pipe_is_resumed_and_measured_with_its_data_given_again(pipe,
 
 def test_standard_input_is_data(data, tmp_path):
     output = succeeds("train", "-i", "-", "-o", tmp_path / "run", *TINY, input=data.read_bytes())
-    assert output.startswith("standard input or a pipe: 40 items (line format, guessed)")
+    assert "\nstandard input or a pipe: 40 items (line format, guessed)" in output
     assert checkpoint.load(tmp_path / "run").config.input_file == STREAM
 
 

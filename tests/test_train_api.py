@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from charlm.lm.train_run import in_python
 needs_module = pytest.mark.skipif(_ext._C is None, reason="preparing needs the compiled module")
 NAMES = [f"{a}{b * n}" for n in range(1, 9) for a in "abcde" for b in "vwxyz"]
 TINY = {"max_steps": 4, "n_embd": 2, "n_hidden": 8, "log_interval": 2, "progress": False}
+VERSIONS = {"charlm": charlm.__version__, "torch": torch.__version__, "python": platform.python_version()}
 FLAGS = ("--max-steps", "4", "--n-embd", "2", "--n-hidden", "8", "--log-interval", "2")
 
 
@@ -311,6 +313,28 @@ def test_another_thread_can_train():
     assert found[0].finished
 
 
+def test_a_checkpoint_keeps_what_started_and_resumed_the_run(tmp_path):
+    (tmp_path / "my names.txt").write_text("\n".join(NAMES))
+    folder = tmp_path / "run"
+    shown = succeeds("train", "-i", tmp_path / "my names.txt", "-o", folder, *FLAGS, "--batch-norm", "--no-dedup")
+    command = (
+        f"charlm train --input-file '{tmp_path}/my names.txt' --work-dir {folder} --max-steps 4 --n-embd 2 "
+        "--n-hidden 8 --log-interval 2 --batch-norm --no-dedup"
+    )
+    first = {"command": command, **VERSIONS}
+    assert shown.splitlines()[0] == (
+        f"{command}  # charlm {VERSIONS['charlm']}, torch {VERSIONS['torch']}, Python {VERSIONS['python']}"
+    )
+    charlm.train(directory=folder, resume=True, max_steps=5, progress=False)
+    call = f"charlm.train(directory='{folder}', max_steps=5, resume=True)"
+    expected = [first, {"command": call, **VERSIONS}]
+    assert json.loads((folder / "checkpoint.json").read_text())["commands"] == expected
+    old = json.loads((folder / "checkpoint.json").read_text())
+    del old["commands"]  # as an earlier charlm wrote it
+    (folder / "checkpoint.json").write_text(json.dumps(old))
+    assert charlm.train(directory=folder, resume=True, max_steps=6, progress=False).finished
+
+
 def test_count_models_train_too():
     run = charlm.train(NAMES, type="ngram", order=3, memory=10**8, progress=False)
     assert run.finished
@@ -338,7 +362,9 @@ def test_progress_is_printed_or_not(capsys):
     assert capsys.readouterr() == ("", "")
     charlm.train(NAMES, **{**TINY, "progress": True})
     shown = capsys.readouterr().out
-    assert shown.startswith("the data: 200 items (line format, guessed); train 160, dev 20, test 20; 11 tokens\n")
+    call, data, *_ = shown.splitlines()
+    assert call.startswith("charlm.train(data, max_steps=4, n_embd=2, n_hidden=8, log_interval=2)  # charlm ")
+    assert data == "the data: 200 items (line format, guessed); train 160, dev 20, test 20; 11 tokens"
     assert "mlp + 2-gram: 257 parameters, 4 steps on cpu" in shown
     assert "step 4/4 · train" in shown
 

@@ -201,16 +201,18 @@ def train(
     `torchrun --nproc-per-node N -m charlm train` shares each batch among N processes.
     """
     from charlm.lm import checkpoint
+    from charlm.lm.command import shell_command
     from charlm.lm.files import locked
     from charlm.lm.processes import Launch, joined
     from charlm.lm.start import check_folder
     from charlm.lm.threads import using_threads
 
-    given = {
-        name: context.params[name]
-        for name in Config.names()
+    options = {
+        name: value
+        for name, value in context.params.items()
         if context.get_parameter_source(name).name in ("COMMANDLINE", "DEFAULT_MAP")  # the latter: of --config
     }
+    given = {name: options[name] for name in Config.names() if name in options}
     if no_mix:
         if given.get("mix_ngram"):
             raise UserError("--mix-ngram and --no-mix exclude each other")
@@ -237,7 +239,8 @@ def train(
                 check_folder(work_dir, resume, overwrite)  # it may have changed before it was locked
             if processes.from_first(resume):
                 config = None
-            _run(config, given, input_file, work_dir, force, not no_cache, processes, parallel, memory)
+            command = shell_command("charlm train" if launch.size == 1 else "torchrun … -m charlm train", options)
+            _run(config, given, input_file, work_dir, force, not no_cache, processes, parallel, memory, command)
 
 
 @contextmanager
@@ -276,12 +279,14 @@ def _run(
     processes: Processes,
     parallel: str,
     memory: str | None,
+    command: str,
 ) -> None:
     """Trains until the end or a signal, and prints the result.
 
     `config` is that of a new run; None resumes the checkpoint in `work_dir` with the options `given`.
     """
     from charlm.lm import checkpoint
+    from charlm.lm.command import describe, started_by
     from charlm.lm.defaults import config_for
     from charlm.lm.display import ProgressReport, print_data, print_model, progress_bar
     from charlm.lm.memory import check_fits, parse_bytes
@@ -306,12 +311,15 @@ def _run(
     if resumed is None:
         config = config_for(corpus, given)
     config = config_on(config, corpus)
+    start = started_by(command)
+    console.print(describe(start), soft_wrap=True)
     print_data(console, config, corpus, guessed)
     if not force:
         check_fits(config, corpus, usable_device(processes.device(config.device)), processes.launch, parallel)
     processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
     trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound)
     config = trainer.config
+    trainer.commands = (*trainer.commands, start)
     del resumed  # and so its files, which the next checkpoint replaces
     print_model(console, config, corpus, trainer, parallel)
     stop = StopRequest(ignores_repeats=is_under_torchrun())

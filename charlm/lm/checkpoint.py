@@ -1,7 +1,7 @@
 """Checkpoints of a training run: safetensors and JSON without pickle, replaced atomically.
 
     DIR/checkpoint.json                  the manifest: version, step, config, model, vocabulary, split hash,
-                                         and name, size and sha256 of the files below
+                                         commands, and name, size and sha256 of the files below
     DIR/model-<sha256>.safetensors       the weights to use: the best on dev so far
     DIR/training-<sha256>.safetensors    the state for resuming: current weights, optimizer and random state
     DIR/metrics.jsonl                    see `metrics`
@@ -69,6 +69,7 @@ class Checkpoint:
         best_nats: The loss of the best evaluation on dev in nats per character; None before the first one.
         weights: The model's state dict at best_step, or at `step` before the first evaluation.
         training: The trainer's tensors by name.
+        commands: What started the run, and what resumed it, see `charlm.lm.command`.
     """
 
     step: int
@@ -80,6 +81,7 @@ class Checkpoint:
     best_nats: float | None
     weights: Mapping[str, Tensor]
     training: Mapping[str, Tensor]
+    commands: tuple[dict[str, str], ...] = ()
 
     def build_model(self, device: torch.device | str = "cpu") -> LanguageModel:
         """Builds the model with its weights in torch's default dtype, in evaluation mode on `device`.
@@ -177,6 +179,7 @@ def _commit(directory: Path, checkpoint: Checkpoint, files: list[dict[str, dict[
         "format": FORMAT,
         "version": VERSION if is_sharded else 1,
         "charlm": __version__,
+        "commands": checkpoint.commands,
         "step": checkpoint.step,
         "best_step": checkpoint.best_step,
         "best_nats": checkpoint.best_nats,
@@ -241,6 +244,7 @@ def _load(path: Path, data: bytes, mapped: bool) -> Checkpoint:
             best_nats=_typed(manifest, "best_nats", int, float, None),
             weights=tensors["model"],
             training=tensors["training"],
+            commands=tuple(_typed({"commands": [], **manifest}, "commands", list)),
         )
     except UserError:  # a ValueError too
         raise

@@ -95,6 +95,7 @@ class Trainer:
         self.corpus = corpus
         self.directory = directory
         self.memory = memory
+        self.commands = () if resumed is None else resumed.commands  # what the checkpoints say of the run's start
         self.device = usable_device(self.processes.device(config.device))
         vocabulary = corpus.vocabulary
         self.model_config = config.model_config(len(vocabulary), vocabulary.pad_token)
@@ -202,6 +203,7 @@ class Trainer:
             best_nats=self.best_nats,
             weights=parts_to_save(weights, self.processes.rank),
             training=parts_to_save(self._training_state(), self.processes.rank),
+            commands=self.commands,
         )
         writer = ThreadPoolExecutor(max_workers=1)
         self._writing = writer.submit(self._write, saved)

@@ -26,6 +26,7 @@ import torch
 
 from charlm._errors import UserError
 from charlm.lm import cache, checkpoint, shards
+from charlm.lm.command import SWITCHES, describe, python_call, started_by
 from charlm.lm.config import Config, check_options
 from charlm.lm.corpus import Corpus
 from charlm.lm.data import build_corpus, decode_text
@@ -46,7 +47,6 @@ from charlm.lm.train import Trainer, usable_device
 NAME = "the data"  # what error messages call documents
 SHOWN = 80  # characters of a wrong path
 IN_PYTHON = {"input_file": "data", "work_dir": "directory"}  # the arguments of charlm.train for options of the command
-SWITCHES = ("resume", "overwrite", "force", "no_cache")
 OTHERS = ("threads", "memory")
 
 
@@ -76,6 +76,14 @@ def train_run(
                 "torchrun -m charlm train -i DIR"
             )
         path, documents = _source(data)
+        arguments = {
+            **({} if directory is None else {"directory": os.fspath(directory)}),
+            **given,
+            **({} if separator == "\n" else {"separator": separator}),
+            **{name: True for name, is_on in zip(SWITCHES, (resume, overwrite, force, no_cache), strict=True) if is_on},
+            **{name: value for name, value in (("threads", threads), ("memory", memory)) if value is not None},
+        }
+        line = python_call(data, arguments)
         with ExitStack() as on_error:
             if directory is None:
                 if resume:
@@ -91,7 +99,7 @@ def train_run(
                 stack.enter_context(locked(folder))
                 check_folder(folder, resume, overwrite)  # it may have changed before it was locked
                 resumed = checkpoint.load(folder, mapped=True) if resume else None
-                call = _Call(folder, given, resumed, overwrite, force, no_cache, memory, progress, separator)
+                call = _Call(folder, given, resumed, overwrite, force, no_cache, memory, progress, separator, line)
                 del resumed
                 run = call.run(path, documents)
             on_error.pop_all()
@@ -151,6 +159,7 @@ class _Call:
     memory: int | str | None
     progress: bool
     separator: str
+    line: str  # the call
     kept: tuple[Path, bytes] | None = None  # the file of the documents and its content
 
     def run(self, path: Path | None, documents: Iterable[str] | None) -> Run:
@@ -172,6 +181,7 @@ class _Call:
         if not self.force:
             check_fits(config, corpus, usable_device(config.device), Launch(), "ddp")
         trainer = Trainer(config, corpus, self.folder, self.resumed, memory=bound)
+        trainer.commands = (*trainer.commands, started_by(self.line))
         self.resumed = None  # and so its files, which the next checkpoint replaces
         if self.kept is not None:
             write_atomically(*self.kept)
@@ -215,6 +225,7 @@ class _Call:
         config, corpus = trainer.config, trainer.corpus
         console = new_console()
         console.quiet = not self.progress
+        console.print(describe(trainer.commands[-1]), soft_wrap=True)
         print_data(console, config, corpus, guessed, source)
         print_model(console, config, corpus, trainer, "ddp")
         stop = StopRequest()
