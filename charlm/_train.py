@@ -22,6 +22,7 @@ def train(
     no_cache: bool = False,
     threads: int | None = None,
     memory: int | str | None = None,
+    sample_every: int = 0,
     progress: bool = True,
     **options: Any,
 ) -> Run:
@@ -47,6 +48,7 @@ def train(
         no_cache: Whether a large file is read into memory instead of preparing it once in the cache.
         threads: Number of CPU threads of this run; None is torch's current number.
         memory: Most memory for counting the n-grams of type "ngram", in bytes or as "2GB".
+        sample_every: Number of steps between samples that are printed; 0 for none.
         progress: Whether the data, the model and a progress bar are shown.
         options: Other options of `charlm train`, with underscores: max_steps=100, n_embd=64, device="cuda". They are
             the fields of `charlm.lm.config.Config`.
@@ -79,6 +81,7 @@ def train(
         no_cache=no_cache,
         threads=threads,
         memory=memory,
+        sample_every=sample_every,
         progress=progress,
         options=options,
     )

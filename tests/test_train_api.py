@@ -369,6 +369,30 @@ def test_progress_is_printed_or_not(capsys):
     assert "step 4/4 · train" in shown
 
 
+@pytest.mark.parametrize("data", [NAMES, ["To be, or not to be, that is the question.\n" * 20]])
+def test_samples_are_printed_every_so_many_steps_and_change_nothing(data, tmp_path, capsys):
+    options = {**TINY, "dropout": 0.2, "type": "mlp"}
+    silent = charlm.train(data, **options)
+    run = charlm.train(data, tmp_path / "run", sample_every=2, **{**options, "progress": True})
+    lines = [line.partition(": ") for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    samples = {step: text for step, _, text in lines if text}
+    assert [*samples] == ["step 2", "step 4"]
+    count, most = (5, None) if run.model.format == "line" else (1, 80)
+    texts = run.model.generate(num_samples=count, max_new_tokens=most)
+    assert run.step == 4 == run.history[-1]["step"]
+    if run.history[-1]["nats"] == run.model.best_nats:  # the best weights are those of the last step
+        assert samples["step 4"] == (", ".join(texts) if count == 5 else repr(texts[0]))
+    assert same(run, silent)
+    assert [r["nats"] for r in run.history] == [r["nats"] for r in silent.history]
+    shown = succeeds("train", "-o", tmp_path / "run", "--resume", "--max-steps", 6, "--sample-every", 3)
+    assert [line.partition(": ")[0] for line in shown.splitlines() if line.startswith("step 6: ")] == ["step 6"]
+
+
+def test_a_negative_number_of_steps_between_samples_is_refused():
+    with pytest.raises(UserError, match="sample_every is -1, but must be at least 0"):
+        charlm.train(NAMES, sample_every=-1, **TINY)
+
+
 def test_a_notebook_shows_one_bar_that_moves(monkeypatch):
     """A stand-in of IPython and ipywidgets, with what rich uses of them."""
     shown: list[object] = []

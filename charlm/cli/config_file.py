@@ -12,17 +12,17 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 import typer
 
 from charlm._errors import UserError
 from charlm.cli.common import reports_user_errors
 
-if TYPE_CHECKING or sys.version_info < (3, 11):
-    import tomli as tomllib
-else:
+if sys.version_info >= (3, 11):
     import tomllib
+else:
+    import tomli as tomllib
 
 NOT_IN_A_FILE = ("context", "config_file", "return")  # of the arguments of the command
 

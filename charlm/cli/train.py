@@ -6,8 +6,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from charlm.lm.evaluate import Evaluation
     from charlm.lm.models import LanguageModel
     from charlm.lm.processes import Processes
-    from charlm.lm.train import Progress, Trainer
+    from charlm.lm.train import Trainer
 
 DEFAULT_DIRECTORY = Path("out")
 MAX_TIMEOUT = 1e6  # seconds
@@ -85,6 +86,9 @@ def train(
     ] = DEFAULT_DIRECTORY,
     resume: Annotated[bool, option(OUTPUT, "Resume from the checkpoint in the work dir.", "--resume")] = False,
     overwrite: Annotated[bool, option(OUTPUT, "Replace the run in the work dir.", "--overwrite")] = False,
+    sample_every: Annotated[
+        int, option(OUTPUT, "Steps between samples that are printed during training; 0 for none.")
+    ] = 0,
     force: Annotated[bool, option(OUTPUT, "Train even if the memory may not suffice.", "--force")] = False,
     type: Annotated[
         str | None,
@@ -240,7 +244,19 @@ def train(
             if processes.from_first(resume):
                 config = None
             command = shell_command("charlm train" if launch.size == 1 else "torchrun … -m charlm train", options)
-            _run(config, given, input_file, work_dir, force, not no_cache, processes, parallel, memory, command)
+            _run(
+                config,
+                given,
+                input_file,
+                work_dir,
+                force,
+                not no_cache,
+                processes,
+                parallel,
+                memory,
+                command,
+                sample_every,
+            )
 
 
 @contextmanager
@@ -280,6 +296,7 @@ def _run(
     parallel: str,
     memory: str | None,
     command: str,
+    sample_every: int,
 ) -> None:
     """Trains until the end or a signal, and prints the result.
 
@@ -288,7 +305,7 @@ def _run(
     from charlm.lm import checkpoint
     from charlm.lm.command import describe, started_by
     from charlm.lm.defaults import config_for
-    from charlm.lm.display import ProgressReport, print_data, print_model, progress_bar
+    from charlm.lm.display import ProgressReport, print_data, print_model, progress_bar, sampling_every
     from charlm.lm.memory import check_fits, parse_bytes
     from charlm.lm.parallel import check_parallel
     from charlm.lm.processes import is_under_torchrun
@@ -322,6 +339,7 @@ def _run(
     trainer.commands = (*trainer.commands, start)
     del resumed  # and so its files, which the next checkpoint replaces
     print_model(console, config, corpus, trainer, parallel)
+    print_samples_of = sampling_every(console, trainer, sample_every)
     stop = StopRequest(ignores_repeats=is_under_torchrun())
     lost: list[str] = []  # the reason why the output cannot be written
     # A count model has nothing to save before its end, so that a signal ends the process as usual.
@@ -330,9 +348,9 @@ def _run(
         ProgressReport(console, config.max_steps, trainer.step) as report,
     ):
 
-        def show(progress: Progress) -> None:
+        def safely(show: Callable[..., None], *shown: Any) -> None:
             try:
-                report(progress)
+                show(*shown)
             except OSError as error:  # `charlm train | head` or a full disk: save and stop, as for a signal
                 discard_stdout()
                 stop.signal = stop.signal or signal.SIGPIPE
@@ -342,7 +360,8 @@ def _run(
                     else f"cannot write the output: {error.strerror}"
                 )
 
-        finished = trainer.run(show, stop, report.advise)
+        on_step = None if print_samples_of is None else partial(safely, print_samples_of)
+        finished = trainer.run(partial(safely, report), stop, report.advise, on_step)
         report.stopped_at(trainer.step)
     if stop.signal == signal.SIGPIPE and not finished:
         typer.echo(f"charlm: {lost[0]}; stopped and saved step {trainer.step} in {work_dir}", err=True)

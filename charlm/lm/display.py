@@ -27,16 +27,20 @@ from rich.style import Style
 from rich.table import Column
 from rich.text import Text
 
+from charlm._errors import UserError
 from charlm.lm.config import Config
 from charlm.lm.corpus import Corpus
 from charlm.lm.evaluate import Comparison, Evaluation
 from charlm.lm.examples import PROTOCOLS
 from charlm.lm.inputs import STREAM
 from charlm.lm.memory import estimate_bytes, format_bytes
+from charlm.lm.parallel import is_sharded
+from charlm.lm.sample import SamplingOptions, sample
 from charlm.lm.terminal import print_line, print_table, visible
 from charlm.lm.train import Progress, Trainer
 
 SECONDS_BETWEEN_LINES = 10.0
+PRINTED_ITEMS, PRINTED_CHARACTERS = 5, 80  # of the samples that are printed during training
 SAMPLE_COLUMN = 32  # maximum width of the column of samples; a longer sample shifts only its own mark
 CELL_WIDTH = 6  # columns of a heatmap cell, enough for "U+000A" and "1088.5"
 ITEM_END = "end"  # the heatmap cell for the end of an item
@@ -193,6 +197,32 @@ def print_model(console: Console, config: Config, corpus: Corpus, trainer: Train
     console.print(f"{config.label}: {work}{start}", soft_wrap=True)
     if parameters and trainer.step >= config.max_steps:
         console.print(f"these were all its steps: more --max-steps than {config.max_steps} continue it")
+
+
+def sampling_every(console: Console, trainer: Trainer, steps: int) -> Callable[[], None] | None:
+    """A function that prints samples after every `steps` steps, for `Trainer.run`; None for 0.
+
+    The seed is always the same, so that the samples of two steps can be compared.
+
+    Raises:
+        UserError: `steps` is negative, or the model is divided among processes, which would have to sample together.
+    """
+    if steps < 0:
+        raise UserError(f"sample_every is {steps}, but must be at least 0")
+    if not steps:
+        return None
+    if is_sharded(trainer.model):
+        raise UserError("--sample-every cannot sample from a model that --parallel fsdp has divided: leave it out")
+    is_line = trainer.corpus.format == "line"
+    options = SamplingOptions(PRINTED_ITEMS if is_line else 1, max_new_tokens=None if is_line else PRINTED_CHARACTERS)
+
+    def print_samples() -> None:
+        if trainer.step % steps == 0 and trainer.processes.rank == 0:
+            samples = sample(trainer.model, trainer.corpus.vocabulary, options, trainer.device)
+            shown = ", ".join(samples) if is_line else repr(samples[0])
+            console.print(f"step {trainer.step}: {visible(shown)}", soft_wrap=True)
+
+    return print_samples
 
 
 def print_losses(console: Console, title: str, rows: dict[str, Evaluation]) -> None:

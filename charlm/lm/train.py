@@ -129,6 +129,7 @@ class Trainer:
         on_progress: Callable[[Progress], None] | None = None,
         stop: StopRequest | None = None,
         on_advice: Callable[[str], None] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> bool:
         """Trains until max_steps, or until `patience` evaluations in a row have not improved the loss on dev.
 
@@ -139,6 +140,7 @@ class Trainer:
             on_progress: Called with each reported loss.
             stop: A request to stop early, which is checked after every step.
             on_advice: Called with a recommendation if the run would be faster with one thread.
+            on_step: Called after every step of an optimizer; it must not change the state of the run.
 
         Returns:
             Whether the run is finished; False if `stop` ended it.
@@ -158,7 +160,7 @@ class Trainer:
             if self.optimizer is None:
                 self._count(report)
             else:
-                self._optimize(self.optimizer, report, stop or StopRequest(), on_advice)
+                self._optimize(self.optimizer, report, stop or StopRequest(), on_advice, on_step)
         self.model.load_state_dict(self.best_weights)
         self.model.eval()
         return self._is_finished()
@@ -297,6 +299,7 @@ class Trainer:
         report: Report,
         stop: StopRequest,
         on_advice: Callable[[str], None] | None,
+        on_step: Callable[[], None] | None,
     ) -> None:
         config, model = self.config, self.model
         train, dev, noise = None, None, None
@@ -350,6 +353,10 @@ class Trainer:
                 paused = time.perf_counter()
                 self.is_evaluation_due = True
                 is_stopping |= not self._evaluate_and_save(dev, report, stop)
+                clock += time.perf_counter() - paused
+            if on_step is not None:
+                paused = time.perf_counter()
+                on_step()
                 clock += time.perf_counter() - paused
         if not self._is_finished():
             self.save()

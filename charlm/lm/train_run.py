@@ -31,7 +31,7 @@ from charlm.lm.config import Config, check_options
 from charlm.lm.corpus import Corpus
 from charlm.lm.data import build_corpus, decode_text
 from charlm.lm.defaults import config_for
-from charlm.lm.display import ProgressReport, print_data, print_model, progress_bar
+from charlm.lm.display import ProgressReport, print_data, print_model, progress_bar, sampling_every
 from charlm.lm.files import locked, write_atomically
 from charlm.lm.inputs import corpus_of, path_to_save
 from charlm.lm.memory import check_fits, parse_bytes
@@ -47,7 +47,7 @@ from charlm.lm.train import Trainer, usable_device
 NAME = "the data"  # what error messages call documents
 SHOWN = 80  # characters of a wrong path
 IN_PYTHON = {"input_file": "data", "work_dir": "directory"}  # the arguments of charlm.train for options of the command
-OTHERS = ("threads", "memory")
+OTHERS = ("threads", "memory", "sample_every")
 
 
 def train_run(
@@ -62,6 +62,7 @@ def train_run(
     no_cache: bool,
     threads: int | None,
     memory: int | str | None,
+    sample_every: int,
     progress: bool,
     options: dict[str, Any],
 ) -> Run:
@@ -81,6 +82,7 @@ def train_run(
             **given,
             **({} if separator == "\n" else {"separator": separator}),
             **{name: True for name, is_on in zip(SWITCHES, (resume, overwrite, force, no_cache), strict=True) if is_on},
+            **({"sample_every": sample_every} if sample_every else {}),
             **{name: value for name, value in (("threads", threads), ("memory", memory)) if value is not None},
         }
         line = python_call(data, arguments)
@@ -99,7 +101,9 @@ def train_run(
                 stack.enter_context(locked(folder))
                 check_folder(folder, resume, overwrite)  # it may have changed before it was locked
                 resumed = checkpoint.load(folder, mapped=True) if resume else None
-                call = _Call(folder, given, resumed, overwrite, force, no_cache, memory, progress, separator, line)
+                call = _Call(
+                    folder, given, resumed, overwrite, force, no_cache, memory, sample_every, progress, separator, line
+                )
                 del resumed
                 run = call.run(path, documents)
             on_error.pop_all()
@@ -157,6 +161,7 @@ class _Call:
     force: bool
     no_cache: bool
     memory: int | str | None
+    sample_every: int
     progress: bool
     separator: str
     line: str  # the call
@@ -228,6 +233,7 @@ class _Call:
         console.print(describe(trainer.commands[-1]), soft_wrap=True)
         print_data(console, config, corpus, guessed, source)
         print_model(console, config, corpus, trainer, "ddp")
+        on_step = sampling_every(console, trainer, self.sample_every)
         stop = StopRequest()
         # A count model has nothing to save before its end, and only the main thread may handle signals.
         listens = trainer.optimizer is not None and threading.current_thread() is threading.main_thread()
@@ -235,7 +241,7 @@ class _Call:
             stop.listening() if listens else nullcontext(),
             ProgressReport(console, config.max_steps, trainer.step) as report,
         ):
-            finished = trainer.run(report, stop, lambda text: report.advise(in_python(text)))
+            finished = trainer.run(report, stop, lambda text: report.advise(in_python(text)), on_step)
             report.stopped_at(trainer.step)
         for path in self.folder.glob("documents-*.txt"):
             if str(path) != config.input_file:  # that of a run that was replaced
