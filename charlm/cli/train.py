@@ -90,6 +90,10 @@ def train(
         int, option(OUTPUT, "Steps between samples that are printed during training; 0 for none.")
     ] = 0,
     force: Annotated[bool, option(OUTPUT, "Train even if the memory may not suffice.", "--force")] = False,
+    no_diagnostics: Annotated[
+        bool,
+        option(OUTPUT, "Do not record activations, gradients and updates for `charlm report`.", "--no-diagnostics"),
+    ] = False,
     type: Annotated[
         str | None,
         option(
@@ -256,6 +260,7 @@ def train(
                 memory,
                 command,
                 sample_every,
+                not no_diagnostics,
             )
 
 
@@ -297,6 +302,7 @@ def _run(
     memory: str | None,
     command: str,
     sample_every: int,
+    diagnostics: bool,
 ) -> None:
     """Trains until the end or a signal, and prints the result.
 
@@ -334,7 +340,9 @@ def _run(
     if not force:
         check_fits(config, corpus, usable_device(processes.device(config.device)), processes.launch, parallel)
     processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
-    trainer = Trainer(config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound)
+    trainer = Trainer(
+        config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound, diagnostics=diagnostics
+    )
     config = trainer.config
     trainer.commands = (*trainer.commands, start)
     del resumed  # and so its files, which the next checkpoint replaces

@@ -14,50 +14,57 @@ import math
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from charlm.lm.files import naming, write_atomically
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 METRICS = "metrics.jsonl"
 
 
-class MetricsLog:
-    """Appends to DIR/metrics.jsonl, after removing the lines beyond `step`, where the run starts (0) or resumes.
+class StepLog:
+    """Appends lines to the file at `path`, after removing those beyond `step`, where the run starts (0) or resumes.
 
     A new run replaces the lines of an earlier one only with its first checkpoint. Checkpoints may be written by another
     thread.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / METRICS
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._file: BinaryIO | None = None
         self._pending = b""  # lines written before the first checkpoint
+        self._has_begun = False  # whether the file has the lines of this run
         self._lock = threading.Lock()
         if step:
             self._pending = "".join(f"{line}\n" for line in _lines(self._path) if _step(line) <= step).encode()
-            self._open()
+            self._begin()
 
-    def write(self, step: int, split: str, nats: float, tokens_per_second: float) -> None:
-        entry = {"step": step, "split": split, "nats": nats, "tokens/s": round(tokens_per_second, 1)}
+    def append(self, entry: dict[str, Any]) -> None:
+        """Appends `entry`, which has a "step", as a line."""
         line = json.dumps(entry, allow_nan=False).encode() + b"\n"
         with self._lock, naming(self._path):
-            if self._file is None:
+            if not self._has_begun:
                 self._pending += line
-            else:
-                self._file.write(line)
+                return
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)  # a buffer would retry a failed write on close
+            self._file.write(line)
 
     def checkpointed(self) -> None:
         """Must be called when a checkpoint of this run is on disk; the lines of this run then replace the old ones."""
         with self._lock:
-            if self._file is None:
-                self._open()
+            if not self._has_begun:
+                self._begin()
 
-    def _open(self) -> None:
-        write_atomically(self._path, self._pending)
-        self._file = self._path.open("ab", buffering=0)  # a buffer would retry a failed write on close
+    def _begin(self) -> None:
+        if self._pending or self._path.exists():
+            write_atomically(self._path, self._pending)
+        self._has_begun = True
 
-    def __enter__(self) -> MetricsLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -65,6 +72,16 @@ class MetricsLog:
     ) -> None:
         if self._file is not None:
             self._file.close()
+
+
+class MetricsLog(StepLog):
+    """The log of the losses of a run in DIR/metrics.jsonl."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        super().__init__(directory / METRICS, step)
+
+    def write(self, step: int, split: str, nats: float, tokens_per_second: float) -> None:
+        self.append({"step": step, "split": split, "nats": nats, "tokens/s": round(tokens_per_second, 1)})
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from charlm.lm.calibration import Calibration
 from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import Corpus
+from charlm.lm.diagnostics import Diagnostics
 from charlm.lm.evaluate import Evaluation, evaluate, predictions, rows_per_pass
 from charlm.lm.examples import Examples, Sequences, sample_rows
 from charlm.lm.metrics import MetricsLog
@@ -70,6 +71,7 @@ class Trainer:
         parallel: "ddp" replicates the model in each process, "fsdp" shards that of type gpt over them.
         memory: The most bytes for counting the n-grams of an `NGram`, with sorted runs in `directory`; None counts in
             memory.
+        diagnostics: Whether to record activations, gradients and updates, see `charlm.lm.diagnostics`.
 
     Raises:
         UserError: `resumed` was trained on other data, the device cannot be used, or the processes cannot train this
@@ -86,6 +88,7 @@ class Trainer:
         processes: Processes | None = None,
         parallel: str = "ddp",
         memory: int | None = None,
+        diagnostics: bool = True,
     ) -> None:
         self.processes = processes or Processes()
         check_parallel(parallel, config, self.processes)
@@ -96,6 +99,7 @@ class Trainer:
         self.directory = directory
         self.memory = memory
         self.commands = () if resumed is None else resumed.commands  # what the checkpoints say of the run's start
+        self.diagnostics = diagnostics
         self.device = usable_device(self.processes.device(config.device))
         vocabulary = corpus.vocabulary
         self.model_config = config.model_config(len(vocabulary), vocabulary.pad_token)
@@ -117,7 +121,8 @@ class Trainer:
         self.best_nats: float | None = None
         self.dev_error: float | None = None  # the standard error of the last evaluation, if it was of a sample
         self.best_weights = copy.deepcopy(self.model.state_dict())
-        self._metrics: MetricsLog | None = None  # the log of the last `run`
+        self._metrics: MetricsLog | None = None  # the logs of the last `run`
+        self._diagnostics: Diagnostics | None = None
         self._writing: Future[None] | None = None  # the checkpoint that is being written
         self._writers = self.processes.in_a_thread()
         self.optimizer = None if isinstance(self.model, CountModel) else build_optimizer(self.model, config)
@@ -148,6 +153,7 @@ class Trainer:
         with ExitStack() as stack:
             if self.processes.rank == 0:
                 self._metrics = stack.enter_context(MetricsLog(self.directory, self.step))
+                self._diagnostics = stack.enter_context(Diagnostics(self.directory, self.step))
             stack.callback(self.finish_saving)
 
             def report(split: str, nats: float, tokens_per_second: float) -> None:
@@ -219,8 +225,9 @@ class Trainer:
 
     def _write(self, saved: Checkpoint) -> None:
         checkpoints.save(self.directory, saved, self._writers)
-        if self._metrics is not None:
-            self._metrics.checkpointed()
+        for log in (self._metrics, self._diagnostics):
+            if log is not None:
+                log.checkpointed()
 
     def _training_state(self) -> dict[str, Tensor]:
         """The state for resuming by name, without copies."""
@@ -323,6 +330,9 @@ class Trainer:
         loss = SharedLoss(model, loss_of, self.processes)
         parameters = list(model.parameters())
         model.train()
+        recording: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()  # noqa: E731
+        if self.diagnostics and self._diagnostics is not None and not is_sharded(model):
+            recording = self._diagnostics.watching(model, train, config)
         is_stopping = False
         if self.is_evaluation_due:
             is_stopping = not self._evaluate_and_save(dev, report, stop)
@@ -337,9 +347,10 @@ class Trainer:
             for parameter in parameters:
                 parameter.grad = None
             tokens += self._backward(loss, train, noise)
-            if config.grad_clip:
-                nn.utils.clip_grad_norm_(parameters, config.grad_clip)
-            optimizer.step()
+            with recording(self.step + 1):
+                if config.grad_clip:
+                    nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+                optimizer.step()
             self.loss_steps += 1
             self.step += 1
             is_stopping = stopping() is not None
