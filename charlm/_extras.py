@@ -18,7 +18,7 @@ def require_lm() -> None:
     if missing:
         raise MissingExtraError(
             f"charlm's language model and command line need {' and '.join(missing)}, which the extra lm installs: "
-            f"{_command(Path(__file__).parents[1])}",
+            f"{install_command('lm')}",
             name=missing[0],
         )
 
@@ -30,8 +30,8 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _command(parent: Path) -> str:
-    """The pip command that installs the extra, for a charlm in the folder `parent`."""
+def install_command(extra: str, parent: Path = Path(__file__).parents[1]) -> str:
+    """The pip command that installs `extra`, for a charlm in the folder `parent`."""
     if (parent / "setup.py").exists():
-        return f'pip install --no-build-isolation -e "{parent}[lm]"'
-    return 'pip install "charlm-kernels[lm]"'
+        return f'pip install --no-build-isolation -e "{parent}[{extra}]"'
+    return f'pip install "charlm-kernels[{extra}]"'

@@ -99,7 +99,7 @@ def measure(
         characters=len(text),
         alphabet=len(corpus.vocabulary.chars) + line,
         in_sample=in_sample.tolist(),
-        held_out=_held_out(corpus, order),
+        held_out=held_out(corpus, order),
         compressed={name: 8 * len(compress(data)) / len(text) for name, compress in COMPRESSORS.items()},
         items=len(items) if line else None,
         duplicate_items=len(items) - len(set(items)) if line else None,
@@ -108,7 +108,7 @@ def measure(
     )
 
 
-def _held_out(corpus: Corpus, order: int) -> list[float]:
+def held_out(corpus: Corpus, order: int) -> list[float]:
     """The loss on dev in bits per character of the n-grams with a context of 0, 1, …, `order` characters."""
     size, pad_token = len(corpus.vocabulary), corpus.vocabulary.pad_token
     block_size = max(2, order)  # an n-gram model needs two tokens of context to tell items from running text
