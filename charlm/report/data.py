@@ -85,7 +85,7 @@ class Run:
     samples: list[tuple[str, str]]  # text and mark: "new", splits, or "" in running text
     row: Comparison
     bigrams: list[list[float]]  # p(column | row) of the frequent characters
-    calibration: dict[str, Any]
+    calibration: dict[str, Reliability]
     passages: list[Passage]
 
 
@@ -205,7 +205,7 @@ def _run(
         samples=list(zip(texts, containing_splits(texts, corpus) if is_line else [""] * len(texts), strict=True)),
         row=Comparison(name, saved.config.label, evaluation, error, parameters, 0.0),
         bigrams=measured.predicted.tolist(),
-        calibration={name: found.to_json() for name, found in measured.calibration.items()},
+        calibration=measured.calibration,
         passages=passages(part, nats / math.log(2)),
     )
 
@@ -283,36 +283,20 @@ def passages(part: TextCorpus, bits: Tensor) -> list[Passage]:
 # ---- predictions
 
 
-@dataclass
-class Reliability:
-    """How often events of a predicted probability happen; (BINS,) each, over bins of equal width."""
+Reliability = tuple[float, list[tuple[int, float, float]]]
 
-    events: Tensor
-    probability: Tensor  # the sum
-    happened: Tensor
 
-    @classmethod
-    def empty(cls) -> Reliability:
-        return cls(*torch.zeros(3, BINS, dtype=torch.float64).unbind())
+def binned(p: Tensor, happened: Tensor) -> Tensor:
+    """The number, the probabilities and the happening of events in bins of p: p (n,), bool (n,) → (3, BINS) sums."""
+    bins = (p * BINS).long().clamp(0, BINS - 1)
+    return torch.stack([torch.bincount(bins, each, BINS) for each in (torch.ones_like(p), p, happened.double())])
 
-    def add(self, p: Tensor, happened: Tensor) -> None:
-        """Adds events of the probabilities p (n,), and which of them happened (n,) bool."""
-        p = p.double().cpu()
-        bins = (p * BINS).long().clamp(0, BINS - 1)
-        self.events += torch.bincount(bins, minlength=BINS)
-        self.probability += torch.bincount(bins, p, minlength=BINS)
-        self.happened += torch.bincount(bins, happened.double().cpu(), minlength=BINS)
 
-    def to_json(self) -> dict[str, Any]:
-        """The expected calibration error, and (events, mean probability, share that happened) of each bin."""
-        bins = [
-            (int(n), p / n, happened / n)
-            for n, p, happened in zip(
-                *(x.tolist() for x in (self.events, self.probability, self.happened)), strict=True
-            )
-            if n
-        ]
-        return {"ece": ((self.probability - self.happened).abs().sum() / self.events.sum()).item(), "bins": bins}
+def reliability(sums: Tensor) -> Reliability:
+    """The expected calibration error, and (events, mean p, share that happened) of each bin; sums (3, BINS)."""
+    events, p, happened = sums.unbind()
+    bins = [(int(n), of / n, share / n) for n, of, share in zip(*sums.tolist(), strict=True) if n]
+    return ((p - happened).abs().sum() / events.sum()).item(), bins
 
 
 @dataclass
@@ -348,7 +332,7 @@ class Measured:
         place = torch.full((model.vocab_size,), size)  # of each token among the frequent ones, behind them the others
         place[frequent] = torch.arange(size)
         predicted, observed = torch.zeros(2, size + 1, size + 1, dtype=torch.float64)
-        every, top = Reliability.empty(), Reliability.empty()
+        every, top = torch.zeros(2, 3, BINS, dtype=torch.float64)
         nats = []
         for last, target, log_p in distributions(model, examples):
             nats.append(-log_p.gather(1, target[:, None])[:, 0])
@@ -357,17 +341,18 @@ class Measured:
             predicted.index_add_(0, row, nn.functional.pad(p[:, frequent], (0, 1)))
             observed.index_put_((row, place[target]), torch.ones((), dtype=torch.float64), accumulate=True)
             likely = p >= 1 / BINS
-            every.add(p[likely], nn.functional.one_hot(target, model.vocab_size)[likely])
+            every += binned(p[likely], nn.functional.one_hot(target, model.vocab_size)[likely])
             best, token = p.max(1)
-            top.add(best, token == target)
+            top += binned(best, token == target)
             on_progress(sum(map(len, nats)), examples.tokens)
-        total = len(all_nats := torch.cat(nats))
-        every.events[0] += total * model.vocab_size - every.events.sum()  # the events of the first bin
-        every.probability[0] += total - every.probability.sum()
-        every.happened[0] += total - every.happened.sum()
+        total = examples.tokens
+        every[:, 0] += torch.tensor([total * model.vocab_size, total, total]) - every.sum(
+            1
+        )  # the events below 1 / BINS
         contexts = observed.sum(1, keepdim=True).clamp(min=1)  # (K + 1, 1)
         matrices = ((matrix / contexts)[:size, :size] for matrix in (predicted, observed))
-        return cls(examples, all_nats, *matrices, {"every": every, "top": top})
+        calibration = {"every token": reliability(every), "most probable token": reliability(top)}
+        return cls(examples, torch.cat(nats), *matrices, calibration)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +23,6 @@ from charlm.lm.examples import PROTOCOLS
 from charlm.lm.terminal import visible
 from charlm.report import figures
 from charlm.report.data import Report, Run
-from charlm.report.figures import number
 
 PACKAGES = ("plotly", "jinja2")  # the extra `report`
 LONGEST = 400  # characters of an item that are shown
@@ -31,11 +31,9 @@ LEGEND_STEPS = 5
 
 def require_packages() -> None:
     """Raises UserError unless the packages of the extra `report` are installed."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"a report needs {' and '.join(missing)}, which the extra report installs: {install_command('report')}"
-        )
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        command = install_command("report")
+        raise UserError(f"a report needs {' and '.join(missing)}, which the extra report installs: {command}")
 
 
 def render(report: Report) -> str:
@@ -44,19 +42,20 @@ def render(report: Report) -> str:
     from plotly.offline import get_plotlyjs
 
     sections = build_sections(report)
-    parts = [part for section in sections for _, found in section["groups"] for part in found]
+    drawn = figures.drawn(
+        part for _, _, groups in sections for _, parts in groups for part in parts if isinstance(part, figures.Figure)
+    )
     here = files("charlm.report")
     scripts = [get_plotlyjs(), here.joinpath("page.js").read_text(encoding="utf-8")]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"visible": visible, "number": number}
+    environment.filters["visible"] = visible
     template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
     return template.render(
         report=report,
         sections=sections,
-        facts=facts(report),
-        figures=script_json(figures.all_figures(parts)),
+        figures=script_json(drawn),
         scripts=scripts,
         hashes=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
     )
@@ -71,92 +70,49 @@ def script_json(value: Any) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_finite(each) for each in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
 
 
-def facts(report: Report) -> list[str]:
-    """What the report is of, in sentences."""
-    unit = "items" if report.format == "line" else "characters"
-    sizes = ", ".join(f"{name} {size:,}" for name, size in report.sizes.items())
-    found = [f"Data: {visible(report.source)}; {sizes} {unit}; {len(report.vocabulary):,} tokens."]
-    for name, what in (
-        ("train", "The last {} of the {} tokens of train are counted"),
-        ("dev", "The first {} of the {} tokens of dev are predicted"),
-    ):
-        measured, all = report.tokens[name]
-        if measured < all:
-            found.append(f"{what.format(f'{measured:,}', f'{all:,}')}.")
-    for run in report.runs:
-        best = (
-            ""
-            if run.saved.best_nats is None
-            else f", best on dev {run.saved.best_nats:.4f} nats at step {run.saved.best_step}"
-        )
-        found.append(
-            f"{visible(run.name)}: {run.row.type}, {run.row.parameters:,} parameters, step {run.saved.step}{best}."
-        )
-        if run.damaged_lines:
-            found.append(
-                f"{visible(run.name)}: {run.damaged_lines} lines of its logs are damaged or without a finite "
-                "number, and are left out."
-            )
-    return found
+def build_sections(report: Report) -> list[tuple[str, str, list[tuple[str | None, list[Any]]]]]:
+    """(id, title, groups) of each section; a group has the name of a run or None, and its parts.
 
+    A part is a Figure, a sentence, or a dictionary whose "kind" says what the template makes of it.
+    """
 
-def build_sections(report: Report) -> list[dict[str, Any]]:
-    """The sections: id, title and parts, by run where they are of one; a part is a Figure or a dictionary."""
-    runs = list(enumerate(report.runs))
+    def of_runs(parts: Callable[[Run, str], list[Any]]) -> list[tuple[str | None, list[Any]]]:
+        runs = enumerate(report.runs)
+        return [(run.name if len(report.runs) > 1 else None, parts(run, f"run-{index}")) for index, run in runs]
 
-    def section(id: str, title: str, *groups: tuple[str | None, list[Any]]) -> dict[str, Any]:
-        return {"id": id, "title": title, "groups": groups}
-
-    def of_runs(parts: Any) -> list[tuple[str | None, list[Any]]]:
-        return [(run.name if len(runs) > 1 else None, parts(run, index)) for index, run in runs]
-
-    loss = figures.losses(report)
+    losses: list[Any] = [figure for figure in [figures.losses(report)] if figure]
     without = [run.name for run in report.runs if not any(run.losses.values())]
-    notes = [
-        note(f"{visible(name)} has no metrics: its metrics.jsonl is missing, empty or damaged.") for name in without
-    ]
+    losses += [f"{name} has no metrics: its metrics.jsonl is missing, empty or damaged." for name in without]
     return [
-        section("loss", "Loss", (None, [*([loss] if loss else []), *notes])),
-        section("models", "Models on dev", (None, [table(report)])),
-        section("predictability", "Predictability", (None, [figures.entropies(report)])),
-        section("calibration", "Calibration", (None, [figures.reliability(report)])),
-        section(
-            "embedding",
-            "Embedding",
-            *of_runs(
-                lambda run, index: [
-                    figures.embedding(report, run, f"embedding-{index}")
-                    or note(f"A model of type {run.row.type} has no embedding.")
-                ]
-            ),
-        ),
-        section("bigrams", "Bigrams", *of_runs(lambda run, index: figures.bigrams(report, run, f"bigrams-{index}"))),
-        section(
-            "training",
-            "Inside the network",
-            *of_runs(lambda run, index: figures.diagnostics(run, f"training-{index}") or [no_records(run)]),
-        ),
-        section("surprisal", "Surprisal", *of_runs(lambda run, index: [surprisals(report, run)])),
-        section("samples", "Samples", *of_runs(lambda run, index: [{"kind": "samples", "items": run.samples}])),
+        ("loss", "Loss", [(None, losses)]),
+        ("models", "Models on dev", [(None, [table(report)])]),
+        ("predictability", "Predictability", [(None, [figures.entropies(report)])]),
+        ("calibration", "Calibration", [(None, [figures.reliability(report)])]),
+        ("embedding", "Embedding", of_runs(lambda run, id: embedding(report, run, f"{id}-embedding"))),
+        ("bigrams", "Bigrams", of_runs(lambda run, id: figures.bigrams(report, run, f"{id}-bigrams"))),
+        ("training", "Inside the network", of_runs(lambda run, id: figures.diagnostics(run, id) or [no_records(run)])),
+        ("surprisal", "Surprisal", of_runs(lambda run, id: [surprisals(report, run)])),
+        ("samples", "Samples", of_runs(lambda run, id: [{"kind": "samples", "texts": run.samples}])),
     ]
 
 
-def note(text: str) -> dict[str, Any]:
-    return {"kind": "note", "text": text}
+def embedding(report: Report, run: Run, id: str) -> list[Any]:
+    """The picture of the embedding, or why there is none."""
+    return [figures.embedding(report, run, id) or f"A model of type {run.row.type} has no embedding."]
 
 
-def no_records(run: Run) -> dict[str, Any]:
+def no_records(run: Run) -> str:
     """Why a run has no diagnostics."""
     if not run.rates:
-        return note(f"A model of type {run.row.type} is not trained step by step.")
-    return note("The run has no diagnostics: it was trained with --no-diagnostics, in shards, or by an earlier charlm.")
+        return f"A model of type {run.row.type} is not trained step by step."
+    return "The run has no diagnostics: it was trained with --no-diagnostics, in shards, or by an earlier charlm."
 
 
 def table(report: Report) -> dict[str, Any]:
@@ -180,8 +136,8 @@ def table(report: Report) -> dict[str, Any]:
         f"of the nats, over {units_of(report.format)}. The baselines are counted on {report.tokens['train'][0]:,} "
         "tokens of train."
     )
-    header = ("model", "nats", "±", "bits", "perplexity", "parameters", "context")
-    return {"kind": "table", "caption": caption, "header": header, "rows": [cells(row) for row in rows]}
+    header = ["model", "nats", "±", "bits", "perplexity", "parameters", "context"]
+    return {"kind": "table", "caption": caption, "table": [header, *map(cells, rows)]}
 
 
 def surprisals(report: Report, run: Run) -> dict[str, Any]:
