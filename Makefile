@@ -4,6 +4,7 @@
 # make test-clang   build a copy with Clang (CLANGXX, default clang++) in build/clang, and run the tests of the ops there
 # make fuzz     random calls of every op against float64, ten minutes from a fresh seed
 # make thirdparty   try charlm under torch's own OpInfo and ModuleInfo, transformers, PEFT, Lightning and litgpt
+# make browser  show a report in Chromium, headless: Debian's chromium, or the one that CHROMIUM names
 # make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
 # make lint     ruff, clang-format, mypy and pyright, nothing changed; `make format` applies the first two
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
@@ -33,7 +34,7 @@ CLANG_TESTS := build_info build_module cross_entropy* devices differentiable_met
 	large_offsets linear_cross_entropy* loss_dtype many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
 CLANGXX ?= clang++
 
-.PHONY: train test test-all test-clang thirdparty fuzz cuda-check gpu bench lint format build clean distclean
+.PHONY: train test test-all test-clang thirdparty fuzz browser cuda-check gpu bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
@@ -42,7 +43,10 @@ test: $(VENV)/dev $(VENV)/built
 	$(PYTEST)
 
 test-all: $(VENV)/dev $(VENV)/built
-	$(PYTEST) -m ""
+	$(PYTEST) -m "not browser"
+
+browser: $(VENV)/browser $(VENV)/built
+	$(BIN)/python -m pytest -m browser tests/test_report_browser.py
 
 fuzz: $(VENV)/dev $(VENV)/built
 	$(BIN)/python -W ignore -m tests.fuzz
@@ -101,6 +105,10 @@ $(VENV)/dev: requirements-dev.txt $(VENV)/runtime
 
 $(VENV)/bench: requirements-bench.txt $(VENV)/runtime
 	$(PIP) install -r requirements-bench.txt
+	touch $@
+
+$(VENV)/browser: requirements-browser.txt $(VENV)/dev
+	$(PIP) install -r requirements-browser.txt
 	touch $@
 
 # An environment of its own: it takes charlm from the checkout. litgpt bounds huggingface-hub below what transformers
