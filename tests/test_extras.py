@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from charlm import _extras
+from charlm.report.page import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["train", "sample", "score", "eval", "compare", "entropy", "info"]
+COMMANDS = ["train", "sample", "score", "eval", "compare", "report", "entropy", "info"]
 # Put before the code of a process: the packages of the extra, and what they bring, are not there.
 WITHOUT = """
 import sys
@@ -95,9 +96,9 @@ def test_the_sentence_names_what_is_missing_only(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_source_folder_and_an_installed_charlm_have_each_their_command(tmp_path: Path) -> None:
-    assert _extras._command(tmp_path) == 'pip install "charlm-kernels[lm]"'
+    assert _extras.install_command("lm", tmp_path) == 'pip install "charlm-kernels[lm]"'
     (tmp_path / "setup.py").touch()
-    assert _extras._command(tmp_path) == f'pip install --no-build-isolation -e "{tmp_path}[lm]"'
+    assert _extras.install_command("lm", tmp_path) == f'pip install --no-build-isolation -e "{tmp_path}[lm]"'
 
 
 def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_pat
     required = [re.sub(r"[\s']", "", line.replace('"', "")) for line in fields.get_all("Requires-Dist")]
     plain = [line for line in required if ";" not in line]
     assert sorted(re.match(r"[a-z]+", line).group() for line in plain) == ["numpy", "torch"]
-    extras = {"lm": _extras.PACKAGES, "data": ("pyarrow", "zstandard")}
+    extras = {"lm": _extras.PACKAGES, "data": ("pyarrow", "zstandard"), "report": PACKAGES}
     expected = sorted(f"{name};extra=={extra}" for extra, names in extras.items() for name in names)
     backport = "tomli;python_version<3.11andextra==lm"
     assert sorted(set(required) - set(plain)) == sorted([*expected, backport])

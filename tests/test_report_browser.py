@@ -5,9 +5,11 @@ CHROMIUM is the path of the browser, by default Debian's. REPORT_PICTURES is a f
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def test_every_figure_is_drawn_with_its_numbers_at_every_width(show, report, wid
     page = show(width, theme)
     drawn = figures_of(page_of(report))
     ids = page.eval_on_selector_all(".plot", "plots => plots.map(plot => plot.id)")
-    assert ids == list(drawn) or set(ids) == set(drawn)
+    assert ids == list(drawn)
     assert len(ids) >= 9
     for id, figure in drawn.items():
         traces = page.evaluate("id => document.getElementById(id).data", id)
@@ -119,6 +121,20 @@ def test_every_figure_is_drawn_with_its_numbers_at_every_width(show, report, wid
         page.screenshot(path=Path(PICTURES, f"{report.parent.name}-{width}-{theme}.png"), full_page=True)
 
 
+def lonely(traces: list[dict[str, Any]]) -> tuple[float, float]:
+    """The point that is farthest from all others."""
+    points = [point for trace in traces for point in zip(trace["x"], trace["y"], strict=True)]
+    return max(points, key=lambda point: sorted(math.dist(point, other) for other in points)[1])
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Waits until `holds()`, at most ten seconds; playwright's own wait evaluates, which the page forbids."""
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_hovering_shows_the_numbers(show, report):
     page = show()
     drawn = figures_of(page_of(report))
@@ -126,7 +142,7 @@ def test_hovering_shows_the_numbers(show, report):
         plot = page.locator(f'[id="{id}"]')
         plot.scroll_into_view_if_needed()
         trace = drawn[id]["data"][0]
-        x, y = (0, 0) if "z" in trace else (trace["x"][0], trace["y"][0])
+        x, y = (0, 0) if "z" in trace else lonely(drawn[id]["data"])
         left, top = page.evaluate(
             "([id, x, y]) => { const plot = document.getElementById(id), box = plot.getBoundingClientRect();"
             "const {xaxis, yaxis} = plot._fullLayout;"
@@ -145,18 +161,18 @@ def test_the_theme_follows_the_reader_and_paper_is_light(show, tmp_path):
     tick = "getComputedStyle(document.querySelector('#losses .xtick text')).fill"
     dark = page.evaluate(tick)
     page.emulate_media(color_scheme="light")
-    page.wait_for_function(f"{tick} !== '{dark}'")
+    until(lambda: page.evaluate(tick) != dark)
     light = page.evaluate(tick)
     assert luminance(light) < luminance(dark)
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(f"{tick} === '{dark}'")
+    until(lambda: page.evaluate(tick) == dark)
     width = "Math.max(...[...document.querySelectorAll('svg.main-svg')].map(svg => svg.clientWidth))"
     page.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = [{tick}, {width}] }})")
     page.pdf(path=tmp_path / "report.pdf", format="A4")
     printed, widest = page.evaluate("window.printed")
     assert printed == light
     assert widest <= 660
-    page.wait_for_function(f"{tick} === '{dark}'")
+    until(lambda: page.evaluate(tick) == dark)
 
 
 def test_the_page_can_be_used_by_keyboard_and_heard(show, report):
@@ -183,5 +199,4 @@ def test_the_page_can_be_used_by_keyboard_and_heard(show, report):
     if "names" in report.parent.name:
         assert set(heard) <= set(NAMES.split())
     levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map(one => +one.tagName[1])")
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
-    assert math.isclose(page.evaluate("document.documentElement.lang === 'en' ? 1 : 0"), 1)
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
