@@ -22,7 +22,7 @@ from charlm.cli.common import prepare_streams, reports_user_errors
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="A character language model, trained through charlm's kernels.",
+    help="",  # so that nine commands fit a screen of 24 lines
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
