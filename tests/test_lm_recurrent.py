@@ -163,12 +163,12 @@ def test_generation_with_the_cache_is_generation_without(type, prompt, monkeypat
 
 
 @pytest.mark.parametrize("type", TYPES)
-def test_the_first_loss_is_log_v_and_the_embedding_is_charlms(type):
+def test_the_first_loss_is_about_log_v_and_the_embedding_is_charlms(type):
     torch.manual_seed(0)
     model = build_model(type, vocab_size=V, block_size=T, n_embd=64, n_hidden=128)
     assert isinstance(model.embedding, charlm.nn.Embedding)
     loss = model.loss(torch.randint(V, (64, T)), torch.randint(V, (64, T)))
-    assert loss.item() == pytest.approx(math.log(V), abs=0.05)
+    assert loss.item() == pytest.approx(math.log(V), abs=0.2)
 
 
 @pytest.mark.parametrize("type", list(TORCH))

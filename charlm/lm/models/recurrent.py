@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 import charlm.functional as F
 from charlm.lm.models.dropout import Dropout
-from charlm.lm.models.mlp import HEAD_GAIN
 from charlm.lm.models.sequence import SequenceModel, keys_at
 from charlm.nn import Embedding
+
+INPUT_GAIN = 0.5  # so that the gates begin half open
 
 State = tuple[Tensor, ...]  # each (B, H); the first is the output
 
@@ -170,20 +171,20 @@ class Recurrent(SequenceModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initializes embeddings from N(0, 1), products with variance 1, a small softmax layer, biases and states 0.
+        """Initializes embeddings from N(0, 1), the input with a small gain, the softmax layer with 1, and biases 0.
 
         U is orthogonal for each gate (Saxe et al. 2014). The bias of the forget gate is 1 (Gers et al. 2000).
         """
         nn.init.normal_(self.embedding.weight)
         for layer in self.layers:
-            nn.init.normal_(layer.input.weight, std=layer.input.in_features**-0.5)
+            nn.init.normal_(layer.input.weight, std=INPUT_GAIN * layer.input.in_features**-0.5)
             nn.init.zeros_(layer.input.bias)
             nn.init.zeros_(layer.start)
             for gate in layer.recurrent.weight.data.chunk(layer.gates):
                 nn.init.orthogonal_(gate)
             if isinstance(layer, LSTMCell):
                 nn.init.ones_(layer.input.bias.data.chunk(4)[1])
-        nn.init.normal_(self.head.weight, std=HEAD_GAIN * self.head.in_features**-0.5)
+        nn.init.normal_(self.head.weight, std=self.head.in_features**-0.5)
         nn.init.zeros_(self.head.bias)
 
     def features(
