@@ -20,6 +20,7 @@ def train(
     overwrite: bool = False,
     force: bool = False,
     no_cache: bool = False,
+    no_diagnostics: bool = False,
     threads: int | None = None,
     memory: int | str | None = None,
     sample_every: int = 0,
@@ -46,6 +47,7 @@ def train(
         overwrite: Whether a run in `directory`, and its prepared documents, are replaced.
         force: Whether to train even if the memory may not suffice.
         no_cache: Whether a large file is read into memory instead of preparing it once in the cache.
+        no_diagnostics: Whether not to record activations, gradients and updates for the report.
         threads: Number of CPU threads of this run; None is torch's current number.
         memory: Most memory for counting the n-grams of type "ngram", in bytes or as "2GB".
         sample_every: Number of steps between samples that are printed; 0 for none.
@@ -79,6 +81,7 @@ def train(
         overwrite=overwrite,
         force=force,
         no_cache=no_cache,
+        no_diagnostics=no_diagnostics,
         threads=threads,
         memory=memory,
         sample_every=sample_every,

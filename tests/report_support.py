@@ -22,7 +22,20 @@ HOSTILE = [
     "é日本",
 ]
 NAMES = "".join(f"{a}{b}{c}\n" for a in "mnlstv" for b in ("a", "e", "io", "u") for c in ("", "ra", "nna", "l", "ste"))
-SMALL = ("--n-embd", 4, "--batch-size", 16, "--max-steps", 40, "--log-interval", 5, "--warmup-steps", 4)
+SMALL = (
+    "--mix-ngram",
+    0,
+    "--n-embd",
+    4,
+    "--batch-size",
+    16,
+    "--max-steps",
+    40,
+    "--log-interval",
+    5,
+    "--warmup-steps",
+    4,
+)
 
 
 def train(folder: Path, *flags: Any, text: str = NAMES, small: Iterable[Any] = SMALL) -> Path:

@@ -26,6 +26,8 @@ NETWORKS: list[dict[str, Any]] = [
     {"type": "mlp", "mix_ngram": 2, "token_noise": 0.1, "gradient_accumulation_steps": 2},
     {"type": "wavenet"},
     {"type": "gpt", "dropout": 0.2, "dtype": "bfloat16"},
+    {"type": "bow", "mix_ngram": 3},
+    {"type": "lstm", "n_layer": 2, "dropout": 0.2},
 ]
 
 
@@ -62,7 +64,7 @@ def test_recording_changes_no_loss_and_no_weight(tmp_path, every_step, options):
     for record in found:
         assert set(record["gradients"]) == names
         assert set(record["updates"]) == matrices
-        assert len(record["activations"]) == {"mlp": 1, "wavenet": 2, "gpt": 2}[options["type"]]
+        assert len(record["activations"]) == {"mlp": 1, "wavenet": 2, "gpt": 2, "bow": 1, "lstm": 2}[options["type"]]
 
 
 def test_an_update_and_a_gradient_are_those_of_the_step(tmp_path, every_step):

@@ -34,7 +34,7 @@ def mlp(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def gpt(folder) -> Path:
-    return train(folder / "gpt", "--type", "gpt", "--n-layer", 2, "--n-head", 2, "--block-size", 8)
+    return train(folder / "gpt", "--type", "gpt", "--mix-ngram", 3, "--n-layer", 2, "--n-head", 2, "--block-size", 8)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_of_a_large_corpus_a_sample_is_measured_and_stated(tmp_path, monkeypatch
     text = tmp_path / "data.txt"
     text.write_text(NAMES)
     succeeds("prepare", text, "-o", tmp_path / "corpus", "--format", format)
-    flags = ("--n-hidden", 8, "--block-size", 2, "--max-steps", 5)
+    flags = ("--type", "mlp", "--mix-ngram", 0, "--n-hidden", 8, "--block-size", 2, "--max-steps", 5)
     succeeds("train", "-i", tmp_path / "corpus", "-o", tmp_path / "run", *flags)
     body = body_of(report_of(tmp_path / "run"))
     corpus = build_corpus(NAMES, format=format)

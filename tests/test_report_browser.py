@@ -20,6 +20,7 @@ from report_support import HOSTILE, NAMES, figures_of, page_of, train
 pytestmark = pytest.mark.browser
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 PICTURES = os.environ.get("REPORT_PICTURES")
+MILLISECONDS = 120_000  # of patience: a busy machine draws slowly
 WIDTHS, THEMES = (1280, 400), ("light", "dark")
 
 
@@ -46,7 +47,7 @@ def report(request, tmp_path_factory) -> Path:
     else:
         verse = "".join(f"{word}{end}" for word in HOSTILE for end in " \n" for _ in range(20))
         name = "<img src=x onerror=alert(2)>"
-        runs = [train(folder / name, "--format", "text", "--n-hidden", 8, "--n-embd", 2, text=verse)]
+        runs = [train(folder / name, "--format", "text", "--type", "mlp", "--n-hidden", 8, "--n-embd", 2, text=verse)]
     succeeds("report", *runs, "-o", folder / "report.html")
     return folder / "report.html"
 
@@ -59,6 +60,7 @@ def show(browser, report) -> Iterator[Any]:
     def opened(width: int = 1280, theme: str = "light") -> Any:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
         pages.append(page)
+        page.set_default_timeout(MILLISECONDS)
         page.on("console", lambda message: seen.append(message.text))
         page.on("pageerror", lambda error: seen.append(str(error)))
         page.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
@@ -128,8 +130,8 @@ def lonely(traces: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Waits until `holds()`, at most ten seconds; playwright's own wait evaluates, which the page forbids."""
-    end = time.monotonic() + 10
+    """Waits until `holds()`, at most MILLISECONDS; playwright's own wait evaluates, which the page forbids."""
+    end = time.monotonic() + MILLISECONDS / 1e3
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -151,7 +153,7 @@ def test_hovering_shows_the_numbers(show, report):
         )
         page.mouse.move(left - 3, top)
         page.mouse.move(left, top)
-        label = plot.locator(".hoverlayer .hovertext").first.text_content(timeout=5000)
+        label = plot.locator(".hoverlayer .hovertext").first.text_content()
         expected = f"{trace['z'][0][0]:.4f}" if "z" in trace else f"{y:.4f}" if id == "entropies" else f"{y:.3f}"
         assert expected.replace("-", "−") in label.replace("-", "−"), (id, label)
 

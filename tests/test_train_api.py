@@ -144,7 +144,7 @@ def test_wrong_data_are_named_and_leave_nothing(tmp_path, data, error, message):
         ({"batch_norm": 1}, "batch_norm is 1, but must be true or false"),
         ({"dtype": torch.bfloat16}, "dtype is torch.bfloat16, but must be a string"),
         ({"max_steps": 0}, "max_steps is 0"),
-        ({"n_layer": 2}, r"mlp does not have these options .*: n_layer \(.*gpt\)"),
+        ({"type": "mlp", "n_layer": 2}, r"mlp does not have these options .*: n_layer \(.*gpt\)"),
         ({"type": "mpl"}, "type is mpl, but must be one of"),
         ({"memory": "2GB"}, "^memory bounds the counting of type ngram"),
         ({"threads": 10**6}, "threads is 1000000"),

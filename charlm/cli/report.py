@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from charlm.cli.common import Device, InputFile, new_console, progress_bar
+from charlm.cli.common import Device, InputFile
 
 
 def report(
@@ -23,6 +23,8 @@ def report(
 
     Needs the extra report. The file needs no network; of a large text a sample is measured, which it states.
     """
+    from charlm.lm.display import progress_bar
+    from charlm.lm.terminal import new_console
     from charlm.report import write
 
     with progress_bar("report") as bar:

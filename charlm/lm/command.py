@@ -13,7 +13,13 @@ import torch
 from charlm._version import __version__
 from charlm.lm.inputs import flag
 
-SWITCHES = ("resume", "overwrite", "force", "no_cache")  # options of the command that have no --no- form
+SWITCHES = (
+    "resume",
+    "overwrite",
+    "force",
+    "no_cache",
+    "no_diagnostics",
+)  # options of the command that have no --no- form
 
 
 def started_by(command: str) -> dict[str, str]:

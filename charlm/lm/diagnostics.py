@@ -8,8 +8,9 @@ One JSON object per recorded step:
      "updates": {"hidden.weight": 0.0011}}
 
 counts      The histogram in BINS equal bins from -bound to bound, of which the outer ones hold what is beyond.
-activations Of the tanh layers, or of the GELU layers of a GPT, before the step, for some rows of train, in evaluation
-            mode: without dropout, and with the running statistics of batch norm. saturated is the share of |h| > 0.97.
+activations Of the tanh layers, of the states of a recurrent network, or of the GELU layers of a GPT, before the step,
+            for some rows of train, in evaluation mode: without dropout, and with the running statistics of batch norm.
+            saturated is the share of |h| > 0.97, not for a GPT.
 gradients   Of each parameter, before clipping.
 updates     std(update) / std(weight) of each weight matrix.
 
@@ -34,6 +35,7 @@ from charlm.lm.examples import Examples, Sequences
 from charlm.lm.metrics import StepLog
 from charlm.lm.models import GPT, LanguageModel, Mixture
 from charlm.lm.models.dropout import Dropout
+from charlm.lm.models.recurrent import Recurrent
 
 DIAGNOSTICS = "diagnostics.jsonl"
 RECORDS = 100
@@ -104,9 +106,10 @@ def activations(network: LanguageModel, idx: Tensor) -> dict[str, dict[str, Any]
     if isinstance(network, GPT):
         blocks = range(len(network.blocks))
         watched = [(f"gelu {n + 1}", network.get_submodule(f"blocks.{n}.contract"), None) for n in blocks]
-    else:  # dropout follows each tanh, also where its probability is 0
+    else:  # dropout follows each tanh or state, also where its probability is 0
         dropouts = [module for module in network.modules() if isinstance(module, Dropout)]
-        watched = [(f"tanh {number}", module, 1.0) for number, module in enumerate(dropouts, 1)]
+        kind = "state" if isinstance(network, Recurrent) else "tanh"
+        watched = [(f"{kind} {number}", module, 1.0) for number, module in enumerate(dropouts, 1)]
     hooks = [module.register_forward_pre_hook(look(name, bound)) for name, module, bound in watched]
     was_training = network.training
     try:

@@ -31,6 +31,8 @@ class StepLog:
     thread.
     """
 
+    without_lines = False  # whether the file of a run that has none is written
+
     def __init__(self, path: Path, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
@@ -60,7 +62,7 @@ class StepLog:
                 self._begin()
 
     def _begin(self) -> None:
-        if self._pending or self._path.exists():
+        if self._pending or self._path.exists() or self.without_lines:
             write_atomically(self._path, self._pending)
         self._has_begun = True
 
@@ -76,6 +78,8 @@ class StepLog:
 
 class MetricsLog(StepLog):
     """The log of the losses of a run in DIR/metrics.jsonl."""
+
+    without_lines = True
 
     def __init__(self, directory: Path, step: int) -> None:
         super().__init__(directory / METRICS, step)

@@ -13,6 +13,7 @@ from charlm.lm import checkpoint
 from charlm.lm.character_model import CharacterModel
 from charlm.lm.config import Config
 from charlm.lm.corpus import Corpus
+from charlm.lm.diagnostics import DIAGNOSTICS
 from charlm.lm.evaluate import Evaluation
 from charlm.lm.files import locked, write_atomically
 from charlm.lm.metrics import METRICS, read_metrics
@@ -104,7 +105,9 @@ class Run:
                 shutil.copytree(data, corpus_folder(target))
                 saved = replace(saved, config=replace(saved.config, input_file=str(corpus_folder(target))))
             checkpoint.save(target, saved)
-            write_atomically(target / METRICS, (self.directory / METRICS).read_bytes())
+            for name in (METRICS, DIAGNOSTICS):
+                if (self.directory / name).exists():
+                    write_atomically(target / name, (self.directory / name).read_bytes())
 
     def report(self, path: str | PathLike[str] | None = None) -> Path:
         """Writes a report of the run, with curves, samples and figures, as one HTML file.
@@ -118,13 +121,9 @@ class Run:
         Raises:
             UserError: A package that draws the report is not installed; the message says how to install it.
         """
-        try:
-            from charlm import report
-        except ImportError as error:
-            raise UserError('reports need a newer charlm: pip install -U "charlm-kernels[lm]"') from error
-        target = self.directory / "report.html" if path is None else Path(path)
-        report.write([self.directory], target)
-        return target
+        from charlm import report
+
+        return report.write([self.directory], self.directory / "report.html" if path is None else path)
 
     def __repr__(self) -> str:
         loss = self.model.best_nats if self.evaluation is None else self.evaluation.nats

@@ -60,6 +60,7 @@ def train_run(
     overwrite: bool,
     force: bool,
     no_cache: bool,
+    no_diagnostics: bool,
     threads: int | None,
     memory: int | str | None,
     sample_every: int,
@@ -77,11 +78,12 @@ def train_run(
                 "torchrun -m charlm train -i DIR"
             )
         path, documents = _source(data)
+        switches = resume, overwrite, force, no_cache, no_diagnostics
         arguments = {
             **({} if directory is None else {"directory": os.fspath(directory)}),
             **given,
             **({} if separator == "\n" else {"separator": separator}),
-            **{name: True for name, is_on in zip(SWITCHES, (resume, overwrite, force, no_cache), strict=True) if is_on},
+            **{name: True for name, is_on in zip(SWITCHES, switches, strict=True) if is_on},
             **({"sample_every": sample_every} if sample_every else {}),
             **{name: value for name, value in (("threads", threads), ("memory", memory)) if value is not None},
         }
@@ -102,7 +104,18 @@ def train_run(
                 check_folder(folder, resume, overwrite)  # it may have changed before it was locked
                 resumed = checkpoint.load(folder, mapped=True) if resume else None
                 call = _Call(
-                    folder, given, resumed, overwrite, force, no_cache, memory, sample_every, progress, separator, line
+                    folder,
+                    given,
+                    resumed,
+                    overwrite,
+                    force,
+                    no_cache,
+                    no_diagnostics,
+                    memory,
+                    sample_every,
+                    progress,
+                    separator,
+                    line,
                 )
                 del resumed
                 run = call.run(path, documents)
@@ -160,6 +173,7 @@ class _Call:
     overwrite: bool
     force: bool
     no_cache: bool
+    no_diagnostics: bool
     memory: int | str | None
     sample_every: int
     progress: bool
@@ -185,7 +199,7 @@ class _Call:
         bound = None if self.memory is None else parse_bytes(str(self.memory))
         if not self.force:
             check_fits(config, corpus, usable_device(config.device), Launch(), "ddp")
-        trainer = Trainer(config, corpus, self.folder, self.resumed, memory=bound)
+        trainer = Trainer(config, corpus, self.folder, self.resumed, memory=bound, diagnostics=not self.no_diagnostics)
         trainer.commands = (*trainer.commands, started_by(self.line))
         self.resumed = None  # and so its files, which the next checkpoint replaces
         if self.kept is not None:

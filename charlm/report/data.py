@@ -43,6 +43,7 @@ from charlm.lm.vocabulary import Vocabulary
 
 TRAIN_TOKENS = 1_000_000
 DEV_TOKENS = 100_000
+DEV_LOGITS = 100_000_000  # of all predictions: fewer of a large vocabulary
 MOST_CHARACTERS = 60  # of the heat maps of bigrams
 MOST_POINTS = 500  # characters of the picture of the embedding
 BINS = 15  # of the reliability diagram, as in Guo et al. (2017), "On Calibration of Modern Neural Networks"
@@ -157,7 +158,8 @@ def excerpt(corpus: Corpus) -> TextCorpus:
     """The end of train and the beginning of dev, which follow each other in running text, in whole items."""
     characters = ("\n" if corpus.vocabulary.separator else "") + corpus.vocabulary.chars
     parts = {}
-    for split, most in (("train", TRAIN_TOKENS), ("dev", DEV_TOKENS)):
+    dev = min(DEV_TOKENS, DEV_LOGITS // len(corpus.vocabulary))
+    for split, most in (("train", TRAIN_TOKENS), ("dev", dev)):
         stream = corpus.stream(split, 0)
         start, stop = stream.start, len(stream.tokens)
         if stop - start > most:
@@ -288,6 +290,7 @@ Reliability = tuple[float, list[tuple[int, float, float]]]
 
 def binned(p: Tensor, happened: Tensor) -> Tensor:
     """The number, the probabilities and the happening of events in bins of p: p (n,), bool (n,) → (3, BINS) sums."""
+    p = p.double()
     bins = (p * BINS).long().clamp(0, BINS - 1)
     return torch.stack([torch.bincount(bins, each, BINS) for each in (torch.ones_like(p), p, happened.double())])
 
@@ -335,20 +338,19 @@ class Measured:
         every, top = torch.zeros(2, 3, BINS, dtype=torch.float64)
         nats = []
         for last, target, log_p in distributions(model, examples):
-            nats.append(-log_p.gather(1, target[:, None])[:, 0])
+            nats.append(-log_p.gather(1, target[:, None])[:, 0].double())
             p = log_p.exp()
             row = place[last]
-            predicted.index_add_(0, row, nn.functional.pad(p[:, frequent], (0, 1)))
+            predicted.index_add_(0, row, nn.functional.pad(p[:, frequent].double(), (0, 1)))
             observed.index_put_((row, place[target]), torch.ones((), dtype=torch.float64), accumulate=True)
-            likely = p >= 1 / BINS
-            every += binned(p[likely], nn.functional.one_hot(target, model.vocab_size)[likely])
+            at, token = (p >= 1 / BINS).nonzero().unbind(1)
+            every += binned(p[at, token], token == target[at])
             best, token = p.max(1)
             top += binned(best, token == target)
             on_progress(sum(map(len, nats)), examples.tokens)
         total = examples.tokens
-        every[:, 0] += torch.tensor([total * model.vocab_size, total, total]) - every.sum(
-            1
-        )  # the events below 1 / BINS
+        everything = torch.tensor([total * model.vocab_size, total, total])
+        every[:, 0] += everything - every.sum(1)  # the events below 1 / BINS
         contexts = observed.sum(1, keepdim=True).clamp(min=1)  # (K + 1, 1)
         matrices = ((matrix / contexts)[:size, :size] for matrix in (predicted, observed))
         calibration = {"every token": reliability(every), "most probable token": reliability(top)}
@@ -357,13 +359,13 @@ class Measured:
 
 @torch.no_grad()
 def distributions(model: LanguageModel, examples: Examples | Sequences) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The last token of the context (n,), the target (n,), and log p of every token (n, V) float64, on the CPU."""
+    """The last token of the context (n,), the target (n,), and log p of every token (n, V) float32, on the CPU."""
     width = model.block_size if model.predicts_every_position else 1
     rows = max(1, min(rows_per_pass(model), LOGITS // (model.vocab_size * width)))
     for idx, targets in examples.chunks(rows):
-        logits = model(idx)[0]  # (B, V), or (B, T, V)
-        last = idx if model.predicts_every_position else idx[:, -1]
+        logits, last = model(idx, targets)[0], idx[:, -1]  # (B, V) or (B, T, V); (B,)
         if model.predicts_every_position:
             counted = is_target(targets)
-            last, targets, logits = last[counted], targets[counted], logits[counted]
-        yield last.long().cpu(), targets.long().cpu(), logits.double().cpu().log_softmax(1)
+            last = idx[:, -targets.shape[1] :][counted]
+            targets, logits = targets[counted], logits[counted]
+        yield last.long().cpu(), targets.long().cpu(), logits.float().cpu().log_softmax(1)

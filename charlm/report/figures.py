@@ -254,7 +254,7 @@ def diagnostics(run: Run, id: str) -> list[Figure]:
     scaled = "" if tanh else deviations
     spread = "Standard deviation of the gradients, log10."
     ratio = f"Update to weight: log10 of the ratio of their standard deviations; {TARGET} is a usual aim."
-    saturation = f"Saturation: the share of tanh activations beyond ±{SATURATED}."
+    saturation = f"Saturation: the share of activations beyond ±{SATURATED}, where tanh is flat."
     found = [
         _densities(f"{id}-activations", f"Activations {at}{scaled}.", layers, not tanh),
         _over_time(run, f"{id}-saturation", saturation, tanh, lambda one, name: one["activations"][name]["saturated"]),

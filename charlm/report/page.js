@@ -18,12 +18,15 @@ function painted(value, key) {
 function draw(plot, most) {
   const { data, layout } = painted(figures[plot.id]);
   const width = Math.min(most || Infinity, plot.clientWidth);
-  const line = { gridcolor: css("--grid"), linecolor: css("--grid"), zerolinecolor: css("--faint"), zeroline: false, automargin: true };
-  const named = data.filter((trace) => trace.name);
-  const legend = named.length > 1 ? named.reduce((sum, trace) => sum + trace.name.length * 7 + 52, 0) : 0;
-  const rows = Math.ceil((1.15 * legend) / width);
+  const line = { gridcolor: css("--grid"), linecolor: css("--grid"), zerolinecolor: css("--faint"), zeroline: false };
+  const names = data.map((trace) => trace.name || "").filter((name) => name);
+  const widths = names.map((name) => name.length * 7.2 + 50); // of the entries of the legend
+  const inside = width - 74;
+  const columns = Math.max(1, Math.floor(inside / Math.max(...widths)));
+  const fits = widths.reduce((sum, each) => sum + each, 0) <= inside;
+  const rows = names.length < 2 ? 0 : fits ? 1 : Math.ceil(names.length / columns);
   const height = layout.square ? width : Math.max(280, Math.min(420, 0.45 * width));
-  const isMap = data[0].type === "heatmap";
+  const right = layout.yaxis2 ? 64 : data[0].type === "heatmap" ? 50 : 18;
   delete layout.square;
   for (const trace of data.filter((each) => each.type === "heatmap")) {
     const [after, next] = [layout.yaxis.ticktext, layout.xaxis.ticktext];
@@ -38,16 +41,16 @@ function draw(plot, most) {
   for (const name of Object.keys(layout)) if (/axis/.test(name)) layout[name] = { ...line, ...layout[name] };
   Object.assign(layout, {
     width,
-    height: height + 19 * rows,
+    height: height + 20 * rows,
     autosize: false,
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: css("--ink") },
-    margin: { l: 8, r: layout.yaxis2 ? 64 : isMap ? 50 : 18, t: 10, b: 8 },
+    margin: { l: 56, r: right, t: 10, b: 46 + 20 * rows }, // Plotly's automatic margins do not always settle
     hovermode: "closest",
     hoverlabel: { bgcolor: css("--paper"), bordercolor: css("--faint"), font: { color: css("--ink") }, namelength: -1 },
     legend: { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
-    showlegend: named.length > 1,
+    showlegend: names.length > 1,
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
   });
   return Plotly.react(plot, data, layout, { displayModeBar: false, responsive: false });
