@@ -14,6 +14,7 @@ from charlm.lm.data import build_corpus, read_corpus, read_text
 from charlm.lm.evaluate import BLOCK, measure, standard_error, unit_of_each
 
 NAMES = "\n".join(read_text(None).split("\n")[:400]) + "\n"
+KNESER_NEY = "5-gram, Kneser–Ney"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_json_has_the_fixed_form(runs):
     result = json.loads(printed)
     assert list(result) == ["split", "tokens", "standard_error_over", "models"]
     assert result["standard_error_over"] == "items"
-    assert [model["type"] for model in result["models"]] == ["uniform", "unigram", "bigram", "mlp"]
+    assert [model["type"] for model in result["models"]] == ["uniform", "unigram", "bigram", KNESER_NEY, "mlp"]
     for model in result["models"]:
         assert list(model) == [
             *("name", "type", "protocol", "nats", "bits_per_char", "perplexity"),
@@ -66,7 +67,7 @@ def test_the_table_has_a_row_for_each_model_and_says_what_it_shows(runs):
     output = succeeds("compare", runs / "wide", "--baselines", env={"COLUMNS": "200"})
     assert "± is one standard error over items; seconds are the time of this evaluation" in output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
-    assert [row[0] for row in rows] == ["uniform", "unigram", "bigram", f"{runs / 'wide'} (mlp)"]
+    assert [row[0] for row in rows] == ["uniform", "unigram", "bigram", KNESER_NEY, f"{runs / 'wide'} (mlp)"]
     assert rows[0][2] == "0.0000"  # every item costs uniform the same for each of its characters
 
 

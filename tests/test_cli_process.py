@@ -142,7 +142,8 @@ def test_the_shell_completes_commands_and_options(monkeypatch, capfd):
     environment = {**os.environ, **completion_environment("charlm ")}
     result = subprocess.run(CHARLM, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment)
     assert result.stderr == ""
-    assert result.stdout.split() == ["prepare", "train", "sample", "score", "eval", "compare", "entropy", "info"]
+    commands = ["prepare", "train", "sample", "score", "eval", "compare", "report", "entropy", "info"]
+    assert result.stdout.split() == commands
     for words, expected in (("charlm sc", ["score"]), ("charlm eval --pro", ["--protocol"])):
         with monkeypatch.context() as patch:
             for name, value in completion_environment(words).items():

@@ -49,7 +49,10 @@ def data(tmp_path):
     [
         (("--n-layer", 12, "--order", 3), "mlp does not have these options (the types that have them in brackets): "),
         (("--n-layer", 12, "--order", 3), "--n-layer (rnn and gru and lstm and gpt), --order (ngram)"),
-        (("--n-layer", 4), "--n-layer (rnn and gru and lstm and gpt)"),  # its default: given, and of no effect
+        (
+            ("--type", "mlp", "--n-layer", 4),
+            "--n-layer (rnn and gru and lstm and gpt)",
+        ),  # its default: given, and of no effect
         (
             ("--type", "gpt", "--n-hidden", 9, "--batch-norm"),
             "--n-hidden (mlp and wavenet and bow and rnn and gru and lstm), --batch-norm (mlp)",

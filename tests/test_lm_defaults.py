@@ -57,8 +57,8 @@ def test_the_type_is_one_that_has_the_given_options():
         config_for(NAMES, {"n_head": 2})
 
 
-@pytest.mark.parametrize(("length", "rows", "width"), [(1, 256, 16), (9, 64, 16), (40, 16, 41), (200, 8, 64)])
-def test_a_batch_of_a_recurrent_network_has_about_800_tokens(length, rows, width):
+@pytest.mark.parametrize(("length", "rows", "width"), [(1, 256, 16), (9, 128, 16), (40, 32, 41), (200, 8, 64)])
+def test_a_batch_of_a_recurrent_network_has_about_1200_tokens(length, rows, width):
     corpus = build_corpus("\n".join("".join(DRAW.choices("abc", k=length)) for _ in range(50)), format="line")
     config = config_for(corpus, {"type": "gru"})
     assert config.batch_size == rows

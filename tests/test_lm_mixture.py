@@ -10,13 +10,13 @@ import torch
 from lm_support import StopAt
 
 from charlm._errors import UserError
-from charlm.lm import checkpoint
+from charlm.lm import checkpoint, held_out
 from charlm.lm.character_model import CharacterModel
 from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_corpus
 from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.examples import IGNORED
-from charlm.lm.held_out import before, choose_order, training_end
+from charlm.lm.held_out import before, choose_order, fitted_ngram, training_end
 from charlm.lm.models import Mixture, NGram, build_model
 from charlm.lm.train import Trainer
 
@@ -203,9 +203,45 @@ def test_the_order_is_the_one_with_the_lowest_loss_on_the_held_out_part():
         model = NGram(len(corpus.vocabulary), max(1, order - 1), order=order)
         model.fit(corpus.examples("train", model.block_size).slice(0, end))
         losses[order] = evaluate(model, corpus.examples("train", model.block_size).slice(end, total), "train").nats
-    assert choose_order(corpus, 1000) == min(losses, key=losses.get)
-    assert choose_order(corpus, 3) == 3  # the losses decrease up to there
-    assert choose_order(build_corpus("a\nb\nc"), 1000) == 3  # nothing can be held out
+    assert choose_order(corpus, 1000)[0] == min(losses, key=losses.get)
+    assert choose_order(corpus, 3)[0] == 3  # the losses decrease up to there
+    assert choose_order(build_corpus("a\nb\nc"), 1000)[0] == 3  # nothing can be held out
+
+
+def test_of_running_text_the_order_is_the_highest_that_is_nearly_as_good():
+    names = read_corpus(None).parts["train"][:4000]
+    corpus = build_corpus(" ".join(names * 2), format="text")  # the held-out part repeats the beginning
+    end, total = training_end(corpus), corpus.tokens("train")
+    losses = {}
+    for order in range(1, 8):
+        model = fitted_ngram(corpus, order, end, total)
+        losses[order] = evaluate(model, corpus.examples("train", model.block_size).slice(end, total), "train").nats
+    best = min(losses.values())
+    assert choose_order(corpus, 7)[0] == max(order for order, loss in losses.items() if loss <= 1.003 * best)
+    assert choose_order(corpus, 7)[0] > 4
+
+
+def test_a_mixture_counts_no_more_ngrams_than_fit(monkeypatch, tmp_path):
+    corpus = read_corpus(None)
+    _, most = choose_order(corpus, 1000)
+    assert most > corpus.tokens("train")
+    monkeypatch.setattr(held_out, "MOST_NGRAMS", 40_000)
+    lower, fewer = choose_order(corpus, 1000, most=20_000)
+    assert lower > 1
+    assert 20_000 < fewer < corpus.tokens("train")
+    ngram = fitted_ngram(corpus, lower, corpus.tokens("train"), fewer)
+    assert 20_000 < len(ngram.ngram_keys) <= 40_000
+    monkeypatch.setattr(held_out, "choose_order", lambda *arguments: (lower, fewer))
+    trainer = Trainer(config("mlp", max_steps=1, mix_ngram=None), corpus, tmp_path)
+    assert (trainer.config.mix_ngram, trainer.config.mix_tokens) == (lower, fewer)
+    assert len(trainer.model.ngram.ngram_keys) == len(ngram.ngram_keys)
+
+
+def test_a_mixture_of_an_earlier_version_has_equal_weights():
+    model = mixture("mlp", NAMES)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "weights"}
+    model.load_state_dict(state)
+    assert not model.weights.any()
 
 
 def test_a_mixture_is_calibrated_on_predictions_that_neither_model_was_trained_on(tmp_path):

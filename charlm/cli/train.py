@@ -406,13 +406,13 @@ def _print_result(
     console: Console, config: Config, corpus: Corpus, trainer: Trainer, model: LanguageModel, result: Evaluation
 ) -> None:
     from charlm.lm.display import print_losses
-    from charlm.lm.evaluate import baselines, evaluate, predictions
+    from charlm.lm.evaluate import LARGE_SPLIT, baselines, evaluate, predictions
     from charlm.lm.examples import PROTOCOLS
     from charlm.lm.models import Mixture
     from charlm.lm.sample import SamplingOptions, sample
 
     rows = baselines(corpus, "dev", config.add_k, model.ngram.cpu() if isinstance(model, Mixture) else None)
-    if isinstance(model, Mixture):
+    if isinstance(model, Mixture) and result.tokens <= LARGE_SPLIT:
         network = model.to(trainer.device).network
         dev = predictions(network, corpus, "dev").to(trainer.device)
         rows[f"the {config.type} alone"] = evaluate(network, dev, "dev")

@@ -204,18 +204,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_numbers(vars(self))
-        counts = (
-            "block_size",
-            "n_embd",
-            "n_hidden",
-            "n_layer",
-            "n_head",
-            "max_steps",
-            "batch_size",
-            "log_interval",
-            "mix_tokens",
-        )
-        for name in (*counts, "gradient_accumulation_steps", "mix_tokens"):
+        sizes = ("block_size", "n_embd", "n_hidden", "n_layer", "n_head", "batch_size", "gradient_accumulation_steps")
+        for name in (*sizes, "max_steps", "log_interval", "mix_tokens"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "grad_clip"):
             self._check(name, getattr(self, name) >= 0, "at least 0")

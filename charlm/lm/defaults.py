@@ -1,12 +1,13 @@
 """The defaults of a training run, which follow the corpus: its size, its format and its alphabet.
 
 A short list of short items, such as names, is learned best by an mlp, in seconds. For everything else the default is a
-gru of about four minutes on two cores. All networks are mixed with an n-gram (see `charlm.lm.models.mixture`).
+gru of two to four minutes on two cores. All networks are mixed with an n-gram (see `charlm.lm.models.mixture`).
 docs/language_model.md has what this reaches on seven corpora.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from charlm.lm.corpus import Corpus
 
 FEW_TOKENS = 400_000  # of train, for which the default is an mlp
 LARGE_ALPHABET = 1000  # tokens from which on most of the work is the softmax
+TOKENS_PER_BATCH = 1200  # of items, nearly
 RECURRENT = ("rnn", "gru", "lstm")
 
 
@@ -38,13 +40,19 @@ def default_type(corpus: Corpus, given: Iterable[str] = ()) -> str:
 
 
 def _of_corpus(type: str, corpus: Corpus) -> dict[str, Any]:
-    """The defaults of a recurrent network, beyond those for names."""
+    """The defaults of a recurrent network: those that differ from the ones for names."""
     if type not in RECURRENT:
         return {}
+    tokens = corpus.tokens("train")
     if corpus.format == "text":
-        return {"n_hidden": 256, "block_size": 64, "batch_size": 32, "dropout": 0.0, "max_steps": 5000}
-    size = corpus.tokens("train") / corpus.sizes["train"]  # tokens per item
-    batch_size = 1 << max(3, min(8, round(800 / size).bit_length() - 1))
-    n_hidden = 192 if len(corpus.vocabulary) >= LARGE_ALPHABET else 256
-    block_size = max(16, min(64, corpus.longest_item("train") + 1))
-    return {"n_hidden": n_hidden, "block_size": block_size, "batch_size": batch_size, "max_steps": 10000}
+        text = {"block_size": 64, "batch_size": 32, "max_steps": 3500, "eval_tokens": 100_000}
+        return {"n_hidden": 256, "dropout": 0.0, **text}
+    has_few, is_large = tokens <= FEW_TOKENS, len(corpus.vocabulary) >= LARGE_ALPHABET
+    return {
+        "n_hidden": 192 if is_large else 256,
+        "dropout": 0.3 if has_few else 0.1,
+        "block_size": max(16, min(64, corpus.longest_item("train") + 1)),
+        "batch_size": 2 ** max(3, min(8, round(math.log2(TOKENS_PER_BATCH * corpus.sizes["train"] / tokens)))),
+        "max_steps": 2000 if is_large else 5000,
+        "learning_rate": 4e-3,
+    }

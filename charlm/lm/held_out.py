@@ -21,8 +21,10 @@ HELD_OUT = 0.05
 MOST_HELD_OUT = 100_000
 ORDERS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # that `choose_order` tries
 DEFAULT_ORDER = 3  # where nothing is held out
+TOLERANCE = 0.003  # of running text: the share of the loss that a longer context may cost on the held-out part
 PATIENCE = 2  # orders in a row without a better loss after which `choose_order` stops
 COUNTED_TO_CHOOSE = 2_000_000  # tokens that the n-grams of `choose_order` count
+MOST_NGRAMS = 6_000_000  # distinct ones of one model: up to 700 MB while they are counted, 10 MB in a checkpoint
 CHUNK = 8192  # predictions at a time
 
 Rows = TypeVar("Rows", Examples, Sequences)
@@ -57,27 +59,39 @@ def counted(corpus: Corpus, order: int, end: int, most: int) -> Examples:
     return corpus.examples("train", max(1, order - 1)).slice(max(0, end - most), end)
 
 
-def choose_order(corpus: Corpus, largest: int, most: int = COUNTED_TO_CHOOSE) -> int:
+def choose_order(corpus: Corpus, largest: int, most: int = COUNTED_TO_CHOOSE) -> tuple[int, int]:
     """The order in ORDERS, at most `largest`, of the Kneser–Ney n-gram with the lowest loss on the held-out part.
+
+    Of running text it is the highest order whose loss is at most TOLERANCE above the lowest: other parts of the text,
+    which is not shuffled, may repeat longer passages. In a mixture such a context counts only where it is known.
 
     Args:
         corpus: The data, of which only train is read.
         largest: The largest order.
         most: The number of tokens that the n-grams may count, the last ones before the held-out part.
+
+    Returns:
+        The order, and how many tokens an n-gram of it can count without more than MOST_NGRAMS distinct n-grams. Of more
+        text, a smaller share of the n-grams is new, so that the share of those counted here is a bound.
     """
     end, total = training_end(corpus), corpus.tokens("train")
     if end == total:
-        return min(DEFAULT_ORDER, largest)
+        return min(DEFAULT_ORDER, largest), MOST_NGRAMS
     losses: dict[int, float] = {}
+    sizes: dict[int, int] = {}
     for order in ORDERS:
         best = min(losses, key=losses.__getitem__, default=order)
         if order > largest or len([other for other in losses if other > best]) >= PATIENCE:
             break
+        if losses and sizes[last := max(sizes)] * order > MOST_NGRAMS * last:  # it would have about as many a level
+            break
         ngram = fitted_ngram(corpus, order, end, most)
         held_out = corpus.examples("train", ngram.block_size).slice(end, total)
         parts = [ngram.loss(idx, targets, reduction="sum").item() for idx, targets in held_out.chunks(CHUNK)]
-        losses[order] = sum(parts) / len(held_out)
-    return min(losses, key=losses.__getitem__)
+        losses[order], sizes[order] = sum(parts) / len(held_out), len(ngram.ngram_keys)
+    tolerance = TOLERANCE if corpus.format == "text" else 0.0
+    best = max(order for order, loss in losses.items() if loss <= min(losses.values()) * (1 + tolerance))
+    return best, MOST_NGRAMS * min(end, most) // sizes[best]
 
 
 def fitted_ngram(corpus: Corpus, order: int, end: int, most: int) -> NGram:

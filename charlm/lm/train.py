@@ -93,7 +93,8 @@ class Trainer:
         self.processes = processes or Processes()
         check_parallel(parallel, config, self.processes)
         if config.mix_ngram is None:
-            config = replace(config, mix_ngram=held_out.choose_order(corpus, config.largest_mixed_order))
+            order, most = held_out.choose_order(corpus, config.largest_mixed_order)
+            config = replace(config, mix_ngram=order, mix_tokens=min(config.mix_tokens, most))
         self.config = config
         self.corpus = corpus
         self.directory = directory

@@ -118,6 +118,11 @@ class Mixture(LanguageModel):
         contexts = self.ngram.contexts(nn.functional.pad(sequence, (n, 0), value=self.pad_token)[:, -n:])
         return -_mixed(self._logit(contexts)[:, None], -network, -self.ngram.log_probs(contexts))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """A mixture of an earlier version has no weights, which were 1/2."""
+        state_dict.setdefault(f"{prefix}weights", torch.zeros_like(self.weights))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _of_network(self, idx: Tensor, targets: Tensor | None) -> Tensor:
         """The last tokens of each row of idx that the network sees."""
         if not self.predicts_every_position:
