@@ -120,5 +120,5 @@ $(VENV)-thirdparty/installed: requirements-thirdparty.txt requirements-dev.txt r
 	touch $@
 
 $(VENV)/built: $(VENV)/runtime setup.py pyproject.toml charlm/_version.py $(CXX_FILES)
-	$(PIP) install --no-build-isolation --editable ".[lm]"
+	$(PIP) install --no-build-isolation --editable ".[lm,report]"
 	touch $@

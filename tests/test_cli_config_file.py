@@ -39,7 +39,7 @@ def test_the_options_of_a_file_are_those_of_the_command_line_which_overrides_the
     succeeds("train", "-i", names, "--max-steps", 2, "-o", tmp_path / "c", "--config", path, "--no-batch-norm")
     assert saved(tmp_path / "c") == {**saved(tmp_path / "b"), "max_steps": 2, "batch_norm": False}
     assert "mlp does not have these options" in fails(
-        "train", "-i", names, "--config", _written(tmp_path, "n_head = 2")
+        "train", "-i", names, "-o", tmp_path / "d", "--config", _written(tmp_path, "n_head = 2")
     )
 
 

@@ -195,10 +195,17 @@ def test_every_public_op_stands_in_the_readme() -> None:
     assert set(charlm.__all__) >= {"functional", "nn", "reference", "patch_torch", "patch_model", "build_info"}
 
 
-def test_the_table_of_models_is_the_recorded_one() -> None:
-    command = [sys.executable, "-m", "bench.studies.models"]
+@pytest.mark.parametrize("study", ["models", "makemore"])
+def test_the_table_of_models_is_the_recorded_one(study: str) -> None:
+    command = [sys.executable, "-m", f"bench.studies.{study}"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() in BENCHMARKS
+
+
+def test_the_table_of_corpora_is_the_recorded_one() -> None:
+    command = [sys.executable, "scripts/corpora.py", "table"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() in (ROOT / "docs" / "language_model.md").read_text(encoding="utf-8")
 
 
 def recorded_case(file: str, name: str) -> dict[str, Any]:

@@ -118,6 +118,6 @@ def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_pat
 
 def test_make_installs_the_extra() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert '--editable ".[lm]"' in makefile
+    assert '--editable ".[lm,report]"' in makefile
     pinned = re.findall(r"^([a-z]+)==", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    assert set(_extras.PACKAGES) <= set(pinned)
+    assert {*_extras.PACKAGES, "plotly"} <= set(pinned)

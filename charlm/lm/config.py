@@ -180,7 +180,7 @@ class Config:
     dropout: float = 0.1
     token_noise: float = 0.0
     mix_ngram: int | None = 0
-    mix_tokens: int = 5_000_000
+    mix_tokens: int = 4_000_000
     order: int = 6
     smoothing: str = "kneser-ney"
     add_k: float = 1.0

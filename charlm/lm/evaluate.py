@@ -27,7 +27,7 @@ from charlm.lm.models import COUNT_MODELS, LanguageModel, NGram
 from charlm.lm.vocabulary import UNKNOWN, check_choice
 from charlm.ngrams import MAX_LENGTH
 
-KNESER_NEY_TOKENS = 5_000_000  # that the n-gram of the tables counts
+KNESER_NEY_TOKENS = 4_000_000  # that the n-gram of the tables counts
 LARGE_SPLIT = 5_000_000  # predictions from which on tables have no rows that take long: 250,000 predictions a second
 SUMMED = 1 << 20  # surprisals that are summed at once
 CHUNK = 8192  # predictions at a time: the logits of a chunk stay in cache for most vocabularies
