@@ -95,7 +95,7 @@ class NGram(CountModel):
         for name in TABLES:
             self.register_buffer(name, torch.empty(0, dtype=torch.int64), persistent=False)
         self.register_buffer("items", torch.tensor(False))
-        self.register_buffer("tables", torch.empty(0, dtype=torch.uint8))  # the three tables, packed
+        self._packed: Tensor | None = None  # the three tables as the state dict holds them, once it has been asked for
         self._derive()
 
     def fit(self, examples: Examples, *, memory: int | None = None, directory: str | Path | None = None) -> None:
@@ -134,7 +134,7 @@ class NGram(CountModel):
         self.context_keys, self.ngram_keys, self.ngram_counts = (
             torch.from_numpy(array).to(self.items.device) for array in arrays
         )
-        self.tables = torch.from_numpy(pack(arrays)).to(self.items.device)
+        self._packed = None
         self.items.fill_(items)
         self._derive()
 
@@ -244,17 +244,36 @@ class NGram(CountModel):
             start, stop = stop, 1 + int(torch.searchsorted(self.context_keys, stop * self.vocab_size).item())
         return torch.cat(discounts).to(first_ngram.device)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """Packs the tables when they are first asked for: most n-grams are counted to be measured, and not saved."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._packed is None:
+            arrays = tuple(getattr(self, name).cpu().numpy() for name in TABLES)
+            self._packed = torch.from_numpy(pack(arrays)) if len(arrays[1]) else torch.empty(0, dtype=torch.uint8)
+        destination[f"{prefix}tables"] = self._packed
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *rest: Any,
+    ) -> None:
         """Accepts tables of any size, because the number of n-grams is known only after training."""
         if prefix + TABLES[0] in state_dict:  # of an earlier version
             arrays = tuple(state_dict.pop(prefix + name).cpu().numpy() for name in TABLES)
-            state_dict[prefix + "tables"] = torch.from_numpy(pack(arrays))
-        tables = state_dict.get(prefix + "tables")
-        if tables is not None:
-            self.tables = torch.empty_like(tables, device=self.items.device)
-            for name, array in zip(TABLES, unpack(tables.cpu().numpy(), self.vocab_size), strict=True):
-                setattr(self, name, torch.from_numpy(array).to(self.items.device))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+            self._packed = None
+        elif prefix + "tables" in state_dict:
+            self._packed = state_dict.pop(prefix + "tables").cpu()
+            arrays = unpack(self._packed.numpy(), self.vocab_size)
+        else:
+            missing_keys.append(prefix + "tables")
+            arrays = ()
+        for name, array in zip(TABLES, arrays, strict=False):
+            setattr(self, name, torch.from_numpy(array).to(self.items.device))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         self._derive()
 
 
