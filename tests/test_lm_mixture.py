@@ -16,7 +16,7 @@ from charlm.lm.config import Config
 from charlm.lm.data import build_corpus, read_corpus
 from charlm.lm.evaluate import evaluate, predictions
 from charlm.lm.examples import IGNORED
-from charlm.lm.held_out import before, choose_order, fitted_ngram, training_end
+from charlm.lm.held_out import before, behind, choose_order, fitted_ngram, training_end
 from charlm.lm.models import Mixture, NGram, build_model
 from charlm.lm.train import Trainer
 
@@ -193,6 +193,20 @@ def test_no_row_of_training_predicts_the_held_out_part(corpus, every_position):
         assert kept.tokens == end
     else:
         assert last - 1 + T == end
+
+
+@pytest.mark.parametrize("corpus", [NAMES, TEXT], ids=["line", "text"])
+@pytest.mark.parametrize("type", ["mlp", "gpt"])
+def test_the_rows_behind_an_end_predict_the_rest_once(corpus, type):
+    rows = predictions(mixture(type, corpus).network, corpus, "train")
+    total = corpus.tokens("train")
+    for end in (training_end(corpus, T), total):
+        held, first = behind(rows, end)
+        assert end <= first < end + T
+        assert held.tokens == max(0, total - first)
+        wanted = corpus.examples("train", 1).slice(first, total).targets
+        found = [targets[targets.int() != IGNORED] for _, targets in held.chunks(100)]
+        assert torch.equal(torch.cat([wanted[:0].int(), *(each.int() for each in found)]), wanted.int())
 
 
 def test_the_order_is_the_one_with_the_lowest_loss_on_the_held_out_part():

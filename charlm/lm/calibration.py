@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from charlm.lm.corpus import Corpus
-from charlm.lm.evaluate import surprisals
-from charlm.lm.held_out import CHUNK, fitted_ngram, training_end
+from charlm.lm.evaluate import predictions, surprisals
+from charlm.lm.held_out import CHUNK, behind, fitted_ngram, training_end
 from charlm.lm.models import Mixture
 from charlm.lm.models.mixture import weight_terms
 
@@ -22,20 +22,10 @@ class Calibration:
     """
 
     def __init__(self, corpus: Corpus, model: Mixture, most: int) -> None:
-        size, total = model.network.block_size, corpus.tokens("train")
-        end = training_end(corpus, size)
-        first = end
-        if model.predicts_every_position and corpus.format == "text":
-            first = min(total, -(-end // size) * size)  # windows begin at multiples of their size
-            self.rows = corpus.windows("train", size).slice(first // size, -(-total // size))
-        elif model.predicts_every_position:
-            rows = corpus.sequences("train", size)
-            item = rows.stream.item_of(torch.tensor([end])) if end < total else torch.tensor([rows.stream.n_items])
-            self.rows = rows.slice(int(rows.unit_rows(item)[0].item()), len(rows))
-        else:
-            self.rows = corpus.examples("train", size).slice(end, total)
-        order = model.ngram.order
-        ngram = fitted_ngram(corpus, order, end, most)
+        total = corpus.tokens("train")
+        end = training_end(corpus, model.network.block_size)
+        self.rows, first = behind(predictions(model.network, corpus, "train"), end)
+        ngram = fitted_ngram(corpus, model.ngram.order, end, most)
         terms: list[Tensor] = [torch.empty(0, len(model.weights), dtype=torch.float64)]
         nats: list[Tensor] = [torch.empty(0, dtype=torch.float64)]
         for idx, targets in corpus.examples("train", ngram.block_size).slice(first, total).chunks(CHUNK):

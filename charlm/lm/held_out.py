@@ -49,9 +49,31 @@ def before(rows: Rows, end: int) -> Rows:
     if isinstance(rows, Examples):
         return rows.slice(0, end)
     if rows.layout == "runs":
-        item = rows.stream.item_of(torch.tensor([end + rows.stream.start]))
-        return rows.slice(0, int(rows.unit_rows(item)[0].item()))
+        return rows.slice(0, _first_row(rows, end))
     return rows.slice(0, max(1, end - rows.block_size + 1))
+
+
+def behind(rows: Rows, end: int) -> tuple[Rows, int]:
+    """Those of all `rows`, which predict every token of train once, that predict only what is behind the first `end`.
+
+    Returns:
+        The rows, and the number of tokens before the first one that they predict.
+    """
+    total = len(rows.stream)
+    if isinstance(rows, Examples):
+        return rows.slice(end, total), end
+    if rows.layout == "runs":
+        return rows.slice(_first_row(rows, end), len(rows)), end
+    first = -(-end // rows.block_size)  # windows begin at multiples of their size
+    return rows.slice(first, len(rows)), min(total, first * rows.block_size)
+
+
+def _first_row(rows: Sequences, end: int) -> int:
+    """The first row of the item that begins behind the first `end` tokens; the number of rows if there is none."""
+    if end == len(rows.stream):
+        return len(rows)
+    item = rows.stream.item_of(torch.tensor([end + rows.stream.start]))
+    return int(rows.unit_rows(item)[0].item())
 
 
 def counted(corpus: Corpus, order: int, end: int, most: int) -> Examples:
