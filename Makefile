@@ -1,6 +1,7 @@
 # make train    set up .venv, build charlm, train on the names that ship, print the table and samples
 # make test     the same set-up, then the tests, on as many processes as there are processors
 # make test-all the same with the exhaustive ones, which take long
+# make test-on-demand   those that take minutes each and repeat in another way what the others test
 # make test-clang   build a copy with Clang (CLANGXX, default clang++) in build/clang, and run the tests of the ops there
 # make fuzz     random calls of every op against float64, ten minutes from a fresh seed
 # make thirdparty   try charlm under torch's own OpInfo and ModuleInfo, transformers, PEFT, Lightning and litgpt
@@ -34,7 +35,7 @@ CLANG_TESTS := build_info build_module cross_entropy* devices differentiable_met
 	large_offsets linear_cross_entropy* loss_dtype many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
 CLANGXX ?= clang++
 
-.PHONY: train test test-all test-clang thirdparty fuzz browser cuda-check gpu bench lint format build clean distclean
+.PHONY: train test test-all test-on-demand test-clang thirdparty fuzz browser cuda-check gpu bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
@@ -43,7 +44,10 @@ test: $(VENV)/dev $(VENV)/built
 	$(PYTEST)
 
 test-all: $(VENV)/dev $(VENV)/built
-	$(PYTEST) -m "not browser"
+	$(PYTEST) -m "not browser and not on_demand"
+
+test-on-demand: $(VENV)/dev $(VENV)/built
+	$(PYTEST) -m on_demand
 
 browser: $(VENV)/browser $(VENV)/built
 	$(BIN)/python -m pytest -m browser tests/test_report_browser.py

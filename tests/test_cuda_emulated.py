@@ -2,7 +2,8 @@
 
 Each run is a pytest process in which the emulated kernels replace the CPU's; two run at a time. No run covers the GPU's
 memory model, its speed, or nvcc's output (tests/test_cuda_build.py). `make test` has one run of the tests that depend
-on the kernels most, and a mutant of each kind; `make test-all` has all tests, schedules, sanitizers and mutants.
+on the kernels most, and a mutant of each kind; `make test-all` has all tests, sanitizers and mutants; the runs that
+repeat them in another order, or with more samples under ThreadSanitizer, take minutes each: `make test-on-demand`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ SAMPLE_TESTS = tuple(
 SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64", *EVERY_CASE)
 FLOAT_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and float32", *EVERY_CASE)
 # Two bfloat16 numbers share a word, as two float16 numbers do.
-FLOAT_AND_HALF_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and (float32 or bfloat16)", *EVERY_CASE)
+FEW_FLOAT_AND_HALF_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and (float32 or bfloat16)")
+FLOAT_AND_HALF_SAMPLES = (*FEW_FLOAT_AND_HALF_SAMPLES, *EVERY_CASE)
 ROWS_OF_A_CLUSTER = (
     "tests/test_cross_entropy_rows.py",
     "-k",
@@ -90,6 +92,7 @@ class Run:
     arguments: tuple[str, ...]
     seed: int = 0
     exhaustive: bool = False
+    on_demand: bool = False
     capability: int = 90  # of the GPU: 10 * major + minor
     few_blocks: bool = False
 
@@ -105,7 +108,7 @@ RUNS = (
     Run("kernels_forward", "plain", "forward", FEW_TESTS),
     Run("ops_forward", "plain", "forward", (*OPS_TESTS, *EVERY_CASE), exhaustive=True),
     Run("kernels_of_few_blocks", "plain", "reverse", FEW_TESTS, exhaustive=True, few_blocks=True),
-    Run("ops_random", "plain", "random", OPS_TESTS, 6, exhaustive=True),
+    Run("ops_random", "plain", "random", OPS_TESTS, 6, on_demand=True),
     Run("distributed_forward", "plain", "forward", DISTRIBUTED_TESTS, exhaustive=True),
     Run("device_tests_forward", "plain", "forward", DEVICE_TESTS, exhaustive=True),
     Run("kernels_of_sm_80", "plain", "forward", FEW_TESTS, exhaustive=True, capability=80),
@@ -114,13 +117,15 @@ RUNS = (
         for flavour in ("address", "thread")
     ),
     Run("samples_reverse", "plain", "reverse", SAMPLES, exhaustive=True),
-    *(Run(f"samples_random_{seed}", "plain", "random", SAMPLES, seed, exhaustive=True) for seed in (1, 2, 3)),
+    Run("samples_random_1", "plain", "random", SAMPLES, 1, exhaustive=True),
+    *(Run(f"samples_random_{seed}", "plain", "random", SAMPLES, seed, on_demand=True) for seed in (2, 3)),
     *(
         Run(f"samples_address_{schedule}", "address", schedule, SAMPLES, 7, exhaustive=True)
         for schedule in ("forward", "random")
     ),
     # ThreadSanitizer finds accesses that nothing orders, in whatever order they happen.
-    Run("samples_thread_forward", "thread", "forward", FLOAT_AND_HALF_SAMPLES, exhaustive=True),
+    Run("few_samples_thread_forward", "thread", "forward", FEW_FLOAT_AND_HALF_SAMPLES, exhaustive=True),
+    Run("samples_thread_forward", "thread", "forward", FLOAT_AND_HALF_SAMPLES, on_demand=True),
     Run("samples_thread_random", "thread", "random", FLOAT_SAMPLES, 7, exhaustive=True),
     Run("rows_of_few_blocks_thread", "thread", "forward", ROWS_OF_A_CLUSTER, exhaustive=True, few_blocks=True),
 )
@@ -154,8 +159,11 @@ JOBS: dict[str, Callable[[], subprocess.CompletedProcess[str]]] = {
 }
 
 
-def parameters(items: tuple[Run, ...] | tuple[Mutant, ...], exhaustive: set[str]) -> list[object]:
-    marks = {name: [pytest.mark.exhaustive] for name in exhaustive}
+def parameters(items: tuple[Run, ...] | tuple[Mutant, ...], exhaustive: set[str], on_demand: set[str]) -> list[object]:
+    marks = {
+        **{name: [pytest.mark.exhaustive] for name in exhaustive},
+        **{name: [pytest.mark.on_demand] for name in on_demand},
+    }
     return [pytest.param(item, id=item.name, marks=marks.get(item.name, [])) for item in items]
 
 
@@ -169,7 +177,10 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subproc
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("job", parameters(RUNS, {job.name for job in RUNS if job.exhaustive}))
+@pytest.mark.parametrize(
+    "job",
+    parameters(RUNS, {job.name for job in RUNS if job.exhaustive}, {job.name for job in RUNS if job.on_demand}),
+)
 def test_the_tests_of_the_ops_pass_on_emulated_cuda_kernels(
     job: Run, results: dict[str, Future[subprocess.CompletedProcess[str]]]
 ) -> None:
@@ -244,7 +255,7 @@ def test_the_place_of_every_defect_is_in_our_kernels(mutant: Mutant, tmp_path: P
     mutant.write(tmp_path)
 
 
-@pytest.mark.parametrize("job", parameters(MUTANTS, {mutant.name for mutant in MUTANTS} - FEW_MUTANTS))
+@pytest.mark.parametrize("job", parameters(MUTANTS, {mutant.name for mutant in MUTANTS} - FEW_MUTANTS, set()))
 def test_a_defect_in_a_kernel_is_caught(
     job: Mutant, results: dict[str, Future[subprocess.CompletedProcess[str]]]
 ) -> None:

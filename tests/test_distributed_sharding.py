@@ -215,7 +215,13 @@ def test_sharded_tensors_give_what_one_process_gives(world: int, tmp_path: Path)
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("world", [1, 2, 4])
+def test_samples_on_a_mesh_of_two_dimensions_give_what_one_process_gives(tmp_path: Path) -> None:
+    for part, failures in run_parts([on_two_dimensions], 4, tmp_path).items():
+        assert failures == {}, part
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.on_demand)])
 def test_all_samples_that_are_sharded_give_what_one_process_gives(world: int, tmp_path: Path) -> None:
     for part, failures in run_parts([all_samples, special_logits], world, tmp_path).items():
         assert failures == {}, part
