@@ -125,7 +125,7 @@ def test_half_sums_that_overflow_in_torch_alone_are_right() -> None:
 # --- what it times
 
 
-@pytest.mark.parametrize("op", cases.OPS)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.exhaustive) for op in cases.OPS])
 def test_every_variant_is_checked_and_timed(op: str) -> None:
     shape = {2: (33, 27), 3: (33, 27, 10), 5: (33, 3, 10, 20, 27)}[len(cases.SHAPES[op].split("x"))]
     for variant in cases.VARIANTS[op]:

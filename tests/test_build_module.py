@@ -163,6 +163,7 @@ def test_a_folder_with_spaces_quotes_and_other_letters_builds(small_tree, compil
     assert "libgomp.so.1" in build.elf.read_dynamic_section(module).needed
 
 
+@pytest.mark.exhaustive
 def test_setup_leaves_no_module_that_has_a_cxx_runtime_of_its_own(small_tree, tmp_path):
     script = tmp_path / "g++"
     drop = 'for flag; do shift; [ "$flag" = -l:libstdc++.so.6 ] || set -- "$@" "$flag"; done'

@@ -75,6 +75,7 @@ def test_bytes_of_mixed_line_ends_are_read_as_newlines(tmp_path):
     assert sorted(item for part in corpus.parts.values() for item in part) == ["ava", "emma", "isabella", "olivia"]
 
 
+@pytest.mark.exhaustive
 def test_a_hundred_thousand_code_points_are_a_vocabulary_and_their_bigram_is_refused(tmp_path, run_of):
     points = [chr(code) for code in range(0x4E00, 0x4E00 + 110_000) if not 0xD800 <= code < 0xE000]
     run = run_of("".join(points[:100_000]), "text")
@@ -88,6 +89,7 @@ def test_a_hundred_thousand_code_points_are_a_vocabulary_and_their_bigram_is_ref
     assert not (tmp_path / "bigram").exists()
 
 
+@pytest.mark.exhaustive
 def test_one_long_line_takes_a_few_bytes_of_memory_for_each_of_its_bytes(tmp_path):
     path = tmp_path / "line.txt"
     size = 5_000_000

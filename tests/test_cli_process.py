@@ -92,6 +92,7 @@ def test_importing_charlm_imports_no_command_line_and_its_help_no_training_code(
     assert (lines[0], lines[-1]) == ("[]", "[]")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a pseudo-terminal")
 def test_a_terminal_sees_a_bar_with_loss_speed_and_time_left(tmp_path, names):
     ours, theirs = os.openpty()
@@ -166,6 +167,7 @@ def endless_training(folder: Path, names: Path) -> list[str]:
     return [*CHARLM, "train", "-i", str(names), "-o", str(folder), *flags]
 
 
+@pytest.mark.exhaustive
 def test_a_run_whose_reader_goes_away_is_saved_and_says_so(tmp_path, names):
     command = endless_training(tmp_path / "run", names)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -178,6 +180,7 @@ def test_a_run_whose_reader_goes_away_is_saved_and_says_so(tmp_path, names):
     assert error.endswith(f"saved step {checkpoint.load(tmp_path / 'run').step} in {tmp_path / 'run'}\n")
 
 
+@pytest.mark.exhaustive
 def test_a_terminal_that_is_closed_saves_the_run(tmp_path, names):
     process = subprocess.Popen(endless_training(tmp_path / "run", names), stdout=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("step "):

@@ -153,6 +153,7 @@ def test_closed_streams_are_empty_ones(data, tmp_path):
 # ---- output into a file
 
 
+@pytest.mark.exhaustive
 def test_a_run_in_the_c_locale_writes_ascii_lines_to_a_file_as_it_goes_and_saves(data, tmp_path):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
     environment.pop("PYTHONIOENCODING", None)

@@ -1,9 +1,9 @@
 """The kernels of csrc/cuda without a GPU: the emulator runs them on the CPU under the tests of the ops.
 
 Each run is a pytest process in which the emulated kernels replace the CPU's; two run at a time. No run covers the GPU's
-memory model, its speed, or nvcc's output (tests/test_cuda_build.py). `make test` has one run of the tests that depend
-on the kernels most, and a mutant of each kind; `make test-all` has all tests, sanitizers and mutants; the runs that
-repeat them in another order, or with more samples under ThreadSanitizer, take minutes each: `make test-on-demand`.
+memory model, its speed, or nvcc's output (tests/test_cuda_build.py). `make test` has the samples that cover the ops and
+a mutant of each kind; `make test-all` has all tests, sanitizers and mutants; the runs that repeat them in another
+order, or with more samples under ThreadSanitizer, take minutes each: `make test-on-demand`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ SAMPLE_TESTS = tuple(
     f"tests/test_{op}.py"
     for op in ("cross_entropy", "embedding", "embedding_linear", "entropy", "kl_div", "kl_divergence")
 )
-SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64", *EVERY_CASE)
+FEW_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64")
+SAMPLES = (*FEW_SAMPLES, *EVERY_CASE)
 FLOAT_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and float32", *EVERY_CASE)
 # Two bfloat16 numbers share a word, as two float16 numbers do.
 FEW_FLOAT_AND_HALF_SAMPLES = (*SAMPLE_TESTS, "-k", "as_close_to_float64 and (float32 or bfloat16)")
@@ -105,7 +106,8 @@ class Run:
 
 
 RUNS = (
-    Run("kernels_forward", "plain", "forward", FEW_TESTS),
+    Run("few_samples_forward", "plain", "forward", FEW_SAMPLES),
+    Run("kernels_forward", "plain", "forward", FEW_TESTS, exhaustive=True),
     Run("ops_forward", "plain", "forward", (*OPS_TESTS, *EVERY_CASE), exhaustive=True),
     Run("kernels_of_few_blocks", "plain", "reverse", FEW_TESTS, exhaustive=True, few_blocks=True),
     Run("ops_random", "plain", "random", OPS_TESTS, 6, on_demand=True),

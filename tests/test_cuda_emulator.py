@@ -252,6 +252,7 @@ def run_python(flavour: str, defect: str) -> tuple[list[str], str]:
     return done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.exhaustive
 def test_kernels_on_tensors_are_watched_in_a_python_process_and_on_any_of_its_threads(executables):
     cases = {"plain": "missing_tail", "address": "write_past_end", "thread": "plain_add_between_blocks"}
     with ThreadPoolExecutor(min(3, os.cpu_count() or 1)) as pool:

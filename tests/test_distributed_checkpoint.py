@@ -86,6 +86,7 @@ def files_of(run: Path) -> dict[str, list[dict[str, Any]]]:
     return json.loads((run / MANIFEST).read_text())["files"]
 
 
+@pytest.mark.exhaustive
 def test_one_process_loads_what_two_have_saved(saved_by_two: tuple[Path, tuple[Tensors, Tensors]]) -> None:
     run, (weights, training) = saved_by_two
     loaded = checkpoint.load(run)
@@ -208,6 +209,7 @@ def steps_while_rank_1_writes(run: str) -> int:
     return max(made)
 
 
+@pytest.mark.exhaustive
 def test_all_ranks_train_on_while_one_writes(tmp_path: Path) -> None:
     steps = results_of_processes(2, tmp_path / "group", steps_while_rank_1_writes, str(tmp_path / "run"))
     assert steps[0] == 0
@@ -244,6 +246,7 @@ def no_change(patch: pytest.MonkeyPatch, rank: int) -> None:
     pass
 
 
+@pytest.mark.exhaustive
 def test_a_full_disk_of_one_rank_ends_all_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first, second = results_of_processes(2, tmp_path / "group", save_twice, [str(run)] * 2, full_disk)
@@ -255,6 +258,7 @@ def test_a_full_disk_of_one_rank_ends_all_and_leaves_the_old_checkpoint(tmp_path
     assert not list(run.glob(".*"))
 
 
+@pytest.mark.exhaustive
 def test_ranks_that_do_not_share_a_folder_have_no_checkpoint(tmp_path: Path) -> None:
     folders = [str(tmp_path / "run"), str(tmp_path / "other")]
     first, second = results_of_processes(2, tmp_path / "group", save_twice, folders, no_change)

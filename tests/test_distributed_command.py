@@ -97,6 +97,7 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     }
 
 
+@pytest.mark.exhaustive
 def test_a_terminated_run_is_saved_once_and_goes_on_in_one_process(tmp_path: Path, data: Path) -> None:
     flags = ("-i", data, *SMALL, "--max-steps", 3000, "--eval-interval", 100, "-o", tmp_path / "run")
     launched = torchrun(2, *flags)
@@ -160,6 +161,7 @@ def check(values: dict[str, str]) -> str:
     return ""
 
 
+@pytest.mark.exhaustive
 def test_all_ranks_learn_of_the_rank_with_other_options(tmp_path: Path) -> None:
     found = results_of_processes(3, tmp_path / "group", check, {"data": "a", "options": "b"})
     assert found == ["the options of rank 1 differ from those of rank 0"] * 3
@@ -194,6 +196,7 @@ def test_an_environment_that_cannot_be_is_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_master_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     port = str(free_port())
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():

@@ -21,6 +21,7 @@ def test_some_seconds_of_a_known_seed_find_nothing(capsys):
     assert " 0 failures" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_divisor_is_found_with_the_line_that_repeats_it(capsys, monkeypatch):
     right = fuzz.F.cross_entropy

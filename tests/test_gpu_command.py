@@ -138,6 +138,7 @@ def test_an_interrupted_step_is_noted_as_such(run: gpu.Run) -> None:
     assert [(step["status"], step["note"]) for step in written(run)["steps"]] == [("failed", "interrupted")]
 
 
+@pytest.mark.exhaustive
 def test_a_step_whose_time_runs_out_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     grandchild = (

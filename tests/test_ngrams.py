@@ -138,6 +138,7 @@ def test_bad_arguments_are_refused_by_name_and_place(call, error, message):
         call()
 
 
+@pytest.mark.exhaustive
 def test_the_reference_backend_counts_the_same_without_anything_compiled():
     code = (
         "import sys, charlm; assert 'charlm._C' not in sys.modules;"

@@ -391,6 +391,7 @@ def test_a_changed_kernel_header_rebuilds_the_object_of_every_instruction_set(wh
 
 
 # Sources without torch's headers, which require more themselves.
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("source", ["corpus/corpus.cpp", "ngrams/ngrams.cpp", "cpu/kernels.cpp"])
 def test_sources_are_cxx17_which_torch_before_2_13_compiles_as(source):
     compiler = os.environ.get("CXX", "c++").split()

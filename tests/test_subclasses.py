@@ -215,6 +215,7 @@ def run_rank(rank, port):
     os._exit(0)
 
 
+@pytest.mark.exhaustive
 def test_dtensors_give_what_one_process_gives_on_the_whole_batch():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -22,7 +22,7 @@ from charlm.cli.common import prepare_streams, reports_user_errors
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="",  # so that nine commands fit a screen of 24 lines
+    help="Character-level language models: train them, sample from them, and measure surprise.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
