@@ -48,6 +48,14 @@ def test_an_unknown_character_of_the_prompt_is_a_user_error():
         sample(model, ITEMS.vocabulary, SamplingOptions(prompt="ax"))
 
 
+def test_a_model_that_diverged_is_a_user_error():
+    model = MLP(len(ITEMS.vocabulary), 3, n_embd=2, n_hidden=4)
+    with torch.no_grad():
+        model.embedding.weight[0] = torch.nan
+    with pytest.raises(UserError, match="predicts no finite numbers: its training diverged; try a lower"):
+        sample(model, ITEMS.vocabulary, SamplingOptions())
+
+
 def test_every_split_that_contains_the_item_is_named():
     corpus = build_corpus("".join(f"{a}{b}\n" for a in "abcdefgh" for b in "ijklmnop"))
     train, dev, test = (corpus.parts[split][0] for split in ("train", "dev", "test"))

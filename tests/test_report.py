@@ -16,6 +16,7 @@ from report_support import HOSTILE, NAMES, body_of, figures_of, page_of, train
 
 import charlm
 from charlm.information import conditional_entropies
+from charlm.lm import checkpoint
 from charlm.lm.data import build_corpus
 from charlm.lm.diagnostics import DIAGNOSTICS
 from charlm.lm.optimizer import learning_rate_at
@@ -292,9 +293,41 @@ def test_what_cannot_be_reported_is_one_sentence_and_leaves_the_file_as_it_was(f
     other = train(tmp_path / "other", "--n-hidden", 8, text=NAMES + "zoe\n")
     assert "was trained on other data" in fails("report", mlp, other, "-o", old)
     assert "Is a directory" in fails("report", mlp, "-o", tmp_path)
-    assert "cannot write" in fails("report", mlp, "-o", tmp_path / "none" / "new.html")
+    assert f"there is no folder {tmp_path / 'none'}" in fails("report", mlp, "-o", tmp_path / "none" / "new.html")
     assert old.read_text() == "old"
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_records_that_cannot_be_drawn_are_left_out(copy):
+    lines = (copy / DIAGNOSTICS).read_text().splitlines()
+    record = json.loads(lines[-1])
+    record["activations"] = {"empty": {**next(iter(record["activations"].values())), "counts": [0] * 41}}
+    record["gradients"] = {
+        name: {key: value for key, value in one.items() if key != left_out}
+        for (name, one), left_out in zip(record["gradients"].items(), ["mean", "std", ""], strict=False)
+    }
+    (copy / DIAGNOSTICS).write_text("\n".join([*lines[:-1], json.dumps(record), lines[-1][:-30]]))
+    page = report_of(copy)
+    figures = figures_of(page)
+    assert "run-0-activations" not in figures
+    assert [trace["name"] for trace in figures["run-0-gradients"]["data"]] == [[*record["gradients"]][2]]
+    assert "1 lines of its logs are damaged" in body_of(page)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_diverged_is_an_error(copy, value):
+    saved = checkpoint.load(copy)
+    saved.weights["embedding.weight"][0] = value
+    checkpoint.save(copy, saved)
+    assert f"{copy} predicts no finite numbers: its training diverged" in fails("report", copy)
+
+
+@pytest.mark.parametrize(("format", "text", "tokens"), [("line", "a\nb\nc\n", 2), ("text", "abc", 1)])
+def test_the_smallest_corpora_have_a_report(tmp_path, format, text, tokens):
+    page = report_of(train(tmp_path / "tiny", "--type", "unigram", "--format", format, small=(), text=text))
+    in_sample, held_out = figures_of(page)["entropies"]["data"][:2]
+    assert len(in_sample["x"]) == len(in_sample["y"]) == tokens
+    assert len(held_out["x"]) == len(held_out["y"]) == 6
 
 
 def test_an_empty_split_is_an_error(mlp, monkeypatch):

@@ -45,6 +45,8 @@ def write(
     path = Path(path)
     if not path.name or path.is_dir():
         raise UserError(f"cannot write {path}: Is a directory")
+    if not path.parent.is_dir():  # said before the models are measured
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
     if not directories:
         raise UserError("a report needs the folder of a trained model")
     from charlm.report.data import gather

@@ -116,7 +116,8 @@ def gather(
     """Loads and measures the runs in `directories`; `corpus_of` reads the corpus of a checkpoint.
 
     Raises:
-        UserError: A folder has no valid checkpoint, the runs were trained on different data, or dev is empty.
+        UserError: A folder has no valid checkpoint or one with infinite or undefined weights, the runs were trained on
+            different data, or dev is empty.
     """
     loaded = {str(directory): checkpoint.load(directory) for directory in directories}
     name, first = next(iter(loaded.items()))
@@ -137,6 +138,9 @@ def gather(
         measured.append(
             Measured.of(model, part, frequent, device, lambda done, total, of=other: on_progress(of, done, total))
         )
+        weights = [measured[-1].nats, *model.parameters()]
+        if not all(tensor.isfinite().all() for tensor in weights):
+            raise UserError(f"{other} predicts no finite numbers: its training diverged; try a lower --learning-rate")
         runs.append(_run(other, saved, model, measured[-1], part, corpus, counts, device))
     on_progress("baselines", 0, 0)
     return Report(
@@ -243,11 +247,11 @@ def _record(entry: Any) -> dict[str, Any]:
     for kind in ("activations", "gradients"):
         found[kind] = {
             name: {
-                **{key: number(value) for key, value in one.items() if key != "counts"},
+                **{key: number(one[key]) for key in ("mean", "std", "bound", "saturated") if key in one},
                 "counts": [int(count) for count in one["counts"]],
             }
             for name, one in entry[kind].items()
-            if one["counts"] and one["bound"]
+            if one["bound"] and one["counts"] and sum(one["counts"]) > 0 and {"mean", "std"} <= {*one}
         }
     return {**found, "updates": {name: number(ratio) for name, ratio in entry["updates"].items()}}
 

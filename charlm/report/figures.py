@@ -138,9 +138,9 @@ def losses(report: Report) -> Figure | None:
 def entropies(report: Report) -> Figure:
     """The entropies of train and the losses of n-grams on dev by the length of the context."""
     orders, bits = list(range(len(report.held_out))), " bits"
-    dots = {"mode": "lines+markers"}
+    dots, known = {"mode": "lines+markers"}, report.in_sample  # a tiny train has fewer orders
     traces = [
-        curve("in-sample, train", orders, report.in_sample, "var(--faint)", bits, dash="dash", **dots),
+        curve("in-sample, train", orders[: len(known)], known, "var(--faint)", bits, dash="dash", **dots),
         curve("Kneser–Ney on dev", orders, report.held_out, "var(--ink)", bits, **dots),
     ]
     said = [f"The best n-gram on dev takes {min(report.held_out):.4f} bits per character"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import charlm.functional as F
+from charlm._errors import UserError
 
 
 class LanguageModel(nn.Module):
@@ -148,7 +149,9 @@ def sample_token(
     # largest logit is shifted to 0, so that a temperature close to 0 makes only the others infinite.
     logits = logits.double()
     probabilities = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1).cpu()
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V)
+    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V); a NaN comes first
+    if not bool(ranked[:, 0].isfinite().all()):
+        raise UserError("the model predicts no finite numbers: its training diverged; try a lower --learning-rate")
     if top_p is not None:
         before = ranked.cumsum(dim=-1) - ranked  # total probability of the higher ranks, 0 for the first
         ranked = ranked.masked_fill(before >= top_p, 0.0)
