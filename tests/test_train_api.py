@@ -25,6 +25,7 @@ import charlm
 from charlm import UserError, _ext
 from charlm.lm import cache
 from charlm.lm.data import build_corpus
+from charlm.lm.metrics import read_metrics
 from charlm.lm.run import History
 from charlm.lm.shards import load
 from charlm.lm.start import FREE_ON_RESUME
@@ -148,6 +149,11 @@ def test_wrong_data_are_named_and_leave_nothing(tmp_path, data, error, message):
         ({"type": "mpl"}, "type is mpl, but must be one of"),
         ({"memory": "2GB"}, "^memory bounds the counting of type ngram"),
         ({"threads": 10**6}, "threads is 1000000"),
+        ({"threads": "2"}, "threads is '2', but must be an integer"),
+        ({"sample_every": 0.5}, "sample_every is 0.5, but must be an integer"),
+        ({"separator": None}, "separator is None, but must be a string"),
+        ({"overwrite": "no"}, "overwrite is 'no', but must be true or false"),
+        ({"progress": None}, "progress is None, but must be true or false"),
         ({"resume": True}, "there is no checkpoint in"),
         ({"resume": True, "overwrite": True}, "resume=True and overwrite=True exclude each other"),
         ({"device": "abacus"}, "device 'abacus' cannot be used"),
@@ -270,6 +276,30 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path, monkeypatch):
     assert same(resumed, whole)
     assert [r["nats"] for r in resumed.history] == [r["nats"] for r in whole.history]
     assert {"max_steps", "input_file"} <= FREE_ON_RESUME
+
+
+def test_a_finished_run_keeps_its_documents_when_it_is_resumed_with_the_same_ones_written_otherwise(tmp_path):
+    charlm.train([f"{name}\n" for name in NAMES], tmp_path / "run", **TINY)
+    resumed = charlm.train(NAMES, tmp_path / "run", resume=True, progress=False)
+    assert [str(path) for path in (tmp_path / "run").glob("documents-*.txt")] == [resumed.config.input_file]
+    assert "dev" in succeeds("eval", tmp_path / "run")
+
+
+def test_a_saved_run_leaves_nothing_of_the_one_it_replaces(tmp_path):
+    charlm.train(NAMES, tmp_path / "kept", **TINY)
+    run = charlm.train(NAMES[::-1], no_diagnostics=True, **TINY)
+    run.save(tmp_path / "kept", overwrite=True)
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {path.name for path in run.directory.iterdir()}
+
+
+def test_lines_of_the_metrics_that_are_not_whole_are_left_out_of_the_history(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 1, "split": "dev", "nats": 2.0, "tokens/s": 3.0}'
+    path.write_text(
+        f'{whole}\n{{"step": 2}}\n[1]\n3\n{whole.replace("2.0", "null")}\n{whole.replace("2.0", "NaN")}\n{whole[:30]}'
+    )
+    (record,) = read_metrics(tmp_path)
+    assert record["bits"] == 2.0 / math.log(2)
 
 
 def test_an_interrupt_returns_the_run_and_a_second_one_raises(tmp_path, monkeypatch):

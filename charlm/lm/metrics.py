@@ -90,7 +90,7 @@ class MetricsLog(StepLog):
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of DIR/metrics.jsonl that are whole, with "bits" too, and "tokens_per_second" for "tokens/s"."""
-    records = [json.loads(line) for line in _lines(directory / METRICS) if math.isfinite(_step(line))]
+    records = [json.loads(line) for line in _lines(directory / METRICS) if _is_whole(line)]
     return [
         {
             **{key: record[key] for key in ("step", "split", "nats")},
@@ -99,6 +99,14 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         }
         for record in records
     ]
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        record = json.loads(line)
+        return record.keys() >= {"step", "split", "tokens/s"} and math.isfinite(record["nats"])
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return False
 
 
 def _lines(path: Path) -> list[str]:

@@ -105,9 +105,14 @@ class Run:
                 shutil.copytree(data, corpus_folder(target))
                 saved = replace(saved, config=replace(saved.config, input_file=str(corpus_folder(target))))
             checkpoint.save(target, saved)
+            for path in target.glob("documents-*.txt"):
+                if str(path) != saved.config.input_file:
+                    path.unlink()
             for name in (METRICS, DIAGNOSTICS):
                 if (self.directory / name).exists():
                     write_atomically(target / name, (self.directory / name).read_bytes())
+                else:  # that of a run that was replaced
+                    (target / name).unlink(missing_ok=True)
 
     def report(self, path: str | PathLike[str] | None = None) -> Path:
         """Writes a report of the run, with curves, samples and figures, as one HTML file.

@@ -38,7 +38,7 @@ from charlm.lm.memory import check_fits, parse_bytes
 from charlm.lm.prepare import Options, encoded, prepare_documents
 from charlm.lm.processes import Launch
 from charlm.lm.run import Run, corpus_folder
-from charlm.lm.start import check_folder, config_on, config_values, resumed_config, unknown_option
+from charlm.lm.start import check_folder, config_on, config_values, converted, resumed_config, unknown_option
 from charlm.lm.stop import StopRequest
 from charlm.lm.terminal import new_console
 from charlm.lm.threads import using_threads
@@ -79,6 +79,11 @@ def train_run(
             )
         path, documents = _source(data)
         switches = resume, overwrite, force, no_cache, no_diagnostics
+        for name, value in (*zip(SWITCHES, switches, strict=True), ("progress", progress)):
+            converted(name, value, bool)
+        for name, value in (("sample_every", sample_every), ("threads", 1 if threads is None else threads)):
+            converted(name, value, int)
+        converted("separator", separator, str)
         arguments = {
             **({} if directory is None else {"directory": os.fspath(directory)}),
             **given,
@@ -257,16 +262,17 @@ class _Call:
         ):
             finished = trainer.run(report, stop, lambda text: report.advise(in_python(text)), on_step)
             report.stopped_at(trainer.step)
-        for path in self.folder.glob("documents-*.txt"):
-            if str(path) != config.input_file:  # that of a run that was replaced
-                path.unlink()
         if stop.signal not in (None, signal.SIGINT):  # the state is saved: what the program does with the signal
             signal.raise_signal(stop.signal)
         evaluation = None
         if finished:
             with suppress(KeyboardInterrupt), progress_bar("dev", silent=not self.progress) as bar:
                 evaluation = trainer.evaluate_best(lambda done, total: bar("evaluating", done, total))
-        return Run.read(self.folder, config.device, corpus, finished, evaluation)
+        run = Run.read(self.folder, config.device, corpus, finished, evaluation)
+        for path in self.folder.glob("documents-*.txt"):
+            if str(path) != run.config.input_file:  # that of a run that was replaced, or of one that had no steps left
+                path.unlink()
+        return run
 
 
 @contextmanager
