@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ def test_the_options_of_a_file_are_those_of_the_command_line_which_overrides_the
     path = tmp_path / "tiny.toml"
     path.write_text(f"{TINY}work_dir = {json.dumps(str(tmp_path / 'a'))}\n")
     succeeds("train", "-i", names, "--config", path)
+    (start,) = json.loads((tmp_path / "a" / "checkpoint.json").read_text())["commands"]
+    program, command, *words = shlex.split(start["command"])
+    assert (program, command) == ("charlm", "train")
+    succeeds(command, *words, "--overwrite")  # the kept command can be run
     flags = ("--n-embd", 2, "--n-hidden", 8, "--max-steps", 3, "--learning-rate", 1, "--batch-norm")
     succeeds("train", "-i", names, *flags, "-o", tmp_path / "b")
     assert saved(tmp_path / "a") == saved(tmp_path / "b")
@@ -89,4 +94,6 @@ def test_what_is_wrong_in_a_file_is_named_with_its_line(tmp_path, names, text, m
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     assert f"cannot read {tmp_path / 'none.toml'}: No such file" in fails("train", "--config", tmp_path / "none.toml")
     assert "cannot read" in fails("train", "--config", tmp_path)
+    marked = _written(tmp_path, b"\xef\xbb\xbfmax_step = 3")
+    assert "line 1: there is no option 'max_step'" in fails("train", "--config", marked)  # as some editors write it
     assert run("train", "--help").exit_code == 0

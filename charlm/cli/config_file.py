@@ -52,7 +52,7 @@ def read_options(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
     from charlm.lm.start import converted, unknown_option
 
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
         table = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -218,7 +218,8 @@ def train(
     options = {
         name: value
         for name, value in context.params.items()
-        if context.get_parameter_source(name).name in ("COMMANDLINE", "DEFAULT_MAP")  # the latter: of --config
+        if name != "config_file"  # whose options are the DEFAULT_MAP
+        and context.get_parameter_source(name).name in ("COMMANDLINE", "DEFAULT_MAP")
     }
     given = {name: options[name] for name in Config.names() if name in options}
     if no_mix:
