@@ -157,7 +157,9 @@ def test_the_weights_follow_what_the_ngram_has_seen():
     p_network, p_ngram = (-network).exp(), (-ngram).exp()
     weight = torch.sigmoid(terms @ model.weights)
     slope = -(p_network - p_ngram) / (weight * p_network + (1 - weight) * p_ngram) * weight * (1 - weight)
-    gradient = (terms * slope[:, None]).mean(0) + 2 * model.weights / len(terms)
+    b, u = model.weights[:ORDER], model.weights[ORDER:]
+    prior = torch.cat([2 * (b - b.mean()) + b.mean() / (10 * ORDER), 2 * u])
+    gradient = (terms * slope[:, None]).mean(0) + prior / len(terms)
     assert gradient.abs().max() < 1e-5
 
 
@@ -165,6 +167,13 @@ def test_the_weights_stay_near_one_half_where_there_is_little_data():
     model = mixture("mlp", NAMES)
     model.fit_weights(*predicted(2))
     assert model.weights.abs().max() < 0.6
+
+
+def test_little_data_shows_that_one_model_is_better_in_every_context():
+    model = mixture("mlp", NAMES)
+    terms = torch.nn.functional.one_hot(torch.arange(40) % ORDER, ORDER + 5).double()
+    model.fit_weights(torch.full((40,), 6.0), torch.ones(40), terms)
+    assert torch.sigmoid(terms @ model.weights).max() < 0.05
 
 
 # ---- the held-out part

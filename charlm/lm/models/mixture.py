@@ -62,7 +62,8 @@ class Mixture(LanguageModel):
     def fit_weights(self, network: Tensor, ngram: Tensor, terms: Tensor) -> None:
         """Chooses the weights that minimize the mean loss of N predictions.
 
-        A normal prior of variance 1/2 draws b and u to 0, and so the weights to 1/2 where there is little data.
+        Where there is little data, a normal prior of variance 1/2 draws each b_m to their mean and u to 0, and one of
+        variance 10 draws the mean to 0: one of the models may be far better for every context.
 
         Args:
             network: (N,) the network's -log p of each target, in nats.
@@ -75,7 +76,9 @@ class Mixture(LanguageModel):
 
         def objective() -> Tensor:
             optimizer.zero_grad()
-            loss = _mixed(terms @ weights, network, ngram).mean() + weights.square().sum() / len(terms)
+            b, u = weights[:-N_CONFIDENCE], weights[-N_CONFIDENCE:]
+            prior = (b - b.mean()).square().sum() + u.square().sum() + b.mean().square() / 20
+            loss = _mixed(terms @ weights, network, ngram).mean() + prior / len(terms)
             loss.backward()
             return loss
 
