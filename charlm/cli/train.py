@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -379,7 +380,8 @@ def _run(
         where = f"stopped at step {trainer.step} of {config.max_steps} and saved in {work_dir}"
         command = "charlm train" if processes.size == 1 else "torchrun … -m charlm train"
         sharded = " --parallel fsdp" if parallel == "fsdp" else ""
-        console.print(f"{where}; resume with:\n{command} -o {work_dir} --resume{again}{sharded}", soft_wrap=True)
+        again = f"{command} -o {shlex.quote(str(work_dir))} --resume{again}{sharded}"
+        console.print(f"{where}; resume with:\n{again}", soft_wrap=True)
     if not finished:
         raise typer.Exit(128 + (stop.signal or 0))
     with progress_bar("dev", silent=processes.rank > 0) as bar:
