@@ -45,7 +45,7 @@ def test_the_readmes_python_runs_in_its_order() -> None:
 
 
 DOCUMENTS = [path for path in sorted((ROOT / "docs").glob("*.md")) if "```python" in path.read_text(encoding="utf-8")]
-DRAWING = " matplotlib"  # behind "python": the block only draws, with a library that the tests do without
+DRAWING = " matplotlib"  # behind "python": the block only draws, with a library that only requirements-dev.txt installs
 
 
 def run_document(path: Path, drawing: bool = False) -> None:
