@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,11 +10,19 @@ import typer
 from charlm._errors import UserError
 from charlm.cli.common import Device, Directory, InputFile, new_console, print_samples, trained_corpus
 
+IN_FILE = "FILE:"  # as in nanoGPT's --start
+MOST_BYTES = 1 << 17  # of a prompt in a file: as many as Linux takes for an argument
+
 
 def sample(
     directory: Directory,
     num_samples: Annotated[int, typer.Option("-n", "--num-samples", help="Number of samples.")] = 20,
-    prompt: Annotated[str, typer.Option(help="Text that each sample begins with.")] = "",
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="Text that each sample begins with; FILE:PATH reads it from a UTF-8 file, FILE:- from standard input."
+        ),
+    ] = "",
     max_new_tokens: Annotated[
         int | None,
         typer.Option(help="Most characters after the prompt. Default: 100 for an item, 500 for running text."),
@@ -37,8 +46,9 @@ def sample(
     from charlm.lm.sample import sample as draw
     from charlm.lm.train import usable_device
 
-    options = SamplingOptions(num_samples, prompt, max_new_tokens, temperature, top_k, top_p, seed)
     saved = checkpoint.load(directory)
+    prompt = _prompt_text(prompt, saved.vocabulary.separator)
+    options = SamplingOptions(num_samples, prompt, max_new_tokens, temperature, top_k, top_p, seed)
     target = usable_device(device)
     samples = draw(saved.build_model(target), saved.vocabulary, options, target)
     corpus = None
@@ -50,3 +60,24 @@ def sample(
                 raise
             typer.echo(f"charlm: samples are not marked as new or known: {error}", err=True)
     print_samples(new_console(), samples, "line" if saved.vocabulary.separator else "text", corpus)
+
+
+def _prompt_text(prompt: str, is_item: bool) -> str:
+    """The prompt, or the text of the file that it names; that of an item without a newline at its end.
+
+    A prompt that begins with "FILE:" itself is given through standard input.
+
+    Raises:
+        UserError: The file cannot be read, is not UTF-8, or has more than MOST_BYTES.
+    """
+    from charlm.lm.data import data_name, decode_text, opened
+
+    if not prompt.startswith(IN_FILE):
+        return prompt
+    path = Path(prompt.removeprefix(IN_FILE))
+    with opened(path) as file:
+        raw = file.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise UserError(f"{data_name(path)} is too long for a prompt: it has more than {MOST_BYTES:,} bytes")
+    text = decode_text(raw, data_name(path))
+    return text.removesuffix("\n") if is_item else text
