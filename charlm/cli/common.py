@@ -93,6 +93,10 @@ InputFile = Annotated[
     Path | None,
     typer.Option("-i", "--input-file", help="UTF-8 text file; - reads standard input.", show_default=False),
 ]
+Column = Annotated[
+    str | None,
+    typer.Option(help="Column of a .jsonl, .parquet, .csv or .tsv file. Default: that of the run.", show_default=False),
+]
 Device = Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda or cuda:1.")]
 Unknown = Annotated[
     str,

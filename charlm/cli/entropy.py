@@ -31,6 +31,10 @@ def entropy(
         typer.Option(help="Data format: line (one item per line) or text. Default: guessed.", show_default=False),
     ] = None,
     split_seed: Annotated[int, typer.Option(help="Random seed of the 80/10/10 split.")] = Config.split_seed,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of a .jsonl, .parquet, .csv or .tsv file. Default: text.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only a JSON object, in bits per character.")] = False,
 ) -> None:
     """Measure how predictable a file is, in bits per character.
@@ -41,11 +45,14 @@ def entropy(
     """
     from charlm.lm.data import data_name, read_text
     from charlm.lm.predictability import measure
+    from charlm.lm.sources import check_column
 
+    if column is not None:
+        check_column(["column"], file)
     if file is None:
         _hint_at_standard_input()
     name = data_name(file)
-    found = measure(read_text(file), order=order, format=format, seed=split_seed, name=name)
+    found = measure(read_text(file, column or Config.column), order=order, format=format, seed=split_seed, name=name)
     if as_json:
         typer.echo(json.dumps(found.to_json(), allow_nan=False))
     else:

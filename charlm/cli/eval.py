@@ -12,6 +12,7 @@ import typer
 
 from charlm._errors import UserError
 from charlm.cli.common import (
+    Column,
     Device,
     Directory,
     Unknown,
@@ -53,6 +54,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    column: Column = None,
     unknown: Unknown = "error",
     device: Device = "cpu",
 ) -> None:
@@ -67,11 +69,15 @@ def evaluate(
     from charlm.lm.display import print_losses, progress_bar
     from charlm.lm.evaluate import baselines, evaluate_on
     from charlm.lm.examples import PROTOCOLS
+    from charlm.lm.sources import check_column
     from charlm.lm.train import usable_device
 
     if split not in (None, WHOLE):
         check_split(split)
     saved = checkpoint.load(directory)
+    if column is not None:
+        check_column(["column"], input_file)
+        saved = replace(saved, config=replace(saved.config, column=column))
     target = usable_device(device)
     name = None if input_file is None else data_name(input_file)
     if name is None:
@@ -113,7 +119,7 @@ def _corpus_of(saved: Checkpoint, path: Path, split: str | None, name: str) -> t
         cached = corpus_of(saved.config, path)
         if cached.digest == saved.digest:
             return cached, True
-    text = read_text(path)
+    text = read_text(path, saved.config.column)
     settings = {"seed": saved.config.split_seed, "dedup": saved.config.dedup, "name": name}
     with suppress(UserError):  # a text that is too short, for example, cannot be the training data
         corpus = build_corpus(text, format=saved.config.format, **settings)

@@ -20,7 +20,8 @@ def prepare(
     files: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Text files, globs, or - for standard input: UTF-8 text, .jsonl or .parquet, also as .gz or .zst.",
+            help="Text files, globs, or - for standard input: UTF-8 text, .jsonl, .parquet, .csv or .tsv, also as "
+            ".gz or .zst.",
             show_default=False,
         ),
     ] = None,
@@ -30,7 +31,9 @@ def prepare(
     ] = None,
     split_seed: Annotated[int, typer.Option(help="Random seed of the 80/10/10 split.")] = Config.split_seed,
     dedup: Annotated[bool, typer.Option("--dedup", help="Keep only the first of equal items.")] = Config.dedup,
-    column: Annotated[str, typer.Option(help="Column of .jsonl and .parquet files.")] = "text",
+    column: Annotated[
+        str, typer.Option(help="Column of .jsonl, .parquet, .csv and .tsv files; without a header its number.")
+    ] = "text",
     document_separator: Annotated[
         str,
         typer.Option(

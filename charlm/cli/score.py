@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from charlm._errors import UserError
-from charlm.cli.common import Device, Directory, InputFile, Unknown, new_console, unknown_characters_named
+from charlm.cli.common import Column, Device, Directory, InputFile, Unknown, new_console, unknown_characters_named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +42,7 @@ def score(
         typer.Argument(help="Texts to score, each on its own. Default: the input file, or standard input."),
     ] = None,
     input_file: InputFile = None,
+    column: Column = None,
     unknown: Unknown = "error",
     protocol: Annotated[
         str | None,
@@ -64,11 +65,14 @@ def score(
     For a text of more than 1 MB only the total is printed.
     """
     import charlm
+    from charlm.lm.sources import check_column
 
     if texts and input_file is not None:
         raise UserError("TEXT and --input-file exclude each other")
     if svg is not None and (not svg.name or svg.is_dir()):
         raise UserError(f"cannot write {svg}: Is a directory")
+    if column is not None:
+        check_column(["column"], input_file)
     model = charlm.load(directory, device)
     protocol = model.protocol(protocol)
     options = {"unit": "bits", "unknown": unknown, "protocol": protocol}
@@ -76,7 +80,7 @@ def score(
         if texts:
             found: list[Scored] | tuple[float, int] = _score(model, texts, options)
         else:
-            found = _score_file(model, input_file or Path("-"), options)
+            found = _score_file(model, input_file or Path("-"), column or model.config.column, options)
     scored = None if isinstance(found, tuple) else found
     total, count = _sum(scored) if scored else found
     if not count:
@@ -99,16 +103,18 @@ def _score(model: CharacterModel, texts: list[str], options: dict[str, Any]) -> 
     return [Scored(text, bits.tolist()) for text, bits in zip(texts, found, strict=True)]
 
 
-def _score_file(model: CharacterModel, path: Path, options: dict[str, Any]) -> list[Scored] | tuple[float, int]:
+def _score_file(
+    model: CharacterModel, path: Path, column: str, options: dict[str, Any]
+) -> list[Scored] | tuple[float, int]:
     """Scores a file; for more than MAX_BYTES, returns only the total in bits and the number of predictions."""
-    from charlm.lm.data import data_name, decode_blocks, decode_text, opened
+    from charlm.lm.sources import text_of
 
-    with opened(path) as file:
-        head = file.read(MAX_BYTES + 1)
-        if len(head) <= MAX_BYTES:
-            return _score(model, [decode_text(head, data_name(path))], options)
-        blocks = chain([head], iter(lambda: file.read(MAX_BYTES), b""))
-        return model.total_surprisal(decode_blocks(blocks, data_name(path)), **options)
+    blocks, head = text_of([path], column), b""
+    for block in blocks:
+        head += block
+        if len(head) > MAX_BYTES:
+            return model.total_surprisal(map(bytes.decode, chain([head], blocks)), **options)
+    return _score(model, [head.decode()], options)
 
 
 def _texts(text: str, format: str) -> list[str]:

@@ -58,7 +58,8 @@ def train(
         Path | None,
         option(
             DATA,
-            "UTF-8 text file, or a folder of `charlm prepare`; - reads standard input. Default: the shipped names.",
+            "Text file, also as .gz or .zst, table (--column), or folder of `charlm prepare`; - reads standard input. "
+            "Default: the shipped names.",
             "-i",
             "--input-file",
         ),
@@ -68,6 +69,13 @@ def train(
     ] = None,
     split_seed: Annotated[int, option(DATA, "Random seed of the 80/10/10 split.")] = DEFAULT.split_seed,
     dedup: Annotated[bool, option(DATA, "Keep only the first of equal items.")] = DEFAULT.dedup,
+    column: Annotated[
+        str,
+        option(
+            DATA,
+            "Column of a .jsonl, .parquet, .csv or .tsv file; without a header in a .csv or .tsv its number, from 1.",
+        ),
+    ] = DEFAULT.column,
     config_file: Annotated[
         Path | None,
         typer.Option(
@@ -317,6 +325,7 @@ def _run(
     from charlm.lm.memory import check_fits, parse_bytes
     from charlm.lm.parallel import check_parallel
     from charlm.lm.processes import is_under_torchrun
+    from charlm.lm.sources import check_column
     from charlm.lm.start import config_on, resumed_config
     from charlm.lm.train import StopRequest, Trainer, usable_device
 
@@ -331,6 +340,7 @@ def _run(
     bound = None if memory is None else parse_bytes(memory)
     console = new_console()
     console.quiet = processes.rank != 0
+    check_column(given, input_file or config.input_file)
     corpus = corpus_of(config, input_file, cache, silent=processes.rank > 0)
     guessed = ", guessed" if config.format is None else ""
     if resumed is None:

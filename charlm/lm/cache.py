@@ -25,7 +25,7 @@ from charlm.lm.files import LockedError, sha256_of, write_atomically
 from charlm.lm.prepare import Options, identify, prepare, unchanged
 from charlm.lm.shard_writer import Report, changed
 from charlm.lm.shards import ShardedCorpus
-from charlm.lm.sources import reads_as, text_of
+from charlm.lm.sources import DEFAULT_COLUMN, reads_as, text_of
 
 SHA256 = re.compile(rb"[0-9a-f]{64}")
 MOST_REMOVALS = 3  # of a damaged corpus that comes back
@@ -48,16 +48,18 @@ def cached_corpus(
     path: Path,
     options: Options,
     *,
+    column: str = DEFAULT_COLUMN,
     announce: Callable[[Path], None],
     report: Report = lambda stage, done, total: None,
 ) -> ShardedCorpus:
-    """The corpus of a plain text file, prepared once for its content and `options`.
+    """The corpus of a file, prepared once for its content and `options`.
 
     Of several processes that call it at the same time one prepares the corpus, and the others wait.
 
     Args:
         path: The file.
         options: How it is split.
+        column: That of a file of documents.
         announce: Called with the folder before it is prepared.
         report: Called with the progress.
 
@@ -65,7 +67,10 @@ def cached_corpus(
         UserError: As `prepare`, or the file changed while it was read.
     """
     found = identify(path)
-    sources = [{"bytes": found["bytes"], "sha256": _content(path, found, report), "reads_as": reads_as(path)}]
+    kind, compression = reads_as(path)
+    of_column = {"column": column} if kind else {}
+    content = {"bytes": found["bytes"], "sha256": _content(path, found, report)}
+    sources = [{**content, "reads_as": [kind, compression], **of_column}]
     directory = folder() / _key([shards.FORMAT_VERSION, sources, asdict(options)])
     announced, damaged = False, 0
     while True:
@@ -82,7 +87,7 @@ def cached_corpus(
         announced = True
         try:
             prepare(
-                lambda: unchanged(text_of([path]), {path: found}),
+                lambda: unchanged(text_of([path], column), {path: found}),
                 directory,
                 options,
                 name=str(path),

@@ -129,6 +129,7 @@ class Config:
         format: "line" or "text"; None guesses.
         split_seed: Random seed of the 80/10/10 split of items; 42 is makemore's.
         dedup: Keep only the first of equal items.
+        column: The column of a .jsonl, .parquet, .csv or .tsv file, see `charlm.lm.sources`.
         type: A key of `charlm.lm.models.MODELS`.
         block_size: Length of the context in characters.
         n_embd: Width of an embedding.
@@ -170,6 +171,7 @@ class Config:
     format: str | None = None
     split_seed: int = 42
     dedup: bool = False
+    column: str = "text"
     type: str = "mlp"
     block_size: int = 8
     n_embd: int = 16

@@ -62,8 +62,10 @@ MIN_NUL_SHARE = 0.7  # share of NULs at every second byte that identifies UTF-16
 # ---- reading
 
 
-def read_text(path: Path | None) -> str:
-    """Reads a UTF-8 file, with newlines as "\\n"; None reads the names shipped with charlm, "-" standard input.
+def read_text(path: Path | None, column: str = "text") -> str:
+    """Reads a file, with newlines as "\\n"; None reads the names shipped with charlm, "-" standard input.
+
+    The name of the file says what it is: UTF-8 text, or compressed, or documents with a `column`, see `sources`.
 
     Raises:
         UserError: The file cannot be read, or is not UTF-8. The message names the byte offset, the encoding that the
@@ -71,6 +73,10 @@ def read_text(path: Path | None) -> str:
     """
     if path is None:
         return decode_text(resources.files("charlm.data").joinpath("names.txt").read_bytes(), data_name(path))
+    from charlm.lm.sources import reads_as, text_of
+
+    if any(reads_as(path)):
+        return b"".join(text_of([path], column)).decode()
     with opened(path) as file:
         return decode_text(file.read(), data_name(path))
 
@@ -356,6 +362,8 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def read_corpus(path: Path | None, *, format: str | None = None, seed: int = 42, dedup: bool = False) -> TextCorpus:
-    """`build_corpus` for the file at `path`; None reads the names shipped with charlm."""
-    return build_corpus(read_text(path), format=format, seed=seed, dedup=dedup, name=data_name(path))
+def read_corpus(
+    path: Path | None, *, format: str | None = None, seed: int = 42, dedup: bool = False, column: str = "text"
+) -> TextCorpus:
+    """`build_corpus` for what `read_text` reads."""
+    return build_corpus(read_text(path, column), format=format, seed=seed, dedup=dedup, name=data_name(path))

@@ -46,7 +46,7 @@ def corpus_of(config: Config, given: Path | None = None, cache: bool = True, sil
 
         if is_worth_it(path):
             return _cached_corpus(config, path, silent)
-    return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup)
+    return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup, column=config.column)
 
 
 def _prepared_corpus(config: Config, directory: Path) -> Corpus:
@@ -75,4 +75,4 @@ def _cached_corpus(config: Config, path: Path, silent: bool) -> Corpus:
 
     options = Options(config.format, config.split_seed, config.dedup)
     with progress_bar(path.name, silent) as report:
-        return cached_corpus(path, options, announce=announce, report=report)
+        return cached_corpus(path, options, column=config.column, announce=announce, report=report)

@@ -1,7 +1,9 @@
-"""Reads text from files: plain, .gz, .zst, and the documents of .jsonl and .parquet, in pieces that fit into memory.
+"""Reads text from files: plain, .gz, .zst, and the documents of tables, in pieces that fit into memory.
 
 A text file is one document. A line of a .jsonl file is a document, the string at the key `column` of its object; so is
-a row of a .parquet file, by the name of a column (needs pyarrow). Compressed .jsonl files are read too.
+a row of a .parquet file, by the name of a column (needs pyarrow), and a row of a .csv or .tsv file (RFC 4180, with tabs
+for .tsv), by a name in its first row; or by the number of the column, from 1, where the first row is data too.
+Compressed .jsonl, .csv and .tsv files are read too.
 
     text_of      the text of several files, for `charlm prepare`
     Documents    an iterator over documents, which divides them among ranks and workers, and can be resumed
@@ -9,25 +11,29 @@ a row of a .parquet file, by the name of a column (needs pyarrow). Compressed .j
 
 from __future__ import annotations
 
+import csv
 import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from charlm._errors import UserError
-from charlm.lm.data import STDIN, data_name, decode_blocks, opened, utf8_blocks
+from charlm.lm.data import STDIN, data_name, decode_blocks, opened, plural, utf8_blocks
 
 BLOCK_BYTES = 1 << 20  # read at a time
 ZSTANDARD_BYTES = 1 << 12  # read at a time: zeros take a 32,000th of their size
 PARQUET_ROWS = 1024  # read at a time
 DEFAULT_COLUMN = "text"
 COMPRESSIONS = (".gz", ".zst")
-DOCUMENTS = (".jsonl", ".parquet")  # files of many documents
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DOCUMENTS = (".jsonl", ".parquet", *DELIMITERS)  # files of many documents
+MOST_IN_FIELD = 1 << 27  # characters of a field of a .csv file; Python's own limit is 131,072
+SHOWN = 200  # characters of the names of columns in an error
 
 
 class Piece(NamedTuple):
@@ -94,7 +100,7 @@ def pieces(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[Piece]:
 
     Raises:
         UserError: The file cannot be read, is not UTF-8 or not of the format that its name says, or has no such column;
-            the message names the line of a .jsonl file.
+            the message names the line of a .jsonl, .csv or .tsv file.
     """
     name = data_name(path)
     if _kind(path) == ".parquet":
@@ -104,6 +110,8 @@ def pieces(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[Piece]:
         text = decode_blocks(blocks, name)
         if _kind(path) == ".jsonl":
             yield from _json_pieces(text, name, column)
+        elif _kind(path) in DELIMITERS:
+            yield from _csv_pieces(text, name, column, DELIMITERS[_kind(path)])
         else:
             for number, part in enumerate(text):
                 yield Piece(part, begins=number == 0)
@@ -113,6 +121,19 @@ def reads_as(path: Path) -> list[str]:
     """What the name of a file says of its content: the kind of its documents and its compression, "" for neither."""
     kind = _kind(path)
     return [kind if kind in DOCUMENTS else "", path.suffix if path.suffix in COMPRESSIONS else ""]
+
+
+def check_column(given: Container[str], path: str | Path | None, name: str | None = None) -> None:
+    """Raises UserError if a column is among the options `given`, and the data at `path` have none.
+
+    `name` is what the error calls data that are not in a file.
+    """
+    path = None if path is None else Path(path)
+    if "column" in given and (path is None or _kind(path) not in DOCUMENTS):
+        raise UserError(
+            f"--column chooses a column of a {', '.join(DOCUMENTS[:-1])} or {DOCUMENTS[-1]} file, and "
+            f"{name or data_name(path)} is none: leave the option out"
+        )
 
 
 def _kind(path: Path) -> str:
@@ -176,6 +197,30 @@ def _json_pieces(text: Iterator[str], name: str, column: str) -> Iterator[Piece]
         yield Piece(_plain(row[column], where), begins=True)
 
 
+def _csv_pieces(text: Iterator[str], name: str, column: str, delimiter: str) -> Iterator[Piece]:
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_IN_FIELD))  # it is one number for the whole process
+    rows = csv.reader((f"{line}\n" for line in _lines(text)), delimiter=delimiter, strict=True)
+    index, width = -1, 0
+    try:
+        for row in filter(None, rows):
+            if index < 0:
+                width, numbers = len(row), [str(number + 1) for number in range(len(row))]
+                if column not in row + numbers:
+                    names = ", ".join(row)
+                    shown = names if len(names) <= SHOWN else f"{names[:SHOWN]}…"
+                    raise UserError(f"{name} has no column {column!r} (it has: {shown}): choose one with --column")
+                index = (row if column in row else numbers).index(column)
+                if column in row:
+                    continue
+            if len(row) != width:
+                where = f"line {rows.line_num} of {name} has {plural(len(row), 'field')}, but the first row {width}"
+                raise UserError(f"{where}: a field that contains a delimiter must be in double quotes")
+            if row[index]:  # as a null of a .parquet file
+                yield Piece(_plain(row[index], f"line {rows.line_num} of {name}"), begins=True)
+    except csv.Error as error:
+        raise UserError(f"line {rows.line_num} of {name} is not a row of a table: {error}") from error
+
+
 def _plain(text: str, where: str) -> str:
     """`text` with newlines as "\\n"; UserError for half a character, as of a JSON string that was cut."""
     if not text.isascii():
@@ -227,7 +272,7 @@ class Documents:
 
     Args:
         paths: The files, as `find_inputs` returns them.
-        column: The column of .jsonl and .parquet files.
+        column: The column of files of DOCUMENTS.
         part: The number of this reader, as rank × workers + worker.
         parts: The number of all readers. Reader `part` takes every `parts`-th document of each file.
         state: A `state` of an earlier reader of the same part, to go on behind its last document.

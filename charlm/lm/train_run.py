@@ -38,6 +38,7 @@ from charlm.lm.memory import check_fits, parse_bytes
 from charlm.lm.prepare import Options, encoded, prepare_documents
 from charlm.lm.processes import Launch
 from charlm.lm.run import Run, corpus_folder
+from charlm.lm.sources import check_column
 from charlm.lm.start import check_folder, config_on, config_values, converted, resumed_config, unknown_option
 from charlm.lm.stop import StopRequest
 from charlm.lm.terminal import new_console
@@ -190,6 +191,8 @@ class _Call:
         if path is not None:
             self.given["input_file"] = path_to_save(path)
         config = self._config()
+        name = None if documents is None else NAME
+        check_column(self.given, path or config.input_file, name)
         if documents is None:
             corpus = corpus_of(config, path, cache=not self.no_cache, silent=not self.progress)
         else:
@@ -209,7 +212,7 @@ class _Call:
         self.resumed = None  # and so its files, which the next checkpoint replaces
         if self.kept is not None:
             write_atomically(*self.kept)
-        return self._train(trainer, guessed, None if documents is None else NAME)
+        return self._train(trainer, guessed, name)
 
     def _config(self) -> Config:
         """The configuration of a new run, or of the resumed one."""
