@@ -111,6 +111,10 @@ def train(
             "Default: mlp for a short list of short items, otherwise gru.",
         ),
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        option(MODEL, "Folder of a run whose weights the network begins with, to fine-tune it on other data."),
+    ] = None,
     block_size: Annotated[
         int, option(MODEL, "Context in characters; a power of two for the wavenet.", by_type="block_size")
     ] = DEFAULT.block_size,
@@ -220,6 +224,7 @@ def train(
     from charlm.lm import checkpoint
     from charlm.lm.command import shell_command
     from charlm.lm.files import locked
+    from charlm.lm.init_from import options_of
     from charlm.lm.processes import Launch, joined
     from charlm.lm.start import check_folder
     from charlm.lm.threads import using_threads
@@ -245,6 +250,11 @@ def train(
             raise UserError(f"timeout is {timeout:g}, but must be above 0 and at most {MAX_TIMEOUT:g} seconds")
         if launch.size > 1 and given.get("input_file") == STREAM:
             raise UserError("standard input and pipes can be read by one process only: give a file with -i")
+        initial = None
+        if init_from is not None:
+            given["init_from"] = str(init_from.resolve())
+        if init_from is not None and not resume:
+            initial, given = options_of(init_from, given)
         if not resume and "type" in given:
             check_options(given["type"], given)
         config = None if resume else Config.of_type(**{"type": DEFAULT.type, **given})
@@ -271,6 +281,7 @@ def train(
                 command,
                 sample_every,
                 not no_diagnostics,
+                None if config is None else initial,
             )
 
 
@@ -313,10 +324,12 @@ def _run(
     command: str,
     sample_every: int,
     diagnostics: bool,
+    initial: Checkpoint | None,
 ) -> None:
     """Trains until the end or a signal, and prints the result.
 
     `config` is that of a new run; None resumes the checkpoint in `work_dir` with the options `given`.
+    `initial` is the checkpoint that a new run begins with.
     """
     from charlm.lm import checkpoint
     from charlm.lm.command import describe, started_by
@@ -351,13 +364,21 @@ def _run(
     print_data(console, config, corpus, guessed)
     if not force:
         check_fits(config, corpus, usable_device(processes.device(config.device)), processes.launch, parallel)
-    processes.check_equal(_what_must_be_equal(config, corpus, resumed, parallel))
+    processes.check_equal(_what_must_be_equal(config, corpus, resumed or initial, parallel))
     trainer = Trainer(
-        config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound, diagnostics=diagnostics
+        config,
+        corpus,
+        work_dir,
+        resumed,
+        processes=processes,
+        parallel=parallel,
+        memory=bound,
+        diagnostics=diagnostics,
+        initial=initial,
     )
     config = trainer.config
-    trainer.commands = (*trainer.commands, start)
-    del resumed  # and so its files, which the next checkpoint replaces
+    trainer.commands = (*trainer.commands, start | trainer.origin)
+    del resumed, initial  # and so its files, which the next checkpoint replaces
     print_model(console, config, corpus, trainer, parallel)
     print_samples_of = sampling_every(console, trainer, sample_every)
     stop = StopRequest(ignores_repeats=is_under_torchrun())

@@ -72,6 +72,7 @@ COUNT_OPTIONS = ("add_k",)
 NETWORKS = ("mlp", "wavenet", "bow", "rnn", "gru", "lstm", "gpt")
 # Options that only networks have. (Every type has add_k, because it also smooths the baselines in the tables.)
 NETWORK_OPTIONS = (
+    "init_from",
     "block_size",
     "token_noise",
     "max_steps",
@@ -131,6 +132,7 @@ class Config:
         dedup: Keep only the first of equal items.
         column: The column of a .jsonl, .parquet, .csv or .tsv file, see `charlm.lm.sources`.
         type: A key of `charlm.lm.models.MODELS`.
+        init_from: Folder of the run whose weights the network begins with, see `charlm.lm.init_from`.
         block_size: Length of the context in characters.
         n_embd: Width of an embedding.
         n_hidden: Width of the tanh layers of the MLP, the WaveNet and the BoW, and of the state of RNN, GRU and LSTM.
@@ -173,6 +175,7 @@ class Config:
     dedup: bool = False
     column: str = "text"
     type: str = "mlp"
+    init_from: str | None = None
     block_size: int = 8
     n_embd: int = 16
     n_hidden: int = 512

@@ -195,6 +195,8 @@ def print_model(console: Console, config: Config, corpus: Corpus, trainer: Train
     if trainer.processes.size > 1:
         work += f", {trainer.processes.size} processes ({parallel})"
     console.print(f"{config.label}: {work}{start}", soft_wrap=True)
+    for sentence in trainer.origin.values():
+        console.print(f"from {visible(sentence)}", soft_wrap=True)
     if parameters and trainer.step >= config.max_steps:
         console.print(f"these were all its steps: more --max-steps than {config.max_steps} continue it")
 

@@ -32,6 +32,7 @@ from charlm.lm.data import Corpus
 from charlm.lm.diagnostics import Diagnostics
 from charlm.lm.evaluate import Evaluation, evaluate, predictions, rows_per_pass
 from charlm.lm.examples import Examples, Sequences, sample_rows
+from charlm.lm.init_from import copy_weights
 from charlm.lm.metrics import MetricsLog
 from charlm.lm.models import CountModel, LanguageModel, Mixture, NGram, build_model
 from charlm.lm.models.dropout import sample_keys
@@ -72,6 +73,7 @@ class Trainer:
         memory: The most bytes for counting the n-grams of an `NGram`, with sorted runs in `directory`; None counts in
             memory.
         diagnostics: Whether to record activations, gradients and updates, see `charlm.lm.diagnostics`.
+        initial: The checkpoint of `config.init_from`, whose weights a new run begins with; not for a resumed one.
 
     Raises:
         UserError: `resumed` was trained on other data, the device cannot be used, or the processes cannot train this
@@ -89,6 +91,7 @@ class Trainer:
         parallel: str = "ddp",
         memory: int | None = None,
         diagnostics: bool = True,
+        initial: Checkpoint | None = None,
     ) -> None:
         self.processes = processes or Processes()
         check_parallel(parallel, config, self.processes)
@@ -107,6 +110,10 @@ class Trainer:
         with self._own_randomness():
             torch.manual_seed(config.seed)
             self.model = build_model(**self.model_config).to(self.device)
+        self.origin: dict[str, str] = {}  # what the checkpoints say of `initial`
+        if initial is not None:
+            network = self.model.network if isinstance(self.model, Mixture) else self.model
+            self.origin = {"init_from": f"{config.init_from}: {copy_weights(initial, network, vocabulary)}"}
         if isinstance(self.model, Mixture) and resumed is None:
             end = corpus.tokens("train")
             self.model.fit(held_out.counted(corpus, config.mix_ngram, end, config.mix_tokens).to(self.device))

@@ -33,6 +33,7 @@ from charlm.lm.data import build_corpus, decode_text
 from charlm.lm.defaults import config_for
 from charlm.lm.display import ProgressReport, print_data, print_model, progress_bar, sampling_every
 from charlm.lm.files import locked, write_atomically
+from charlm.lm.init_from import options_of
 from charlm.lm.inputs import corpus_of, path_to_save
 from charlm.lm.memory import check_fits, parse_bytes
 from charlm.lm.prepare import Options, encoded, prepare_documents
@@ -141,7 +142,7 @@ def _checked(options: dict[str, Any]) -> dict[str, Any]:
             raise UserError(unknown_option(name, [*known, *SWITCHES, *OTHERS, "directory", "separator", "progress"]))
     if isinstance(options.get("device"), torch.device):
         options = {**options, "device": str(options["device"])}
-    return config_values(options)
+    return config_values({name: os.fspath(v) if isinstance(v, os.PathLike) else v for name, v in options.items()})
 
 
 def _source(data: Any) -> tuple[Path | None, Iterable[str] | None]:
@@ -185,6 +186,7 @@ class _Call:
     progress: bool
     separator: str
     line: str  # the call
+    initial: checkpoint.Checkpoint | None = None  # that of init_from
     kept: tuple[Path, bytes] | None = None  # the file of the documents and its content
 
     def run(self, path: Path | None, documents: Iterable[str] | None) -> Run:
@@ -207,9 +209,17 @@ class _Call:
         bound = None if self.memory is None else parse_bytes(str(self.memory))
         if not self.force:
             check_fits(config, corpus, usable_device(config.device), Launch(), "ddp")
-        trainer = Trainer(config, corpus, self.folder, self.resumed, memory=bound, diagnostics=not self.no_diagnostics)
-        trainer.commands = (*trainer.commands, started_by(self.line))
-        self.resumed = None  # and so its files, which the next checkpoint replaces
+        trainer = Trainer(
+            config,
+            corpus,
+            self.folder,
+            self.resumed,
+            memory=bound,
+            diagnostics=not self.no_diagnostics,
+            initial=self.initial,
+        )
+        trainer.commands = (*trainer.commands, started_by(self.line) | trainer.origin)
+        self.resumed = self.initial = None  # and so its files, which the next checkpoint replaces
         if self.kept is not None:
             write_atomically(*self.kept)
         return self._train(trainer, guessed, name)
@@ -217,8 +227,12 @@ class _Call:
     def _config(self) -> Config:
         """The configuration of a new run, or of the resumed one."""
         if self.resumed is not None:
+            if "init_from" in self.given:
+                self.given["init_from"] = os.path.realpath(self.given["init_from"])
             check_options(self.resumed.config.type, self.given)
             return resumed_config(self.resumed.config, self.given)
+        if "init_from" in self.given:
+            self.initial, self.given = options_of(Path(self.given["init_from"]), self.given)
         if "type" in self.given:
             check_options(self.given["type"], self.given)
         return Config.of_type(**{"type": Config.type, **self.given})
