@@ -21,6 +21,7 @@ def train(
     force: bool = False,
     no_cache: bool = False,
     no_diagnostics: bool = False,
+    tensorboard: bool = False,
     threads: int | None = None,
     memory: int | str | None = None,
     sample_every: int = 0,
@@ -48,6 +49,7 @@ def train(
         force: Whether to train even if the memory may not suffice.
         no_cache: Whether a large file is read into memory instead of preparing it once in the cache.
         no_diagnostics: Whether not to record activations, gradients and updates for the report.
+        tensorboard: Whether the losses and samples are also written for TensorBoard, into `directory`/tensorboard.
         threads: Number of CPU threads of this run; None is torch's current number.
         memory: Most memory for counting the n-grams of type "ngram", in bytes or as "2GB".
         sample_every: Number of steps between samples that are printed; 0 for none.
@@ -82,6 +84,7 @@ def train(
         force=force,
         no_cache=no_cache,
         no_diagnostics=no_diagnostics,
+        tensorboard=tensorboard,
         threads=threads,
         memory=memory,
         sample_every=sample_every,

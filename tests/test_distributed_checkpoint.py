@@ -105,7 +105,7 @@ def test_each_process_writes_its_rows_and_the_first_one_the_rest(
                 assert part.equal(whole[name].chunk(2)[rank] if is_sharded else whole[name])
                 assert is_sharded or rank == 0
     assert len(list(run.glob("*.safetensors"))) == 4
-    assert {path.suffix for path in run.iterdir()} == {".json", ".jsonl", ".safetensors"}
+    assert {path.suffix for path in run.iterdir()} == {".json", ".jsonl", ".csv", ".safetensors"}
 
 
 def test_a_run_goes_on_with_the_same_bits_in_one_process_and_in_three(run: Path, tmp_path: Path) -> None:

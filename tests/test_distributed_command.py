@@ -92,7 +92,7 @@ def test_a_killed_rank_costs_a_restart_and_changes_nothing(
     assert all(tensor.equal(theirs.training[name]) for name, tensor in ours.training.items())
     diagnostics = set() if model is GPT else {"diagnostics.jsonl"}  # a sharded run has none
     assert {path.name.partition("-")[0] for path in (tmp_path / "run").iterdir()} == {
-        *("checkpoint.json", "metrics.jsonl", "model", "training"),
+        *("checkpoint.json", "metrics.jsonl", "metrics.csv", "model", "training"),
         *diagnostics,
     }
 

@@ -120,7 +120,7 @@ def test_a_checkpoint_json_of_another_program_is_not_overwritten(tmp_path, data,
 
 
 def test_an_empty_folder_and_one_of_a_run_that_never_saved_are_written_into(tmp_path, data):
-    leftovers = (LOCK, "metrics.jsonl", "diagnostics.jsonl", "model-0123456789abcdef.safetensors")
+    leftovers = (LOCK, "metrics.jsonl", "metrics.csv", "diagnostics.jsonl", "model-0123456789abcdef.safetensors")
     for leftover in (None, *leftovers, ".checkpoint.json.77.tmp"):
         folder = tmp_path / f"run {leftover}"
         folder.mkdir()

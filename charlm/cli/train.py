@@ -98,6 +98,9 @@ def train(
     sample_every: Annotated[
         int, option(OUTPUT, "Steps between samples that are printed during training; 0 for none.")
     ] = 0,
+    tensorboard: Annotated[
+        bool, option(OUTPUT, "Also write the losses and samples for TensorBoard.", "--tensorboard")
+    ] = False,
     force: Annotated[bool, option(OUTPUT, "Train even if the memory may not suffice.", "--force")] = False,
     no_diagnostics: Annotated[
         bool,
@@ -227,6 +230,7 @@ def train(
     from charlm.lm.init_from import options_of
     from charlm.lm.processes import Launch, joined
     from charlm.lm.start import check_folder
+    from charlm.lm.tensorboard import require_tensorboard
     from charlm.lm.threads import using_threads
 
     options = {
@@ -242,6 +246,8 @@ def train(
         given["mix_ngram"] = 0
     if input_file is not None:
         given["input_file"] = path_to_save(input_file)
+    if tensorboard:
+        require_tensorboard()
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     launch = Launch.from_environment()
@@ -250,11 +256,11 @@ def train(
             raise UserError(f"timeout is {timeout:g}, but must be above 0 and at most {MAX_TIMEOUT:g} seconds")
         if launch.size > 1 and given.get("input_file") == STREAM:
             raise UserError("standard input and pipes can be read by one process only: give a file with -i")
-        initial = None
+        of_trainer = {"diagnostics": not no_diagnostics, "tensorboard": tensorboard, "initial": None}
         if init_from is not None:
             given["init_from"] = str(init_from.resolve())
         if init_from is not None and not resume:
-            initial, given = options_of(init_from, given)
+            of_trainer["initial"], given = options_of(init_from, given)
         if not resume and "type" in given:
             check_options(given["type"], given)
         config = None if resume else Config.of_type(**{"type": DEFAULT.type, **given})
@@ -266,7 +272,7 @@ def train(
                 stack.enter_context(locked(work_dir))
                 check_folder(work_dir, resume, overwrite)  # it may have changed before it was locked
             if processes.from_first(resume):
-                config = None
+                config = of_trainer["initial"] = None
             command = shell_command("charlm train" if launch.size == 1 else "torchrun … -m charlm train", options)
             _run(
                 config,
@@ -280,8 +286,7 @@ def train(
                 memory,
                 command,
                 sample_every,
-                not no_diagnostics,
-                None if config is None else initial,
+                of_trainer,
             )
 
 
@@ -323,13 +328,12 @@ def _run(
     memory: str | None,
     command: str,
     sample_every: int,
-    diagnostics: bool,
-    initial: Checkpoint | None,
+    of_trainer: dict[str, Any],
 ) -> None:
     """Trains until the end or a signal, and prints the result.
 
-    `config` is that of a new run; None resumes the checkpoint in `work_dir` with the options `given`.
-    `initial` is the checkpoint that a new run begins with.
+    `config` is that of a new run; None resumes the checkpoint in `work_dir` with the options `given`. `of_trainer` are
+    arguments of the trainer.
     """
     from charlm.lm import checkpoint
     from charlm.lm.command import describe, started_by
@@ -364,21 +368,14 @@ def _run(
     print_data(console, config, corpus, guessed)
     if not force:
         check_fits(config, corpus, usable_device(processes.device(config.device)), processes.launch, parallel)
-    processes.check_equal(_what_must_be_equal(config, corpus, resumed or initial, parallel))
+    processes.check_equal(_what_must_be_equal(config, corpus, resumed or of_trainer["initial"], parallel))
     trainer = Trainer(
-        config,
-        corpus,
-        work_dir,
-        resumed,
-        processes=processes,
-        parallel=parallel,
-        memory=bound,
-        diagnostics=diagnostics,
-        initial=initial,
+        config, corpus, work_dir, resumed, processes=processes, parallel=parallel, memory=bound, **of_trainer
     )
     config = trainer.config
     trainer.commands = (*trainer.commands, start | trainer.origin)
-    del resumed, initial  # and so its files, which the next checkpoint replaces
+    of_trainer.clear()
+    del resumed  # and so its files, which the next checkpoint replaces
     print_model(console, config, corpus, trainer, parallel)
     print_samples_of = sampling_every(console, trainer, sample_every)
     stop = StopRequest(ignores_repeats=is_under_torchrun())

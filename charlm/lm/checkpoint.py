@@ -5,7 +5,9 @@
     DIR/model-<sha256>.safetensors       the weights to use: the best on dev so far
     DIR/training-<sha256>.safetensors    the state for resuming: current weights, optimizer and random state
     DIR/metrics.jsonl                    see `metrics`
+    DIR/metrics.csv                      the same as a table
     DIR/diagnostics.jsonl                see `diagnostics`
+    DIR/tensorboard/                     see `tensorboard`
     DIR/documents-<sha256>.txt           the text of a run by `charlm.train` on documents, unless it is large
 
 The processes of a run that shards its model write a model file and a training file each. The manifest then has
@@ -50,10 +52,12 @@ VERSION = 2  # that of a checkpoint with one file of each part is 1
 PARTS = ("model", "training")
 # The names of the tensor files of a checkpoint, and of the temporary files while they are written.
 PART = re.compile(r"(model|training)-[0-9a-f]{16}\.safetensors|\.(model|training)-[0-9a-f]{16}\.safetensors\.\d+\.tmp")
-TEMPORARY = re.compile(r"\.(checkpoint\.json|metrics\.jsonl|diagnostics\.jsonl)\.\d+\.tmp")
+TEMPORARY = re.compile(r"\.(checkpoint\.json|metrics\.jsonl|metrics\.csv|diagnostics\.jsonl)\.\d+\.tmp")
 DOCUMENTS = r"documents-[0-9a-f]{16}\.txt"
 # The names of all files that a run may leave in its folder if it ends before its first checkpoint.
-OWN_FILES = re.compile(rf"\.lock|{DOCUMENTS}|(metrics|diagnostics)\.jsonl|{PART.pattern}|\..+\.\d+\.tmp")
+OWN_FILES = re.compile(
+    rf"\.lock|{DOCUMENTS}|(metrics|diagnostics)\.jsonl|metrics\.csv|tensorboard|{PART.pattern}|\..+\.\d+\.tmp"
+)
 
 
 @dataclass(frozen=True)

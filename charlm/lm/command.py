@@ -19,6 +19,7 @@ SWITCHES = (
     "force",
     "no_cache",
     "no_diagnostics",
+    "tensorboard",
 )  # options of the command that have no --no- form
 
 

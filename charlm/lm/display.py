@@ -223,6 +223,8 @@ def sampling_every(console: Console, trainer: Trainer, steps: int) -> Callable[[
             samples = sample(trainer.model, trainer.corpus.vocabulary, options, trainer.device)
             shown = ", ".join(samples) if is_line else repr(samples[0])
             console.print(f"step {trainer.step}: {visible(shown)}", soft_wrap=True)
+            if trainer.board is not None:
+                trainer.board.samples(trainer.step, samples)
 
     return print_samples
 

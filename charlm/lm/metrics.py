@@ -5,6 +5,9 @@
 
 The loss on train is the mean over the batches since the previous line, with dropout; that on dev is over the
 whole split, or over a sample of a large one (`--eval-tokens`). tokens/s is the speed of training or of the evaluation.
+
+metrics.csv has the same for spreadsheets and pandas, with the columns COLUMNS. It is replaced as a whole with every
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 METRICS = "metrics.jsonl"
+CSV = "metrics.csv"
+COLUMNS = ("step", "split", "nats", "bits", "tokens_per_second")
 
 
 class StepLog:
@@ -82,29 +87,45 @@ class MetricsLog(StepLog):
     without_lines = True
 
     def __init__(self, directory: Path, step: int) -> None:
+        self._csv = directory / CSV
+        self._rows = [",".join(COLUMNS)]
         super().__init__(directory / METRICS, step)
+        if step:
+            self._rows += map(_row, read_metrics(directory))
+            self._write_table()
 
     def write(self, step: int, split: str, nats: float, tokens_per_second: float) -> None:
-        self.append({"step": step, "split": split, "nats": nats, "tokens/s": round(tokens_per_second, 1)})
+        entry = {"step": step, "split": split, "nats": nats, "tokens/s": round(tokens_per_second, 1)}
+        self.append(entry)
+        self._rows.append(_row(_record(entry)))
+
+    def checkpointed(self) -> None:
+        super().checkpointed()
+        self._write_table()
+
+    def _write_table(self) -> None:
+        write_atomically(self._csv, "".join(f"{row}\n" for row in self._rows).encode())
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of DIR/metrics.jsonl that are whole, with "bits" too, and "tokens_per_second" for "tokens/s"."""
-    records = [json.loads(line) for line in _lines(directory / METRICS) if _is_whole(line)]
-    return [
-        {
-            **{key: record[key] for key in ("step", "split", "nats")},
-            "bits": record["nats"] / math.log(2),
-            "tokens_per_second": record["tokens/s"],
-        }
-        for record in records
-    ]
+    return [_record(json.loads(line)) for line in _lines(directory / METRICS) if _is_whole(line)]
+
+
+def _record(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of the file as `read_metrics` returns it."""
+    known = {key: entry[key] for key in ("step", "split", "nats")}
+    return {**known, "bits": entry["nats"] / math.log(2), "tokens_per_second": entry["tokens/s"]}
+
+
+def _row(record: dict[str, Any]) -> str:
+    return ",".join(str(record[column]) for column in COLUMNS)
 
 
 def _is_whole(line: str) -> bool:
     try:
         record = json.loads(line)
-        return record.keys() >= {"step", "split", "tokens/s"} and math.isfinite(record["nats"])
+        return {"split", "tokens/s"} <= record.keys() and all(math.isfinite(record[key]) for key in ("step", "nats"))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return False
 

@@ -16,7 +16,7 @@ from charlm.lm.corpus import Corpus
 from charlm.lm.diagnostics import DIAGNOSTICS
 from charlm.lm.evaluate import Evaluation
 from charlm.lm.files import locked, write_atomically
-from charlm.lm.metrics import METRICS, read_metrics
+from charlm.lm.metrics import CSV, METRICS, read_metrics
 from charlm.lm.start import check_folder
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Run:
             for path in target.glob("documents-*.txt"):
                 if str(path) != saved.config.input_file:
                     path.unlink()
-            for name in (METRICS, DIAGNOSTICS):
+            for name in (METRICS, CSV, DIAGNOSTICS):
                 if (self.directory / name).exists():
                     write_atomically(target / name, (self.directory / name).read_bytes())
                 else:  # that of a run that was replaced

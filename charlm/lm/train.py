@@ -40,6 +40,7 @@ from charlm.lm.optimizer import build_optimizer, learning_rate_at
 from charlm.lm.parallel import SharedLoss, check_parallel, distribute, gathered, is_sharded, parts_to_save, scattered
 from charlm.lm.processes import Processes
 from charlm.lm.stop import Interrupted, StopRequest
+from charlm.lm.tensorboard import TensorBoard
 from charlm.lm.token_noise import COUNTED_TOKENS, TokenNoise
 
 
@@ -74,6 +75,7 @@ class Trainer:
             memory.
         diagnostics: Whether to record activations, gradients and updates, see `charlm.lm.diagnostics`.
         initial: The checkpoint of `config.init_from`, whose weights a new run begins with; not for a resumed one.
+        tensorboard: Whether to write event files, see `charlm.lm.tensorboard`.
 
     Raises:
         UserError: `resumed` was trained on other data, the device cannot be used, or the processes cannot train this
@@ -92,6 +94,7 @@ class Trainer:
         memory: int | None = None,
         diagnostics: bool = True,
         initial: Checkpoint | None = None,
+        tensorboard: bool = False,
     ) -> None:
         self.processes = processes or Processes()
         check_parallel(parallel, config, self.processes)
@@ -104,6 +107,8 @@ class Trainer:
         self.memory = memory
         self.commands = () if resumed is None else resumed.commands  # what the checkpoints say of the run's start
         self.diagnostics = diagnostics
+        self.tensorboard = tensorboard
+        self.board: TensorBoard | None = None  # during `run`, in one process
         self.device = usable_device(self.processes.device(config.device))
         vocabulary = corpus.vocabulary
         self.model_config = config.model_config(len(vocabulary), vocabulary.pad_token)
@@ -162,11 +167,16 @@ class Trainer:
             if self.processes.rank == 0:
                 self._metrics = stack.enter_context(MetricsLog(self.directory, self.step))
                 self._diagnostics = stack.enter_context(Diagnostics(self.directory, self.step))
+                self.board = TensorBoard(self.directory, self.step, self.tensorboard)
+                stack.callback(self.board.close)
             stack.callback(self.finish_saving)
 
             def report(split: str, nats: float, tokens_per_second: float) -> None:
                 if self._metrics is not None:
                     self._metrics.write(self.step, split, nats, tokens_per_second)
+                if self.board is not None:
+                    values = {f"loss__{split}": nats, f"tokens_per_second__{split}": tokens_per_second}
+                    self.board.scalars(self.step, **values)
                 if on_progress is not None:
                     error = self.dev_error if split == "dev" else None
                     on_progress(Progress(self.step, split, nats, tokens_per_second, error))
@@ -233,7 +243,7 @@ class Trainer:
 
     def _write(self, saved: Checkpoint) -> None:
         checkpoints.save(self.directory, saved, self._writers)
-        for log in (self._metrics, self._diagnostics):
+        for log in (self._metrics, self._diagnostics, self.board):
             if log is not None:
                 log.checkpointed()
 
@@ -355,9 +365,10 @@ class Trainer:
             for parameter in parameters:
                 parameter.grad = None
             tokens += self._backward(loss, train, noise)
+            norm = None
             with recording(self.step + 1):
                 if config.grad_clip:
-                    nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+                    norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip)
                 optimizer.step()
             self.loss_steps += 1
             self.step += 1
@@ -367,6 +378,8 @@ class Trainer:
                 nats = self._take_mean_loss()
                 now = time.perf_counter()
                 report("train", nats, tokens / (now - clock))
+                if self.board is not None and self.tensorboard:
+                    self.board.scalars(self.step, learning_rate=rate, gradient_norm=self._gradient_norm(norm))
                 clock, tokens = now, 0
             if self.step % config.steps_between_evaluations == 0 or last:
                 paused = time.perf_counter()
@@ -379,6 +392,14 @@ class Trainer:
                 clock += time.perf_counter() - paused
         if not self._is_finished():
             self.save()
+
+    def _gradient_norm(self, norm: Tensor | None) -> float | None:
+        """The norm of the gradient of the last step, for which `norm` is that before clipping."""
+        if is_sharded(self.model):  # all processes would have to compute it
+            return None
+        if norm is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.item()
 
     def _advise(self, train: Examples | Sequences, on_advice: Callable[[str], None]) -> None:
         """Times a few steps of a copy of the model; the run itself is not changed."""

@@ -42,6 +42,7 @@ from charlm.lm.run import Run, corpus_folder
 from charlm.lm.sources import check_column
 from charlm.lm.start import check_folder, config_on, config_values, converted, resumed_config, unknown_option
 from charlm.lm.stop import StopRequest
+from charlm.lm.tensorboard import require_tensorboard
 from charlm.lm.terminal import new_console
 from charlm.lm.threads import using_threads
 from charlm.lm.train import Trainer, usable_device
@@ -63,6 +64,7 @@ def train_run(
     force: bool,
     no_cache: bool,
     no_diagnostics: bool,
+    tensorboard: bool,
     threads: int | None,
     memory: int | str | None,
     sample_every: int,
@@ -72,6 +74,8 @@ def train_run(
     """`charlm.train`, which documents the arguments."""
     with _in_python_terms():
         given = _checked({**options, **({} if type is None else {"type": type})})
+        if tensorboard:
+            require_tensorboard()
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other")
         if Launch.from_environment().size > 1:
@@ -80,7 +84,7 @@ def train_run(
                 "torchrun -m charlm train -i DIR"
             )
         path, documents = _source(data)
-        switches = resume, overwrite, force, no_cache, no_diagnostics
+        switches = resume, overwrite, force, no_cache, no_diagnostics, tensorboard
         for name, value in (*zip(SWITCHES, switches, strict=True), ("progress", progress)):
             converted(name, value, bool)
         for name, value in (("sample_every", sample_every), ("threads", 1 if threads is None else threads)):
@@ -118,6 +122,7 @@ def train_run(
                     force,
                     no_cache,
                     no_diagnostics,
+                    tensorboard,
                     memory,
                     sample_every,
                     progress,
@@ -181,6 +186,7 @@ class _Call:
     force: bool
     no_cache: bool
     no_diagnostics: bool
+    tensorboard: bool
     memory: int | str | None
     sample_every: int
     progress: bool
@@ -217,6 +223,7 @@ class _Call:
             memory=bound,
             diagnostics=not self.no_diagnostics,
             initial=self.initial,
+            tensorboard=self.tensorboard,
         )
         trainer.commands = (*trainer.commands, started_by(self.line) | trainer.origin)
         self.resumed = self.initial = None  # and so its files, which the next checkpoint replaces
