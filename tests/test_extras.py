@@ -109,7 +109,12 @@ def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_pat
     required = [re.sub(r"[\s']", "", line.replace('"', "")) for line in fields.get_all("Requires-Dist")]
     plain = [line for line in required if ";" not in line]
     assert sorted(re.match(r"[a-z]+", line).group() for line in plain) == ["numpy", "torch"]
-    extras = {"lm": _extras.PACKAGES, "data": ("pyarrow", "zstandard"), "report": PACKAGES}
+    extras = {
+        "lm": _extras.PACKAGES,
+        "data": ("pyarrow", "zstandard"),
+        "report": PACKAGES,
+        "tensorboard": ("tensorboard",),
+    }
     expected = sorted(f"{name};extra=={extra}" for extra, names in extras.items() for name in names)
     backport = "tomli;python_version<3.11andextra==lm"
     assert sorted(set(required) - set(plain)) == sorted([*expected, backport])

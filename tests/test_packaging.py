@@ -169,7 +169,7 @@ def test_wheel_requires_exactly_the_torch_it_was_built_with(wheel):
         f"torch=={TORCH_PUBLIC}"
     ]
     assert set(requirements) == {f"torch=={TORCH_PUBLIC}", "numpy"}
-    assert fields.get_all("Provides-Extra") == ["lm", "data", "report", "notebooks"]
+    assert fields.get_all("Provides-Extra") == ["lm", "data", "report", "notebooks", "tensorboard"]
     assert fields["Name"] == "charlm-kernels"
     assert fields["Requires-Python"] == ">=3.10"
     assert fields["License"] == "MIT"
