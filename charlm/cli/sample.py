@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -46,9 +47,9 @@ def sample(
     from charlm.lm.sample import sample as draw
     from charlm.lm.train import usable_device
 
-    saved = checkpoint.load(directory)
-    prompt = _prompt_text(prompt, saved.vocabulary.separator)
     options = SamplingOptions(num_samples, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+    saved = checkpoint.load(directory)
+    options = replace(options, prompt=_prompt_text(prompt, saved.vocabulary.separator))
     target = usable_device(device)
     samples = draw(saved.build_model(target), saved.vocabulary, options, target)
     corpus = None
