@@ -6,6 +6,7 @@
 # make fuzz     random calls of every op against float64, ten minutes from a fresh seed
 # make thirdparty   try charlm under torch's own OpInfo and ModuleInfo, transformers, PEFT, Lightning and litgpt
 # make browser  show a report in Chromium, headless: Debian's chromium, or the one that CHROMIUM names
+# make docs     the reference site in build/site, from README, docs/ and docstrings; warnings are errors
 # make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
 # make lint     ruff, clang-format, mypy and pyright, nothing changed; `make format` applies the first two
 # make build    compile what changed under csrc/ (ninja: one changed .cpp is one compiler run)
@@ -23,7 +24,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_NAMES := -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 CXX_FILES := $(shell find csrc $(CXX_NAMES))
-LINTED_CXX_FILES := $(CXX_FILES) $(shell find tests $(CXX_NAMES))
+LINTED_CXX_FILES := $(CXX_FILES) $(shell find bench tests $(CXX_NAMES))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The tests of a file share what they build, so they run in one process.
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --dist loadfile
@@ -35,7 +36,7 @@ CLANG_TESTS := build_info build_module cross_entropy* devices differentiable_met
 	large_offsets linear_cross_entropy* loss_dtype many_rows modules ngrams patching* subclasses surprisal torch_citizenship_* compiled_autograd
 CLANGXX ?= clang++
 
-.PHONY: train test test-all test-on-demand test-clang thirdparty fuzz browser cuda-check gpu bench lint format build clean distclean
+.PHONY: train test test-all test-on-demand test-clang thirdparty fuzz browser docs cuda-check gpu bench lint format build clean distclean
 
 train: $(VENV)/built
 	$(BIN)/charlm train -o $(OUT) --overwrite
@@ -51,6 +52,9 @@ test-on-demand: $(VENV)/dev $(VENV)/built
 
 browser: $(VENV)/browser $(VENV)/built
 	$(BIN)/python -m pytest -m browser tests/test_report_browser.py
+
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --config-file scripts/mkdocs.yml
 
 fuzz: $(VENV)/dev $(VENV)/built
 	$(BIN)/python -W ignore -m tests.fuzz
@@ -96,7 +100,7 @@ clean:
 	find bench charlm tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(VENV)-thirdparty .venv-cuda $(OUT)
+	rm -rf $(VENV) $(VENV)-thirdparty $(VENV)-docs .venv-cuda $(OUT)
 
 $(VENV)/runtime: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -121,6 +125,12 @@ $(VENV)-thirdparty/installed: requirements-thirdparty.txt requirements-dev.txt r
 	$(PYTHON) -m venv $(VENV)-thirdparty
 	$(VENV)-thirdparty/bin/python -m pip --disable-pip-version-check install -r requirements-thirdparty.txt
 	$(VENV)-thirdparty/bin/python -m pip --disable-pip-version-check install --no-deps litgpt==0.5.13
+	touch $@
+
+# Another one, without torch: 20 packages.
+$(VENV)-docs/installed: requirements-docs.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install -r requirements-docs.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/runtime setup.py pyproject.toml charlm/_version.py $(CXX_FILES)
