@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
 
 import bench.__main__
 import charlm
@@ -110,6 +111,26 @@ def test_a_document_draws_the_picture_that_it_shows(
     assert f"]({drawn.name})" in path.read_text(encoding="utf-8")
     header = slice(0, 24)  # a PNG's signature, width and height; pixels differ among matplotlib's versions
     assert drawn.read_bytes()[header] == (path.parent / drawn.name).read_bytes()[header]
+
+
+CONSOLE = r"```console\n(.*?)```"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in PAGES if re.search(CONSOLE, path.read_text(encoding="utf-8"), re.DOTALL)],
+    ids=lambda p: p.stem,
+)
+def test_the_commands_of_a_page_print_what_it_shows_below_them(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(CONSOLE, path.read_text(encoding="utf-8"), re.DOTALL)
+    for command, shown in re.findall(r"^\$ charlm (.*)\n((?:(?!\$ ).*\n)*)", "".join(blocks), re.MULTILINE):
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == 0, result.output
+        printed = "\n".join(line.rstrip() for line in result.stdout.splitlines()).strip("\n")
+        assert not shown or printed == shown.rstrip("\n"), command
 
 
 def anchors(path: Path) -> set[str]:
