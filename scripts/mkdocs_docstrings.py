@@ -17,6 +17,7 @@ class Docstrings(griffe.Extension):
             text = obj.docstring.value
             while text != (text := WRAPPED.sub(r"\1 ", text)):
                 pass
+            text = re.sub(r"::$", ":", text, flags=re.MULTILINE)  # Markdown needs no mark of a block that is indented
             text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
             obj.docstring.value = SHAPES.sub(_as_list, text)
 
