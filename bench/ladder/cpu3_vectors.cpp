@@ -1,5 +1,5 @@
 // g++ -O3 -march=native -fPIC -shared -Wno-psabi cpu3_vectors.cpp -o cpu3_vectors.so
-// 16 classes at a time, with an exponential of our own: libm's takes one number a call.
+// Vectors of 16 classes, with an exponential of our own: libm's takes one number a call.
 //
 // The sum runs in four vectors, so that an addition need not wait for the one before it.
 #include "vectors.h"
