@@ -5,7 +5,7 @@
 # make test-clang   build a copy with Clang (CLANGXX, default clang++) in build/clang, and run the tests of the ops there
 # make fuzz     random calls of every op against float64, ten minutes from a fresh seed
 # make thirdparty   try charlm under torch's own OpInfo and ModuleInfo, transformers, PEFT, Lightning and litgpt
-# make browser  show a report in Chromium, headless: Debian's chromium, or the one that CHROMIUM names
+# make browser  show a report and the live page in Chromium, headless: Debian's chromium, or the one that CHROMIUM names
 # make docs     the reference site in build/site, from README, docs/ and docstrings; warnings are errors
 # make bench    time every op beside torch, torch.compile and JAX (an idle machine; `python -m bench --help` for less)
 # make lint     ruff, clang-format, mypy and pyright, nothing changed; `make format` applies the first two
@@ -51,7 +51,7 @@ test-on-demand: $(VENV)/dev $(VENV)/built
 	$(PYTEST) -m on_demand
 
 browser: $(VENV)/browser $(VENV)/built
-	$(BIN)/python -m pytest -m browser tests/test_report_browser.py
+	$(BIN)/python -m pytest -m browser tests/test_*_browser.py
 
 docs: $(VENV)-docs/installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --config-file scripts/mkdocs.yml
@@ -134,5 +134,5 @@ $(VENV)-docs/installed: requirements-docs.txt
 	touch $@
 
 $(VENV)/built: $(VENV)/runtime setup.py pyproject.toml charlm/_version.py $(CXX_FILES)
-	$(PIP) install --no-build-isolation --editable ".[lm,report]"
+	$(PIP) install --no-build-isolation --editable ".[lm,report,serve]"
 	touch $@

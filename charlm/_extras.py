@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+from charlm._errors import UserError
 
 PACKAGES = ("typer", "rich", "safetensors")
 
@@ -21,6 +24,13 @@ def require_lm() -> None:
             f"{install_command('lm')}",
             name=missing[0],
         )
+
+
+def require_packages(what: str, extra: str, packages: Sequence[str]) -> None:
+    """Raises UserError unless the `packages` of an extra are installed, which `what` needs."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        command = install_command(extra)
+        raise UserError(f"{what} needs {' and '.join(missing)}, which the extra {extra} installs: {command}")
 
 
 def _is_installed(package: str) -> bool:

@@ -13,6 +13,7 @@ UNITS = {
     "eval": ("in nats and bits",),
     "compare": ("in nats and bits", "seconds"),
     "report": ("surprisal in bits",),
+    "serve": ("in bits",),
     "entropy": ("in bits per character", "in characters"),
 }
 
@@ -22,7 +23,7 @@ def test_the_help_fits_80_columns_and_names_every_command_on_a_line_of_its_own()
     assert max(map(len, lines)) <= 80
     box = lines[next(number for number, line in enumerate(lines) if "─ Commands ─" in line) :]
     commands = [line.split()[1] for line in box if line.startswith("│ ")]
-    assert commands == ["prepare", "train", "sample", "score", "eval", "compare", "report", "entropy", "info"]
+    assert commands == ["prepare", "train", "sample", "score", "eval", "compare", "report", "serve", "entropy", "info"]
 
 
 @pytest.mark.parametrize("command", UNITS)

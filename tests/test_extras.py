@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from charlm import _extras
+from charlm import _extras, serve
 from charlm.report.page import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["train", "sample", "score", "eval", "compare", "report", "entropy", "info"]
+COMMANDS = ["train", "sample", "score", "eval", "compare", "report", "serve", "entropy", "info"]
 # Put before the code of a process: the packages of the extra, and what they bring, are not there.
 WITHOUT = """
 import sys
@@ -113,6 +113,8 @@ def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_pat
         "lm": _extras.PACKAGES,
         "data": ("pyarrow", "zstandard"),
         "report": PACKAGES,
+        "serve": serve.PACKAGES,
+        "notebooks": ("ipykernel", "ipywidgets", "matplotlib"),
         "tensorboard": ("tensorboard",),
     }
     expected = sorted(f"{name};extra=={extra}" for extra, names in extras.items() for name in names)
@@ -123,6 +125,6 @@ def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_pat
 
 def test_make_installs_the_extra() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert '--editable ".[lm,report]"' in makefile
+    assert '--editable ".[lm,report,serve]"' in makefile
     pinned = re.findall(r"^([a-z]+)==", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {*_extras.PACKAGES, "plotly"} <= set(pinned)
+    assert {*_extras.PACKAGES, "plotly", *serve.PACKAGES} <= set(pinned)

@@ -169,7 +169,7 @@ def test_wheel_requires_exactly_the_torch_it_was_built_with(wheel):
         f"torch=={TORCH_PUBLIC}"
     ]
     assert set(requirements) == {f"torch=={TORCH_PUBLIC}", "numpy"}
-    assert fields.get_all("Provides-Extra") == ["lm", "data", "report", "notebooks", "tensorboard"]
+    assert fields.get_all("Provides-Extra") == ["lm", "data", "report", "serve", "notebooks", "tensorboard"]
     assert fields["Name"] == "charlm-kernels"
     assert fields["Requires-Python"] == ">=3.10"
     assert fields["License"] == "MIT"
@@ -181,6 +181,7 @@ def test_wheel_holds_the_module_its_record_the_data_and_the_type_marker(wheel):
         names = set(archive.namelist())
         record = json.loads(archive.read("charlm/_build_config.json"))
     assert {"charlm/report/page.html", "charlm/report/page.js"} <= names
+    assert {f"charlm/serve/page.{kind}" for kind in ("html", "css", "js")} <= names
     assert {"charlm/py.typed", "charlm/data/names.txt", "charlm/lm/__init__.py", "charlm/cli/__init__.py"} <= names
     assert len([name for name in names if re.fullmatch(r"charlm/_C\..*so", name)]) == 1
     assert [name for name in names if name.startswith(("csrc", "tests", "scripts"))] == []

@@ -15,12 +15,13 @@ from lm_support import fails, succeeds
 from report_support import HOSTILE, NAMES, body_of, figures_of, page_of, train
 
 import charlm
+from charlm import _extras
 from charlm.information import conditional_entropies
 from charlm.lm import checkpoint
 from charlm.lm.data import build_corpus
 from charlm.lm.diagnostics import DIAGNOSTICS
 from charlm.lm.optimizer import learning_rate_at
-from charlm.report import data, page, write
+from charlm.report import data, write
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +338,7 @@ def test_an_empty_split_is_an_error(mlp, monkeypatch):
 
 
 def test_without_the_extra_the_command_says_what_to_install(mlp, monkeypatch, tmp_path):
-    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    monkeypatch.setattr(_extras, "find_spec", lambda name: None)
     message = fails("report", mlp, "-o", tmp_path / "new.html")
     assert "a report needs plotly and jinja2, which the extra report installs: pip install" in message
     assert "[report]" in message

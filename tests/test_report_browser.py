@@ -8,35 +8,20 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browser_support
 import pytest
+from browser_support import MILLISECONDS, luminance, until
 from lm_support import succeeds
 from report_support import HOSTILE, NAMES, figures_of, page_of, train
 
 pytestmark = pytest.mark.browser
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 PICTURES = os.environ.get("REPORT_PICTURES")
-MILLISECONDS = 120_000  # of patience: a busy machine draws slowly
+browser = browser_support.browser
 WIDTHS, THEMES = (1280, 400), ("light", "dark")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not CHROMIUM.exists():
-        pytest.fail(f"{CHROMIUM} does not exist: apt-get install -y chromium, or set CHROMIUM to the path of another")
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.fail("playwright is not installed: pip install -r requirements-browser.txt")
-    with sync_playwright() as playwright:
-        flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium does not run with its sandbox as root
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module", params=["names", "hostile"])
@@ -75,18 +60,6 @@ def show(browser, report) -> Iterator[Any]:
     assert seen == []
 
 
-def luminance(colour: str) -> float:
-    """WCAG's relative luminance of "rgb(r, g, b)"."""
-    parts = [float(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted(map(luminance, (one, other)))
-    return (high + 0.05) / (low + 0.05)
-
-
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_figure_is_drawn_with_its_numbers_at_every_width(show, report, width, theme):
@@ -109,16 +82,7 @@ def test_every_figure_is_drawn_with_its_numbers_at_every_width(show, report, wid
         )
         assert 0 < box <= outside
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    for selector in ("body", "figcaption", "nav a", ".mark", ".cell"):
-        for ink, paper in page.eval_on_selector_all(
-            selector,
-            """found => found.slice(0, 50).map(one => {
-                let behind = one;
-                while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
-                return [getComputedStyle(one).color, getComputedStyle(behind).backgroundColor];
-            })""",
-        ):
-            assert contrast(ink, paper) >= 4.5, (selector, ink, paper)
+    browser_support.check_contrast(page, "body", "figcaption", "nav a", ".mark", ".cell")
     if PICTURES:
         page.screenshot(path=Path(PICTURES, f"{report.parent.name}-{width}-{theme}.png"), full_page=True)
 
@@ -127,14 +91,6 @@ def lonely(traces: list[dict[str, Any]]) -> tuple[float, float]:
     """The point that is farthest from all others."""
     points = [point for trace in traces for point in zip(trace["x"], trace["y"], strict=True)]
     return max(points, key=lambda point: sorted(math.dist(point, other) for other in points)[1])
-
-
-def until(holds: Callable[[], bool]) -> None:
-    """Waits until `holds()`, at most MILLISECONDS; playwright's own wait evaluates, which the page forbids."""
-    end = time.monotonic() + MILLISECONDS / 1e3
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_hovering_shows_the_numbers(show, report):

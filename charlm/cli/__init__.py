@@ -1,4 +1,5 @@
-"""The command line: `charlm prepare`, `train`, `sample`, `score`, `eval`, `compare`, `report`, `entropy`, `info`.
+"""The command line: `charlm prepare`, `train`, `sample`, `score`, `eval`, `compare`, `report`, `serve`, `entropy`,
+`info`.
 
 Each has its file. A command parses its options, calls charlm.lm and prints the result. It imports its dependencies
 when it runs, so that `charlm --help` is fast. An error that the user can correct is one sentence on stderr and exit
@@ -16,7 +17,7 @@ import charlm.lm  # noqa: F401  (before typer: its ImportError says what to inst
 import typer
 
 from charlm._version import __version__
-from charlm.cli import compare, entropy, eval, info, prepare, report, sample, score, train
+from charlm.cli import compare, entropy, eval, info, prepare, report, sample, score, serve, train
 from charlm.cli.common import prepare_streams, reports_user_errors
 
 __all__ = ["app", "main"]
@@ -51,6 +52,7 @@ app.command("score")(reports_user_errors(score.score))
 app.command("eval")(reports_user_errors(eval.evaluate))
 app.command("compare")(reports_user_errors(compare.compare))
 app.command("report")(reports_user_errors(report.report))
+app.command("serve")(reports_user_errors(serve.serve))
 app.command("entropy")(reports_user_errors(entropy.entropy))
 app.command("info")(reports_user_errors(info.info))
 

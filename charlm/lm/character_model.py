@@ -164,6 +164,24 @@ class CharacterModel:
         """The protocol that `surprisal` uses: "items" in line format, otherwise `protocol`, by default "sliding"."""
         return resolve_protocol(protocol, self.format, "sliding")
 
+    def continued_surprisal(self, before: str, text: str, *, unit: str = "nats", unknown: str = "error") -> Tensor:
+        """Computes `surprisal` of `text` as the continuation of `before`, of which the last block_size are read."""
+        check_choice("unit", unit, UNITS)
+        check_choice("unknown", unknown, UNKNOWN)
+        before = before[-self.model.block_size :]
+        tokens, escaped = self._encode(before + text, unknown, "the text")
+        n = len(before)
+        nats = _piece_surprisals(self.model, tokens[:n], tokens[n:], self.protocol(), self.device)
+        return self._convert(nats, escaped[n:], unit, unknown)
+
+    @torch.no_grad()
+    def next_log_probs(self, before: str, *, unknown: str = "error") -> Tensor:
+        """Computes log p of each token after `before`, the beginning of an item or of a text: (V,) float64, nats."""
+        check_choice("unknown", unknown, UNKNOWN)
+        vocabulary = self._escaping if unknown == "escape" else self.vocabulary
+        tokens = vocabulary.encode(before[-self.model.block_size :]).long().to(self.device)
+        return self.model.next_logits(tokens[None], {})[0].double().log_softmax(0).cpu()
+
     def log_prob(self, text: str, *, unit: str = "nats", unknown: str = "error") -> float:
         """Computes log p(text), the negated sum of `surprisal`; in line format this includes the end of the item."""
         return -self.surprisal(text, unit=unit, unknown=unknown).sum().item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,27 @@ def sample(
         generator=torch.Generator().manual_seed(options.seed),
     )
     return [vocabulary.decode(_before_stop(row, vocabulary.stop_token)) for row in tokens.tolist()]
+
+
+def stream(
+    model: LanguageModel, vocabulary: Vocabulary, options: SamplingOptions, device: torch.device | str = "cpu"
+) -> Iterator[str]:
+    """Yields the characters after the prompt of one text, as `sample` with `num_samples` of 1 returns them in the end.
+
+    Raises:
+        UserError: A character of the prompt is not in the vocabulary.
+    """
+    stop = vocabulary.stop_token
+    drawn = model.draw(
+        vocabulary.encode(options.prompt, "the prompt").long().to(device)[None],
+        options.max_new_tokens or MAX_NEW_TOKENS["line" if vocabulary.separator else "text"],
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop_token=stop,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
+    return (vocabulary.itos[token.item()] for token in drawn if token.item() != stop)
 
 
 def _check_fits(num_samples: int, length: int, vocab_size: int, device: torch.device) -> None:

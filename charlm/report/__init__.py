@@ -36,12 +36,13 @@ def write(
         OSError: The file cannot be written.
     """
     from charlm._errors import UserError
+    from charlm._extras import require_packages
     from charlm.cli.common import trained_corpus
     from charlm.lm.files import write_atomically
     from charlm.lm.train import usable_device
-    from charlm.report.page import render, require_packages
+    from charlm.report.page import PACKAGES, render
 
-    require_packages()
+    require_packages("a report", "report", PACKAGES)
     path = Path(path)
     if not path.name or path.is_dir():
         raise UserError(f"cannot write {path}: Is a directory")

@@ -12,11 +12,8 @@ import json
 import math
 from collections.abc import Callable
 from importlib.resources import files
-from importlib.util import find_spec
 from typing import Any
 
-from charlm._errors import UserError
-from charlm._extras import install_command
 from charlm.lm.display import ITEM_END, glyph, heat
 from charlm.lm.evaluate import Comparison, units_of
 from charlm.lm.examples import PROTOCOLS
@@ -27,13 +24,6 @@ from charlm.report.data import Report, Run
 PACKAGES = ("plotly", "jinja2")  # the extra `report`
 LONGEST = 400  # characters of an item that are shown
 LEGEND_STEPS = 5
-
-
-def require_packages() -> None:
-    """Raises UserError unless the packages of the extra `report` are installed."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        command = install_command("report")
-        raise UserError(f"a report needs {' and '.join(missing)}, which the extra report installs: {command}")
 
 
 def render(report: Report) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -92,6 +93,23 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: The temperature is negative or not finite, top_k is below 1, or top_p is outside (0, 1].
         """
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop_token": stop_token}
+        drawn = list(self.draw(idx, max_new_tokens, **options, generator=generator))
+        return torch.cat([idx.long(), *(token[:, None] for token in drawn)], dim=1)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields the tokens (B,) of each step of `generate`, as soon as they are drawn."""
         check_sampling(temperature, top_k, top_p)
         training = self.training
         self.eval()
@@ -105,10 +123,10 @@ class LanguageModel(nn.Module):
                 token = token.masked_fill(stopped, stop_token)
                 stopped = stopped | (token == stop_token)
             sequence = torch.cat([sequence, token[:, None]], dim=1)
+            yield token
             if stop_token is not None and bool(stopped.all()):
                 break
         self.train(training)
-        return sequence
 
     def next_logits(self, sequence: Tensor, cache: dict[str, Any]) -> Tensor:
         """The logits (B, V) of the token after `sequence`, (B, t), from its last `block_size` tokens.

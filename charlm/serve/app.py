@@ -1,0 +1,219 @@
+"""The requests of the page. Every model computes in one worker thread, and the event loop stays free for the others.
+
+A request is answered only if it is addressed to this machine by name (against DNS rebinding: a foreign name that
+resolves to 127.0.0.1), comes from no other page (its Origin), and has the token in its path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import reprlib
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from importlib.resources import files
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from charlm._errors import UserError
+from charlm.lm.sample import SamplingOptions
+from charlm.lm.terminal import visible
+from charlm.serve.coin import coin
+from charlm.serve.models import Served
+
+MAX_CHARACTERS = 5_000  # of a text or a prompt
+MAX_BODY = 65_536  # bytes of a request: a character takes at most 12 in JSON
+TOO_LONG = f"the text is too long: the page takes at most {MAX_CHARACTERS:,} characters"
+RATE, BURST = 200, 400  # requests of all clients in a second, and at once
+LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")
+PAGE = {"": ("page.html", "text/html"), "page.js": ("page.js", "text/javascript"), "page.css": ("page.css", "text/css")}
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",  # the address holds the token
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+}
+
+T = TypeVar("T")
+
+
+class Rate:
+    """At most `burst` requests at once and `per_second` in the long run (a token bucket)."""
+
+    def __init__(self, per_second: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.per_second, self.burst, self.clock = per_second, burst, clock
+        self.left, self.at = burst, clock()
+
+    def allows(self) -> bool:
+        """Counts a request; False if it is one too many."""
+        before, self.at = self.at, self.clock()
+        self.left = min(self.burst, self.left + (self.at - before) * self.per_second)
+        allowed = self.left >= 1
+        self.left -= allowed
+        return allowed
+
+
+class Guard:
+    """Refuses requests that are not of the page, or too many, and adds HEADERS to every answer."""
+
+    def __init__(self, app: ASGIApp, token: str, rate: Rate) -> None:
+        self.app, self.token, self.rate = app, token, rate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        answer = self._refusal(Headers(scope=scope), scope["path"]) or self.app
+        await answer(scope, receive, send_guarded)
+
+    def _refusal(self, headers: Headers, path: str) -> Response | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not LOOPBACK.fullmatch(host):
+            return failure(403, "this server is for this machine alone: its address begins with http://127.0.0.1")
+        if origin not in (None, f"http://{host}"):
+            return failure(403, "this server answers its own page only, not one of another origin")
+        if not secrets.compare_digest("".join(path.split("/")[1:2]).encode(), self.token.encode()):
+            return failure(403, "the address lacks the token: open the whole address that `charlm serve` printed")
+        if not self.rate.allows():
+            return failure(429, f"there are more than {self.rate.per_second:g} requests a second: try again")
+        return None
+
+
+def new_app(
+    models: list[Served], worker: Executor, token: str, is_stopping: Callable[[], bool], rate: Rate | None = None
+) -> Starlette:
+    """The page's application, which shows `models` below the path `token`.
+
+    They compute in `worker`, which has one thread. Streams end when `is_stopping`. `rate` limits the requests.
+    """
+
+    async def compute(work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(worker, work)
+
+    def refreshed() -> list[Served]:
+        for model in models:
+            model.refresh()
+        return models
+
+    async def page(request: Request) -> Response:
+        name, media_type = PAGE[request.url.path.rpartition("/")[2]]
+        return Response(files("charlm.serve").joinpath(name).read_bytes(), media_type=media_type)
+
+    async def describe(request: Request) -> Response:
+        found = await compute(lambda: [model.describe() for model in refreshed()])
+        return reply({"models": found, "most": MAX_CHARACTERS})
+
+    async def score(request: Request) -> Response:
+        values = await read(request)
+        text, start = take(values, "text", str), take(values, "start", int)
+        return reply({"models": await compute(lambda: [model.score(text, start) for model in refreshed()])})
+
+    async def sample(request: Request) -> Response:
+        values = await read(request)
+        number = take(values, "model", int)
+        if not 0 <= number < len(models):
+            raise UserError(f"model is {number}, but must be at least 0 and below {len(models)}")
+        options = SamplingOptions(
+            prompt=take(values, "prompt", str),
+            temperature=take(values, "temperature", float, int),
+            top_k=take(values, "top_k", int, None),
+            top_p=take(values, "top_p", float, int, None),
+            seed=take(values, "seed", int),
+        )
+        pieces = models[number].sample(options)
+
+        async def lines() -> AsyncIterator[str]:
+            try:
+                while not is_stopping() and (piece := await compute(lambda: next(pieces, None))):
+                    yield dumps({"number": piece[0], "text": piece[1]}) + "\n"
+            except UserError as error:  # no status 400, which browsers print on the console
+                yield dumps({"error": visible(str(error))}) + "\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+    async def toss(request: Request) -> Response:
+        values = await read(request)
+        p, q = (take(values, name, float, int) for name in "pq")
+        return reply(await compute(lambda: coin(p, q)))
+
+    posts = {"score": score, "sample": sample, "coin": toss}
+    return Starlette(
+        routes=[
+            *(Route(f"/{{token}}/{name}", page) for name in PAGE),
+            Route("/{token}/models", describe),
+            *(Route(f"/{{token}}/{name}", answer, methods=["POST"]) for name, answer in posts.items()),
+        ],
+        middleware=[Middleware(Guard, token=token, rate=rate or Rate(RATE, BURST))],
+        exception_handlers={
+            UserError: lambda request, error: failure(400, str(error)),
+            HTTPException: lambda request, error: failure(error.status_code, error.detail),
+            Exception: lambda request, error: failure(500, repr(error)),
+        },
+    )
+
+
+async def read(request: Request) -> dict[str, Any]:
+    """The JSON object of a request, of which no more than MAX_BODY and a block of the network is in memory."""
+    if int(request.headers.get("content-length", 0)) > MAX_BODY:
+        raise HTTPException(413, TOO_LONG)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, TOO_LONG)
+    try:
+        values = json.loads(body)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError("the request is not a JSON object")
+    return values
+
+
+def take(values: dict[str, Any], name: str, *types: type | None) -> Any:
+    """values[name], None if it is not there; UserError unless it has exactly one of `types`, or a text is too long."""
+    value = values.get(name)
+    if (None if value is None else type(value)) not in types:
+        expected = " or ".join("null" if wanted is None else wanted.__name__ for wanted in types)
+        raise UserError(f"{name} is {reprlib.repr(value)}, but must be {expected}")
+    if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+        raise HTTPException(413, TOO_LONG)
+    return value
+
+
+def failure(status: int, sentence: str) -> Response:
+    return reply({"error": visible(sentence)}, status)
+
+
+def reply(value: Any, status: int = 200) -> Response:
+    return Response(dumps(value), status, media_type="application/json")
+
+
+def dumps(value: Any) -> str:
+    """ASCII, with every lone surrogate as an escape; a number that JSON does not have is null."""
+    return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
