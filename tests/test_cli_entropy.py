@@ -9,7 +9,8 @@ import math
 import pytest
 from lm_support import fails, succeeds
 
-from charlm.lm.predictability import measure
+from charlm.lm.data import build_corpus
+from charlm.lm.predictability import COMPRESSORS, measure
 
 
 def test_the_entropies_of_a_text_that_can_be_counted_by_hand():
@@ -43,6 +44,18 @@ def test_json_has_the_fixed_form_and_the_compressors_bits(tmp_path):
     assert found["compressed"]["gzip"] == pytest.approx(8 * size / found["characters"])
     assert set(found["compressed"]) == {"gzip", "bz2", "xz"}
     assert found["items"] is None
+
+
+def test_the_compressors_see_items_in_the_order_of_the_split():
+    items = sorted(f"{first}{last}" for first in "abcdefghij" for last in ("anna", "bert", "carl", "dora", "emil"))
+    found = measure("".join(f"{item}\n" for item in items), order=0, format="line", seed=7)
+    parts = build_corpus("\n".join(items), format="line", seed=7).parts
+    shuffled = [item for split in ("train", "dev", "test") for item in parts[split]]
+    assert shuffled != items == sorted(shuffled)
+    for name, compress in COMPRESSORS.items():
+        seen = "".join(f"{item}\n" for item in shuffled).encode()
+        assert found.compressed[name] == 8 * len(compress(seen)) / len(seen)
+    assert found.compressed["xz"] > 8 * len(COMPRESSORS["xz"]("\n".join(items).encode())) / found.characters
 
 
 def test_held_out_is_what_eval_says_of_the_ngram_model(tmp_path):

@@ -1,7 +1,6 @@
-"""The command line: `charlm prepare`, `train`, `sample`, `score`, `eval`, `compare`, `report`, `serve`, `entropy`,
-`info`.
+"""The command line, `charlm`: a file for each command.
 
-Each has its file. A command parses its options, calls charlm.lm and prints the result. It imports its dependencies
+A command parses its options, calls charlm.lm and prints the result. It imports its dependencies
 when it runs, so that `charlm --help` is fast. An error that the user can correct is one sentence on stderr and exit
 code 2. A training run that is stopped by a signal saves its state and exits with 128 + the number of the signal, as is
 usual in shells.
@@ -17,7 +16,7 @@ import charlm.lm  # noqa: F401  (before typer: its ImportError says what to inst
 import typer
 
 from charlm._version import __version__
-from charlm.cli import compare, entropy, eval, info, prepare, report, sample, score, serve, train
+from charlm.cli import compare, compress, entropy, eval, info, prepare, report, sample, score, serve, train
 from charlm.cli.common import prepare_streams, reports_user_errors
 
 __all__ = ["app", "main"]
@@ -54,6 +53,8 @@ app.command("compare")(reports_user_errors(compare.compare))
 app.command("report")(reports_user_errors(report.report))
 app.command("serve")(reports_user_errors(serve.serve))
 app.command("entropy")(reports_user_errors(entropy.entropy))
+app.command("compress")(reports_user_errors(compress.compress))
+app.command("decompress")(reports_user_errors(compress.decompress))
 app.command("info")(reports_user_errors(info.info))
 
 

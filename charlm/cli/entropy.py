@@ -78,7 +78,8 @@ def _show(console: Console, name: str, found: Predictability, guessed: bool) -> 
         print_line(console, line)
     print_entropies(console, found.in_sample, found.held_out)
     compressed = ", ".join(f"{compressor} {bits:.4f}" for compressor, bits in found.compressed.items())
-    print_line(console, f"compressed, bits per character of the whole file: {compressed}")
+    order = ", items shuffled" if found.format == "line" else ""
+    print_line(console, f"compressed, bits per character of the whole file{order}: {compressed}")
 
 
 def _hint_at_standard_input() -> None:

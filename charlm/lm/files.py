@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,17 +15,17 @@ LOCK = ".lock"
 HASHED_BYTES = 1 << 20  # read at a time
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` to a temporary file beside `path`, syncs it to disk and renames it to `path`.
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Writes `data`, or its pieces, to a temporary file beside `path`, syncs it to disk and renames it to `path`.
 
     Raises:
-        OSError: The error names `path`; the temporary file is removed.
+        OSError: The error names `path`; the temporary file is removed, as it is for an error that the pieces raise.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
         try:
             with temporary.open("wb") as file:
-                file.write(data)
+                file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

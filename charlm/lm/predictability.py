@@ -5,7 +5,8 @@
                 bound on the loss on new text.
     held-out    Kneser–Ney n-grams (charlm.lm.models.ngram) with the same contexts, fitted on train and measured on dev:
                 how much contexts help on new text.
-    gzip, …     The size of the whole file after compression.
+    gzip, …     The size of the whole file after compression. Items are in the shuffled order of the split: the order of
+                a sorted list would tell a compressor what no model of an item can know.
 
 All values are in bits per character. The file is taken as it is modelled: newlines are "\\n"; in line format items are
 stripped, empty lines are dropped, and the end of an item is the newline, which counts as a character.
@@ -90,9 +91,9 @@ def measure(
     line = corpus.format == "line"
     if line:
         text = "".join(f"{item}\n" for item in split_items(text))
-    data = text.encode()
     in_sample = conditional_entropies(text, min(order, len(text) - 1), base=2)
     items = [item for split in SPLITS for item in corpus.parts[split]] if line else []
+    data = ("".join(f"{item}\n" for item in items) if line else text).encode()
     return Predictability(
         format=corpus.format,
         bytes=len(data),

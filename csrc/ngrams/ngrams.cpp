@@ -41,6 +41,9 @@
 #include "ngrams/ngram_windows.h"
 
 namespace charlm {
+
+void bind_byte_model(pybind11::module_& m);  // byte_model.cpp
+
 namespace ngrams {
 namespace {
 
@@ -330,6 +333,7 @@ void bind_ngrams(pybind11::module_& m) {
   bind_for<uint16_t>(m);
   bind_for<uint32_t>(m);
   m.attr("max_ngram_tokens") = kMaxTokens;
+  bind_byte_model(m);
 }
 
 }  // namespace charlm
