@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from charlm._errors import UserError
-from charlm.cli.common import new_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 SUFFIX = ".charlm"
 STREAM = Path("-")
-PEERS: dict[str, Callable[[bytes], bytes]] = {
-    "gzip -9": lambda data: gzip.compress(data, compresslevel=9, mtime=0),
-    "bz2 -9": bz2.compress,
-    "xz -9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
-}
+Input = Annotated[Path, typer.Argument(help="File, which is kept; - reads standard input.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="Output; - is standard output. Default: FILE.charlm, or FILE without it."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it exists.")]
 
 
-def compress(
-    file: Annotated[Path, typer.Argument(help="File to compress, which is kept; - reads standard input.")],
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Output; - is standard output. Default: FILE.charlm.", show_default=False),
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
+def compress(file: Input, output: Output = None, overwrite: Overwrite = False) -> None:
     """Compress a file of any kind without loss.
 
     The output is decoded and compared before it is written. A table shows its bits per byte beside gzip, bz2, xz, zstd.
@@ -44,25 +31,16 @@ def compress(
     """
     from charlm.lm.compression import compress
     from charlm.lm.display import progress_bar
-    from charlm.lm.terminal import SafeConsole
 
     target = _checked_target(file, output or (STREAM if file == STREAM else Path(f"{file}{SUFFIX}")), overwrite)
     data = _read(file)
     with progress_bar(target.name) as report:
         packed = compress(data, report)
     _write(target, [packed])
-    console = SafeConsole(stderr=True, highlight=False, markup=False, emoji=False)
-    _show(console if target == STREAM else new_console(), data, packed)
+    _show(data, packed, on_stderr=target == STREAM)
 
 
-def decompress(
-    file: Annotated[Path, typer.Argument(help="File that `charlm compress` wrote; - reads standard input.")],
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Output; - is standard output. Default: FILE without .charlm."),
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
+def decompress(file: Input, output: Output = None, overwrite: Overwrite = False) -> None:
     """Restore a file that `charlm compress` wrote, or refuse it where it is damaged.
 
     Needs the extra compress. Takes about 5 seconds a megabyte; the output appears when its checksum is right.
@@ -70,7 +48,7 @@ def decompress(
     from charlm.lm.compression import decoded
     from charlm.lm.data import data_name
 
-    if output is None and file != STREAM and (file.suffix != SUFFIX or file.stem == SUFFIX):
+    if output is None and file != STREAM and file.suffix != SUFFIX:
         raise UserError(f"the name {file} does not end with {SUFFIX}: name the output with -o")
     target = _checked_target(file, output or (STREAM if file == STREAM else file.with_suffix("")), overwrite)
     _write(target, decoded(_read(file), data_name(file)))
@@ -107,23 +85,20 @@ def _write(target: Path, pieces: Iterable[bytes]) -> None:
         write_atomically(target, pieces)
 
 
-def _show(console: Console, data: bytes, packed: bytes) -> None:
+def _show(data: bytes, packed: bytes, on_stderr: bool) -> None:
     """Prints the table of compressors; bits per character only where the file is UTF-8."""
-    from charlm.lm.terminal import print_line, print_table
+    from charlm.lm.compression import peer_sizes
+    from charlm.lm.terminal import SafeConsole, print_line, print_table
 
-    sizes = {"charlm": len(packed)} | {name: len(peer(data)) for name, peer in PEERS.items()}
-    try:
-        import zstandard
-    except ImportError:
-        print_line(console, "zstd is left out: pip install zstandard")
-    else:
-        sizes["zstd -19"] = len(zstandard.ZstdCompressor(level=19).compress(data))
-    columns = {"compressor": ["none", *sizes], "bytes": [f"{size:,}" for size in (len(data), *sizes.values())]}
-    try:
-        units = {"byte": len(data), "character": len(data.decode())}
-    except UnicodeDecodeError:
-        units = {"byte": len(data)}
-    if data:
-        for unit, count in units.items():
-            columns[f"bits per {unit}"] = [f"{8 * size / count:.4f}" for size in (len(data), *sizes.values())]
+    console = SafeConsole(stderr=on_stderr, highlight=False, markup=False, emoji=False)
+    sizes = {"none": len(data), "charlm": len(packed)} | peer_sizes(data)
+    columns = {"compressor": list(sizes), "bytes": [f"{size:,}" for size in sizes.values()]}
+    units = {"byte": len(data)}
+    with suppress(UnicodeDecodeError):
+        units["character"] = len(data.decode())
+    for unit, count in units.items():
+        if count:
+            columns[f"bits per {unit}"] = [f"{8 * size / count:.4f}" for size in sizes.values()]
     print_table(console, columns, folded="compressor")
+    if "zstd -19" not in sizes:
+        print_line(console, "zstd is left out: pip install zstandard")

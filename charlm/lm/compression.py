@@ -14,9 +14,13 @@ file is the same on every machine. A file is
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import lzma
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -75,8 +79,10 @@ def compress(data: bytes, report: Report = lambda stage, done, total: None) -> b
 
 
 def weighed(data: bytes, table_bits: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """The half bytes of `data`, (m,) int32, the model's weights of all values before each, (m, 16) float32, and the
-    number of bytes that are done. The probability of a value is (weight + 1) / 2²⁴."""
+    """Pieces: half bytes (m,) int32, weights of all values before each (m, 16) float32, and the bytes done so far.
+
+    The probability of a value is (weight + 1) / 2²⁴.
+    """
     model, array = _model(table_bits), np.frombuffer(data, np.uint8)
     for start in range(0, len(array), CHUNK):
         chunk = array[start : start + CHUNK]
@@ -130,6 +136,20 @@ def decoded(data: bytes, name: str) -> Iterator[bytes]:
         yield chunk
     if found.digest()[:DIGEST_BYTES] != digest:
         raise damaged
+
+
+def peer_sizes(data: bytes) -> dict[str, int]:
+    """Bytes that gzip, bz2, xz and, where it is installed, zstd need for `data`, each at its highest usual level."""
+    sizes = {
+        "gzip -9": len(gzip.compress(data, compresslevel=9, mtime=0)),
+        "bz2 -9": len(bz2.compress(data)),
+        "xz -9e": len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+    }
+    with suppress(ImportError):
+        import zstandard
+
+        sizes["zstd -19"] = len(zstandard.ZstdCompressor(level=19).compress(data))
+    return sizes
 
 
 def _digest(data: bytes) -> bytes:
