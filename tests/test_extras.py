@@ -112,6 +112,7 @@ def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_pat
     extras = {
         "lm": _extras.PACKAGES,
         "data": ("pyarrow", "zstandard"),
+        "compress": ("constriction",),
         "report": PACKAGES,
         "serve": serve.PACKAGES,
         "notebooks": ("ipykernel", "ipywidgets", "matplotlib"),
