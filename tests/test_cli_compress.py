@@ -5,9 +5,11 @@ from __future__ import annotations
 import bz2
 import gzip
 import hashlib
+import json
 import lzma
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +241,12 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(UserError, match="needs constriction"):
         compress(b"a")
+
+
+def test_the_page_has_the_recorded_table():
+    root = Path(__file__).parents[1]
+    page = (root / "docs/language_model.md").read_text(encoding="utf-8")
+    for name, record in json.loads((root / "bench/results/compression.json").read_text(encoding="utf-8")).items():
+        size, *others = record["sizes"].values()
+        assert f"| {name}, {size:,} bytes | {' | '.join(f'{8 * other / size:.3f}' for other in others)} |" in page
+        assert record["sizes"]["charlm"] < record["sizes"]["xz -9e"]

@@ -41,7 +41,9 @@ def compress(file: Input, output: Output = None, overwrite: Overwrite = False) -
 
 
 def decompress(file: Input, output: Output = None, overwrite: Overwrite = False) -> None:
-    """Restore a file that `charlm compress` wrote, or refuse it where it is damaged.
+    """Restore a file that `charlm compress` wrote.
+
+    A damaged file is refused.
 
     Needs the extra compress. Takes about 5 seconds a megabyte; the output appears when its checksum is right.
     """
