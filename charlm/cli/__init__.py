@@ -16,7 +16,7 @@ import charlm.lm  # noqa: F401  (before typer: its ImportError says what to inst
 import typer
 
 from charlm._version import __version__
-from charlm.cli import compare, compress, entropy, eval, info, prepare, report, sample, score, serve, train
+from charlm.cli import compare, compress, entropy, eval, export, info, prepare, report, sample, score, serve, train
 from charlm.cli.common import prepare_streams, reports_user_errors
 
 __all__ = ["app", "main"]
@@ -52,6 +52,7 @@ app.command("eval")(reports_user_errors(eval.evaluate))
 app.command("compare")(reports_user_errors(compare.compare))
 app.command("report")(reports_user_errors(report.report))
 app.command("serve")(reports_user_errors(serve.serve))
+app.command("export")(reports_user_errors(export.export))
 app.command("entropy")(reports_user_errors(entropy.entropy))
 app.command("compress")(reports_user_errors(compress.compress))
 app.command("decompress")(reports_user_errors(compress.decompress))
