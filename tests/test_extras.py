@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from charlm import _extras, serve
+from charlm.export import hugging_face, onnx
 from charlm.report.page import PACKAGES
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["train", "sample", "score", "eval", "compare", "report", "serve", "entropy", "info"]
+COMMANDS = ["train", "sample", "score", "eval", "compare", "report", "serve", "export", "entropy", "compress", "info"]
 # Put before the code of a process: the packages of the extra, and what they bring, are not there.
 WITHOUT = """
 import sys
@@ -117,6 +118,8 @@ def test_a_plain_install_requires_torch_and_numpy_and_the_extra_the_rest(tmp_pat
         "serve": serve.PACKAGES,
         "notebooks": ("ipykernel", "ipywidgets", "matplotlib"),
         "tensorboard": ("tensorboard",),
+        "hf": hugging_face.PACKAGES,
+        "onnx": onnx.PACKAGES,
     }
     expected = sorted(f"{name};extra=={extra}" for extra, names in extras.items() for name in names)
     backport = "tomli;python_version<3.11andextra==lm"

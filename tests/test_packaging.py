@@ -169,7 +169,9 @@ def test_wheel_requires_exactly_the_torch_it_was_built_with(wheel):
         f"torch=={TORCH_PUBLIC}"
     ]
     assert set(requirements) == {f"torch=={TORCH_PUBLIC}", "numpy"}
-    assert fields.get_all("Provides-Extra") == ["lm", "data", "report", "serve", "notebooks", "tensorboard"]
+    assert fields.get_all("Provides-Extra") == (
+        "lm data compress report serve notebooks tensorboard hf onnx".split()
+    )
     assert fields["Name"] == "charlm-kernels"
     assert fields["Requires-Python"] == ">=3.10"
     assert fields["License"] == "MIT"

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 folder, work = map(Path, sys.argv[1:])
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 text = (work / "text").read_bytes().decode()
 ids = tokenizer(text)["input_ids"]
 assert ids == load_file(work / "given")["ids"].tolist(), "the tokens of the tokenizer are others"
@@ -172,7 +172,14 @@ def _check(source: Source, folder: Path) -> float:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
         command = [sys.executable, "-c", CHECK, str(folder), str(work)]
         result = subprocess.run(
-            command, cwd=work, env=environment, capture_output=True, text=True, errors="replace", check=False
+            command,
+            stdin=subprocess.DEVNULL,  # transformers may ask
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            cwd=work,
+            env=environment,
         )
         if result.returncode:
             reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]

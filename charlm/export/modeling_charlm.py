@@ -25,6 +25,7 @@ class CharlmConfig(PretrainedConfig):
     def __init__(self, network: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.network = network or {}
         self.vocab_size = self.network.get("vocab_size", 0)
+        self.num_hidden_layers = 0  # of the cache that `generate` may make; the networks use none
         super().__init__(**kwargs)
 
 

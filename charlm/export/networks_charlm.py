@@ -105,9 +105,8 @@ class Recurrent(nn.Module):
         self.head = nn.Linear(n_hidden, vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        states = [
-            state[:, None].expand(-1, tokens.shape[0], -1).contiguous() for state in self.start
-        ]  # (n_layer, B, H)
+        B = tokens.shape[0]
+        states = [state[:, None].expand(-1, B, -1).contiguous() for state in self.start]  # (n_layer, B, H) each
         x, _ = self.layers(self.embedding(tokens), tuple(states) if len(states) == 2 else states[0])
         return self.head(x)  # (B, t, H) → (B, t, V)
 
