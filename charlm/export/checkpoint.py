@@ -100,34 +100,24 @@ def check_output(path: Path, overwrite: bool) -> None:
 def _weights(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of a network of `networks_charlm` from that of charlm's model.
 
-    Only recurrent layers differ: torch's have a second bias, which is 0 here, and the LSTM has its gates in the order
-    i, f, g, o instead of i, f, o, g.
+    torch's recurrent layers have a second bias, 0 here, and the gates of the LSTM in the order i, f, g, o instead of
+    i, f, o, g.
     """
     if kind not in ("rnn", "gru", "lstm"):
-        return dict(state)
+        return {name.replace(".attention.", "."): tensor for name, tensor in state.items()}  # of the gpt
     weights = {name: tensor for name, tensor in state.items() if not name.startswith("layers.")}
-    n_layer = len({name.split(".")[1] for name in state if name.startswith("layers.")})
-    for layer in range(n_layer):
-        parts = {
-            torchs: _gates(kind, state[f"layers.{layer}.{ours}"])
-            for torchs, ours in (
-                ("weight_ih", "input.weight"),
-                ("weight_hh", "recurrent.weight"),
-                ("bias_ih", "input.bias"),
-            )
-        }
-        parts["bias_hh"] = torch.zeros_like(parts["bias_ih"])
-        weights.update({f"layers.{name}_l{layer}": tensor for name, tensor in parts.items()})
-    weights["start"] = torch.stack([state[f"layers.{layer}.start"] for layer in range(n_layer)], dim=1)
+    starts = [tensor for name, tensor in state.items() if name.endswith(".start")]
+    weights["start"] = torch.stack(starts, dim=1)
+    for layer in range(len(starts)):
+        W, b, U = (state[f"layers.{layer}.{name}"] for name in ("input.weight", "input.bias", "recurrent.weight"))
+        parts = {"weight_ih": W, "weight_hh": U, "bias_ih": b, "bias_hh": torch.zeros_like(b)}
+        weights.update({f"layers.{name}_l{layer}": _gates(kind, part) for name, part in parts.items()})
     return weights
 
 
 def _gates(kind: str, rows: Tensor) -> Tensor:
-    """`rows` of the gates in torch's order: (gates * H, …) → the same."""
-    if kind != "lstm":
-        return rows
-    i, f, o, g = rows.chunk(4)
-    return torch.cat([i, f, g, o])
+    """`rows` of the gates, (gates * H, …), in torch's order."""
+    return torch.cat([rows.chunk(4)[gate] for gate in (0, 1, 3, 2)]) if kind == "lstm" else rows
 
 
 @torch.no_grad()

@@ -19,17 +19,26 @@ from torch.nn.functional import gelu, linear, pad, scaled_dot_product_attention
 WINDOWS = 64  # that `logits_of` computes at once
 
 
-class MLP(nn.Module):
+class Network(nn.Module):
+    """What all networks have: block_size, the start token and the embedding."""
+
+    any_length = False
+
+    def __init__(self, vocab_size: int, block_size: int, start_token: int, n_embd: int) -> None:
+        super().__init__()
+        self.block_size, self.start_token = block_size, start_token
+        self.embedding = nn.Embedding(vocab_size, n_embd)
+
+
+class MLP(Network):
     """An embedded window, a tanh layer and a softmax layer (Bengio et al. 2003)."""
 
     any_length = True
 
     def __init__(
-        self, vocab_size: int, block_size: int, start_token: int, *, n_embd: int, n_hidden: int, batch_norm: bool
+        self, vocab_size: int, block_size: int, start_token: int, n_embd: int, n_hidden: int, batch_norm: bool
     ) -> None:
-        super().__init__()
-        self.block_size, self.start_token = block_size, start_token
-        self.embedding = nn.Embedding(vocab_size, n_embd)
+        super().__init__(vocab_size, block_size, start_token, n_embd)
         self.hidden = nn.Linear(block_size * n_embd, n_hidden, bias=not batch_norm)
         self.norm = nn.BatchNorm1d(n_hidden) if batch_norm else nn.Identity()
         self.head = nn.Linear(n_hidden, vocab_size)
@@ -43,17 +52,14 @@ class MLP(nn.Module):
         return self.head(torch.tanh(self.norm(self.hidden(x)))).view(B, t, -1)
 
 
-class WaveNet(nn.Module):
+class WaveNet(Network):
     """A binary tree of tanh layers over the window, whose nodes neighbouring windows share: a dilated convolution."""
 
     any_length = True
 
-    def __init__(self, vocab_size: int, block_size: int, start_token: int, *, n_embd: int, n_hidden: int) -> None:
-        super().__init__()
-        self.block_size, self.start_token = block_size, start_token
-        n_layer = block_size.bit_length() - 1  # block_size is 2 ** n_layer
-        self.embedding = nn.Embedding(vocab_size, n_embd)
-        widths = [n_embd, *[n_hidden] * (n_layer - 1)]
+    def __init__(self, vocab_size: int, block_size: int, start_token: int, n_embd: int, n_hidden: int) -> None:
+        super().__init__(vocab_size, block_size, start_token, n_embd)
+        widths = [n_embd, *[n_hidden] * (block_size.bit_length() - 2)]  # block_size is 2 ** len(widths)
         self.layers = nn.ModuleList(nn.Linear(2 * width, n_hidden, bias=False) for width in widths)
         self.norms = nn.ModuleList(nn.BatchNorm1d(n_hidden) for _ in widths)
         self.head = nn.Linear(n_hidden, vocab_size)
@@ -67,15 +73,11 @@ class WaveNet(nn.Module):
         return self.head(x)
 
 
-class BoW(nn.Module):
+class BoW(Network):
     """A bag of words: the mean of the embeddings so far, then an MLP, as in makemore."""
 
-    any_length = False
-
-    def __init__(self, vocab_size: int, block_size: int, start_token: int, *, n_embd: int, n_hidden: int) -> None:
-        super().__init__()
-        self.block_size, self.start_token = block_size, start_token
-        self.embedding = nn.Embedding(vocab_size, n_embd)
+    def __init__(self, vocab_size: int, block_size: int, start_token: int, n_embd: int, n_hidden: int) -> None:
+        super().__init__(vocab_size, block_size, start_token, n_embd)
         self.position = nn.Embedding(block_size, n_embd)
         self.expand = nn.Linear(n_embd, n_hidden)
         self.contract = nn.Linear(n_hidden, n_embd)
@@ -88,17 +90,13 @@ class BoW(nn.Module):
         return self.head(y + self.contract(torch.tanh(self.expand(y))))
 
 
-class Recurrent(nn.Module):
+class Recurrent(Network):
     """torch's recurrent layers, of type "rnn", "gru" or "lstm", which begin with a learned state."""
 
-    any_length = False
-
     def __init__(
-        self, vocab_size: int, block_size: int, start_token: int, *, type: str, n_embd: int, n_hidden: int, n_layer: int
+        self, vocab_size: int, block_size: int, start_token: int, type: str, n_embd: int, n_hidden: int, n_layer: int
     ) -> None:
-        super().__init__()
-        self.block_size, self.start_token = block_size, start_token
-        self.embedding = nn.Embedding(vocab_size, n_embd)
+        super().__init__(vocab_size, block_size, start_token, n_embd)
         layers = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[type]
         self.layers = layers(n_embd, n_hidden, n_layer, batch_first=True)
         self.start = nn.Parameter(torch.zeros(2 if type == "lstm" else 1, n_layer, n_hidden))  # h, and c of the lstm
@@ -111,49 +109,33 @@ class Recurrent(nn.Module):
         return self.head(x)  # (B, t, H) → (B, t, V)
 
 
-class Attention(nn.Module):
-    """Causal self-attention: (B, t, D) → (B, t, D)."""
+class Block(nn.Module):
+    """Causal self-attention, then an MLP; pre-norm, with residual connections."""
 
     def __init__(self, n_embd: int, n_head: int) -> None:
         super().__init__()
         self.n_head = n_head
+        self.norm_1, self.norm_2 = nn.LayerNorm(n_embd, bias=False), nn.LayerNorm(n_embd, bias=False)
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, t, D = x.shape
-        q, k, v = self.qkv(x).view(B, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 × (B, heads, t, d)
-        y = scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.proj(y.transpose(1, 2).reshape(B, t, D))
-
-
-class Block(nn.Module):
-    """Attention, then an MLP; pre-norm, with residual connections."""
-
-    def __init__(self, n_embd: int, n_head: int) -> None:
-        super().__init__()
-        self.norm_1 = nn.LayerNorm(n_embd, bias=False)
-        self.attention = Attention(n_embd, n_head)
-        self.norm_2 = nn.LayerNorm(n_embd, bias=False)
         self.expand = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.contract = nn.Linear(4 * n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm_1(x))
+        B, t, D = x.shape
+        q, k, v = self.qkv(self.norm_1(x)).view(B, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 × (B, heads, t, d)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, t, D))
         return x + self.contract(gelu(self.expand(self.norm_2(x))))
 
 
-class GPT(nn.Module):
+class GPT(Network):
     """A transformer as in nanoGPT, without biases; the head and the embedding share one weight."""
 
-    any_length = False
-
     def __init__(
-        self, vocab_size: int, block_size: int, start_token: int, *, n_layer: int, n_head: int, n_embd: int
+        self, vocab_size: int, block_size: int, start_token: int, n_layer: int, n_head: int, n_embd: int
     ) -> None:
-        super().__init__()
-        self.block_size, self.start_token = block_size, start_token
-        self.embedding = nn.Embedding(vocab_size, n_embd)
+        super().__init__(vocab_size, block_size, start_token, n_embd)
         self.position = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, bias=False)
