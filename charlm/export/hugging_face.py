@@ -112,8 +112,7 @@ def _contents(source: Source) -> dict[str, bytes]:
         "config.json": _json(config),
         "generation_config.json": _json(generation),
         "model.safetensors": save(weights, {"format": "pt"}),
-        "tokenizer.json": _tokenizer(vocabulary),
-        "tokenizer_config.json": _json(_tokenizer_config(vocabulary)),
+        **_tokenizer(vocabulary),
     }
 
 
@@ -121,42 +120,36 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
-def _characters(vocabulary: Vocabulary) -> list[str]:
-    """The text of each token; that of the separator is the newline, which is no character of an item."""
-    return ["\n", *vocabulary.chars] if vocabulary.separator else list(vocabulary.chars)
+def _tokenizer(vocabulary: Vocabulary) -> dict[str, bytes]:
+    """The tokenizer: one token per character, the start token first. An unknown character is an error.
 
-
-def _tokenizer(vocabulary: Vocabulary) -> bytes:
-    """tokenizer.json: one token per character, the start token first; an unknown character is an error."""
+    The text of the separator is the newline, which is no character of an item.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    characters = _characters(vocabulary)
+    characters = ["\n", *vocabulary.chars] if vocabulary.separator else list(vocabulary.chars)
     try:
-        "".join(characters).encode()
+        vocabulary.chars.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"the vocabulary contains {error.object[error.start]!r}, which no UTF-8 text has") from error
     tokens = {character: token for token, character in enumerate(characters)}
-    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="unknown"))  # no character, so that it is an error
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="unknown"))  # is no character, and so an error
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m:.)"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     start = {"id": "start", "ids": [vocabulary.pad_token], "tokens": [characters[vocabulary.pad_token]]}
     tokenizer.post_processor = processors.TemplateProcessing(
         single="start $A", pair="start $A start $B", special_tokens=[start]
     )
-    if vocabulary.separator:
-        tokenizer.add_special_tokens([AddedToken("\n", normalized=False)])
-    return _json(json.loads(tokenizer.to_str()))
-
-
-def _tokenizer_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "\n") if vocabulary.separator else {}
-    return {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],
-        **special,
     }
+    if vocabulary.separator:
+        tokenizer.add_special_tokens([AddedToken("\n", normalized=False)])
+        config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), "\n")
+    return {"tokenizer.json": _json(json.loads(tokenizer.to_str())), "tokenizer_config.json": _json(config)}
 
 
 def _check(source: Source, folder: Path) -> float:
@@ -173,13 +166,13 @@ def _check(source: Source, folder: Path) -> float:
         command = [sys.executable, "-c", CHECK, str(folder), str(work)]
         result = subprocess.run(
             command,
-            stdin=subprocess.DEVNULL,  # transformers may ask
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
-            check=False,
             cwd=work,
             env=environment,
+            check=False,
         )
         if result.returncode:
             reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
