@@ -24,8 +24,9 @@ def export(
 ) -> None:
     """Export a trained network for programs without charlm.
 
-    What is written is loaded and run first, and its logits are compared with charlm's. --hf needs the extra hf, --onnx
-    the extra onnx.
+    What is written is loaded and run first, and its logits are compared with charlm's.
+
+    --hf needs the extra hf, --onnx the extra onnx.
     """
     if hf is None and onnx is None:
         raise UserError("nothing to export: add --hf FOLDER or --onnx FILE")

@@ -63,7 +63,7 @@ class Source:
         if isinstance(model, Mixture):
             if not network_only:
                 raise UserError(
-                    f"the model in {directory} mixes a {kind} with an n-gram, which cannot be exported: add "
+                    f"the model in {directory} mixes its {kind} with an n-gram, which cannot be exported: add "
                     "--network-only to export the network alone, whose loss is higher, or train one with --no-mix"
                 )
             model = model.network
