@@ -24,7 +24,7 @@ def test_the_help_fits_80_columns_and_names_every_command_on_a_line_of_its_own()
     assert max(map(len, lines)) <= 80
     box = lines[next(number for number, line in enumerate(lines) if "─ Commands ─" in line) :]
     commands = " ".join(line.split()[1] for line in box if line.startswith("│ "))
-    assert commands == "prepare train sample score eval compare report serve entropy compress decompress info"
+    assert commands == "prepare train sample score eval compare report serve export entropy compress decompress info"
 
 
 @pytest.mark.parametrize("command", UNITS)

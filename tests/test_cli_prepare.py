@@ -178,6 +178,7 @@ def test_a_full_disk_is_found_before_anything_is_written(names, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("text", [VERSE * 20, NAMES * 100], ids=["text", "items"])
 def test_a_disk_that_fills_is_one_sentence_and_leaves_nothing(tmp_path, text):
     (tmp_path / "data.txt").write_text(text)

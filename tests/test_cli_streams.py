@@ -137,6 +137,7 @@ def test_a_file_that_a_shell_has_opened_is_the_file(data, tmp_path):
     assert checkpoint.load(tmp_path / "run").config.input_file == str(data)
 
 
+@pytest.mark.exhaustive
 def test_closed_streams_are_empty_ones(data, tmp_path):
     def shell(redirection: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = ["sh", "-c", f'"$@" {redirection}', "sh", *CHARLM, *map(str, arguments)]

@@ -94,6 +94,7 @@ def test_one_process_loads_what_two_have_saved(saved_by_two: tuple[Path, tuple[T
     assert_equal(loaded.training, training)
 
 
+@pytest.mark.exhaustive
 def test_each_process_writes_its_rows_and_the_first_one_the_rest(
     saved_by_two: tuple[Path, tuple[Tensors, Tensors]],
 ) -> None:
@@ -108,6 +109,7 @@ def test_each_process_writes_its_rows_and_the_first_one_the_rest(
     assert {path.suffix for path in run.iterdir()} == {".json", ".jsonl", ".csv", ".safetensors"}
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_with_the_same_bits_in_one_process_and_in_three(run: Path, tmp_path: Path) -> None:
     before = checkpoint.load(run)
     restored, _ = train(str(run), 17)

@@ -117,6 +117,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("size", "name", "dtype", "parallel", "steps"), ALL_CASES)
 def test_several_processes_have_the_losses_of_one(
     tmp_path: Path, runs: Path, size: int, name: str, dtype: str, parallel: str, steps: int

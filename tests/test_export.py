@@ -154,6 +154,7 @@ print(json.dumps([logits, found, batch, error, model.generation_config.top_k]))
 """
 
 
+@pytest.mark.exhaustive
 def test_a_folder_holds_our_code_and_of_the_corpus_escaped_characters_alone(tmp_path: Path) -> None:
     run, folder = trained(tmp_path / "run", "lstm"), tmp_path / "a.b c"
     assert "for transformers" in succeeds("export", run, "--hf", folder)

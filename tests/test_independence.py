@@ -61,6 +61,7 @@ def test_production_code_imports_the_reference_for_the_fallback_only() -> None:
     assert found == {
         ("__init__.py", "charlm.reference"),  # public
         ("ngrams.py", "charlm.reference.ngrams"),
+        ("lm/compression.py", "charlm.reference.byte_model.ByteModel"),
         *((f"functional/{op}.py", "charlm.reference") for op in fallbacks),
     }
 

@@ -43,6 +43,7 @@ def share(rank_offsets: list[int]) -> list[Tensor]:
     return run(norm, x[:, rows], weights[:, rows])
 
 
+@pytest.mark.exhaustive
 def test_a_shared_batch_is_normalized_as_a_whole(tmp_path: Path) -> None:
     expected = run(torch.nn.BatchNorm1d(H), *batch())
     shares = results_of_processes(3, tmp_path / "group", share, [0, 5, 6, 9])

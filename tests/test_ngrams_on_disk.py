@@ -98,6 +98,7 @@ except MemoryError:
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("threads", [1, 2])
 def test_counting_in_32_mib_allocates_no_more_than_that(threads, tmp_path):
     size = 3_000_000
@@ -128,6 +129,7 @@ ngrams._count_ngrams(np.zeros(50_000_000, np.uint8), 6, 50_000_000, None, 1, "."
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("code", "message"),
     [(FULL, "OSError: [Errno 27] counting n-grams on disk: "), (INTERRUPTED, "KeyboardInterrupt")],

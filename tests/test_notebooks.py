@@ -82,6 +82,7 @@ def test_links_of_a_notebook_lead_to_files(path: Path) -> None:
                 assert "://" in target or (FOLDER / target).exists(), target
 
 
+@pytest.mark.exhaustive
 def test_a_claim_of_a_notebook_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import charlm; assert 1 == 2")])
     with pytest.raises(CellExecutionError, match="AssertionError"):
