@@ -97,22 +97,37 @@ def case_of(shape: str) -> Case:
 
 
 def climb(shape: str, device: str, timed: bool, folder: Path) -> dict[str, Any]:
-    """Checks the rungs of a device; the seconds of each, and how many times faster it is than another."""
+    """Checks the rungs of a device; the seconds of each, and how many times faster it is than another.
+
+    A rung is timed in turn with the rung before and the others. In turn with all rungs, the slow ones let the host of a
+    virtual machine take back the memory that the fast ones have freed.
+    """
     workload = make_workload(case_of(shape), device)
     sources = CPU if device == "cpu" else CUDA
     calls = {source.name: checked(source, compile_rung(source, folder), workload) for source in sources}
     if not timed:
         return {}
-    calls |= {name: workload.build(name) for name in OTHERS}
-    samples = (Timer() if device == "cpu" else GpuTimer()).rounds(calls, BUDGET)
-    rows, before = [], None
-    for name, own in samples.items():
-        row = {"name": name, **Timing.of(own)._asdict(), "copies": paired_ratio(own, samples["copy"])}
-        row["torch"] = paired_ratio(samples["eager"], own)
-        row["before"] = paired_ratio(samples[before], own) if before and name not in OTHERS else None
-        rows, before = [*rows, row], name
+    others = {name: workload.build(name) for name in OTHERS}
+    timer: Any = Timer() if device == "cpu" else GpuTimer()
+    rows, before = [], {}
+    for name, call in calls.items():
+        samples = timer.rounds({**before, name: call, **others}, BUDGET)
+        rows.append(_row(name, samples, *before))
+        before = {name: call}
+    rows += [_row(name, samples) for name in OTHERS]
     n, v = workload.leaves[0].shape
     return {"schema": record.SCHEMA, "header": record.header(device), "shape": [n, v], "rows": rows}
+
+
+def _row(name: str, samples: dict[str, Any], before: str | None = None) -> dict[str, Any]:
+    own = samples[name]
+    return {
+        "name": name,
+        **Timing.of(own)._asdict(),
+        "copies": paired_ratio(own, samples["copy"]),
+        "torch": paired_ratio(samples["eager"], own),
+        "before": paired_ratio(samples[before], own) if before else None,
+    }
 
 
 def check_by_emulator(folder: Path) -> None:

@@ -47,6 +47,7 @@ RUNS = [
     (MAKEMORE, "--type wavenet --max-steps 20000 --no-mix"),
     (LIBRARY, "--type ngram --order 6"),
     (LIBRARY, f"{NANOGPT} --no-mix"),
+    (LIBRARY, f"{NANOGPT} --mix-ngram 7 --mix-tokens 100000000"),  # all of train is counted
     (MAKEMORE, "--type gpt --no-mix"),
     (MAKEMORE, "--type gpt --n-embd 96 --token-noise 0.05 --max-steps 8000 -l 2e-3 --no-mix"),
 ]
