@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -475,3 +476,18 @@ def test_every_name_of_the_package_is_there_and_importing_it_is_cheap():
     code = "import sys, charlm, charlm.lm; print(*[n for n in sys.modules if n.startswith(('charlm.lm.', 'rich'))])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout == "\n"
+
+
+def test_a_report_is_written_where_the_end_of_a_temporary_run_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from charlm import report
+
+    def write(directories: list[Path], path: str | os.PathLike[str]) -> Path:
+        return Path(shutil.copy(directories[0] / "metrics.csv", path))
+
+    monkeypatch.setattr(report, "write", write)
+    monkeypatch.chdir(tmp_path)
+    path = charlm.train(NAMES, **TINY).report()
+    gc.collect()
+    assert path.exists()

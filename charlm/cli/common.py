@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from charlm._errors import UserError
-from charlm.lm.inputs import corpus_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from charlm.lm.checkpoint import Checkpoint
     from charlm.lm.data import Corpus
 
 EXIT_USER_ERROR = 2
@@ -93,6 +91,10 @@ InputFile = Annotated[
     Path | None,
     typer.Option("-i", "--input-file", help="UTF-8 text file; - reads standard input.", show_default=False),
 ]
+TrainingData = Annotated[
+    Path | None,
+    typer.Option("-i", "--input-file", help="The training data, if they have moved since the run.", show_default=False),
+]
 Column = Annotated[
     str | None,
     typer.Option(help="Column of a .jsonl, .parquet, .csv or .tsv file. Default: that of the run.", show_default=False),
@@ -129,17 +131,6 @@ def new_console() -> Console:
     from charlm.lm import terminal
 
     return terminal.new_console()
-
-
-def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
-    """Reads the corpus that `saved` was trained on, from its recorded path or from `input_file`."""
-    corpus = corpus_of(saved.config, input_file)
-    if corpus.digest != saved.digest:
-        name = input_file or saved.config.input_file or "names.txt"
-        raise UserError(
-            f"{name} is not the data that the model was trained on (its split differs): give that data with -i"
-        )
-    return corpus
 
 
 def print_samples(console: Console, samples: list[str], format: str, corpus: Corpus | None) -> None:

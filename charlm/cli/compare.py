@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from charlm._errors import UserError
-from charlm.cli.common import Device, InputFile, check_split, new_console, trained_corpus
+from charlm.cli.common import Device, TrainingData, check_split, new_console
+from charlm.lm.inputs import trained_corpus
 
 if TYPE_CHECKING:
     from charlm.lm.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ def compare(
     baselines: Annotated[bool, typer.Option("--baselines", help="Include the uniform to bigram baselines.")] = False,
     split: Annotated[str, typer.Option(help="Split to evaluate on: train, dev or test.")] = "dev",
     as_json: Annotated[bool, typer.Option("--json", help="Print only a JSON object, with losses in nats.")] = False,
-    input_file: InputFile = None,
+    input_file: TrainingData = None,
     device: Device = "cpu",
 ) -> None:
     """Compare trained models on one split, in nats and bits.

@@ -18,10 +18,9 @@ from charlm.cli.common import (
     Unknown,
     check_split,
     new_console,
-    trained_corpus,
     unknown_characters_named,
 )
-from charlm.lm.inputs import corpus_of
+from charlm.lm.inputs import corpus_of, trained_corpus
 
 if TYPE_CHECKING:
     from charlm.lm.checkpoint import Checkpoint

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from charlm.cli.common import Device, InputFile
+from charlm.cli.common import Device, TrainingData
 
 
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Folders of trained models, written by `charlm train -o`.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
     open_: Annotated[bool, typer.Option("--open", help="Open the file in the browser.")] = False,
-    input_file: InputFile = None,
+    input_file: TrainingData = None,
     device: Device = "cpu",
 ) -> None:
     """Show trained models of the same data in one HTML file.

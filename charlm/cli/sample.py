@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from charlm._errors import UserError
-from charlm.cli.common import Device, Directory, InputFile, new_console, print_samples, trained_corpus
+from charlm.cli.common import Device, Directory, TrainingData, new_console, print_samples
+from charlm.lm.inputs import trained_corpus
 
 IN_FILE = "FILE:"  # as in nanoGPT's --start
 MOST_BYTES = 1 << 17  # of a prompt in a file: as many as Linux takes for an argument
@@ -35,7 +36,7 @@ def sample(
         typer.Option(help="Sample among the most probable characters that together reach this probability."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed; equal seeds give equal samples.")] = 1337,
-    input_file: InputFile = None,
+    input_file: TrainingData = None,
     device: Device = "cpu",
 ) -> None:
     """Sample from a trained model, character by character.

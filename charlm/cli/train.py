@@ -24,6 +24,7 @@ from charlm.cli.common import (
 )
 from charlm.cli.config_file import use_config_file
 from charlm.lm.config import DTYPES, NETWORKS, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, check_options
+from charlm.lm.defaults import OF_CORPUS, RECURRENT
 from charlm.lm.inputs import STREAM, corpus_of, path_to_save
 
 if TYPE_CHECKING:
@@ -47,7 +48,10 @@ def option(group: str, text: str, *names: str, by_type: str | None = None) -> An
     """An option of `train` in a panel of its help; `by_type` names the field of Config whose default --type changes."""
     if by_type is None:
         return typer.Option(*names, help=text, rich_help_panel=group)
-    others = [f"{type} {given[by_type]}" for type, given in TYPE_DEFAULTS.items() if by_type in given]
+    given = {type: given[by_type] for type, given in TYPE_DEFAULTS.items() if by_type in given}
+    follow = RECURRENT if by_type in OF_CORPUS else ()
+    others = [f"{type} {default}" for type, default in given.items() if type not in follow]
+    others += [f"{'/'.join(follow)} by the data"] if follow else []
     default = ", ".join([str(getattr(DEFAULT, by_type)), *others])
     return typer.Option(*names, help=text, rich_help_panel=group, show_default=default)
 
@@ -111,7 +115,7 @@ def train(
         option(
             MODEL,
             f"Model type: a network ({', '.join(NETWORKS)}) or a count model (ngram, bigram, unigram, uniform). "
-            "Default: mlp for a short list of short items, otherwise gru.",
+            "Default: mlp for a list of at most 400,000 characters, otherwise gru.",
         ),
     ] = None,
     init_from: Annotated[
@@ -188,7 +192,12 @@ def train(
         int | None, option(TRAINING, "Steps between evaluations, which also save. Default: max-steps / 10.")
     ] = DEFAULT.eval_interval,
     eval_tokens: Annotated[
-        int, option(TRAINING, "Predictions of dev per evaluation; of a larger dev a fixed sample. At the end: all.")
+        int,
+        option(
+            TRAINING,
+            "Predictions of dev per evaluation; of a larger dev a fixed sample. At the end: all.",
+            by_type="eval_tokens",
+        ),
     ] = DEFAULT.eval_tokens,
     patience: Annotated[
         int | None,

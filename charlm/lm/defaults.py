@@ -1,8 +1,8 @@
 """The defaults of a training run, which follow the corpus: its size, its format and its alphabet.
 
-A short list of short items, such as names, is learned best by an mlp, in seconds. For everything else the default is a
-gru of two to four minutes on two cores. All networks are mixed with an n-gram (see `charlm.lm.models.mixture`).
-docs/language_model.md has what this reaches on seven corpora.
+A list of items with few characters, such as names, is learned best by an mlp, in seconds. For everything else the
+default is a gru of two to four minutes on two cores. All networks are mixed with an n-gram, see
+`charlm.lm.models.mixture`. docs/language_model.md has what this reaches on seven corpora.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ FEW_TOKENS = 400_000  # of train, for which the default is an mlp
 LARGE_ALPHABET = 1000  # tokens from which on most of the work is the softmax
 TOKENS_PER_BATCH = 1200  # of items, nearly
 RECURRENT = ("rnn", "gru", "lstm")
+OF_CORPUS = ("block_size", "n_hidden", "dropout", "max_steps", "batch_size", "learning_rate", "eval_tokens")
 
 
 def config_for(corpus: Corpus, given: Mapping[str, Any]) -> Config:
@@ -40,7 +41,7 @@ def default_type(corpus: Corpus, given: Iterable[str] = ()) -> str:
 
 
 def _of_corpus(type: str, corpus: Corpus) -> dict[str, Any]:
-    """The defaults of a recurrent network: those that differ from the ones for names."""
+    """The defaults of a recurrent network that depend on the corpus, which are some of OF_CORPUS."""
     if type not in RECURRENT:
         return {}
     tokens = corpus.tokens("train")

@@ -11,6 +11,7 @@ from charlm._errors import UserError
 from charlm.lm.config import Config
 
 if TYPE_CHECKING:
+    from charlm.lm.checkpoint import Checkpoint
     from charlm.lm.corpus import Corpus
 
 STREAM = "-"  # the path of standard input; in a checkpoint, data from standard input or a pipe
@@ -47,6 +48,17 @@ def corpus_of(config: Config, given: Path | None = None, cache: bool = True, sil
         if is_worth_it(path):
             return _cached_corpus(config, path, silent)
     return read_corpus(path, format=config.format, seed=config.split_seed, dedup=config.dedup, column=config.column)
+
+
+def trained_corpus(saved: Checkpoint, input_file: Path | None) -> Corpus:
+    """Reads the corpus that `saved` was trained on, from its recorded path or from `input_file`."""
+    corpus = corpus_of(saved.config, input_file)
+    if corpus.digest != saved.digest:
+        name = input_file or saved.config.input_file or "names.txt"
+        raise UserError(
+            f"{name} is not the data that the model was trained on (its split differs): give that data with -i"
+        )
+    return corpus
 
 
 def _prepared_corpus(config: Config, directory: Path) -> Corpus:

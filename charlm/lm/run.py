@@ -114,11 +114,11 @@ class Run:
                 else:  # that of a run that was replaced
                     (target / name).unlink(missing_ok=True)
 
-    def report(self, path: str | PathLike[str] | None = None) -> Path:
+    def report(self, path: str | PathLike[str] = "report.html") -> Path:
         """Writes a report of the run, with curves, samples and figures, as one HTML file.
 
         Args:
-            path: The file; by default report.html in `directory`.
+            path: The file; not in `directory` where that is temporary.
 
         Returns:
             The path of the file.
@@ -128,7 +128,7 @@ class Run:
         """
         from charlm import report
 
-        return report.write([self.directory], self.directory / "report.html" if path is None else path)
+        return report.write([self.directory], path)
 
     def __repr__(self) -> str:
         loss = self.model.best_nats if self.evaluation is None else self.evaluation.nats

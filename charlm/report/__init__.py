@@ -37,8 +37,8 @@ def write(
     """
     from charlm._errors import UserError
     from charlm._extras import require_packages
-    from charlm.cli.common import trained_corpus
     from charlm.lm.files import write_atomically
+    from charlm.lm.inputs import trained_corpus
     from charlm.lm.train import usable_device
     from charlm.report.page import PACKAGES, render
 
