@@ -48,12 +48,13 @@ def test_an_unknown_character_of_the_prompt_is_a_user_error():
         sample(model, ITEMS.vocabulary, SamplingOptions(prompt="ax"))
 
 
-def test_a_model_that_diverged_is_a_user_error():
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_a_model_that_diverged_is_a_user_error(temperature):
     model = MLP(len(ITEMS.vocabulary), 3, n_embd=2, n_hidden=4)
     with torch.no_grad():
         model.embedding.weight[0] = torch.nan
     with pytest.raises(UserError, match="predicts no finite numbers: its training diverged; try a lower"):
-        sample(model, ITEMS.vocabulary, SamplingOptions())
+        sample(model, ITEMS.vocabulary, SamplingOptions(temperature=temperature))
 
 
 def test_every_split_that_contains_the_item_is_named():

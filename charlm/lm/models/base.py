@@ -161,15 +161,15 @@ def sample_token(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Samples one token, (B,) int64, for each row of `logits` (B, V); the options are those of `generate`."""
+    largest = logits.amax(dim=-1, keepdim=True)  # NaN if one of them is
+    if not bool(largest.isfinite().all()):
+        raise UserError("the model predicts no finite numbers: its training diverged; try a lower --learning-rate")
     if temperature == 0:
         return logits.argmax(dim=-1)
     # Double precision, because a small temperature spreads the logits so far that float32 would lose the tail. The
     # largest logit is shifted to 0, so that a temperature close to 0 makes only the others infinite.
-    logits = logits.double()
-    probabilities = torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1).cpu()
-    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V); a NaN comes first
-    if not bool(ranked[:, 0].isfinite().all()):
-        raise UserError("the model predicts no finite numbers: its training diverged; try a lower --learning-rate")
+    probabilities = torch.softmax((logits.double() - largest.double()) / temperature, dim=-1).cpu()
+    ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)  # (B, V)
     if top_p is not None:
         before = ranked.cumsum(dim=-1) - ranked  # total probability of the higher ranks, 0 for the first
         ranked = ranked.masked_fill(before >= top_p, 0.0)
