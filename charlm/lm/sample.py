@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -63,18 +64,7 @@ def sample(
     Raises:
         UserError: A character of the prompt is not in the vocabulary, or the samples do not fit into memory.
     """
-    start = vocabulary.encode(options.prompt, "the prompt").long().to(device)
-    max_new_tokens = options.max_new_tokens or MAX_NEW_TOKENS["line" if vocabulary.separator else "text"]
-    _check_fits(options.num_samples, len(start) + max_new_tokens, len(vocabulary), torch.device(device))
-    tokens = model.generate(
-        start.expand(options.num_samples, -1),
-        max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop_token=vocabulary.stop_token,
-        generator=torch.Generator().manual_seed(options.seed),
-    )
+    tokens = model.generate(**_arguments(vocabulary, options, device))
     return [vocabulary.decode(_before_stop(row, vocabulary.stop_token)) for row in tokens.tolist()]
 
 
@@ -86,27 +76,32 @@ def stream(
     Raises:
         UserError: A character of the prompt is not in the vocabulary.
     """
-    stop = vocabulary.stop_token
-    drawn = model.draw(
-        vocabulary.encode(options.prompt, "the prompt").long().to(device)[None],
-        options.max_new_tokens or MAX_NEW_TOKENS["line" if vocabulary.separator else "text"],
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        stop_token=stop,
-        generator=torch.Generator().manual_seed(options.seed),
-    )
-    return (vocabulary.itos[token.item()] for token in drawn if token.item() != stop)
+    itos, stop = vocabulary.itos, vocabulary.stop_token
+    drawn = model.draw(**_arguments(vocabulary, replace(options, num_samples=1), device))
+    return (itos[token.item()] for token in drawn if token.item() != stop)
 
 
-def _check_fits(num_samples: int, length: int, vocab_size: int, device: torch.device) -> None:
-    """Raises UserError if the samples, their tokens and the logits of one step, may exceed the memory."""
-    needed = num_samples * (2 * 8 * length + 3 * 4 * vocab_size)
+def _arguments(vocabulary: Vocabulary, options: SamplingOptions, device: torch.device | str) -> dict[str, Any]:
+    """The arguments of `LanguageModel.generate`; UserError as of `sample`."""
+    start = vocabulary.encode(options.prompt, "the prompt").long().to(device)
+    max_new_tokens = options.max_new_tokens or MAX_NEW_TOKENS["line" if vocabulary.separator else "text"]
+    length, device = len(start) + max_new_tokens, torch.device(device)
+    needed = options.num_samples * (2 * 8 * length + 3 * 4 * len(vocabulary))  # tokens, and the logits of one step
     if needed > machine_bytes(device):
         raise UserError(
-            f"{num_samples:,} samples of up to {length:,} characters may take {format_bytes(needed)} of memory, but "
-            f"{device.type} has {format_bytes(machine_bytes(device))}: draw fewer at a time, each with another seed"
+            f"{options.num_samples:,} samples of up to {length:,} characters may take {format_bytes(needed)} of "
+            f"memory, but {device.type} has {format_bytes(machine_bytes(device))}: draw fewer at a time, each with "
+            "another seed"
         )
+    return {
+        "idx": start.expand(options.num_samples, -1),
+        "max_new_tokens": max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "stop_token": vocabulary.stop_token,
+        "generator": torch.Generator().manual_seed(options.seed),
+    }
 
 
 def _before_stop(row: list[int], stop_token: int | None) -> list[int]:
