@@ -104,6 +104,14 @@ def test_an_unknown_character_is_named_with_its_position(items, text):
             model.surprisal("to"[:1] * 2 + "ß")
 
 
+def test_an_unknown_character_behind_a_long_beginning_is_named_with_its_position(text):
+    before = "to be, " * 3  # longer than block_size
+    with pytest.raises(UserError, match="'Q' at position 22 of the text"):
+        text.continued_surprisal(before, "oQ")
+    with pytest.raises(UserError, match="'Q' at position 20 of the text"):
+        text.next_log_probs(f"{before[:-1]}Q")
+
+
 def test_a_unit_or_choice_that_does_not_exist_is_a_user_error(items):
     with pytest.raises(UserError, match="unit is 'bans', but must be nats or bits"):
         items.surprisal("a", unit="bans")

@@ -165,21 +165,36 @@ class CharacterModel:
         return resolve_protocol(protocol, self.format, "sliding")
 
     def continued_surprisal(self, before: str, text: str, *, unit: str = "nats", unknown: str = "error") -> Tensor:
-        """Computes `surprisal` of `text` as the continuation of `before`, of which the last block_size are read."""
+        """Computes `surprisal` of `text` after `before`, the beginning of the same item or text.
+
+        Returns:
+            float64 on the CPU, as of `surprisal`: (n,), or (n + 1,) in line format, for n characters of `text`.
+
+        Raises:
+            UserError: As of `surprisal`; of `before`, only the last block_size characters are read.
+        """
         check_choice("unit", unit, UNITS)
         check_choice("unknown", unknown, UNKNOWN)
-        before = before[-self.model.block_size :]
-        tokens, escaped = self._encode(before + text, unknown, "the text")
-        n = len(before)
+        skipped = max(0, len(before) - self.model.block_size)
+        tokens, escaped = self._encode((before + text)[skipped:], unknown, "the text", skipped)
+        n = len(before) - skipped
         nats = _piece_surprisals(self.model, tokens[:n], tokens[n:], self.protocol(), self.device)
         return self._convert(nats, escaped[n:], unit, unknown)
 
     @torch.no_grad()
     def next_log_probs(self, before: str, *, unknown: str = "error") -> Tensor:
-        """Computes log p of each token after `before`, the beginning of an item or of a text: (V,) float64, nats."""
+        """Computes log p of each token after `before`, the beginning of an item or of a text; an escape is no token.
+
+        Returns:
+            (V,) float64 on the CPU, in nats.
+
+        Raises:
+            UserError: As of `surprisal`; of `before`, only the last block_size characters are read.
+        """
         check_choice("unknown", unknown, UNKNOWN)
         vocabulary = self._escaping if unknown == "escape" else self.vocabulary
-        tokens = vocabulary.encode(before[-self.model.block_size :]).long().to(self.device)
+        skipped = max(0, len(before) - self.model.block_size)
+        tokens = vocabulary.encode(before[skipped:], first=skipped).long().to(self.device)
         return self.model.next_logits(tokens[None], {})[0].double().log_softmax(0).cpu()
 
     def log_prob(self, text: str, *, unit: str = "nats", unknown: str = "error") -> float:
