@@ -25,6 +25,7 @@ import charlm.functional as F
 from charlm import _extras
 from charlm.lm import checkpoint
 from charlm.lm.models import MODELS
+from charlm.lm.sample import MAX_NEW_TOKENS
 from charlm.serve import app
 from charlm.serve.coin import coin
 from charlm.serve.models import PIECE, Served
@@ -126,9 +127,20 @@ def test_a_model_that_predicts_nan_and_a_run_without_metrics_are_shown(tmp_path)
     checkpoint.save(tmp_path / "run", saved)
     with serving(tmp_path / "run") as page:
         (answer,) = page.ask("score", {"text": "em", "start": 0})["models"]
-        assert (answer["bits"], answer["next"]["top"][0][1]) == ([None, None], None)
-        assert "its training has diverged" in json.loads(page.ask("sample", SAMPLE))["error"]
+        assert (answer["bits"], answer["next"]["top"][0][1]) == (["NaN", "NaN"], "NaN")
+        for temperature in (0, 1):
+            answer = page.ask("sample", {**SAMPLE, "temperature": temperature}).splitlines()[-1]
+            assert "its training diverged" in json.loads(answer)["error"]
         assert page.ask("models")["models"][0]["bits"] is None
+
+
+def test_a_character_of_probability_zero_has_an_infinite_surprisal(tmp_path):
+    saved = untrained_checkpoint(ITEMS, "bigram")
+    saved.weights["log_probs"][:, ITEMS.vocabulary.stoi["m"]] = -math.inf
+    checkpoint.save(tmp_path / "run", saved)
+    with serving(tmp_path / "run") as page:
+        (answer,) = page.ask("score", {"text": "em", "start": 0})["models"]
+        assert answer["bits"] == [pytest.approx(math.log2(len(ITEMS.vocabulary))), "Infinity"]
 
 
 # ---- who is refused
@@ -285,6 +297,12 @@ def test_a_model_that_is_replaced_is_loaded_again_and_a_stream_goes_on_with_its_
         connection.close()
 
 
+def test_a_sample_is_of_the_files_as_they_are_now(tmp_path):
+    with serving(save(tmp_path / "run", TEXT)) as page:
+        save(tmp_path / "run", TEXT, "bigram")
+        assert page.sample() == charlm.load(tmp_path / "run").generate("", 1, seed=SAMPLE["seed"])
+
+
 def test_a_model_that_is_damaged_or_removed_leaves_the_old_one_with_a_reason(tmp_path):
     with serving(save(tmp_path / "run")) as page:
         expected = page.ask("score", {"text": "em", "start": 0})
@@ -306,6 +324,15 @@ def test_a_model_that_is_damaged_or_removed_leaves_the_old_one_with_a_reason(tmp
 
 
 # ---- the command
+
+
+def test_a_stream_that_the_end_of_the_server_cuts_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(MAX_NEW_TOKENS, "text", 1_000_000)
+    with serving(save(tmp_path / "run", TEXT)) as page:
+        stream = page.send("sample", SAMPLE).getresponse()
+        stream.readline()
+        page.server.should_exit = True
+        assert "stopped before the sample was complete" in json.loads(stream.read().splitlines()[-1])["error"]
 
 
 def test_errors_of_the_command_are_sentences(tmp_path, monkeypatch):

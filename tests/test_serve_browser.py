@@ -5,14 +5,17 @@ SERVE_PICTURES is a folder for pictures of the page.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import browser_support
 import pytest
 from browser_support import MILLISECONDS, until
+from lm_support import untrained_checkpoint
 from serve_support import ITEMS, TEXT, save, serving
 
+from charlm.lm import checkpoint
 from charlm.serve.coin import coin
 
 pytestmark = pytest.mark.browser
@@ -164,11 +167,15 @@ def test_the_coin_moves_and_minimise_finds_it(show):
     page.keyboard.press("ArrowLeft")
     page.locator("#minimise").focus()
     page.keyboard.press("Enter")
-    until(lambda: page.locator("#steps").inner_text().endswith("done."))
+    until(lambda: page.locator("#steps").inner_text() == "Step 200: stopped.")  # KL is above 1e-6
+    for _ in range(9):
+        page.locator("#p").press("ArrowLeft")
+    page.locator("#minimise").press("Enter")
+    until(lambda: page.locator("#steps").inner_text().endswith(": done."))
     assert int(page.locator("#steps").inner_text().split()[1].rstrip(":")) > 5
     assert numbers()[2] == 0
     assert page.locator("#q-value").inner_text().startswith("0.9")
-    assert float(page.locator("#dot").get_attribute("cx")) == pytest.approx(30 + 284 * 0.99, abs=2)
+    assert float(page.locator("#dot").get_attribute("cx")) == pytest.approx(30 + 284 * 0.9, abs=2)
 
 
 def test_a_replaced_model_is_announced_and_the_text_scored_again(show):
@@ -182,6 +189,21 @@ def test_a_replaced_model_is_announced_and_the_text_scored_again(show):
     total = sum(page.served.models[0].score("em", 0)["bits"])
     assert page.locator("#total-0").inner_text().startswith(f"{total:.2f} bits, {total / 2:.3f} bits per character")
     assert "unigram" in page.locator("#models li").first.inner_text()
+
+
+def test_numbers_that_are_not_finite_are_named(show):
+    page = show()
+    saved, stoi = untrained_checkpoint(ITEMS, "bigram"), ITEMS.vocabulary.stoi
+    for char, value in (("e", math.nan), ("m", -math.inf)):
+        saved.weights["log_probs"][:, stoi[char]] = value
+    checkpoint.save(page.runs[0], saved)
+    until(lambda: "bigram" in page.locator("#models li").first.inner_text())
+    page.locator("#text").fill("me")
+    assert settled(page, "me") == [["m", "∞"], ["e", "NaN"]]
+    assert page.locator("#total-0").inner_text() == "NaN bits, NaN bits per character"
+    assert page.locator("#next-0 tr").first.inner_text().split()[-2:] == ["NaN", "%"]
+    page.locator("#text").fill("m")
+    until(lambda: page.locator("#total-0").inner_text() == "∞ bits, ∞ bits per character")
 
 
 def test_the_page_can_be_used_by_keyboard_and_heard(show):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import re
 import reprlib
 import secrets
@@ -69,7 +68,7 @@ class Rate:
 
 
 class Guard:
-    """Refuses requests that are not of the page, or too many, and adds HEADERS to every answer."""
+    """Refuses requests that are not of the page, or too many, and adds HEADERS to the answers."""
 
     def __init__(self, app: ASGIApp, token: str, rate: Rate) -> None:
         self.app, self.token, self.rate = app, token, rate
@@ -141,7 +140,9 @@ def new_app(
 
         async def lines() -> AsyncIterator[str]:
             try:
-                while not is_stopping() and (piece := await compute(lambda: next(pieces, None))):
+                while piece := await compute(lambda: next(pieces, None)):
+                    if is_stopping():
+                        raise UserError("the server was stopped before the sample was complete")
                     yield dumps({"number": piece[0], "text": piece[1]}) + "\n"
             except UserError as error:  # no status 400, which browsers print on the console
                 yield dumps({"error": visible(str(error))}) + "\n"
@@ -207,13 +208,5 @@ def reply(value: Any, status: int = 200) -> Response:
 
 
 def dumps(value: Any) -> str:
-    """ASCII, with every lone surrogate as an escape; a number that JSON does not have is null."""
-    return json.dumps(_finite(value), allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """ASCII, with every lone surrogate as an escape, and "NaN" and "Infinity", which JSON does not have, as texts."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=str))

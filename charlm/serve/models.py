@@ -137,13 +137,12 @@ class Served:
         Raises:
             UserError: A character of the prompt is not in the vocabulary, or the predictions are not numbers.
         """
+        self.refresh()
         model = self.model
         texts = [
             stream(model.model, model.vocabulary, replace(options, seed=options.seed + number), model.device)
             for number in range(ITEMS if model.format == "line" else 1)
         ]
-        if model.next_log_probs(options.prompt).isnan().any():
-            raise UserError("the model predicts NaN instead of probabilities: its training has diverged")
         for number, pieces in enumerate(texts):
             yield number, visible(options.prompt, keep="\n\t")
             for piece in pieces:

@@ -13,7 +13,8 @@ function make(tag, text, ...children) {
   found.append(...children);
   return found;
 }
-const shown = (value, digits = 2) => (value === null ? "NaN" : value.toFixed(digits).replace(/^-(?=[0.]+$)/, "")); // JSON has no NaN
+// A number may be the text "NaN" or "Infinity", which JSON does not have.
+const shown = (value, digits = 2) => Number(value).toFixed(digits).replace(/^-(?=[0.]+$)/, "").replace("Infinity", "∞");
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 const say = (sentence) => ($("error").textContent = sentence);
 
@@ -52,7 +53,7 @@ async function look() {
   if ($("notice").textContent !== notice) $("notice").textContent = notice;
   if (before === models.map((model) => model.version).join()) return;
   const lines = models.some((model) => model.format === "line");
-  $("hint").textContent = `${lines ? "Each line is an item, and a newline is its end. " : ""}At most ${most.toLocaleString("en")} characters; charlm score takes a file of any size.`;
+  $("hint").textContent = `${lines ? "For a model of items each line is an item, and a newline is its end. " : ""}At most ${most.toLocaleString("en")} characters; charlm score takes a file of any size.`;
   const sizes = models.map((model) => model.tokens);
   $("top-k").max = Math.min(100, Math.max(...sizes));
   if (!before) {
@@ -119,6 +120,7 @@ async function update() {
       done.bases = bases;
       done.next = stop === chars.length;
       answer.models.forEach((model, index) => {
+        model.bits = model.bits.map(Number);
         done.bits[index].splice(start, Infinity, ...model.bits);
         show(index, start, model);
       });
@@ -133,7 +135,7 @@ async function update() {
   }
 }
 
-const sum = (bits) => (bits.includes(null) ? null : bits.reduce((total, each) => total + each, 0));
+const sum = (bits) => bits.reduce((total, each) => total + each, 0);
 const tooLong = (length) =>
   `The text has ${length.toLocaleString("en")} characters, and this page takes ${most.toLocaleString("en")}: charlm score DIR -i FILE takes a file of any size.`;
 
@@ -152,7 +154,7 @@ function replace(parent, start, cells) {
 
 function show(index, start, model) {
   const full = Math.max(1, Math.log2(models[index].tokens)); // bits that are red: a guess among all tokens
-  const hue = (bits) => 120 * (1 - Math.min(1, Math.max(0, (bits === null ? full : bits) / full)));
+  const hue = (bits) => 120 * (1 - Math.min(1, Math.max(0, (Number.isNaN(bits) ? full : bits) / full)));
   const cells = model.bits.map((bits, at) => cell(model.names[at], shown(bits, 1), `hsl(${hue(bits)} 83.9% 68.9%)`));
   for (const at of model.unknown) {
     const found = cells[at].matches(".cell") ? cells[at] : cells[at].firstChild;
@@ -164,16 +166,16 @@ function show(index, start, model) {
   const worst = bits.map((each, at) => `${done.chars[at]} ${shown(each, 1)}`).slice(-40).join(", ");
   $(`cells-${index}`).setAttribute("aria-label", `Bits of the last characters: ${worst || "none"}`);
   const total = sum(bits);
-  $(`total-${index}`).textContent = bits.length ? `${shown(total)} bits, ${shown(total === null ? null : total / bits.length, 3)} bits per character` : "";
+  $(`total-${index}`).textContent = bits.length ? `${shown(total)} bits, ${shown(total / bits.length, 3)} bits per character` : "";
   if (!model.next) return;
   const rows = model.next.top.map(([name, p]) => {
     const bar = make("div", null);
-    bar.style.width = `${100 * (p || 0)}%`;
+    bar.style.width = `${100 * (Number(p) || 0)}%`;
     const cellOfBar = make("td", null, bar);
     cellOfBar.className = "bar";
     const head = make("th", null, make("bdi", name));
     head.scope = "row";
-    return make("tr", null, head, make("td", p === null ? "NaN" : `${shown(100 * p, 1)} %`), cellOfBar);
+    return make("tr", null, head, make("td", `${shown(100 * p, 1)} %`), cellOfBar);
   });
   $(`next-${index}`).replaceChildren(...rows);
   const others = model.next.others ? `, ${model.next.others.toLocaleString("en")} others not shown` : "";
@@ -184,17 +186,16 @@ function compare(start, answers) {
   const full = Math.max(...models.map((model) => Math.log2(model.tokens)));
   const cells = answers[0].names.map((name, at) => {
     const [one, other] = answers.map((model) => model.bits[at]);
-    const more = one === null || other === null ? null : other - one;
+    const more = other - one;
     const share = Math.min(1, Math.abs(more || 0) / full);
     return cell(name, `${more > 0 ? "+" : ""}${shown(more, 1)}`, `hsl(${more > 0 ? "212 90%" : "25 95%"} ${95 - 35 * share}%)`);
   });
   replace($("difference"), start, cells);
   const rows = models.map((model, index) => {
     const total = sum(done.bits[index]);
-    const mean = total === null || !done.chars.length ? null : total / done.chars.length;
     const name = make("th", model.name);
     name.scope = "row";
-    return make("tr", null, name, make("td", shown(total)), make("td", done.chars.length ? shown(mean, 3) : "–"));
+    return make("tr", null, name, make("td", shown(total)), make("td", done.chars.length ? shown(total / done.chars.length, 3) : "–"));
   });
   $("compared").querySelector("tbody").replaceChildren(...rows);
 }
@@ -338,14 +339,14 @@ $("minimise").addEventListener("click", async () => {
     for (let step = 0; step <= MOST_STEPS; step++) {
       const found = await toss();
       if (own !== descent) return;
-      $("steps").textContent = `Step ${step}`;
-      if (found.kl < SMALL) break;
+      const end = found.kl < SMALL ? ": done." : step === MOST_STEPS ? ": stopped." : "";
+      $("steps").textContent = `Step ${step}${end}`;
+      if (end) return;
       await pause(60);
       if (own !== descent) return;
       q = found.next;
       $("q").value = q;
     }
-    $("steps").textContent += ": done.";
   } catch (error) {
     say(error.message);
   }
