@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from charlm.export import Source
+from charlm import _extras
+from charlm.export import Source, hugging_face
 from charlm.export import checkpoint as exported
 from charlm.export.hugging_face import FILES
 from charlm.export.modeling_charlm import CharlmConfig, CharlmForCausalLM
@@ -238,11 +239,42 @@ def test_an_export_with_other_logits_is_an_error_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_network_that_diverged_is_refused_with_its_reason(tmp_path: Path) -> None:
+    saved = checkpoint.load(trained(tmp_path / "run", "bow"))
+    saved.weights["head.bias"][1] = torch.nan
+    checkpoint.save(tmp_path / "run", saved)
+    error = fails("export", tmp_path / "run", "--onnx", tmp_path / "x")
+    assert "run predicts no finite numbers: its training diverged" in error
+
+
+def test_a_folder_that_cannot_be_replaced_or_got_a_file_in_the_meantime_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder, rename = trained(tmp_path / "run", "bow"), tmp_path / "x", Path.rename
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+
+    def fail_at_the_new_one(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hugging_face, "_check", lambda source, new: 0.0)
+        patch.setattr(Path, "rename", fail_at_the_new_one)
+        assert f"cannot write {folder}: Permission denied" in fails("export", run, "--hf", folder, "--overwrite")
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("config.json", "old")]
+    monkeypatch.setattr(hugging_face, "_check", lambda source, new: float((folder / "mine").write_bytes(b"")))
+    assert "contains files that no export wrote ('mine')" in fails("export", run, "--hf", folder, "--overwrite")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "x"}
+
+
 def test_a_missing_extra_is_a_sentence_that_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained(tmp_path / "run", "bow")
-    monkeypatch.setattr(exported, "find_spec", lambda name: None)
+    monkeypatch.setattr(_extras, "find_spec", lambda name: None)
     for extra, names in (("hf", "transformers"), ("onnx", "onnx and onnxruntime")):
         error = fails("export", run, f"--{extra}", tmp_path / "x")
         assert f"--{extra} needs {names}, which the extra {extra} installs: pip install" in error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from charlm._errors import UserError
-from charlm._extras import install_command
 from charlm.lm import checkpoint
 from charlm.lm.config import NETWORKS
 from charlm.lm.models import LanguageModel, Mixture
 from charlm.lm.vocabulary import Vocabulary
 
-TOLERANCE = 1e-4  # of the largest logit, if that is above 1: float32 sums in another order
+TOLERANCE = 1e-4  # of the largest logit, if that is above 1: the sums of float32 are in another order
 ROWS = 3  # texts that are compared
 BEHIND = 4  # positions of them that are compared at the beginning, and on either side of block_size
 
@@ -50,7 +48,8 @@ class Source:
         """Loads the best weights of the run in `directory`.
 
         Raises:
-            UserError: There is no valid checkpoint, it is of a count model, or of a mixture without `network_only`.
+            UserError: There is no valid checkpoint, it is of a count model, or of a mixture without `network_only`, or
+                the network predicts no finite numbers.
         """
         saved = checkpoint.load(directory)
         model = saved.build_model()
@@ -67,10 +66,14 @@ class Source:
                     "--network-only to export the network alone, whose loss is higher, or train one with --no-mix"
                 )
             model = model.network
+        tokens, places, logits = _reference(model)
+        if not logits.isfinite().all():
+            raise UserError(f"the network in {directory} predicts no finite numbers: its training diverged")
         dropped = ("pad_token", "dropout", "mix_ngram")
         arguments = {name: value for name, value in saved.model.items() if name not in dropped}
         arguments["start_token"] = model.pad_token
-        return cls(model, saved.vocabulary, arguments, _weights(kind, model.state_dict()), *_reference(model))
+        weights = _weights(kind, model.state_dict())
+        return cls(model, saved.vocabulary, arguments, weights, tokens, places, logits)
 
     def difference(self, logits: Tensor) -> float:
         """The largest difference between charlm's logits and those of an export, (ROWS, n, V) at `places`.
@@ -80,15 +83,8 @@ class Source:
         """
         largest = (logits - self.logits).abs().max().item()
         if not largest <= TOLERANCE * max(1.0, self.logits.abs().max().item()):  # nor is it NaN
-            raise UserError(f"the export failed: its logits differ from charlm's by {largest:.1e}; nothing was written")
+            raise UserError(f"the export failed: its logits differ from charlm's by {largest:.1e}, so it was not kept")
         return largest
-
-
-def require_packages(option: str, extra: str, packages: tuple[str, ...]) -> None:
-    """Raises UserError unless `packages` are installed."""
-    if missing := [name for name in packages if find_spec(name) is None]:
-        command = install_command(extra)
-        raise UserError(f"{option} needs {' and '.join(missing)}, which the extra {extra} installs: {command}")
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -14,10 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save, save_file
 
 from charlm._errors import UserError
-from charlm.export.checkpoint import Source, check_output, require_packages
+from charlm._extras import require_packages
+from charlm.export.checkpoint import Source, check_output
 from charlm.lm.files import naming, write_atomically
 from charlm.lm.sample import MAX_NEW_TOKENS
 from charlm.lm.vocabulary import Vocabulary
@@ -61,11 +63,7 @@ def export_hugging_face(source: Source, folder: Path, overwrite: bool = False) -
     """
     require_packages("--hf", "hf", PACKAGES)
     folder = folder.absolute()
-    check_output(folder, overwrite)
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder} is not a folder: choose another name")
-    if folder.exists() and (foreign := {path.name for path in folder.iterdir()} - FILES):
-        raise UserError(f"{folder} contains files that no export wrote ({min(foreign)!r}): choose another folder")
+    _check_target(folder, overwrite)
     contents = _contents(source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with naming(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
@@ -74,10 +72,25 @@ def export_hugging_face(source: Source, folder: Path, overwrite: bool = False) -
         for name, data in contents.items():
             write_atomically(new / name, data)
         difference = _check(source, new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        _check_target(folder, overwrite)  # seconds have passed
+        try:
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
     return difference
+
+
+def _check_target(folder: Path, overwrite: bool) -> None:
+    """Raises UserError unless `folder` does not exist, or may be overwritten and has files of an export alone."""
+    check_output(folder, overwrite)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is not a folder: choose another name")
+    if folder.exists() and (foreign := {path.name for path in folder.iterdir()} - FILES):
+        raise UserError(f"{folder} contains files that no export wrote ({min(foreign)!r}): choose another folder")
 
 
 def _contents(source: Source) -> dict[str, bytes]:
@@ -154,8 +167,6 @@ def _tokenizer(vocabulary: Vocabulary) -> dict[str, bytes]:
 
 def _check(source: Source, folder: Path) -> float:
     """Loads `folder` in a process of its own, without charlm; the largest difference of a logit."""
-    import torch
-
     vocabulary = source.vocabulary
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -176,5 +187,5 @@ def _check(source: Source, folder: Path) -> float:
         )
         if result.returncode:
             reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
-            raise UserError(f"transformers cannot use the export, so nothing was written: {reason}")
+            raise UserError(f"transformers cannot use the export, so it was not kept: {reason}")
         return source.difference(load_file(work / "found")["logits"][:, source.places])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from charlm._errors import UserError
-from charlm.export.checkpoint import Source, check_output, require_packages
+from charlm._extras import require_packages
+from charlm.export.checkpoint import Source, check_output
 from charlm.export.networks_charlm import build_network
 from charlm.lm.files import write_atomically
 
