@@ -48,6 +48,13 @@ def test_a_column_by_its_name_or_without_a_header_by_its_number(tmp_path, suffix
     assert documents(tmp_path / f"c.{suffix}.gz", "id") == [str(number) for number in range(len(NAMES))]
 
 
+def test_the_number_of_a_column_is_not_taken_for_a_value_of_the_first_row(tmp_path):
+    (tmp_path / "classes.csv").write_text("3,Wall St.,ada\n2,Sports,bea\n")
+    assert documents(tmp_path / "classes.csv", "3") == ["ada", "bea"]
+    (tmp_path / "numbers.csv").write_text("0,1\nada,bea\n")  # as pandas names columns
+    assert documents(tmp_path / "numbers.csv", "1") == ["bea"]
+
+
 @given(rows=st.lists(st.tuples(st.text("a,\"\n\t' é"), st.text("b,\"\n\t'")), min_size=1, max_size=5))
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_every_field_that_pythons_csv_writes_comes_back(tmp_path_factory, suffix, rows):

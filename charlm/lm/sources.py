@@ -2,7 +2,8 @@
 
 A text file is one document. A line of a .jsonl file is a document, the string at the key `column` of its object; so is
 a row of a .parquet file, by the name of a column (needs pyarrow), and a row of a .csv or .tsv file (RFC 4180, with tabs
-for .tsv), by a name in its first row; or by the number of the column, from 1, where the first row is data too.
+for .tsv), by a name in its first row; or by the number of the column, from 1, where the first row is data too. A number
+is a name only where all of the first row are numbers.
 Compressed .jsonl, .csv and .tsv files are read too.
 
     text_of      the text of several files, for `charlm prepare`
@@ -209,8 +210,10 @@ def _csv_pieces(text: Iterator[str], name: str, column: str, delimiter: str) -> 
                     names = ", ".join(row)
                     shown = names if len(names) <= SHOWN else f"{names[:SHOWN]}…"
                     raise UserError(f"{name} has no column {column!r} (it has: {shown}): choose one with --column")
-                index = (row if column in row else numbers).index(column)
-                if column in row:
+                # In a table without names, the first row may have the number as a value, such as that of a class.
+                is_name = column in row and (column not in numbers or all(map(str.isdecimal, row)))
+                index = (row if is_name else numbers).index(column)
+                if is_name:
                     continue
             if len(row) != width:
                 where = f"line {rows.line_num} of {name} has {plural(len(row), 'field')}, but the first row {width}"
