@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from lm_support import fails, run, succeeds
 
+from charlm._errors import UserError
+from charlm.lm.start import converted
+
 TINY = """
 # a small run
 n_embd = 2
@@ -97,3 +100,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     marked = _written(tmp_path, b"\xef\xbb\xbfmax_step = 3")
     assert "line 1: there is no option 'max_step'" in fails("train", "--config", marked)  # as some editors write it
     assert run("train", "--help").exit_code == 0
+
+
+def test_an_integer_beyond_the_numbers_of_float_is_named():
+    with pytest.raises(UserError, match="learning_rate is too large"):
+        converted("learning_rate", 10**5000, float)

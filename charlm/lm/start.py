@@ -41,7 +41,10 @@ def converted(name: str, value: Any, kind: type) -> Any:
         fits = isinstance(value, numbers.Integral if kind is int else numbers.Real)
     if not fits:
         raise UserError(f"{name} is {value!r}, but must be {KINDS[kind]}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError as error:  # an integer beyond the numbers of float
+        raise UserError(f"{name} is too large: it must be a number of less than 309 digits") from error
 
 
 def config_values(given: Mapping[str, Any]) -> dict[str, Any]:
