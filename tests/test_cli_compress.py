@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import random
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from charlm import UserError, _ext
 from charlm.data import __path__ as data_folder
 from charlm.lm import compression
 from charlm.lm.compression import HEADER_BYTES, MAGIC, compress, decoded, decompress, weighed
+from charlm.lm.files import write_atomically
 from charlm.reference.byte_model import TOTAL, ByteModel
 
 pytest.importorskip("constriction")
@@ -250,3 +252,21 @@ def test_the_page_has_the_recorded_table():
         size, *others = record["sizes"].values()
         assert f"| {name}, {size:,} bytes | {' | '.join(f'{8 * other / size:.3f}' for other in others)} |" in page
         assert record["sizes"]["charlm"] < record["sizes"]["xz -9e"]
+
+
+def test_the_output_has_the_permissions_of_the_input(tmp_path):
+    secret, packed, restored = tmp_path / "a", tmp_path / "a.charlm", tmp_path / "b"
+    secret.write_bytes(b"secret")
+    secret.chmod(0o600)
+    succeeds("compress", secret)
+    succeeds("decompress", packed, "-o", restored)
+    assert [path.stat().st_mode & 0o777 for path in (packed, restored)] == [0o600, 0o600]
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
+    (tmp_path / "a").write_bytes(b"text")
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe is not a regular file" in fails("compress", tmp_path / "a", "-o", tmp_path / "pipe", "--overwrite")
+    with pytest.raises(OSError, match="it is not a regular file"):  # as the other commands write
+        write_atomically(tmp_path / "pipe", b"text")
+    assert (tmp_path / "pipe").is_fifo()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -33,10 +36,10 @@ def compress(file: Input, output: Output = None, overwrite: Overwrite = False) -
     from charlm.lm.display import progress_bar
 
     target = _checked_target(file, output or (STREAM if file == STREAM else Path(f"{file}{SUFFIX}")), overwrite)
-    data = _read(file)
+    data, mode = _read(file)
     with progress_bar(target.name) as report:
         packed = compress(data, report)
-    _write(target, [packed])
+    _write(target, [packed], mode)
     _show(data, packed, on_stderr=target == STREAM)
 
 
@@ -53,7 +56,8 @@ def decompress(file: Input, output: Output = None, overwrite: Overwrite = False)
     if output is None and file != STREAM and file.suffix != SUFFIX:
         raise UserError(f"the name {file} does not end with {SUFFIX}: name the output with -o")
     target = _checked_target(file, output or (STREAM if file == STREAM else file.with_suffix("")), overwrite)
-    _write(target, decoded(_read(file), data_name(file)))
+    data, mode = _read(file)
+    _write(target, decoded(data, data_name(file)), mode)
 
 
 def _checked_target(file: Path, target: Path, overwrite: bool) -> Path:
@@ -63,6 +67,8 @@ def _checked_target(file: Path, target: Path, overwrite: bool) -> Path:
     elif target.is_dir():
         raise UserError(f"{target} is a folder: name a file with -o")
     elif target.exists():
+        if not target.is_file():
+            raise UserError(f"{target} is not a regular file: name another with -o, or - for standard output")
         if file != STREAM and file.exists() and target.samefile(file):
             raise UserError(f"{target} is the input itself: name another output with -o")
         if not overwrite:
@@ -70,21 +76,26 @@ def _checked_target(file: Path, target: Path, overwrite: bool) -> Path:
     return target
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path) -> tuple[bytes, int | None]:
+    """The content and the permissions of a file; None for those of standard input."""
     from charlm.lm.data import opened
 
     with opened(file) as stream:
-        return stream.read()
+        mode = None if file == STREAM else os.fstat(stream.fileno()).st_mode & 0o777
+        return stream.read(), mode
 
 
-def _write(target: Path, pieces: Iterable[bytes]) -> None:
+def _write(target: Path, pieces: Iterable[bytes], mode: int | None) -> None:
     from charlm.lm.files import write_atomically
 
     if target == STREAM:
-        sys.stdout.buffer.write(b"".join(pieces))  # only when all are decoded, and the checksum is right
+        with tempfile.TemporaryFile() as file:  # until all are decoded, and the checksum is right
+            file.writelines(pieces)
+            file.seek(0)
+            shutil.copyfileobj(file, sys.stdout.buffer)
         sys.stdout.buffer.flush()
     else:
-        write_atomically(target, pieces)
+        write_atomically(target, pieces, mode)
 
 
 def _show(data: bytes, packed: bytes, on_stderr: bool) -> None:

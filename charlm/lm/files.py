@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -15,16 +16,23 @@ LOCK = ".lock"
 HASHED_BYTES = 1 << 20  # read at a time
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes], mode: int | None = None) -> None:
     """Writes `data`, or its pieces, to a temporary file beside `path`, syncs it to disk and renames it to `path`.
 
+    `mode` is the file's permissions, from before its first byte; None takes those of a new file.
+
     Raises:
-        OSError: The error names `path`; the temporary file is removed, as it is for an error that the pieces raise.
+        OSError: `path` is a device, a pipe or a socket, which would be replaced, or cannot be written. The error names
+            it; the temporary file is removed, as it is for an error that the pieces raise.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # rename reports a folder
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
         try:
             with temporary.open("wb") as file:
+                if mode is not None:
+                    os.fchmod(file.fileno(), mode)
                 file.writelines([data] if isinstance(data, bytes) else data)
                 file.flush()
                 os.fsync(file.fileno())
