@@ -270,3 +270,17 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path):
     with pytest.raises(OSError, match="it is not a regular file"):  # as the other commands write
         write_atomically(tmp_path / "pipe", b"text")
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_stays_and_the_file_that_it_names_is_replaced(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("file")
+    write_atomically(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("bits", [-1, 0, 24, 64])
+def test_a_table_of_another_size_is_refused(bits):
+    with pytest.raises(ValueError, match="table_bits must be from 1 to 23"):
+        _ext._C.ByteModel(bits)

@@ -27,6 +27,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], mode: int | None
     """
     if path.exists() and not (path.is_file() or path.is_dir()):  # rename reports a folder
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    path = path.resolve() if path.is_symlink() else path  # the file that it names is replaced, and the link stays
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with naming(path):
         try:

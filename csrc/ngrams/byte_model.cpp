@@ -31,6 +31,7 @@ constexpr std::array<int, 8> kOrders = {0, 1, 2, 3, 4, 5, 6, 8};
 constexpr int kContexts = kOrders.size();
 constexpr int kInputs = 2 * kContexts + 1;  // two for each order, and a constant
 constexpr int kSlots = 16;                  // of a bucket: its check, then the nodes 1 to 15 of a nibble
+constexpr int kMaxTableBits = 23;           // 256 MiB
 constexpr int kMaxCount = 8;                // of a slot, which holds probability << 4 | count
 constexpr int kMapShift = 6;                // a mapped probability moves by 1/64
 constexpr int kUnit = 256;                  // of a logit
@@ -71,7 +72,11 @@ const Tables& tables() {
 
 class ByteModel {
  public:
-  explicit ByteModel(int table_bits) : table_(kSlots << table_bits), mask_((uint64_t{1} << table_bits) - 1) {
+  // The table has 2^table_bits buckets.
+  explicit ByteModel(int table_bits) {
+    if (table_bits < 1 || table_bits > kMaxTableBits) throw std::invalid_argument("table_bits must be from 1 to 23");
+    table_.resize(size_t{kSlots} << table_bits);
+    mask_ = (uint64_t{1} << table_bits) - 1;
     for (int context = 0; context < kContexts; ++context) {
       for (int count = 0; count < 16; ++count) {
         for (int step = 0; step < 64; ++step) maps_[context][count][step] = 1024 * step + 512;
