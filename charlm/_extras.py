@@ -28,7 +28,7 @@ def require_lm() -> None:
 
 def require_packages(what: str, extra: str, packages: Sequence[str]) -> None:
     """Raises UserError unless the `packages` of an extra are installed, which `what` needs."""
-    if missing := [name for name in packages if find_spec(name) is None]:
+    if missing := [name for name in packages if not _is_installed(name)]:
         command = install_command(extra)
         raise UserError(f"{what} needs {' and '.join(missing)}, which the extra {extra} installs: {command}")
 

@@ -1,9 +1,8 @@
 """The command line, `charlm`: a file for each command.
 
-A command parses its options, calls charlm.lm and prints the result. It imports its dependencies
-when it runs, so that `charlm --help` is fast. An error that the user can correct is one sentence on stderr and exit
-code 2. A training run that is stopped by a signal saves its state and exits with 128 + the number of the signal, as is
-usual in shells.
+A command parses its options, calls charlm.lm and prints the result. It imports its dependencies when it runs, so that
+`charlm --help` is fast. An error that the user can correct is one sentence on stderr and exit code 2. A training run
+that is stopped by a signal saves its state and exits with 128 + the number of the signal, as is usual in shells.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import numpy as np
 
 from charlm import _ext
 from charlm._errors import UserError
-from charlm._extras import install_command
+from charlm._extras import require_packages
 
 MAGIC = b"\x8ccharlm\x01"
 FIELDS = struct.Struct("<QB16s")  # length, table bits, digest of the original
@@ -36,9 +36,8 @@ DIGEST_BYTES = 16
 HEADER_BYTES = len(MAGIC) + DIGEST_BYTES + FIELDS.size
 MIN_TABLE_BITS, MAX_TABLE_BITS = 12, 23  # 128 KiB, 256 MiB
 CHUNK = 1 << 14  # bytes of the original at a time: 2 MiB of weights
-LEAST_BITS = (
-    2 * 15 / (1 << 24)
-)  # that the model gives a byte: each of two nibbles has a probability of at most 1 - 15/2²⁴
+# That the model gives a byte: each of its two halves has a probability of at most 1 - 15/2²⁴.
+LEAST_BITS = 2 * 15 / (1 << 24)
 
 Report = Callable[[str, int, int], object]
 
@@ -166,9 +165,7 @@ def _model(table_bits: int) -> Any:
 
 def _constriction() -> tuple[Any, Any]:
     """The module of the range coder, and the family of distributions over 16 values."""
-    try:
-        from constriction import stream
-    except ImportError as error:
-        command = install_command("compress")
-        raise UserError(f"compression needs constriction, which the extra compress installs: {command}") from error
+    require_packages("compression", "compress", ["constriction"])
+    from constriction import stream
+
     return stream.queue, stream.model.Categorical(perfect=False)

@@ -109,7 +109,8 @@ class MetricsLog(StepLog):
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of DIR/metrics.jsonl that are whole, with "bits" too, and "tokens_per_second" for "tokens/s"."""
-    return [_record(json.loads(line)) for line in _lines(directory / METRICS) if _is_whole(line)]
+    entries = map(_whole_entry, _lines(directory / METRICS))
+    return [_record(entry) for entry in entries if entry is not None]
 
 
 def _record(entry: dict[str, Any]) -> dict[str, Any]:
@@ -122,12 +123,14 @@ def _row(record: dict[str, Any]) -> str:
     return ",".join(str(record[column]) for column in COLUMNS)
 
 
-def _is_whole(line: str) -> bool:
+def _whole_entry(line: str) -> dict[str, Any] | None:
+    """The entry in a line; None for a damaged or truncated one."""
     try:
-        record = json.loads(line)
-        return {"split", "tokens/s"} <= record.keys() and all(math.isfinite(record[key]) for key in ("step", "nats"))
+        entry = json.loads(line)
+        is_whole = {"split", "tokens/s"} <= entry.keys() and all(math.isfinite(entry[key]) for key in ("step", "nats"))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return False
+        return None
+    return entry if is_whole else None
 
 
 def _lines(path: Path) -> list[str]:

@@ -45,13 +45,13 @@ class TensorBoard:
             with naming(self._folder):
                 self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else 0)
 
-    def scalars(self, step: int, **values: float | None) -> None:
-        """Writes numbers to disk; "__" in a name becomes "/"."""
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        """Writes numbers by name to disk; None is left out."""
         if self._writer is not None:
             with naming(self._folder):
                 for name, value in values.items():
                     if value is not None:
-                        self._writer.add_scalar(name.replace("__", "/"), value, step)
+                        self._writer.add_scalar(name, value, step)
                 self._writer.flush()
 
     def samples(self, step: int, samples: list[str]) -> None:

@@ -175,8 +175,8 @@ class Trainer:
                 if self._metrics is not None:
                     self._metrics.write(self.step, split, nats, tokens_per_second)
                 if self.board is not None:
-                    values = {f"loss__{split}": nats, f"tokens_per_second__{split}": tokens_per_second}
-                    self.board.scalars(self.step, **values)
+                    values = {f"loss/{split}": nats, f"tokens_per_second/{split}": tokens_per_second}
+                    self.board.scalars(self.step, values)
                 if on_progress is not None:
                     error = self.dev_error if split == "dev" else None
                     on_progress(Progress(self.step, split, nats, tokens_per_second, error))
@@ -379,7 +379,8 @@ class Trainer:
                 now = time.perf_counter()
                 report("train", nats, tokens / (now - clock))
                 if self.board is not None and self.tensorboard:
-                    self.board.scalars(self.step, learning_rate=rate, gradient_norm=self._gradient_norm(norm))
+                    values = {"learning_rate": rate, "gradient_norm": self._gradient_norm(norm)}
+                    self.board.scalars(self.step, values)
                 clock, tokens = now, 0
             if self.step % config.steps_between_evaluations == 0 or last:
                 paused = time.perf_counter()
