@@ -106,10 +106,10 @@ def run(directory: Path, names: list[str]) -> list[dict[str, object]]:
 
 def losses(folder: Path) -> dict[str, object]:
     """The losses of the run in `folder` in bits per character."""
-    from charlm.cli.common import trained_corpus
     from charlm.lm import checkpoint
     from charlm.lm.evaluate import evaluate, fitted_baselines, predictions
     from charlm.lm.held_out import ORDERS, fitted_ngram
+    from charlm.lm.inputs import trained_corpus
 
     saved = checkpoint.load(folder)
     corpus, model = trained_corpus(saved, None), saved.build_model()

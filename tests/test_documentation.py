@@ -8,6 +8,7 @@ import io
 import json
 import pkgutil
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -227,6 +228,16 @@ def test_the_table_of_corpora_is_the_recorded_one() -> None:
     command = [sys.executable, "scripts/corpora.py", "table"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert printed.stdout.strip() in (ROOT / "docs" / "language_model.md").read_text(encoding="utf-8")
+
+
+def test_the_losses_of_a_corpus_are_those_of_its_run(tmp_path: Path) -> None:
+    names = (ROOT / "charlm" / "data" / "names.txt").read_text(encoding="utf-8").split()[:1500]
+    run = charlm.train(names, tmp_path / "run", max_steps=5, eval_interval=5, mix_ngram=3, progress=False)
+    found = runpy.run_path(str(ROOT / "scripts" / "corpora.py"))["losses"](tmp_path / "run")
+    assert run.evaluation is not None
+    assert found["dev"] == pytest.approx(run.evaluation.bits_per_char, rel=1e-6)
+    assert found["orders"][found["best_order"]] == min(found["orders"].values())
+    assert found["orders"][3] == pytest.approx(found["3-gram, Kneser–Ney"], rel=1e-6)
 
 
 def recorded_case(file: str, name: str) -> dict[str, Any]:

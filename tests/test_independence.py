@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import pickle
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 import charlm
 from charlm import functional, ngrams, reference
 
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted([*(ROOT / "scripts").glob("*.py"), *(ROOT / "bench").rglob("*.py")])
 PACKAGE = Path(charlm.__file__).parent
 REFERENCE = sorted((PACKAGE / "reference").glob("*.py"))
 PRODUCTION = sorted(path for path in PACKAGE.rglob("*.py") if path not in REFERENCE)
@@ -48,6 +51,14 @@ def test_the_reference_imports_nothing_of_charlm_but_itself(path: Path) -> None:
     ours = [name for name in imported(path) if is_in(name, "charlm")]
     assert [name for name in ours if not is_in(name, "charlm.reference")] == []
     assert "importlib" not in {name.partition(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_a_script_imports_of_charlm_exists(path: Path) -> None:
+    """Also inside functions that only a run of minutes calls."""
+    for name in imported(path, ROOT):
+        if is_in(name, "charlm"):
+            pkgutil.resolve_name(name)
 
 
 def test_production_code_imports_the_reference_for_the_fallback_only() -> None:
