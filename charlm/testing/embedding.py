@@ -12,7 +12,7 @@ from .samples import SampleInput, laid_out
 
 
 @dataclass(frozen=True)
-class _EmbeddingCase:
+class _Case:
     name: str
     index_shape: tuple[int, ...]
     weight_shape: tuple[int, int]
@@ -22,51 +22,41 @@ class _EmbeddingCase:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-_EMBEDDING_CASES = (
-    _EmbeddingCase("one_row_table", (3,), (1, 1)),
-    _EmbeddingCase("names", (33, 3), (27, 10)),
-    _EmbeddingCase("scalar_index", (), (7, 5)),
-    _EmbeddingCase("four_dimensional_index", (3, 1, 5, 2), (65, 24)),
-    _EmbeddingCase("empty_index", (0,), (27, 10)),
-    _EmbeddingCase("empty_index_2d", (3, 0), (27, 10)),
-    _EmbeddingCase("empty_rows", (3,), (27, 0)),
-    _EmbeddingCase("uint8_index", (257, 8), (256, 33), index=torch.uint8),
-    _EmbeddingCase("int16_index", (33,), (1000, 17), index=torch.int16),
-    _EmbeddingCase("large_table", (257,), (4099, 65), index=torch.int32),
-    _EmbeddingCase("hot_row", (4099,), (27, 10), hot=True),
-    _EmbeddingCase("many_indices", (9001,), (27, 2)),
-    _EmbeddingCase("hot_row_of_a_large_table", (17001,), (1000, 3), hot=True),
-    _EmbeddingCase("transposed_weight", (33,), (27, 10), weight_layout="transposed"),
-    _EmbeddingCase("sliced_weight", (33,), (27, 10), weight_layout="sliced_columns"),
-    _EmbeddingCase("every_other_weight_row", (33,), (27, 10), weight_layout="every_other_row"),
-    _EmbeddingCase("padding_idx", (257,), (27, 10), options={"padding_idx": 3}),
-    _EmbeddingCase("padding_idx_0", (257,), (7, 10), options={"padding_idx": 0}),
-    _EmbeddingCase("negative_padding_idx", (257,), (7, 10), options={"padding_idx": -1}),
-    _EmbeddingCase("scale_grad_by_freq", (257,), (27, 10), options={"scale_grad_by_freq": True}),
-    _EmbeddingCase(
-        "scale_grad_by_freq_padding", (257,), (7, 10), options={"scale_grad_by_freq": True, "padding_idx": 2}
-    ),
-    _EmbeddingCase("sparse", (33, 3), (27, 10), options={"sparse": True}),
-    _EmbeddingCase("sparse_padding", (33, 3), (7, 10), options={"sparse": True, "padding_idx": 2}),
-    _EmbeddingCase("max_norm", (33,), (65, 10), options={"max_norm": 1.5}),
-    _EmbeddingCase("max_norm_1", (33, 2), (27, 10), options={"max_norm": 2.0, "norm_type": 1.0}),
-    _EmbeddingCase("max_norm_3", (33,), (27, 129), options={"max_norm": 2.0, "norm_type": 3.0}),
-    _EmbeddingCase("max_norm_inf", (33,), (27, 10), options={"max_norm": 1.0, "norm_type": torch.inf}),
-    _EmbeddingCase("max_norm_sliced", (33,), (27, 10), weight_layout="sliced_columns", options={"max_norm": 1.0}),
+_CASES = (
+    _Case("one_row_table", (3,), (1, 1)),
+    _Case("names", (33, 3), (27, 10)),
+    _Case("scalar_index", (), (7, 5)),
+    _Case("four_dimensional_index", (3, 1, 5, 2), (65, 24)),
+    _Case("empty_index", (0,), (27, 10)),
+    _Case("empty_index_2d", (3, 0), (27, 10)),
+    _Case("empty_rows", (3,), (27, 0)),
+    _Case("uint8_index", (257, 8), (256, 33), index=torch.uint8),
+    _Case("int16_index", (33,), (1000, 17), index=torch.int16),
+    _Case("large_table", (257,), (4099, 65), index=torch.int32),
+    _Case("hot_row", (4099,), (27, 10), hot=True),
+    _Case("many_indices", (9001,), (27, 2)),
+    _Case("hot_row_of_a_large_table", (17001,), (1000, 3), hot=True),
+    _Case("transposed_weight", (33,), (27, 10), weight_layout="transposed"),
+    _Case("sliced_weight", (33,), (27, 10), weight_layout="sliced_columns"),
+    _Case("every_other_weight_row", (33,), (27, 10), weight_layout="every_other_row"),
+    _Case("padding_idx", (257,), (27, 10), options={"padding_idx": 3}),
+    _Case("padding_idx_0", (257,), (7, 10), options={"padding_idx": 0}),
+    _Case("negative_padding_idx", (257,), (7, 10), options={"padding_idx": -1}),
+    _Case("scale_grad_by_freq", (257,), (27, 10), options={"scale_grad_by_freq": True}),
+    _Case("scale_grad_by_freq_padding", (257,), (7, 10), options={"scale_grad_by_freq": True, "padding_idx": 2}),
+    _Case("sparse", (33, 3), (27, 10), options={"sparse": True}),
+    _Case("sparse_padding", (33, 3), (7, 10), options={"sparse": True, "padding_idx": 2}),
+    _Case("max_norm", (33,), (65, 10), options={"max_norm": 1.5}),
+    _Case("max_norm_1", (33, 2), (27, 10), options={"max_norm": 2.0, "norm_type": 1.0}),
+    _Case("max_norm_3", (33,), (27, 129), options={"max_norm": 2.0, "norm_type": 3.0}),
+    _Case("max_norm_inf", (33,), (27, 10), options={"max_norm": 1.0, "norm_type": torch.inf}),
+    _Case("max_norm_sliced", (33,), (27, 10), weight_layout="sliced_columns", options={"max_norm": 1.0}),
 )
 
 
 def sample_inputs_embedding(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Sample calls of `embedding`.
-
-    Args:
-        dtype: of the floating tensors.
-        device: of all tensors.
-
-    Yields:
-        About one `SampleInput` for each option, shape and index dtype.
-    """
-    for seed, case in enumerate(_EMBEDDING_CASES):
+    """Sample calls of `embedding`, about one for each option, shape and index dtype."""
+    for seed, case in enumerate(_CASES):
         generator = torch.Generator(device).manual_seed(seed)
         n_rows = case.weight_shape[0]
         index = torch.randint(0, n_rows, case.index_shape, generator=generator, device=device)

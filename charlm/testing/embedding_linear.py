@@ -12,7 +12,7 @@ from .samples import SampleInput, laid_out
 
 
 @dataclass(frozen=True)
-class _EmbeddingLinearCase:
+class _Case:
     """The recipe of a `SampleInput`: input (*shape, T), embedding (V, D), linear weight (H, T * D)."""
 
     name: str
@@ -25,15 +25,14 @@ class _EmbeddingLinearCase:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def _both_plans(name: str, *sizes: Any, **others: Any) -> tuple[_EmbeddingLinearCase, ...]:
+def _both_plans(name: str, *sizes: Any, **others: Any) -> tuple[_Case, ...]:
     options = others.pop("options", {})
     return tuple(
-        _EmbeddingLinearCase(f"{name}_{plan}", *sizes, **others, options={**options, "plan": plan})
-        for plan in ("folded", "gathered")
+        _Case(f"{name}_{plan}", *sizes, **others, options={**options, "plan": plan}) for plan in ("folded", "gathered")
     )
 
 
-_EMBEDDING_LINEAR_CASES = (
+_CASES = (
     *_both_plans("one_of_each", (1, 1), (1, 1), 1),
     *_both_plans("names", (33, 3), (27, 10), 41, options={"activation": "tanh"}),
     *_both_plans("names_relu", (33, 3), (27, 10), 41, options={"activation": "relu"}),
@@ -53,8 +52,8 @@ _EMBEDDING_LINEAR_CASES = (
     *_both_plans("negative_padding_idx", (33, 3), (7, 10), 9, options={"padding_idx": -1}),
     *_both_plans("transposed", (33, 3), (27, 10), 41, layout="transposed"),
     *_both_plans("sliced", (33, 3), (27, 10), 41, layout="sliced_columns", options={"activation": "relu"}),
-    _EmbeddingLinearCase("auto_few_rows", (3, 3), (1000, 10), 41, options={"activation": "tanh"}),
-    _EmbeddingLinearCase("auto_many_rows", (1025, 3), (27, 10), 41, options={"activation": "tanh"}),
+    _Case("auto_few_rows", (3, 3), (1000, 10), 41, options={"activation": "tanh"}),
+    _Case("auto_many_rows", (1025, 3), (27, 10), 41, options={"activation": "tanh"}),
 )
 
 
@@ -64,16 +63,8 @@ GEMM_FLOAT64_ULPS = 64.0
 
 
 def sample_inputs_embedding_linear(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Sample calls of `embedding_linear`.
-
-    Args:
-        dtype: of the floating tensors.
-        device: of all tensors.
-
-    Yields:
-        About one `SampleInput` for each option, shape and plan.
-    """
-    for seed, case in enumerate(_EMBEDDING_LINEAR_CASES):
+    """Sample calls of `embedding_linear`, about one for each option, shape and plan."""
+    for seed, case in enumerate(_CASES):
         generator = torch.Generator(device).manual_seed(seed)
         vocabulary, dim = case.embedding_shape
         places = case.input_shape[-1]

@@ -87,15 +87,7 @@ _TARGETS = (
 
 
 def sample_inputs_entropy(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Sample calls of `entropy`.
-
-    Args:
-        dtype: of the floating tensors.
-        device: of all tensors.
-
-    Yields:
-        About one `SampleInput` for each shape, memory layout and kind of values.
-    """
+    """Sample calls of `entropy`, about one for each shape, memory layout and kind of values."""
     for seed, case in enumerate(_ROWS):
         generator = torch.Generator(device).manual_seed(seed)
         logits = _logits(case, case.shape, generator).to(dtype)
@@ -103,15 +95,7 @@ def sample_inputs_entropy(dtype: torch.dtype, device: str = "cpu") -> Iterator[S
 
 
 def sample_inputs_kl_divergence(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Sample calls of `kl_divergence`.
-
-    Args:
-        dtype: of the floating tensors.
-        device: of all tensors.
-
-    Yields:
-        About one `SampleInput` for each pair of kinds, shape and memory layout.
-    """
+    """Sample calls of `kl_divergence`, about one for each pair of kinds, shape and memory layout."""
     for seed, case in enumerate((*_ROWS, *_PAIRS)):
         generator = torch.Generator(device).manual_seed(seed)
         p, q = (_logits(case, shape, generator) for shape in (case.shape, case.q or case.shape))
@@ -126,15 +110,7 @@ def sample_inputs_kl_divergence(dtype: torch.dtype, device: str = "cpu") -> Iter
 
 
 def sample_inputs_kl_div(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Sample calls of `kl_div`.
-
-    Args:
-        dtype: of the floating tensors.
-        device: of all tensors.
-
-    Yields:
-        About one `SampleInput` for each reduction, kind of target, shape and memory layout.
-    """
+    """Sample calls of `kl_div`, about one for each reduction, kind of target, shape and memory layout."""
     cases = [
         *(
             (f"{reduction}_{kind}", (513, 27), (513, 27), "contiguous", reduction, kind)
@@ -169,15 +145,7 @@ _KL_DIV_OPTIONS = [(r, kind) for r in ("none", "mean", "batchmean", "sum") for k
 
 
 def sample_inputs_surprisal(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Sample calls of `surprisal`.
-
-    Args:
-        dtype: of the floating tensors.
-        device: of all tensors.
-
-    Yields:
-        About one `SampleInput` for each shape, memory layout and dtype of the targets.
-    """
+    """Sample calls of `surprisal`, about one for each shape, memory layout and dtype of the targets."""
     for seed, case in enumerate((*_ROWS, *_TARGETS)):
         generator = torch.Generator(device).manual_seed(seed)
         logits = _logits(case, case.shape, generator)

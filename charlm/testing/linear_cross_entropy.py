@@ -13,7 +13,7 @@ from .samples import PROBABILITIES, SampleInput, laid_out
 
 
 @dataclass(frozen=True)
-class _LinearCrossEntropyCase:
+class _Case:
     """The recipe of a `SampleInput`: the shapes are (N, D) or (D), and (C, d1, ...)."""
 
     name: str
@@ -32,30 +32,30 @@ _EXTRAS = {"label_smoothing": 0.1, "lse_square_scale": 0.02, "softcap": 4.0, "lo
 _RETURNS = {"return_lse": True, "return_entropy": True}
 
 _CASES = (
-    _LinearCrossEntropyCase("names", (33, 19), (27,)),
-    _LinearCrossEntropyCase("many_rows", (1025, 10), (27,), bias=True),
-    _LinearCrossEntropyCase("thousand_classes", (129, 33), (1000,), ignored=0.3),
-    _LinearCrossEntropyCase("odd_large_vocabulary", (33, 65), (4099,), target=torch.uint16, bias=True),
-    _LinearCrossEntropyCase("one_row", (1, 19), (27,), bias=True),
-    _LinearCrossEntropyCase("one_class", (33, 19), (1,)),
-    _LinearCrossEntropyCase("one_feature", (33, 1), (27,)),
-    _LinearCrossEntropyCase("no_batch_dimension", (19,), (27,), bias=True),
-    _LinearCrossEntropyCase("no_batch_dimension_none", (19,), (27,), options={"reduction": "none"}),
-    _LinearCrossEntropyCase("empty_batch_mean", (0, 19), (27,), bias=True),
-    _LinearCrossEntropyCase("empty_batch_none", (0, 19), (27,), options={"reduction": "none"}),
-    _LinearCrossEntropyCase("empty_batch_zero", (0, 19), (27,), options={"all_ignored": "zero"}),
-    _LinearCrossEntropyCase("sum_uint8", (33, 19), (27,), target=torch.uint8, options={"reduction": "sum"}),
-    _LinearCrossEntropyCase("none", (257, 19), (65,), bias=True, ignored=0.3, options={"reduction": "none"}),
-    _LinearCrossEntropyCase("all_ignored_mean", (33, 19), (27,), bias=True, ignored=1.0),
-    _LinearCrossEntropyCase("all_ignored_zero", (33, 19), (27,), ignored=1.0, options={"all_ignored": "zero"}),
-    _LinearCrossEntropyCase("ignored_class", (33, 19), (27,), options={"ignore_index": 3}),
-    _LinearCrossEntropyCase("class_weight", (33, 19), (65,), class_weight=True, ignored=0.3),
-    _LinearCrossEntropyCase("smoothing", (33, 19), (65,), bias=True, options={"label_smoothing": 0.1}),
-    _LinearCrossEntropyCase("token_weight", (33, 19), (65,), token_weight=True, ignored=0.3),
-    _LinearCrossEntropyCase(
+    _Case("names", (33, 19), (27,)),
+    _Case("many_rows", (1025, 10), (27,), bias=True),
+    _Case("thousand_classes", (129, 33), (1000,), ignored=0.3),
+    _Case("odd_large_vocabulary", (33, 65), (4099,), target=torch.uint16, bias=True),
+    _Case("one_row", (1, 19), (27,), bias=True),
+    _Case("one_class", (33, 19), (1,)),
+    _Case("one_feature", (33, 1), (27,)),
+    _Case("no_batch_dimension", (19,), (27,), bias=True),
+    _Case("no_batch_dimension_none", (19,), (27,), options={"reduction": "none"}),
+    _Case("empty_batch_mean", (0, 19), (27,), bias=True),
+    _Case("empty_batch_none", (0, 19), (27,), options={"reduction": "none"}),
+    _Case("empty_batch_zero", (0, 19), (27,), options={"all_ignored": "zero"}),
+    _Case("sum_uint8", (33, 19), (27,), target=torch.uint8, options={"reduction": "sum"}),
+    _Case("none", (257, 19), (65,), bias=True, ignored=0.3, options={"reduction": "none"}),
+    _Case("all_ignored_mean", (33, 19), (27,), bias=True, ignored=1.0),
+    _Case("all_ignored_zero", (33, 19), (27,), ignored=1.0, options={"all_ignored": "zero"}),
+    _Case("ignored_class", (33, 19), (27,), options={"ignore_index": 3}),
+    _Case("class_weight", (33, 19), (65,), class_weight=True, ignored=0.3),
+    _Case("smoothing", (33, 19), (65,), bias=True, options={"label_smoothing": 0.1}),
+    _Case("token_weight", (33, 19), (65,), token_weight=True, ignored=0.3),
+    _Case(
         "all_extras", (129, 33), (515,), bias=True, class_weight=True, token_weight=True, ignored=0.3, options=_EXTRAS
     ),
-    _LinearCrossEntropyCase(
+    _Case(
         "all_extras_none",
         (33, 19),
         (65,),
@@ -63,14 +63,14 @@ _CASES = (
         token_weight=True,
         options={"reduction": "none", **_EXTRAS},
     ),
-    _LinearCrossEntropyCase("returns", (33, 19), (65,), bias=True, ignored=0.3, options={**_EXTRAS, **_RETURNS}),
-    _LinearCrossEntropyCase("returns_none", (33, 19), (65,), options={"reduction": "none", **_RETURNS}),
-    _LinearCrossEntropyCase("sliced_columns", (33, 19), (65,), layout="sliced_columns"),
-    _LinearCrossEntropyCase("every_other_column", (33, 19), (65,), layout="every_other_column", bias=True),
-    _LinearCrossEntropyCase("every_other_row", (33, 19), (65,), layout="every_other_row", ignored=0.3),
-    _LinearCrossEntropyCase("transposed", (33, 19), (65,), layout="transposed"),
-    _LinearCrossEntropyCase("probabilities", (33, 19), (65,), target=PROBABILITIES, bias=True),
-    _LinearCrossEntropyCase(
+    _Case("returns", (33, 19), (65,), bias=True, ignored=0.3, options={**_EXTRAS, **_RETURNS}),
+    _Case("returns_none", (33, 19), (65,), options={"reduction": "none", **_RETURNS}),
+    _Case("sliced_columns", (33, 19), (65,), layout="sliced_columns"),
+    _Case("every_other_column", (33, 19), (65,), layout="every_other_column", bias=True),
+    _Case("every_other_row", (33, 19), (65,), layout="every_other_row", ignored=0.3),
+    _Case("transposed", (33, 19), (65,), layout="transposed"),
+    _Case("probabilities", (33, 19), (65,), target=PROBABILITIES, bias=True),
+    _Case(
         "probabilities_all_extras",
         (33, 19),
         (65,),
@@ -79,9 +79,9 @@ _CASES = (
         token_weight=True,
         options=_EXTRAS,
     ),
-    _LinearCrossEntropyCase("probabilities_no_batch", (19,), (27,), target=PROBABILITIES),
-    _LinearCrossEntropyCase("two_more_dimensions", (9, 19), (27, 3, 2), bias=True, class_weight=True, ignored=0.3),
-    _LinearCrossEntropyCase("probabilities_of_two_dimensions", (9, 19), (27, 3), target=PROBABILITIES),
+    _Case("probabilities_no_batch", (19,), (27,), target=PROBABILITIES),
+    _Case("two_more_dimensions", (9, 19), (27, 3, 2), bias=True, class_weight=True, ignored=0.3),
+    _Case("probabilities_of_two_dimensions", (9, 19), (27, 3), target=PROBABILITIES),
 )
 
 
@@ -91,20 +91,12 @@ MANY_CLASSES_FLOAT64_ULPS = 64.0
 
 
 def sample_inputs_linear_cross_entropy(dtype: torch.dtype, device: str = "cpu") -> Iterator[SampleInput]:
-    """Sample calls of `linear_cross_entropy`.
-
-    Args:
-        dtype: of the floating tensors.
-        device: of all tensors.
-
-    Yields:
-        About one `SampleInput` for each option, shape and memory layout.
-    """
+    """Sample calls of `linear_cross_entropy`, about one for each option, shape and memory layout."""
     for seed, case in enumerate(_CASES):
         yield _sample(case, dtype, device, torch.Generator(device).manual_seed(seed))
 
 
-def _sample(case: _LinearCrossEntropyCase, dtype: torch.dtype, device: str, generator: torch.Generator) -> SampleInput:
+def _sample(case: _Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> SampleInput:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
