@@ -68,11 +68,6 @@ def integer(function: str, name: str, value: Any) -> int:
     return int(value)
 
 
-def shift(value: Any) -> int:
-    """The number of positions that `shift` is: True is 1."""
-    return int(value) if isinstance(value, bool) else integer("linear_cross_entropy", "shift", value)
-
-
 def memory_budget(value: Any) -> int:
     """Bytes: TypeError for anything but an int, ValueError for one that is not positive."""
     budget = integer("linear_cross_entropy", "memory_budget", value)

@@ -260,7 +260,6 @@ def cross_entropy(
         )
     if not has_kernels:
         keywords = options.keywords() | {
-            "reduction": reduction,
             "inplace": inplace,
             "return_lse": return_lse,
             "return_entropy": return_entropy,
@@ -276,27 +275,19 @@ def cross_entropy(
     if not returns:
         return torch.ops.charlm.cross_entropy.default(*tensors, *arguments)[0]
     if return_lse or return_entropy:
-        loss, _, lse, entropy, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_with_metrics.default(
-            *tensors, *arguments
-        )
-        return CrossEntropyOutput(
-            loss,
-            lse if return_lse else None,
-            entropy if return_entropy else None,
-            predicted_tokens if return_predicted_tokens else None,
-            token_accuracy if return_token_accuracy else None,
-        )
-    # Computed before the loss, which may overwrite the logits.
-    _, _, predicted_tokens, token_accuracy = torch.ops.charlm.cross_entropy_metrics.default(
-        input.detach(), target.detach(), *arguments
-    )
-    # Without lse and entropy the loss is computed as without return_*, in place where that is requested.
+        loss, _, *metrics = torch.ops.charlm.cross_entropy_with_metrics.default(*tensors, *arguments)
+    else:
+        # Computed before the loss, which may overwrite the logits.
+        metrics = torch.ops.charlm.cross_entropy_metrics.default(input.detach(), target.detach(), *arguments)
+        # Without lse and entropy the loss is computed as without return_*, in place where that is requested.
+        loss = cross_entropy(input, target, weight, token_weight=token_weight, inplace=inplace, **options.keywords())
+    lse, entropy, predicted_tokens, token_accuracy = metrics
     return CrossEntropyOutput(
-        cross_entropy(
-            input, target, weight, inplace=inplace, token_weight=token_weight, reduction=reduction, **options.keywords()
-        ),
-        predicted_tokens=predicted_tokens if return_predicted_tokens else None,
-        token_accuracy=token_accuracy if return_token_accuracy else None,
+        loss,
+        lse if return_lse else None,
+        entropy if return_entropy else None,
+        predicted_tokens if return_predicted_tokens else None,
+        token_accuracy if return_token_accuracy else None,
     )
 
 
@@ -342,7 +333,6 @@ class CrossEntropyOptions(NamedTuple):
         return (*self[:-2], self.all_ignored == "zero", self.loss_dtype)
 
     def keywords(self) -> dict[str, Any]:
-        """The keywords of `cross_entropy`, without the reduction."""
-        keywords = self._asdict()
-        del keywords["reduction"]
-        return keywords | {"softcap": self.softcap or None}
+        """The keywords of `cross_entropy`."""
+        reduction = ("none", "mean", "sum")[self.reduction]
+        return self._asdict() | {"reduction": reduction, "softcap": self.softcap or None}

@@ -67,7 +67,17 @@ def embedding(
     if type(norm_type) is not float:
         norm_type = _checks.number("embedding", "norm_type", norm_type)
     if max_norm is not None:
-        return _with_max_norm(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        max_norm = _checks.number("embedding", "max_norm", max_norm)
+        if not have_kernels("embedding", ("input", "weight"), (input, weight)):
+            return reference.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        with torch.no_grad():
+            # embedding_renorm_ scales rows until it finds a bad index. This lookup raises before any row is scaled.
+            embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+            if weight.is_cuda:
+                # In torch's function, which waits for the device anyway, a bad index would destroy the CUDA context.
+                torch.ops.charlm._synchronize.default(weight)
+            if weight.numel():  # torch's kernel reads one number of an empty table: pytorch#195185
+                torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
     if _C is not None and not is_compiling():
         rows = _C.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
         if rows is not NotImplemented:
@@ -85,27 +95,3 @@ def embedding(
             return rows
         return reference.embedding(input, weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
     return torch.ops.charlm.embedding.default(weight, input, row, scale_grad_by_freq, sparse)
-
-
-def _with_max_norm(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None,
-    max_norm: float,
-    norm_type: float,
-    scale_grad_by_freq: bool,
-    sparse: bool,
-) -> Tensor:
-    has_kernels = have_kernels("embedding", ("input", "weight"), (input, weight))
-    max_norm = _checks.number("embedding", "max_norm", max_norm)
-    if not has_kernels:
-        return reference.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    with torch.no_grad():
-        # embedding_renorm_ scales rows until it finds a bad index. This lookup raises for one before any row is scaled.
-        embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
-        if weight.is_cuda:
-            # In torch's function, which waits for the device anyway, a bad index would destroy the CUDA context.
-            torch.ops.charlm._synchronize.default(weight)
-        if weight.numel():  # torch's kernel reads one number of an empty table: pytorch#195185
-            torch.embedding_renorm_(weight, input.to(torch.int64).contiguous(), max_norm, norm_type)
-    return embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)

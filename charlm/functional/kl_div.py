@@ -94,17 +94,17 @@ def kl_div(
         result = by_sharding_rule("kl_div", (input, target), reduction=reduction, log_target=log_target)
         if result is not NotImplemented:
             return result
-    if not (has_kernels and input.is_floating_point() and target.is_floating_point()) or (
-        is_legacy and reduction == "batchmean"  # torch applies both divisors
+    batch_size = input.size(0) if input.dim() > 0 else 1
+    if (
+        not (has_kernels and input.is_floating_point() and target.is_floating_point())
+        or (is_legacy and reduction == "batchmean")  # torch applies both divisors
+        or isinstance(batch_size, Tensor)  # in torch.jit.trace, which cannot record a number that depends on a size
     ):
         return _by_torch(input, target, size_average, reduce, reduction, log_target)
     if is_legacy:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if reduction != "batchmean":
         _reduction.get_enum(reduction)  # ValueError for an unknown name
-    batch_size = input.size(0) if input.dim() > 0 else 1
-    if isinstance(batch_size, Tensor):  # in torch.jit.trace, which cannot record a number that depends on a size
-        return _by_torch(input, target, size_average, reduce, reduction, log_target)
     if input.dtype != target.dtype:
         dtype = torch.result_type(input, target)
         input, target = input.to(dtype), target.to(dtype)

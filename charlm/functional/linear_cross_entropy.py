@@ -172,13 +172,18 @@ def linear_cross_entropy(
         autocast; and in torch.func's transforms, forward-mode AD and double backward.
     """
     tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
-    extras = {
+    keywords: dict[str, Any] = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "options": options,
         "lse_square_scale": lse_square_scale,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "token_weight": token_weight,
         "all_ignored": all_ignored,
         "loss_dtype": loss_dtype,
+        "shift": shift,
+        "memory_budget": memory_budget,
         "return_lse": return_lse,
         "return_entropy": return_entropy,
         "return_predicted_tokens": return_predicted_tokens,
@@ -193,97 +198,44 @@ def linear_cross_entropy(
             target,
             linear_bias=linear_bias,
             weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-            shift=shift,
-            memory_budget=memory_budget,
-            **extras,
+            token_weight=token_weight,
+            **keywords,
         )
     has_kernels = have_kernels("linear_cross_entropy", _TENSORS, tensors)
     budget = 0 if memory_budget is None else _checks.memory_budget(memory_budget)
-    positions = 0 if shift is False else _checks.shift(shift)
+    shift = int(shift) if isinstance(shift, bool) else _checks.integer("linear_cross_entropy", "shift", shift)
+    keywords["shift"] = shift
     if not has_kernels:
-        result = by_sharding_rule(
-            "linear_cross_entropy",
-            tensors,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-            shift=positions,
-            memory_budget=memory_budget,
-            **{name: value for name, value in extras.items() if name != "token_weight"},
-        )
+        result = by_sharding_rule("linear_cross_entropy", tensors, **keywords)
         if result is not NotImplemented:
             return result
-    if positions:
-        return _shifted(
-            positions,
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-            memory_budget=memory_budget,
-            **extras,
-        )
+    if shift:
+        return _shifted(*tensors, **keywords)
     _checks.linear_shapes(input, linear_weight, linear_bias)
     if ignore_index is None:
         ignore_index = -100
     elif target.shape == _logits_shape(input, linear_weight):
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     if not has_kernels or _needs_whole_logits(input, linear_weight, target, weight, token_weight):
-        return cross_entropy(
-            _make_logits(input, linear_weight, linear_bias),
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            **extras,
-        )
+        del keywords["options"], keywords["shift"], keywords["memory_budget"]
+        keywords["ignore_index"] = ignore_index
+        logits = _make_logits(input, linear_weight, linear_bias)
+        return cross_entropy(logits, target, weight, token_weight=token_weight, **keywords)
+    given = (reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, all_ignored, loss_dtype)
     block_rows = _block_rows(options, input, linear_weight)
     returns = return_lse or return_entropy or return_predicted_tokens or return_token_accuracy
     if not returns and not is_compiling():
-        return _C.linear_cross_entropy(
-            *tensors,
-            block_rows,
-            reduction,
-            ignore_index,
-            label_smoothing,
-            lse_square_scale,
-            softcap,
-            logit_scale,
-            all_ignored,
-            loss_dtype,
-            budget,
-        )
-    checked = CrossEntropyOptions.checked(
-        "linear_cross_entropy",
-        reduction,
-        ignore_index,
-        label_smoothing,
-        lse_square_scale,
-        softcap,
-        logit_scale,
-        all_ignored,
-        loss_dtype,
-    )
-    scalars = (block_rows, 0, *checked.schema_arguments(), budget)  # 0: the op chooses the dtype of the products
+        return _C.linear_cross_entropy(*tensors, block_rows, *given, budget)
+    checked = CrossEntropyOptions.checked("linear_cross_entropy", *given).schema_arguments()
+    arguments = (False, block_rows, 0, *checked, budget)  # 0: the op chooses the dtype of the products
     if not returns:
-        return torch.ops.charlm.linear_cross_entropy.default(*tensors, False, *scalars)
+        return torch.ops.charlm.linear_cross_entropy.default(*tensors, *arguments)
     if not (return_lse or return_entropy):  # apart from the loss, whose forward then computes the gradients too
-        loss = torch.ops.charlm.linear_cross_entropy.default(*tensors, False, *scalars)
+        loss = torch.ops.charlm.linear_cross_entropy.default(*tensors, *arguments)
         detached = (None if tensor is None else tensor.detach() for tensor in tensors)
-        metrics = torch.ops.charlm.linear_cross_entropy_metrics.default(*detached, False, *scalars)
+        metrics = torch.ops.charlm.linear_cross_entropy_metrics.default(*detached, *arguments)
     else:
-        loss, *metrics = torch.ops.charlm.linear_cross_entropy_with_metrics.default(*tensors, False, *scalars)
+        loss, *metrics = torch.ops.charlm.linear_cross_entropy_with_metrics.default(*tensors, *arguments)
     lse, entropy, predicted_tokens, token_accuracy = metrics
     return CrossEntropyOutput(
         loss,
@@ -295,13 +247,14 @@ def linear_cross_entropy(
 
 
 def _shifted(
-    shift: int,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
-    *,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
     token_weight: Tensor | None,
-    reduction: str,
+    *,
+    shift: int,
     **keywords: Any,
 ) -> Tensor | CrossEntropyOutput:
     """The loss of the input at position t and the target at position t + shift of each sequence."""
@@ -318,14 +271,13 @@ def _shifted(
     shape = (*sequences[:-1], sequences[-1] - shift)
     rows, targets = input[..., :-shift, :].flatten(0, -2), target[..., shift:].flatten()
     weights = None if token_weight is None else token_weight[..., shift:].flatten()
+    tensors = {"linear_bias": linear_bias, "weight": weight, "token_weight": weights}
     try:
-        result = linear_cross_entropy(
-            rows, linear_weight, targets, token_weight=weights, reduction=reduction, **keywords
-        )
+        result = linear_cross_entropy(rows, linear_weight, targets, **tensors, **keywords)
     except IndexError as error:
         raise IndexError(_with_position_in_target(str(error), shape, shift)) from None
     if isinstance(result, Tensor):
-        return result.reshape(shape) if reduction == "none" else result
+        return result.reshape(shape) if keywords["reduction"] == "none" else result
     return CrossEntropyOutput(*(t if t is None or t.dim() == 0 else t.reshape(shape) for t in result))
 
 
