@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -40,23 +39,22 @@ class _PatchedFunctions:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._n_active = 0
+        self._active: set[TorchPatch] = set()
         self._found: dict[str, Callable[..., Any]] = {}
 
-    def acquire(self) -> None:
+    def add(self, patch: TorchPatch) -> None:
         with self._lock:
-            if self._n_active == 0:
+            if not self._active:
                 self._found = {name: getattr(torch.nn.functional, name) for name in _FUNCTIONS}
-                for name, function in _FUNCTIONS.items():
-                    setattr(torch.nn.functional, name, function)
-            self._n_active += 1
+                vars(torch.nn.functional).update(_FUNCTIONS)
+            self._active.add(patch)
 
-    def release(self) -> None:
+    def remove(self, patch: TorchPatch) -> None:
         with self._lock:
-            self._n_active -= 1
-            if self._n_active == 0:
-                for name, function in self._found.items():
-                    setattr(torch.nn.functional, name, function)
+            if patch in self._active:
+                self._active.remove(patch)
+                if not self._active:
+                    vars(torch.nn.functional).update(self._found)
 
 
 _patched_functions = _PatchedFunctions()
@@ -70,32 +68,19 @@ class TorchPatch:
     """
 
     def __init__(self) -> None:
-        self._active = False
         self._depth = 0
-        self._apply()
-
-    def _apply(self) -> None:
-        if not self._active:
-            _patched_functions.acquire()
-            self._active = True
+        _patched_functions.add(self)
 
     def undo(self) -> None:
         """Ends this patch; does nothing if it has ended. Other active patches stay active."""
-        if self._active:
-            self._active = False
-            _patched_functions.release()
+        _patched_functions.remove(self)
 
     def __enter__(self) -> TorchPatch:
-        self._apply()
+        _patched_functions.add(self)
         self._depth += 1
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._depth -= 1
         if self._depth == 0:
             self.undo()
