@@ -82,7 +82,8 @@ class Layout(NamedTuple):
         wanted = self.placements(labels)
         if tensor.placements != wanted:
             tensor = tensor.redistribute(placements=wanted)
-        return _waited(tensor.to_local(grad_placements=self.partial(labels)))
+        local = tensor.to_local(grad_placements=self.partial(labels))
+        return _Wait.apply(local) if isinstance(local, AsyncCollectiveTensor) else local
 
     def wrap(self, local: Tensor, labels: Labels, shape: Sequence[int]) -> DTensor:
         """The DTensor of `shape` whose shards are the contiguous `local`; a sum where it lacks a sharded label."""
@@ -183,7 +184,3 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         return grad_output
-
-
-def _waited(local: Tensor) -> Tensor:
-    return _Wait.apply(local) if isinstance(local, AsyncCollectiveTensor) else local

@@ -25,18 +25,8 @@ from charlm.functional.outputs import EmbeddingLinearOutput
 from .class_part import Part
 from .class_sharded import Entropy, KlDivergence
 from .layout import CLASSES, Labels, Layout, find_layout
-from .losses import cross_entropy, linear_cross_entropy
+from .losses import cross_entropy, linear_cross_entropy  # noqa: F401  the rules of these two ops
 from .vocab_parallel_autograd import in_autocast
-
-__all__ = [
-    "cross_entropy",
-    "embedding",
-    "embedding_linear",
-    "entropy",
-    "kl_div",
-    "kl_divergence",
-    "linear_cross_entropy",
-]
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -11,16 +11,8 @@ from charlm.functional import CrossEntropyOutput
 from charlm.functional.cross_entropy import AllIgnored, CrossEntropyOptions
 from charlm.functional.kernels import have_kernels
 
-from .class_part import Part
-from .vocab_parallel_autograd import (
-    OfLinear,
-    OfLogits,
-    Rows,
-    Wanted,
-    in_autocast,
-    of_linear_by_formula,
-    of_logits_by_formula,
-)
+from .class_part import Copied, Part
+from .vocab_parallel_autograd import OfLinear, OfLogits, Rows, Wanted, in_autocast, of_logits_by_formula
 
 BUDGET_ON_CPU, BUDGET_ON_GPU = 64 * 10**6, 2**30  # bytes, the defaults of linear_cross_entropy's memory_budget
 MIN_BLOCK = 16  # rows: products of fewer are slow and round more
@@ -77,17 +69,8 @@ def vocab_parallel_cross_entropy(
         RuntimeError: class probabilities as target; shapes or dtypes that do not fit; a `weight` or `token_weight` that
             requires grad; `inplace` with logits that are a leaf or may overlap themselves.
     """
-    options = CrossEntropyOptions.checked(
-        "vocab_parallel_cross_entropy",
-        reduction,
-        ignore_index,
-        label_smoothing,
-        lse_square_scale,
-        softcap,
-        logit_scale,
-        all_ignored,
-        loss_dtype,
-    )
+    scalars = (reduction, ignore_index, label_smoothing, lse_square_scale, softcap, logit_scale, all_ignored)
+    options = CrossEntropyOptions.checked("vocab_parallel_cross_entropy", *scalars, loss_dtype)
     _checks.choice("inplace", inplace, (None, "backward"))
     if logits.dim() < 2:
         raise RuntimeError(f"expected logits of shape (N, C_r) or (N, C_r, d1, ...), got {tuple(logits.shape)}")
@@ -97,21 +80,13 @@ def vocab_parallel_cross_entropy(
     if torch.is_autocast_enabled(device):  # as cross_entropy's
         logits, weight = (in_autocast(tensor, torch.float32) for tensor in (logits, weight))
     rows = Rows.of(part, target, logits.shape[:1] + logits.shape[2:], weight, options, logits.dtype)
-    wanted = Wanted(options.label_smoothing > 0, return_entropy, return_predicted_tokens or return_token_accuracy)
+    returns = (return_lse, return_entropy, return_predicted_tokens, return_token_accuracy)
+    wanted = Wanted(options.label_smoothing > 0, *returns)
     rows.check_inplace(logits, inplace)
     with torch.autocast(device, enabled=False):
         function = OfLogits.apply if have_kernels("cross_entropy", ("logits",), (logits,)) else of_logits_by_formula
-        numbers = function(logits, rows, options, wanted, return_lse or return_entropy, inplace is not None)
-    return rows.result(
-        numbers,
-        options,
-        loss_dtype or logits.dtype,
-        token_weight,
-        return_lse,
-        return_entropy,
-        return_predicted_tokens,
-        return_token_accuracy,
-    )
+        numbers = function(logits, rows, options, wanted, inplace is not None)
+    return rows.result(numbers, options, loss_dtype or logits.dtype, token_weight, wanted)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -174,7 +149,7 @@ def vocab_parallel_linear_cross_entropy(
             f"expected input (N, D) and linear_weight (C_r, D), got {tuple(input.shape)} and "
             f"{tuple(linear_weight.shape)}"
         )
-    part = Part.of("vocab_parallel_linear_cross_entropy", num_classes, group)
+    part = Part.of(function, num_classes, group)
     part.check("linear_weight", linear_weight.shape[0])
     device = input.device.type
     result_dtype = input.dtype
@@ -183,16 +158,15 @@ def vocab_parallel_linear_cross_entropy(
         input, linear_weight, linear_bias = (in_autocast(t, dtype) for t in (input, linear_weight, linear_bias))
         weight = in_autocast(weight, torch.float32)
     rows = Rows.of(part, target, input.shape[:1], weight, options, input.dtype)
-    wanted = Wanted(options.label_smoothing > 0, return_entropy, return_predicted_tokens or return_token_accuracy)
+    returns = (return_lse, return_entropy, return_predicted_tokens, return_token_accuracy)
+    wanted = Wanted(options.label_smoothing > 0, *returns)
     with torch.autocast(device, enabled=False):
         tensors = (input, linear_weight, linear_bias)
         if have_kernels(function, ("input", "linear_weight", "linear_bias?"), tensors):
             row_bytes = max(1, linear_weight.shape[0] * input.element_size())
             block = max(MIN_BLOCK, (budget or (BUDGET_ON_GPU if input.is_cuda else BUDGET_ON_CPU)) // row_bytes)
-            numbers = OfLinear.apply(*tensors, rows, options, wanted, return_lse or return_entropy, block)
+            numbers = OfLinear.apply(*tensors, rows, options, wanted, block)
         else:
-            numbers = of_linear_by_formula(*tensors, rows, options, wanted, return_lse or return_entropy)
-        return rows.result(
-            numbers, options, loss_dtype or result_dtype, token_weight, return_lse, return_entropy,
-            return_predicted_tokens, return_token_accuracy,
-        )  # fmt: skip
+            logits = torch.nn.functional.linear(Copied.apply(input, part), linear_weight, linear_bias)
+            numbers = of_logits_by_formula(logits, rows, options, wanted)
+        return rows.result(numbers, options, loss_dtype or result_dtype, token_weight, wanted)

@@ -33,7 +33,7 @@ from torch.nn import functional as torch_functional
 from charlm.functional import CrossEntropyOutput
 from charlm.functional.cross_entropy import CrossEntropyOptions
 
-from .class_part import Copied, Gathered, Part, shares_of
+from .class_part import Gathered, Part, shares_of
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 IGNORED = -100  # target of a row that has no target among the classes of this rank
@@ -42,11 +42,22 @@ IGNORED = -100  # target of a row that has no target among the classes of this r
 
 
 class Wanted(NamedTuple):
-    """What is computed of each row beside its loss and its log-sum-exp."""
+    """What is computed of each row beside its loss, and which metrics are returned."""
 
     smooth: bool
+    lse: bool
     entropy: bool
-    predicted: bool
+    predicted_tokens: bool
+    token_accuracy: bool
+
+    @property
+    def all_rows(self) -> bool:
+        """Whether rows of ignored targets are computed too."""
+        return self.lse or self.entropy
+
+    @property
+    def predicted(self) -> bool:
+        return self.predicted_tokens or self.token_accuracy
 
 
 class Numbers(NamedTuple):
@@ -167,10 +178,7 @@ class Rows(NamedTuple):
         options: CrossEntropyOptions,
         dtype: torch.dtype,
         token_weight: Tensor | None,
-        return_lse: bool,
-        return_entropy: bool,
-        return_predicted_tokens: bool,
-        return_token_accuracy: bool,
+        wanted: Wanted,
     ) -> Tensor | CrossEntropyOutput:
         """The loss and the metrics from the numbers of each row, by the formula of `cross_entropy`."""
         nll, lse, smooth, entropy, predicted = numbers
@@ -204,19 +212,19 @@ class Rows(NamedTuple):
                 divisor = torch.where(self.valid.any(), divisor, 1)
             loss = loss.sum() / divisor
         loss = loss.to(dtype)
-        if not (return_lse or return_entropy or return_predicted_tokens or return_token_accuracy):
+        if not (wanted.all_rows or wanted.predicted):
             return loss
         accuracy = None
-        if return_token_accuracy:
+        if wanted.token_accuracy:
             accuracy = ((predicted == self.target) & self.valid).float()
             if options.reduction != 0:
                 count = self.valid.sum()
                 accuracy = accuracy.sum() / (count.clamp(min=1) if options.all_ignored == "zero" else count)
         return CrossEntropyOutput(
             loss,
-            lse if return_lse else None,
-            entropy if return_entropy else None,
-            predicted if return_predicted_tokens else None,
+            lse if wanted.lse else None,
+            entropy,
+            predicted if wanted.predicted_tokens else None,
             accuracy,
         )
 
@@ -224,24 +232,28 @@ class Rows(NamedTuple):
 # ------------------------------------------------------------------------------------------- this rank, and all ranks
 
 
-def _of_this_rank(logits: Tensor, rows: Rows, options: CrossEntropyOptions, wanted: Wanted, all_rows: bool) -> Tensor:
+def _of_no_class(n: int, wanted: Wanted, compute: torch.dtype, device: torch.device) -> Tensor:
+    """`_of_this_rank` for a rank without classes."""
+    numbers = torch.zeros(3 + wanted.smooth + wanted.entropy + 2 * wanted.predicted, n, dtype=compute, device=device)
+    numbers[0], numbers[1] = -math.inf, 1
+    if wanted.predicted:
+        numbers[-1] = -math.inf
+    return numbers
+
+
+def _of_this_rank(logits: Tensor, rows: Rows, options: CrossEntropyOptions, wanted: Wanted) -> Tensor:
     """(K, n): of each row m_r, s_r and d_r, then, as wanted, the smoothed loss, the entropy, and the predicted class
     (its bits, as an integer) with its logit.
 
-    Rows of ignored targets are computed with `all_rows` only. d_r counts on the rank of the target only.
+    d_r counts on the rank of the target only.
     """
     compute = torch.promote_types(logits.dtype, torch.float32)
-    n = rows.own.numel()
     size = logits.shape[1]
     if size == 0:
-        numbers = logits.new_zeros((3 + sum(wanted) + wanted.predicted, n), dtype=compute)
-        numbers[0], numbers[1] = -math.inf, 1
-        if wanted.predicted:
-            numbers[-1] = -math.inf
-        return numbers
+        return _of_no_class(rows.own.numel(), wanted, compute, logits.device)
     op, tail = torch.ops.charlm, (0.0, options.softcap, options.logit_scale, False, compute)
     # A target of another rank counts as class 0 here, so that its row has a log-sum-exp.
-    target = torch.where((rows.own == IGNORED) & (rows.valid | all_rows), 0, rows.own)
+    target = torch.where((rows.own == IGNORED) & (rows.valid | wanted.all_rows), 0, rows.own)
     loss, state = op.cross_entropy.default(logits, target, None, None, 0, IGNORED, 0.0, *tail)
     maximum, total = state
     dead = maximum == -math.inf  # or all NaN, as the sum is then
@@ -360,8 +372,8 @@ class OfLogits(Function):
     """`Numbers` of logits whose classes are divided among ranks."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Any, rows: Any, options: Any, wanted: Any, all_rows: Any, inplace: Any) -> Any:
-        numbers, state = _of_all_ranks(_of_this_rank(logits, rows, options, wanted, all_rows), rows, wanted)
+    def forward(ctx: Any, logits: Any, rows: Any, options: Any, wanted: Any, inplace: Any) -> Any:
+        numbers, state = _of_all_ranks(_of_this_rank(logits, rows, options, wanted), rows, wanted)
         ctx.save_for_backward(logits, state, numbers.entropy)
         ctx.call = rows, options
         ctx.inplace = inplace and not wanted.smooth and not is_compiling()
@@ -375,20 +387,18 @@ class OfLogits(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         logits, state, entropy = ctx.saved_tensors
         grad = _gradient(logits.detach(), state, entropy, grads[:4], *ctx.call, ctx.inplace)
-        return grad.to(logits.dtype), None, None, None, None, None
+        return grad.to(logits.dtype), None, None, None, None
 
 
 class OfLinear(Function):
     """`Numbers` of the logits of a linear layer, in blocks of rows."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: Any, weight: Any, bias: Any, rows: Any, options: Any, wanted: Any, all_rows: Any, block: Any
-    ) -> Any:
+    def forward(ctx: Any, input: Any, weight: Any, bias: Any, rows: Any, options: Any, wanted: Any, block: Any) -> Any:
         numbers, kept = [], None
         for at in range(0, max(1, len(input)), block):
             logits = torch_functional.linear(input[at : at + block], weight, bias)
-            numbers.append(_of_this_rank(logits, _block(rows, at, block), options, wanted, all_rows))
+            numbers.append(_of_this_rank(logits, _block(rows, at, block), options, wanted))
             kept = logits if block >= len(input) and any(ctx.needs_input_grad) else None
             del logits  # before the next block
         result, state = _of_all_ranks(torch.cat(numbers, 1), rows, wanted)
@@ -436,7 +446,7 @@ class OfLinear(Function):
             dist.all_reduce(grad_input, group=rows.part.group)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(weight.dtype)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 def _block(rows: Rows, at: int, size: int) -> Rows:
@@ -448,7 +458,7 @@ def _block(rows: Rows, at: int, size: int) -> Rows:
 
 
 def of_logits_by_formula(
-    logits: Tensor, rows: Rows, options: CrossEntropyOptions, wanted: Wanted, all_rows: bool, inplace: bool
+    logits: Tensor, rows: Rows, options: CrossEntropyOptions, wanted: Wanted, inplace: bool = False
 ) -> Numbers:
     """`OfLogits` in torch's own ops."""
     size, n = logits.shape[1], rows.own.numel()
@@ -456,13 +466,10 @@ def of_logits_by_formula(
     z = z * options.logit_scale
     if options.softcap > 0:
         z = options.softcap * torch.tanh(z / options.softcap)
-    if not all_rows:
+    if not wanted.all_rows:
         z = torch.where(rows.valid.view(n, 1), z, 0)
     if size == 0:
-        numbers = z.new_zeros((3 + sum(wanted) + wanted.predicted, n)) + z.sum()  # part of the graph of autograd
-        numbers[0], numbers[1] = -math.inf, 1
-        if wanted.predicted:
-            numbers[-1] = -math.inf
+        numbers = _of_no_class(n, wanted, z.dtype, z.device) + z.sum()  # part of the graph of autograd
         return _of_all_ranks(numbers, rows, wanted)[0]
     maximum, best = z.detach().max(1)
     dead = maximum == -math.inf
@@ -479,17 +486,3 @@ def of_logits_by_formula(
     if wanted.predicted:
         numbers += [_as_float(best, z.dtype), maximum]
     return _of_all_ranks(torch.stack(numbers), rows, wanted)[0]
-
-
-def of_linear_by_formula(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: Rows,
-    options: CrossEntropyOptions,
-    wanted: Wanted,
-    all_rows: bool,
-) -> Numbers:
-    """`OfLinear` in torch's own ops."""
-    logits = torch_functional.linear(Copied.apply(input, rows.part), weight, bias)
-    return of_logits_by_formula(logits, rows, options, wanted, all_rows, False)
