@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import _reduction
 from torch.nn.functional import cross_entropy as _torch_cross_entropy
 
+from .entropy import computed
 from .indices import raise_if_out_of_range, widened
 
 # (loss, lse, entropy, predicted_tokens, token_accuracy): the fields of `charlm.functional.CrossEntropyOutput`
@@ -86,7 +87,7 @@ def cross_entropy(
             )
             if not wants_output:
                 return loss
-            z = _computed(input)
+            z = computed(input)
         else:
             z = _transformed(input, softcap, logit_scale)
             loss = _weighted_loss(
@@ -200,11 +201,11 @@ def _shares(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: 
     """The weight of each target in a mean, of the losses' shape. Class weights count for class indices only."""
     shape = _loss_shape(input, target)
     if target.shape == input.shape:
-        return torch.ones_like(_computed(input.detach()).sum(_class_dim(input)))
+        return torch.ones_like(computed(input.detach()).sum(_class_dim(input)))
     index = target.reshape(shape)
     valid = index != ignore_index
     if weight is None:
-        return valid.to(_computed(input).dtype)
+        return valid.to(computed(input).dtype)
     return torch.where(valid, weight[torch.where(valid, index, 0)], 0)
 
 
@@ -214,13 +215,8 @@ def _is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _computed(input: Tensor) -> Tensor:
-    """The logits in the dtype of the arithmetic: float32 for float16 and bfloat16, else their own."""
-    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-
-
 def _transformed(input: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    z = _computed(input)
+    z = computed(input)
     info = torch.finfo(z.dtype)
     if logit_scale != 1:
         _check_factor("logit_scale", logit_scale, z.dtype)
