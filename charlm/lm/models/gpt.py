@@ -17,51 +17,50 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import charlm.functional as F
-from charlm.lm.examples import is_target
-from charlm.lm.models.base import LanguageModel
 from charlm.lm.models.dropout import HEAD, POSITION, Dropout
+from charlm.lm.models.sequence import SequenceModel
 from charlm.nn import Embedding
 
 INITIAL_STD = 0.02
 
 
 class Packed(NamedTuple):
-    """The positions of a batch (B, t) up to the last target of each row, packed into one dimension.
+    """The positions of a batch (B, t) that are computed, n of them, as rows of one matrix.
 
     A batch of names is padded to its longest name, which doubles the number of positions. Packing skips the padding in
     every layer but attention, which needs whole rows.
     """
 
-    where: Tensor  # (n,) int64 indices into the B * t positions
+    where: Tensor | None  # (n,) int64 indices into the B * t positions, increasing; None for all of them
     shape: tuple[int, int]  # B, t
 
     @classmethod
-    def of(cls, targets: Tensor) -> Packed | None:
-        """Packs a batch with these targets; None if all positions are needed, or on a GPU or under torch.compile.
+    def of(cls, at: Tensor, B: int, t: int) -> Packed:
+        """Each row up to the last of its places `at`; all of it on a GPU or under torch.compile.
 
         The number of positions depends on the data: it would synchronize a GPU and break a compiled graph.
         """
-        if not targets.is_cpu or torch.compiler.is_compiling():
-            return None
-        counted = is_target(targets)
-        if counted[:, -1].all():
-            return None
-        needed = counted.flip(1).cumsum(1).flip(1) > 0  # a target depends on all positions before it
-        return cls(needed.flatten().nonzero().flatten(), tuple(targets.shape))
+        if not at.is_cpu or torch.compiler.is_compiling():
+            return cls(None, (B, t))
+        lengths = torch.zeros(B, dtype=torch.int64).scatter_reduce(0, at // t, at % t + 1, "amax")
+        inside = torch.arange(t) < lengths[:, None]  # (B, t)
+        return cls(None if inside.all() else inside.flatten().nonzero().flatten(), (B, t))
 
     def pack(self, x: Tensor) -> Tensor:
         """(B, t, …) → (n, …)."""
-        return x.flatten(0, 1).index_select(0, self.where)
+        x = x.flatten(0, 1)
+        return x if self.where is None else x.index_select(0, self.where)
 
     def pad(self, x: Tensor) -> Tensor:
         """(n, D) → (B, t, D)."""
         B, t = self.shape
-        return x.new_zeros(B * t, x.shape[1]).index_copy(0, self.where, x).view(B, t, -1)
+        if self.where is not None:
+            x = x.new_zeros(B * t, x.shape[1]).index_copy(0, self.where, x)
+        return x.view(B, t, -1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with `n_head` heads: (B, t, D) → (B, t, D), or (n, D) → (n, D) if packed."""
+    """Causal self-attention with `n_head` heads: (n, D) → (n, D)."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float, layer: int = 0) -> None:
         super().__init__()
@@ -70,20 +69,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: dict[str, Tensor] | None = None,
-        packed: Packed | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, packed: Packed, cache: dict[str, Tensor] | None, keys: Tensor | None) -> Tensor:
         """`cache` holds the keys and values of earlier positions, and those of x are appended to it.
 
         `keys` (B, t) int64 are those of dropout.
         """
-        qkv = self.qkv(x)
-        if packed is not None:
-            qkv = packed.pad(qkv)
+        qkv = packed.pad(self.qkv(x))
         B, t, width = qkv.shape
         q, k, v = qkv.view(B, t, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # 3 × (B, heads, t, d)
         if cache is not None:
@@ -96,7 +87,7 @@ class Attention(nn.Module):
         else:  # with a cache, t is 1 after the prompt, and a single new token attends to every position
             y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=t > 1, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, t, width // 3)  # (B, heads, t, d) → (B, t, D)
-        return self.proj(y if packed is None else packed.pack(y))
+        return self.proj(packed.pack(y))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> Tensor:
         """Causal attention with dropout that is a function of `keys` (B, t): 3 × (B, heads, t, d) → the same.
@@ -124,26 +115,18 @@ class Block(nn.Module):
         self.dropout_1 = Dropout(dropout, 3 * layer + 2)
         self.dropout_2 = Dropout(dropout, 3 * layer + 3)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: dict[str, Tensor] | None = None,
-        packed: Packed | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, t, D), or (n, D) if packed → the same; keys (B, t) int64 or None."""
-        rows = keys if keys is None or packed is None else packed.pack(keys)  # the key of each row of x
-        x = x + self.dropout_1(self.attention(self.norm_1(x), cache, packed, keys), rows)
+    def forward(self, x: Tensor, packed: Packed, cache: dict[str, Tensor] | None, keys: Tensor | None) -> Tensor:
+        """(n, D) → (n, D); `cache` and `keys` as in `Attention`."""
+        rows = None if keys is None else packed.pack(keys)  # (n,) the key of each row of x
+        x = x + self.dropout_1(self.attention(self.norm_1(x), packed, cache, keys), rows)
         return x + self.dropout_2(self.contract(nn.functional.gelu(self.expand(self.norm_2(x)))), rows)
 
 
-class GPT(LanguageModel):
+class GPT(SequenceModel):
     """A GPT whose head and embedding share one weight.
 
     Args:
-        vocab_size: As in `LanguageModel`.
-        block_size: As in `LanguageModel`.
-        pad_token: As in `LanguageModel`.
+        vocab_size, block_size, pad_token: As in `LanguageModel`.
         n_layer: Number of blocks.
         n_head: Number of attention heads, a divisor of n_embd.
         n_embd: Width D of the model.
@@ -152,8 +135,6 @@ class GPT(LanguageModel):
     Raises:
         ValueError: n_head does not divide n_embd.
     """
-
-    predicts_every_position = True
 
     def __init__(
         self,
@@ -184,83 +165,33 @@ class GPT(LanguageModel):
                 scale = 1 / math.sqrt(2 * len(self.blocks)) if residual else 1.0
                 nn.init.normal_(parameter, std=INITIAL_STD * scale)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Computes logits and, if `targets` are given, their mean cross-entropy in nats.
+    @property
+    def output(self) -> tuple[Tensor, Tensor | None]:
+        return self.embedding.weight, None
 
-        Args:
-            idx: (B, t) tokens of any integer dtype, t ≤ block_size.
-            targets: (B, t) the next token of each position, where -100 is ignored; or (B,) the token after the last
-                position.
-
-        Returns:
-            The logits, (B, V) for targets (B,) and otherwise (B, t, V), and the loss, () or None.
-        """
-        hidden = self._hidden(idx)  # (B, t, D)
-        if targets is not None and targets.dim() == 1:
-            hidden = hidden[:, -1]  # (B, D)
-        logits = nn.functional.linear(hidden, self.embedding.weight)
-        if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, -2), targets.flatten())
-
-    def loss(self, idx: Tensor, targets: Tensor, reduction: str = "mean", keys: Tensor | None = None) -> Tensor:
-        """As `LanguageModel.loss`, for the targets of `forward`; the logits are never materialized."""
-        if targets.dim() == 1:
-            return self.loss_of(self._hidden(idx, keys=keys)[:, -1], targets, reduction)
-        packed = Packed.of(targets)
-        if packed is None:
-            return self.loss_of(self._hidden(idx, keys=keys), targets, reduction)
-        loss = self.loss_of(self._hidden(idx, packed=packed, keys=keys), packed.pack(targets), reduction)
-        return packed.pad(loss[:, None]).view(targets.shape) if reduction == "none" else loss
-
-    def embed(self, idx: Tensor, start: int = 0, packed: Packed | None = None, keys: Tensor | None = None) -> Tensor:
-        """The input of the first block: (B, t) at positions start, start + 1, … → (B, t, D), or (n, D) if packed.
-
-        `keys` (B, t) int64 are those of dropout.
-        """
-        if packed is not None:
-            embedded = self.embedding(packed.pack(idx)) + self.position(packed.where % idx.shape[1])
-            return self.dropout(embedded, None if keys is None else packed.pack(keys))
-        positions = self.position.weight  # (block_size, D)
-        if idx.shape[1] < self.block_size:
-            positions = positions[start : start + idx.shape[1]]  # (t, D)
-        return self.dropout(self.embedding(idx).add_(positions), keys)
-
-    def loss_of(self, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        """The loss from the output of the last block: hidden (…, D), targets (…) → () or, with "none", (…)."""
-        loss = F.linear_cross_entropy(
-            hidden.flatten(0, -2), self.embedding.weight, targets.flatten(), reduction=reduction
-        )
-        return loss.view(targets.shape) if reduction == "none" else loss
-
-    def next_logits(self, sequence: Tensor, cache: dict[str, Any]) -> Tensor:
-        """As `LanguageModel.next_logits`. The cache holds keys and values, so that a new token computes one position.
-
-        Once the window is full, each new token shifts every position, and the whole window is computed again.
-        """
-        start = torch.full((len(sequence), 1), self.pad_token, dtype=torch.int64, device=sequence.device)
-        window = torch.cat([start, sequence], dim=1)[:, -self.block_size :]
-        if sequence.shape[1] >= self.block_size:
-            hidden = self._hidden(window)
-        else:
-            layers = cache.setdefault("layers", [{} for _ in self.blocks])
-            done = cache.get("length", 0)
-            cache["length"] = window.shape[1]
-            hidden = self._hidden(window[:, done:], layers, done)
-        return nn.functional.linear(hidden[:, -1], self.embedding.weight)
-
-    def _hidden(
-        self,
-        idx: Tensor,
-        caches: list[dict[str, Tensor]] | None = None,
-        start: int = 0,
-        packed: Packed | None = None,
-        keys: Tensor | None = None,
+    def features(
+        self, idx: Tensor, at: Tensor, keys: Tensor | None = None, state: dict[str, Any] | None = None
     ) -> Tensor:
-        """(B, t) tokens at positions start, start + 1, … → (B, t, D), or (n, D) if packed; keys (B,) int64 or None."""
+        """As `SequenceModel.features`; the state is the keys and values of attention, and the number of tokens."""
+        t = idx.shape[1]
+        packed = Packed.of(at, *idx.shape)
+        done, caches = 0, [None] * len(self.blocks)
+        if state is not None:
+            done, caches = state.get("count", 0), state.setdefault("layers", [{} for _ in self.blocks])
+            state["count"] = done + t
+        if packed.where is None:
+            positions = self.position.weight  # (block_size, D)
+            if t < self.block_size:
+                positions = positions[done : done + t]  # (t, D)
+            x = self.embedding(idx).add_(positions).flatten(0, 1)  # (B * t, D)
+        else:
+            x = self.embedding(packed.pack(idx)) + self.position(packed.where % t)  # (n, D)
         if keys is not None:
-            keys = keys[:, None] + torch.arange(start, start + idx.shape[1], device=idx.device) * POSITION  # (B, t)
-        x = self.embed(idx, start, packed, keys)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, cache, packed, keys)
-        return self.norm(x)
+            keys = keys[:, None] + torch.arange(t, device=idx.device) * POSITION  # (B, t)
+        x = self.dropout(x, None if keys is None else packed.pack(keys))
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, packed, cache, keys)
+        x = self.norm(x)
+        if len(at) == len(x):
+            return x
+        return x[at if packed.where is None else torch.searchsorted(packed.where, at)]

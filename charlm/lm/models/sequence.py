@@ -1,4 +1,4 @@
-"""What the models have in common that predict at every position with a linear head: the targets, the window, the cache.
+"""What the models have in common that predict at every position: the head, the targets, the window, the cache.
 
 The head and its loss are computed where a target counts, and nowhere else.
 """
@@ -21,6 +21,11 @@ class SequenceModel(LanguageModel):
 
     predicts_every_position = True
     head: nn.Linear
+
+    @property
+    def output(self) -> tuple[Tensor, Tensor | None]:
+        """The weight, (V, H), and the bias of the head."""
+        return self.head.weight, self.head.bias
 
     def features(
         self, idx: Tensor, at: Tensor, keys: Tensor | None = None, state: dict[str, Any] | None = None
@@ -51,7 +56,7 @@ class SequenceModel(LanguageModel):
             The logits, (B, V) for targets (B,) and otherwise (B, t, V), and the loss, () or None.
         """
         at = _last(idx) if targets is not None and targets.dim() == 1 else _all(idx)
-        logits = self.head(self.features(idx, at))  # (n, V)
+        logits = nn.functional.linear(self.features(idx, at), *self.output)  # (n, V)
         loss = None if targets is None else F.cross_entropy(logits, targets.flatten())
         return logits if targets is not None and targets.dim() == 1 else logits.view(*idx.shape, self.vocab_size), loss
 
@@ -64,10 +69,8 @@ class SequenceModel(LanguageModel):
         else:  # the number of targets depends on the data: it would synchronize a GPU and break a compiled graph
             at = _all(idx)
         wanted = targets.flatten() if len(at) == targets.numel() else targets.flatten()[at]
-        features = self.features(idx, at, keys)
-        loss = F.linear_cross_entropy(
-            features, self.head.weight, wanted, linear_bias=self.head.bias, reduction=reduction
-        )
+        features, (weight, bias) = self.features(idx, at, keys), self.output
+        loss = F.linear_cross_entropy(features, weight, wanted, linear_bias=bias, reduction=reduction)
         if reduction != "none" or len(at) == targets.numel():
             return loss.view(targets.shape) if reduction == "none" else loss
         return loss.new_zeros(targets.numel()).index_copy(0, at, loss).view(targets.shape)
@@ -80,11 +83,12 @@ class SequenceModel(LanguageModel):
         start = torch.full((len(sequence), 1), self.pad_token, dtype=torch.int64, device=sequence.device)
         window = torch.cat([start, sequence], dim=1)[:, -self.block_size :]
         if sequence.shape[1] >= self.block_size:
-            return self.head(self.features(window, _last(window)))
-        done = cache.get("length", 0)
-        cache["length"] = window.shape[1]
-        new = window[:, done:]
-        return self.head(self.features(new, _last(new), state=cache.setdefault("state", {})))
+            features = self.features(window, _last(window))
+        else:
+            new = window[:, cache.get("length", 0) :]
+            cache["length"] = window.shape[1]
+            features = self.features(new, _last(new), state=cache.setdefault("state", {}))
+        return nn.functional.linear(features, *self.output)
 
 
 def _all(idx: Tensor) -> Tensor:
