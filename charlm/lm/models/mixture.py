@@ -91,7 +91,7 @@ class Mixture(LanguageModel):
         seen = self._of_network(idx, targets)
         if self.training:
             return self.network(seen, targets)
-        logits, _ = self.network(seen) if targets is None else self.network(seen, targets)
+        logits, _ = self.network(seen, targets)
         contexts = self.ngram.contexts(self._windows(idx, logits.shape[1] if logits.dim() == 3 else None))
         log_probs = logits.double().log_softmax(dim=-1).flatten(0, -2)  # (B, V) or (B * t, V)
         mixed = -_mixed(self._logit(contexts)[:, None], -log_probs, -self.ngram.log_probs(contexts)).view(logits.shape)

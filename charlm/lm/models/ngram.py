@@ -28,7 +28,6 @@ loaded too.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -50,7 +49,7 @@ Contexts = list[tuple[Tensor, Tensor]]
 
 TABLES = ("context_keys", "ngram_keys", "ngram_counts")
 SMOOTHINGS = ("kneser-ney", "add-k")
-SCANNED_EXAMPLES = 1 << 18  # examples whose order is checked at a time
+SCANNED_EXAMPLES = 1 << 18  # examples that are written at a time
 BYTES_PER_NGRAM = 112  # of memory while the tables are built; the tables themselves take at most 48
 DEFAULT_DISCOUNT = 0.5  # used if no n-gram of an order has a = 1, where the estimate of 0 would disable smoothing
 
@@ -59,9 +58,7 @@ class NGram(CountModel):
     """An n-gram model of the next token given the last `order - 1` tokens. Before `fit` it is uniform.
 
     Args:
-        vocab_size: As in `LanguageModel`.
-        block_size: As in `LanguageModel`; at least order - 1.
-        pad_token: As in `LanguageModel`.
+        vocab_size, block_size, pad_token: As in `LanguageModel`; block_size is at least order - 1.
         order: Length of the longest n-gram; None is block_size + 1.
         smoothing: "kneser-ney" or "add-k".
         add_k: The constant k of add-k smoothing.
@@ -114,7 +111,9 @@ class NGram(CountModel):
             OSError: As in `count_ngrams`.
         """
         with nullcontext() if memory is None else TemporaryFile(dir=directory) as file:
-            stream, items = as_stream(examples, self.pad_token, file)
+            stream = as_stream(examples, file)
+        # Padding ends the context at the beginning of an item. It does not matter for one token of context.
+        items = examples.protocol == "items" and examples.block_size > 1 and len(examples) > 0
         levels = count_ngrams(
             stream.numpy()[::-1],
             self.order,
@@ -186,29 +185,22 @@ class NGram(CountModel):
 
     def contexts(self, idx: Tensor) -> Contexts:
         """The contexts of idx (B, T) that contribute to p, shortest first."""
-        return list(self._contexts(idx))
-
-    def _contexts(self, idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         node = torch.zeros(len(idx), dtype=torch.int64, device=idx.device)
         seen = torch.ones_like(node, dtype=torch.bool)
+        found = [(node, seen)]
         if len(self.ngram_keys) == 0:
-            yield node, seen
-            return
+            return found
+        is_add_k = self.smoothing == "add-k"
         whole = torch.zeros_like(seen)  # whether the context reaches the beginning of its item
-        if self.smoothing == "kneser-ney":
-            yield node, seen
         for back in range(1, self.order):
             token = idx[:, -back].long()
             index, known = find(self.context_keys, node * self.vocab_size + token)
             node = torch.where(known, index + 1, node)
-            if self.smoothing == "kneser-ney":
-                seen = seen & known
-                yield node, seen
-            else:
-                seen = seen & (known | whole)
+            seen = seen & (known | whole)
+            if is_add_k:
                 whole = whole | (self.items & (token == self.pad_token))
-        if self.smoothing == "add-k":
-            yield node, seen
+            found.append((node, seen))
+        return found[-1:] if is_add_k else found
 
     def _derive(self) -> None:
         """Computes the lookup tables of `forward` from the counts.
@@ -316,40 +308,22 @@ def unpack(packed: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray,
     return context_keys, ngram_keys, counts
 
 
-def as_stream(examples: Examples, pad_token: int, file: IO[bytes] | None = None) -> tuple[Tensor, bool]:
-    """Reconstructs the token stream that `examples` are windows of, and whether it consists of items.
+def as_stream(examples: Examples, file: IO[bytes] | None = None) -> Tensor:
+    """The first context of `examples`, which follow each other in a split, and all targets: (T + N,) on the CPU.
 
-    The stream, (T + N,) on the CPU, is the first context followed by all targets. Between two items it has one
-    separator, the last target of the first item and the padding of the second. Examples of items are recognized by
-    their contexts, in which only padding precedes padding.
-
-    Args:
-        examples: The examples, in the order of the stream.
-        pad_token: The token that starts an item.
-        file: An empty file. If it is given, the stream is written to it and mapped into memory.
+    Between two items it has one separator, the last target of the first item and the padding of the second. If an empty
+    `file` is given, the stream is written to it and mapped into memory.
     """
-    first = before = examples.slice(0, 0).targets
-    items = len(examples) > 0
-    row = 0
-    for contexts, targets in examples.chunks(SCANNED_EXAMPLES):
-        last = contexts[:, -1]
-        ends = torch.cat([before if row else last[:1], targets])  # (B + 1,) the target before each example
-        gaps = last != ends[:-1]
-        if gaps.any():
-            index = row + int(gaps.int().argmax().item())
-            raise ValueError(f"the context of example {index} does not end in the target of the example before it")
-        # With one token of context the two cases are the same.
-        items = items and contexts.shape[1] > 1
-        items = items and not ((last == pad_token) & (contexts[:, -2] != pad_token)).any()
-        if row == 0:
-            first = contexts[:1].flatten()
-        if file is not None:
-            for part in (first, targets) if row == 0 else (targets,):
-                file.write(part.cpu().numpy().tobytes())
-        before, row = targets[-1:], row + len(targets)
-    if file is None or row == 0:
-        return torch.cat([first, examples.targets]).cpu(), items
-    return torch.from_numpy(np.memmap(file, before.cpu().numpy().dtype, "r+")), items
+    if isinstance(examples.index, Tensor) and (gaps := examples.index.diff() != 1).any():
+        index = int(gaps.int().argmax().item()) + 1
+        raise ValueError(f"the context of example {index} does not end in the target of the example before it")
+    first = examples.slice(0, 1).contexts.flatten()
+    if file is None or not len(examples):
+        return torch.cat([first, examples.targets]).cpu()
+    file.write(first.cpu().numpy().tobytes())
+    for start in range(0, len(examples), SCANNED_EXAMPLES):
+        file.write(examples.slice(start, start + SCANNED_EXAMPLES).targets.cpu().numpy().tobytes())
+    return torch.from_numpy(np.memmap(file, first.cpu().numpy().dtype, "r+"))
 
 
 def adjusted_counts(levels: list[NgramLevel]) -> list[np.ndarray]:
