@@ -29,8 +29,8 @@ from charlm._errors import UserError
 from charlm.lm.checkpoint import Checkpoint
 from charlm.lm.config import Config
 from charlm.lm.data import split_items
-from charlm.lm.evaluate import CHUNK, surprisals
-from charlm.lm.examples import Predictions, in_windows, resolve_protocol, run_sequences, text_examples, text_windows
+from charlm.lm.evaluate import surprisals
+from charlm.lm.examples import in_windows, item_examples, item_sequences, resolve_protocol, text_examples, text_windows
 from charlm.lm.models import LanguageModel
 from charlm.lm.sample import SamplingOptions, sample
 from charlm.lm.stream import Stream
@@ -130,9 +130,7 @@ class CharacterModel:
 
         Args:
             pieces: The text, split at any place. In line format every line is an item.
-            unit: As in `surprisal`.
-            unknown: As in `surprisal`.
-            protocol: As in `surprisal`.
+            unit, unknown, protocol: As in `surprisal`.
 
         Returns:
             The sum, and the number of predictions.
@@ -278,10 +276,10 @@ def _piece_surprisals(
     before = before[-(1 + model.tokens_before_window) :]
     stream = Stream(torch.cat([before, tokens]).int(), model.pad_token, start=len(before))
     if model.predicts_every_position:
-        examples: Predictions = text_windows(stream, model.block_size, model.tokens_before_window)
+        nats = surprisals(model, text_windows(stream, model.block_size, model.tokens_before_window).to(device))
     else:
-        examples = in_windows(text_examples(stream, model.block_size))
-    return surprisals(model, examples.to(device)).double().cpu()
+        nats = surprisals(model, in_windows(text_examples(stream, model.block_size)).to(device))
+    return nats.double().cpu()
 
 
 def _rechunk(pieces: Iterable[str], size: int) -> Iterator[str]:
@@ -323,24 +321,12 @@ def _batches(sequences: list[Tensor], size: int) -> Iterator[list[Tensor]]:
         yield batch
 
 
-@torch.no_grad()
 def _token_surprisals(model: LanguageModel, sequences: list[Tensor], device: torch.device) -> list[Tensor]:
     """-log p of every token of each sequence: (n_i,) tokens → (n_i,) float64 nats on the CPU."""
-    if not sequences:
-        return []
     lengths = [len(tokens) for tokens in sequences]
+    ends = torch.tensor(lengths).cumsum(0)
+    stream = Stream(torch.cat(sequences).int(), model.pad_token, ends=ends, separators_end_items=False)
+    make = text_examples if len(sequences) == 1 else item_examples  # of a single sequence the same, and faster
     if model.predicts_every_position:
-        tokens, ends = torch.cat(sequences).int(), torch.tensor(lengths)
-        runs = run_sequences(tokens, ends, model.block_size, model.pad_token, "sliding")
-        return list(surprisals(model, runs.to(device)).double().cpu().split(lengths))
-    before = model.block_size
-    padding = torch.full((before,), model.pad_token)
-    stream = torch.cat([part for tokens in sequences for part in (padding, tokens)])  # (Σ (T + n_i),)
-    marks = [part for tokens in sequences for part in (torch.zeros(before), torch.ones(len(tokens)))]
-    targets = torch.cat(marks).nonzero().squeeze(1)  # (N,) index of each target in the stream
-    contexts = stream.unfold(0, before, 1)  # row i ends before i + T
-    nats = [
-        model.loss(contexts[chunk - before].to(device), stream[chunk].to(device), reduction="none").double().cpu()
-        for chunk in targets.split(CHUNK)
-    ]
-    return list(torch.cat(nats).split(lengths))
+        make = item_sequences
+    return list(surprisals(model, make(stream, model.block_size).to(device)).double().cpu().split(lengths))

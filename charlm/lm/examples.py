@@ -131,7 +131,6 @@ class Examples(Predictions):
 
     @property
     def tokens(self) -> int:
-        """The number of predictions."""
         return len(self.index)
 
     @property
@@ -159,23 +158,19 @@ class Examples(Predictions):
         return contexts, targets, len(rows)
 
     def count(self, rows: Tensor) -> Tensor:
-        """The number of predictions of each of `rows`, (B,) int64 on the CPU: 1."""
         return torch.ones(len(rows), dtype=torch.int64)
 
     @property
     def n_units(self) -> int:
-        """As in `Predictions`."""
         return self.stream.n_items if self.protocol == "items" else -(-len(self.stream) // BLOCK)
 
     def unit_rows(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Predictions`."""
         if self.protocol == "items":
             starts, ends = self.stream.items(units)
             return starts - self.stream.start, ends - self.stream.start
         return units * BLOCK, ((units + 1) * BLOCK).clamp(max=len(self.stream))
 
     def row_units(self, rows: Tensor) -> Tensor:
-        """As in `Predictions`."""
         numbers = self._numbers(rows)
         return self.stream.item_of(numbers + self.stream.start) if self.protocol == "items" else numbers // BLOCK
 
@@ -188,7 +183,7 @@ class Sequences(Predictions):
     has a signed dtype where any position may be ignored.
 
     Attributes:
-        layout: "runs", "windows" or "every", as made by `run_sequences`, `text_windows` and `text_sequences`.
+        layout: "runs", "windows" or "every", as made by `item_sequences`, `text_windows` and `text_sequences`.
         long: For "runs" of more than block_size tokens: their numbers and the number of further rows before each, two
             of (L,) int64.
         before: For "windows": the number of tokens before each row that idx has as additional first columns.
@@ -200,7 +195,6 @@ class Sequences(Predictions):
 
     @property
     def tokens(self) -> int:
-        """The number of predictions."""
         if isinstance(self.index, range):
             if self.layout == "every":
                 return len(self.index) * min(self.block_size, len(self.stream))
@@ -256,19 +250,16 @@ class Sequences(Predictions):
         return idx, targets, int(self._counts(width, further).sum().item())
 
     def count(self, rows: Tensor) -> Tensor:
-        """The number of predictions of each of `rows`, (B,) int64 on the CPU."""
         _, width, further = self._geometry(self._numbers(rows))
         return self._counts(width, further)
 
     @property
     def n_units(self) -> int:
-        """As in `Predictions`."""
         if self.layout == "runs":
             return self.stream.n_items
         return -(-len(self.stream) // (self._unit * self.block_size))
 
     def unit_rows(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Predictions`."""
         if self.layout != "runs":
             rows = -(-len(self.stream) // self.block_size)
             return units * self._unit, ((units + 1) * self._unit).clamp(max=rows)
@@ -276,7 +267,6 @@ class Sequences(Predictions):
         return tuple(item + self._further_rows(item) for item in (units, units + 1))
 
     def row_units(self, rows: Tensor) -> Tensor:
-        """As in `Predictions`."""
         numbers = self._numbers(rows)
         return self._item_and_shift(numbers)[0] if self.layout == "runs" else numbers // self._unit
 
@@ -358,7 +348,7 @@ def line_examples(items: Sequence[str], vocabulary: Vocabulary, block_size: int)
 
 
 def line_sequences(items: Sequence[str], vocabulary: Vocabulary, block_size: int) -> Sequences:
-    """One row per item, . a b → a b ., split as in `run_sequences` if it is longer than `block_size`."""
+    """One row per item, . a b → a b ., split as in `item_sequences` if it is longer than `block_size`."""
     return item_sequences(item_stream(items, vocabulary), block_size)
 
 
@@ -367,26 +357,17 @@ def item_examples(stream: Stream, block_size: int) -> Examples:
     return Examples(stream, block_size, "items", range(len(stream)))
 
 
-def item_sequences(stream: Stream, block_size: int, protocol: str = "items") -> Sequences:
-    """`line_sequences` of a stream of items."""
+def item_sequences(stream: Stream, block_size: int) -> Sequences:
+    """One row per item of a stream. Each begins after a padding token and sees no other item.
+
+    One of more than `block_size` tokens takes further rows: each predicts one token from the `block_size` before it.
+    """
     long = stream.items_longer_than(block_size)
     begin, end = stream.items(long)
     before = torch.zeros(len(long) + 1, dtype=torch.int64)
     torch.cumsum(end - begin - block_size, 0, out=before[1:])
     n_rows = stream.n_items + int(before[-1].item())
-    return Sequences(stream, block_size, protocol, range(n_rows), "runs", (long, before))
-
-
-def run_sequences(tokens: Tensor, lengths: Tensor, block_size: int, pad_token: int, protocol: str) -> Sequences:
-    """One row per run of tokens. Each run starts after a `pad_token` and sees no other run.
-
-    A run of more than `block_size` tokens takes further rows: each predicts one token from the `block_size` before it.
-
-    Args:
-        tokens: The concatenated runs.
-        lengths: (number of runs,) int64, each at least 1.
-    """
-    return item_sequences(Stream(tokens, pad_token, ends=lengths.cumsum(0)), block_size, protocol)
+    return Sequences(stream, block_size, "items", range(n_rows), "runs", (long, before))
 
 
 def item_stream(items: Sequence[str], vocabulary: Vocabulary) -> Stream:
