@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,15 +25,7 @@ from charlm.lm.config import NETWORKS
 from charlm.lm.corpus import Corpus
 from charlm.lm.data import TextCorpus
 from charlm.lm.diagnostics import DIAGNOSTICS
-from charlm.lm.evaluate import (
-    Comparison,
-    Evaluation,
-    measure_baselines,
-    predictions,
-    rows_per_pass,
-    standard_error,
-    unit_of_each,
-)
+from charlm.lm.evaluate import Comparison, compared, measure_baselines, predictions, rows_per_pass
 from charlm.lm.examples import BLOCK, Examples, Sequences, is_target
 from charlm.lm.metrics import METRICS
 from charlm.lm.models import LanguageModel, Mixture
@@ -135,13 +128,11 @@ def gather(
     runs, measured = [], []
     for other, saved in loaded.items():
         model = saved.build_model(device)
-        measured.append(
-            Measured.of(model, part, frequent, device, lambda done, total, of=other: on_progress(of, done, total))
-        )
-        weights = [measured[-1].nats, *model.parameters()]
-        if not all(tensor.isfinite().all() for tensor in weights):
+        found = measure(model, part, frequent, device, lambda done, total, of=other: on_progress(of, done, total))
+        if not all(tensor.isfinite().all() for tensor in (found.nats, *model.parameters())):
             raise UserError(f"{other} predicts no finite numbers: its training diverged; try a lower --learning-rate")
-        runs.append(_run(other, saved, model, measured[-1], part, corpus, counts, device))
+        runs.append(_run(other, saved, model, found, part, corpus, counts, device))
+        measured.append(found)
     on_progress("baselines", 0, 0)
     return Report(
         runs=runs,
@@ -196,10 +187,6 @@ def _run(
     options = SamplingOptions(20) if is_line else SamplingOptions(5, max_new_tokens=PASSAGE)
     texts = sample(model, saved.vocabulary, options, device)
     steps = sorted({saved.step * number // RATES for number in range(RATES)}) if saved.config.type in NETWORKS else []
-    nats = measured.nats
-    error = standard_error(nats, unit_of_each(measured.examples))
-    evaluation = Evaluation("dev", measured.examples.protocol, nats.mean().item(), len(nats))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     return Run(
         name=name,
         saved=saved,
@@ -209,25 +196,21 @@ def _run(
         records=records,
         embedding=flat_embedding(model, counts),
         samples=list(zip(texts, containing_splits(texts, corpus) if is_line else [""] * len(texts), strict=True)),
-        row=Comparison(name, saved.config.label, evaluation, error, parameters, 0.0),
+        row=compared(name, saved.config.label, model, measured.examples, "dev", measured.nats, seconds=0.0),
         bigrams=measured.predicted.tolist(),
         calibration=measured.calibration,
-        passages=passages(part, nats / math.log(2)),
+        passages=passages(part, measured.nats / math.log(2)),
     )
 
 
 def read_log(path: Path, parse: Callable[[Any], Any]) -> tuple[list[Any], int]:
     """What `parse` makes of the objects of a log, and the number of lines that are damaged; without a file none."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    found = [_parsed(line, parse) for line in text.splitlines()]
-    return [entry for entry in found if entry is not None], found.count(None)
-
-
-def _parsed(line: str, parse: Callable[[Any], Any]) -> Any:
-    try:
-        return parse(json.loads(line))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    entries = []
+    for line in lines:
+        with suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            entries.append(parse(json.loads(line)))
+    return entries, len(lines) - len(entries)
 
 
 def _loss(entry: Any) -> tuple[int, str, float]:
@@ -306,59 +289,47 @@ def reliability(sums: Tensor) -> Reliability:
     return ((p - happened).abs().sum() / events.sum()).item(), bins
 
 
-@dataclass
-class Measured:
-    """What a model predicts on dev.
-
-    Attributes:
-        examples: The predictions.
-        nats: (N,) float64, the surprisal of each.
-        predicted: (K, K) the mean predicted probability of each frequent character (column) after each (row).
-        observed: (K, K) how often each frequent character follows each.
-        calibration: Of the probabilities of every token, and of the most probable one.
-    """
+class Measured(NamedTuple):
+    """What a model predicts on dev."""
 
     examples: Examples | Sequences
-    nats: Tensor
-    predicted: Tensor
-    observed: Tensor
+    nats: Tensor  # (N,) float64, the surprisal of each prediction
+    predicted: Tensor  # (K, K) the mean predicted probability of each frequent character (column) after each (row)
+    observed: Tensor  # (K, K) how often each frequent character follows each
     calibration: dict[str, Reliability]
 
-    @classmethod
-    def of(
-        cls,
-        model: LanguageModel,
-        corpus: Corpus,
-        frequent: Tensor,
-        device: torch.device | str,
-        on_progress: Callable[[int, int], None],
-    ) -> Measured:
-        """Measures `model`; `frequent` (K,) are the tokens of the bigrams."""
-        examples = predictions(model, corpus, "dev").to(device)
-        size = len(frequent)
-        place = torch.full((model.vocab_size,), size)  # of each token among the frequent ones, behind them the others
-        place[frequent] = torch.arange(size)
-        predicted, observed = torch.zeros(2, size + 1, size + 1, dtype=torch.float64)
-        every, top = torch.zeros(2, 3, BINS, dtype=torch.float64)
-        nats = []
-        for last, target, log_p in distributions(model, examples):
-            nats.append(-log_p.gather(1, target[:, None])[:, 0].double())
-            p = log_p.exp()
-            row = place[last]
-            predicted.index_add_(0, row, nn.functional.pad(p[:, frequent].double(), (0, 1)))
-            observed.index_put_((row, place[target]), torch.ones((), dtype=torch.float64), accumulate=True)
-            at, token = (p >= 1 / BINS).nonzero().unbind(1)
-            every += binned(p[at, token], token == target[at])
-            best, token = p.max(1)
-            top += binned(best, token == target)
-            on_progress(sum(map(len, nats)), examples.tokens)
-        total = examples.tokens
-        everything = torch.tensor([total * model.vocab_size, total, total])
-        every[:, 0] += everything - every.sum(1)  # the events below 1 / BINS
-        contexts = observed.sum(1, keepdim=True).clamp(min=1)  # (K + 1, 1)
-        matrices = ((matrix / contexts)[:size, :size] for matrix in (predicted, observed))
-        calibration = {"every token": reliability(every), "most probable token": reliability(top)}
-        return cls(examples, torch.cat(nats), *matrices, calibration)
+
+def measure(
+    model: LanguageModel,
+    corpus: Corpus,
+    frequent: Tensor,
+    device: torch.device | str,
+    on_progress: Callable[[int, int], None],
+) -> Measured:
+    """Measures `model` on dev; `frequent` (K,) are the tokens of the bigrams."""
+    examples = predictions(model, corpus, "dev").to(device)
+    size, total = len(frequent), examples.tokens
+    place = torch.full((model.vocab_size,), size)  # of each token among the frequent ones, behind them the others
+    place[frequent] = torch.arange(size)
+    predicted, observed = torch.zeros(2, size + 1, size + 1, dtype=torch.float64)
+    every, top = torch.zeros(2, 3, BINS, dtype=torch.float64)
+    nats = []
+    for last, target, log_p in distributions(model, examples):
+        nats.append(-log_p.gather(1, target[:, None])[:, 0].double())
+        p = log_p.exp()
+        row = place[last]
+        predicted.index_add_(0, row, nn.functional.pad(p[:, frequent].double(), (0, 1)))
+        observed.index_put_((row, place[target]), torch.ones((), dtype=torch.float64), accumulate=True)
+        at, token = (p >= 1 / BINS).nonzero().unbind(1)
+        every += binned(p[at, token], token == target[at])
+        best, token = p.max(1)
+        top += binned(best, token == target)
+        on_progress(sum(map(len, nats)), total)
+    every[:, 0] += torch.tensor([total * model.vocab_size, total, total]) - every.sum(1)  # those below 1 / BINS
+    contexts = observed.sum(1, keepdim=True).clamp(min=1)  # (K + 1, 1)
+    matrices = ((matrix / contexts)[:size, :size] for matrix in (predicted, observed))
+    calibration = {"every token": reliability(every), "most probable token": reliability(top)}
+    return Measured(examples, torch.cat(nats), *matrices, calibration)
 
 
 @torch.no_grad()

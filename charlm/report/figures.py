@@ -9,7 +9,8 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, product
 from typing import Any, ClassVar
 
 from charlm.lm.diagnostics import SATURATED
@@ -42,21 +43,17 @@ class Figure:
         """Its numbers, below a row of titles: at most MOST_ROWS points at equal distances, or the largest of a map."""
         x, y = (self.layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis"))
         if self.traces[0]["type"] == "heatmap":
-            names = self.layout["xaxis"]["ticktext"]
-            cells = [
-                (a, b, z)
-                for a, row in zip(names, self.traces[0]["z"], strict=True)
-                for b, z in zip(names, row, strict=True)
-            ]
-            return [[y, x, "value"], *cells_of(sorted(cells, key=lambda cell: -abs(cell[2]))[:MOST_ROWS])]
-        points = [
-            point
-            for trace in self.traces
-            for point in zip(
-                trace.get("text") or [trace["name"]] * len(trace["x"]), trace["x"], trace["y"], strict=True
-            )
-        ]
-        return [["", x, y], *cells_of(points[:: -(-len(points) // MOST_ROWS) or 1])]
+            header, values = [y, x, "value"], chain.from_iterable(self.traces[0]["z"])
+            pairs = product(self.layout["yaxis"]["ticktext"], self.layout["xaxis"]["ticktext"])
+            cells = [(*pair, value) for pair, value in zip(pairs, values, strict=True)]
+            rows = sorted(cells, key=lambda cell: -abs(cell[2]))[:MOST_ROWS]
+        else:
+            header, points = ["", x, y], []
+            for trace in self.traces:
+                names = trace.get("text") or [trace["name"]] * len(trace["x"])
+                points += zip(names, trace["x"], trace["y"], strict=True)
+            rows = points[:: -(-len(points) // MOST_ROWS) or 1]
+        return [header, *([number(cell) for cell in row] for row in rows)]
 
 
 def drawn(figures: Iterable[Figure]) -> dict[str, Any]:
@@ -71,10 +68,6 @@ def escaped(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [escaped(each, key) for each in value]
     return html.escape(visible(value), quote=False) if isinstance(value, str) and key in TEXTS else value
-
-
-def cells_of(rows: Iterable[Sequence[Any]]) -> list[list[str]]:
-    return [[number(cell) for cell in row] for row in rows]
 
 
 def number(value: Any) -> str:
@@ -180,29 +173,22 @@ def reliability(report: Report) -> Figure:
 # ---- of one run
 
 
-def embedding(report: Report, run: Run, id: str) -> Figure | None:
-    """The embedding of the characters in two dimensions; None for a model without one."""
+def embedding(report: Report, run: Run, id: str) -> Figure | str:
+    """The embedding of the characters in two dimensions, or why there is none."""
     if run.embedding is None:
-        return None
+        return f"A model of type {run.row.type} has no embedding."
     points, width, explained = run.embedding
-    names = [token_name(report.vocabulary, token) for token, *_ in points]
-    kinds = ["other" if name == ITEM_END else _kind(name) for name in names]
+    groups: dict[str, list[Any]] = {}
+    for token, *point in points:
+        name = token_name(report.vocabulary, token)
+        groups.setdefault(_kind(name), []).append((name, *point))
     traces = []
-    for index, kind in enumerate(sorted(set(kinds))):
-        text, x, y, share = zip(
-            *((n, *p[1:]) for n, k, p in zip(names, kinds, points, strict=True) if k == kind), strict=True
-        )
-        trace = {
-            "type": "scatter",
-            "mode": "markers+text",
-            "name": kind,
-            "x": list(x),
-            "y": list(y),
-            "text": list(text),
-        }
+    hover = "%{text} (%{x:.3f}, %{y:.3f}), %{customdata:.2%} of train"
+    for index, kind in enumerate(sorted(groups)):
+        text, x, y, share = map(list, zip(*groups[kind], strict=True))
         marker = {"size": 19, "color": colour(index), "opacity": 0.3}
-        hover = {"customdata": list(share), "hovertemplate": "%{text} (%{x:.3f}, %{y:.3f}), %{customdata:.2%} of train"}
-        traces.append({**trace, **hover, "marker": marker, "cliponaxis": False})
+        style = {"mode": "markers+text", "marker": marker, "cliponaxis": False, "hovertemplate": hover}
+        traces.append(curve(kind, x, y, colour(index), text=text, customdata=share, **style))
     how = "Its two dimensions."
     if explained is not None:
         how = f"The first two of {width} principal components explain {explained[0]:.1%} and {explained[1]:.1%}."
@@ -214,7 +200,9 @@ def embedding(report: Report, run: Run, id: str) -> Figure | None:
 def _kind(name: str) -> str:
     if name.isdigit():
         return "digit"
-    return "other" if not name.isalpha() else "vowel" if name.lower() in "aeiouy" else "letter"
+    if name == ITEM_END or not name.isalpha():
+        return "other"
+    return "vowel" if name.lower() in "aeiouy" else "letter"
 
 
 def bigrams(report: Report, run: Run, id: str) -> list[Figure]:
@@ -238,7 +226,7 @@ def bigrams(report: Report, run: Run, id: str) -> list[Figure]:
         trace = {"type": "heatmap", "z": matrix, "zmin": low, "zmax": high, **hover}
         figure = Figure(f"{id}-{name}", caption, caption, [trace], layout)
         said = ", ".join(f"{next} after {after} {z}" for after, next, z in figure.table[1:4])
-        found.append(Figure(figure.id, caption, f"{caption} The largest: {said}.", [trace], layout))
+        found.append(replace(figure, alt=f"{caption} The largest: {said}."))
     return found
 
 
@@ -249,7 +237,8 @@ def diagnostics(run: Run, id: str) -> list[Figure]:
     last = run.records[-1]
     layers, gradients, weights = last["activations"], last["gradients"], list(last["updates"])
     tanh = [name for name in layers if "saturated" in layers[name]]
-    shown = list(gradients) if len(gradients) <= MOST_LINES else [name for name in gradients if name in weights]
+    shown = [name for name in gradients if len(gradients) <= MOST_LINES or name in weights]
+    histograms = {name: gradients[name] for name in shown}
     at, deviations = f"at step {last['step']}", ", in standard deviations"
     scaled = "" if tanh else deviations
     spread = "Standard deviation of the gradients, log10."
@@ -258,12 +247,7 @@ def diagnostics(run: Run, id: str) -> list[Figure]:
     found = [
         _densities(f"{id}-activations", f"Activations {at}{scaled}.", layers, not tanh),
         _over_time(run, f"{id}-saturation", saturation, tanh, lambda one, name: one["activations"][name]["saturated"]),
-        _densities(
-            f"{id}-gradients",
-            f"Gradients {at}, before clipping{deviations}.",
-            {name: gradients[name] for name in shown},
-            True,
-        ),
+        _densities(f"{id}-gradients", f"Gradients {at}, before clipping{deviations}.", histograms, True),
         _over_time(run, f"{id}-spread", spread, shown, lambda one, name: math.log10(one["gradients"][name]["std"])),
         _over_time(run, f"{id}-updates", ratio, weights, lambda one, name: math.log10(one["updates"][name]), TARGET),
     ]

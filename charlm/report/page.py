@@ -14,7 +14,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
-from charlm.lm.display import ITEM_END, glyph, heat
+from charlm.lm.display import ITEM_END, LEGEND_STEPS, glyph, heat
 from charlm.lm.evaluate import Comparison, units_of
 from charlm.lm.examples import PROTOCOLS
 from charlm.lm.terminal import visible
@@ -23,7 +23,6 @@ from charlm.report.data import Report, Run
 
 PACKAGES = ("plotly", "jinja2")  # the extra `report`
 LONGEST = 400  # characters of an item that are shown
-LEGEND_STEPS = 5
 
 
 def render(report: Report) -> str:
@@ -85,17 +84,12 @@ def build_sections(report: Report) -> list[tuple[str, str, list[tuple[str | None
         ("models", "Models on dev", [(None, [table(report)])]),
         ("predictability", "Predictability", [(None, [figures.entropies(report)])]),
         ("calibration", "Calibration", [(None, [figures.reliability(report)])]),
-        ("embedding", "Embedding", of_runs(lambda run, id: embedding(report, run, f"{id}-embedding"))),
+        ("embedding", "Embedding", of_runs(lambda run, id: [figures.embedding(report, run, f"{id}-embedding")])),
         ("bigrams", "Bigrams", of_runs(lambda run, id: figures.bigrams(report, run, f"{id}-bigrams"))),
         ("training", "Inside the network", of_runs(lambda run, id: figures.diagnostics(run, id) or [no_records(run)])),
         ("surprisal", "Surprisal", of_runs(lambda run, id: [surprisals(report, run)])),
         ("samples", "Samples", of_runs(lambda run, id: [{"kind": "samples", "texts": run.samples}])),
     ]
-
-
-def embedding(report: Report, run: Run, id: str) -> list[Any]:
-    """The picture of the embedding, or why there is none."""
-    return [figures.embedding(report, run, id) or f"A model of type {run.row.type} has no embedding."]
 
 
 def no_records(run: Run) -> str:
@@ -109,16 +103,10 @@ def table(report: Report) -> dict[str, Any]:
     """The table of all models, the best last."""
 
     def cells(row: Comparison) -> list[str]:
-        nats, error = row.evaluation.nats, row.standard_error
-        loss = [f"{nats:.4f}", "–" if math.isnan(error) else f"{error:.4f}", f"{row.evaluation.bits_per_char:.4f}"]
+        of, error = row.evaluation, "–" if math.isnan(row.standard_error) else f"{row.standard_error:.4f}"
+        loss = [f"{of.nats:.4f}", error, f"{of.bits_per_char:.4f}", f"{of.perplexity:.3f}"]
         name = row.name if row.name == row.type else f"{row.name} ({row.type})"
-        return [
-            name,
-            *loss,
-            f"{row.evaluation.perplexity:.3f}",
-            f"{row.parameters:,}",
-            PROTOCOLS[row.evaluation.protocol],
-        ]
+        return [name, *loss, f"{row.parameters:,}", PROTOCOLS[of.protocol]]
 
     rows = sorted([*report.baselines, *(run.row for run in report.runs)], key=lambda row: -row.evaluation.nats)
     caption = (
