@@ -70,13 +70,9 @@ class Evaluation:
 def predictions(model: LanguageModel, corpus: Corpus, split: str, protocol: str | None = None) -> Examples | Sequences:
     """Every prediction of `split`, once, in the order of the file and in the form that `model` takes.
 
-    Args:
-        model: The model to evaluate.
-        corpus: The data.
-        split: The split's name.
-        protocol: For running text only. "sliding" predicts each token from the block_size tokens before it; "fixed"
-            predicts within consecutive windows of block_size, as nanoGPT does. None chooses the one that takes `model`
-            a single pass over the text.
+    `protocol` is for running text only. "sliding" predicts each token from the block_size tokens before it; "fixed"
+    predicts within consecutive windows of block_size, as nanoGPT does. None chooses the one that takes `model` a single
+    pass over the text.
 
     Raises:
         UserError: The protocol does not exist, or the corpus has items.
@@ -120,11 +116,8 @@ def evaluate(
 ) -> Evaluation:
     """The mean loss over all `examples`, summed in double precision, with the model in evaluation mode.
 
-    Args:
-        model: The model.
-        examples: All predictions of the split, or a sample of them; of a sample the standard error is computed too.
-        split: The split's name.
-        on_progress: Called with the number of predictions done, and of all.
+    Of a sample of the split the standard error is computed too. `on_progress` is called with the number of predictions
+    done, and of all.
     """
     total, sums = examples.tokens, []
     is_sample = isinstance(examples.index, Tensor)
@@ -157,16 +150,12 @@ def evaluate_on(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Evaluation, int]:
-    """Evaluates `model` on a split that may contain characters outside its vocabulary.
+    """Evaluates `model`, which is on `device`, on a split that may contain characters outside its vocabulary.
 
     Args:
-        model: The model, on `device`.
-        corpus: The data, with the vocabulary of `model`.
-        split: The split's name.
         protocol: As in `predictions`.
         unknown: "error" refuses unknown characters; "escape" counts them at the cost that
             `charlm.lm.character_model` derives.
-        device: The device of the model.
         on_progress: As in `evaluate`.
 
     Returns:
@@ -222,23 +211,14 @@ def baselines(
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of the table of `charlm compare`.
+    """One row of the table of `charlm compare`."""
 
-    Attributes:
-        name: The folder of a trained model, or the name of a baseline.
-        type: `Config.label`, such as "mlp + 6-gram"; for a baseline its key of `charlm.lm.models.MODELS`.
-        evaluation: The mean loss on the split.
-        standard_error: The standard error of the mean in nats; NaN where the split has fewer than two units.
-        parameters: The number of trained parameters; 0 for a count model.
-        seconds: The duration of this evaluation, with the data in memory; it does not include training.
-    """
-
-    name: str
-    type: str
+    name: str  # the folder of a trained model, or the name of a baseline
+    type: str  # `Config.label`, such as "mlp + 6-gram"; for a baseline its name
     evaluation: Evaluation
-    standard_error: float
-    parameters: int
-    seconds: float
+    standard_error: float  # of the mean, in nats; NaN where the split has fewer than two units
+    parameters: int  # that were trained; 0 for a count model
+    seconds: float  # of the evaluation, with the data in memory; not of training
 
     def to_json(self) -> dict[str, Any]:
         """One entry of `charlm compare --json`; a number that JSON cannot represent is null."""
@@ -261,11 +241,16 @@ def measure(
     examples = predictions(model, corpus, split).to(device)
     start = time.perf_counter()
     nats = surprisals(model, examples).double().cpu()  # (N,)
-    seconds = time.perf_counter() - start
+    return compared(name, type, model, examples, split, nats, time.perf_counter() - start)
+
+
+def compared(
+    name: str, type: str, model: LanguageModel, examples: Examples | Sequences, split: str, nats: Tensor, seconds: float
+) -> Comparison:
+    """The row of `model` with the surprisals `nats`, (N,) float64, of `examples`, all predictions of the split."""
     evaluation = Evaluation(split, examples.protocol, nats.mean().item(), len(nats))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    error = standard_error(nats, unit_of_each(examples))
-    return Comparison(name, type, evaluation, error, parameters, seconds)
+    return Comparison(name, type, evaluation, standard_error(nats, unit_of_each(examples)), parameters, seconds)
 
 
 def measure_baselines(corpus: Corpus, split: str, add_k: float = 1.0) -> list[Comparison]:

@@ -37,31 +37,17 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 @dataclass(frozen=True)
 class Predictability:
-    """The result of `measure`, with entropies in bits per character. The last four fields are None for running text.
+    """The result of `measure`, with entropies in bits per character. The last four fields are None for running text."""
 
-    Attributes:
-        format: "line" or "text".
-        bytes: Size of the file as it is modelled.
-        characters: Number of characters.
-        alphabet: Number of distinct characters.
-        in_sample: Conditional entropies H_0, H_1, ….
-        held_out: Loss on dev of the n-grams whose context is 0, 1, … characters.
-        compressed: Compressed size by the name of the compressor.
-        items: Number of items.
-        duplicate_items: Number of items that repeat an earlier one.
-        dev_items: Number of items in dev.
-        dev_items_in_train: Number of dev items that also occur in train.
-    """
-
-    format: str
-    bytes: int
+    format: str  # "line" or "text"
+    bytes: int  # of the file as it is modelled
     characters: int
-    alphabet: int
-    in_sample: list[float]
-    held_out: list[float]
-    compressed: dict[str, float]
+    alphabet: int  # distinct characters
+    in_sample: list[float]  # H_0, H_1, …
+    held_out: list[float]  # the loss on dev of the n-grams whose context is 0, 1, … characters
+    compressed: dict[str, float]  # by the name of the compressor
     items: int | None
-    duplicate_items: int | None
+    duplicate_items: int | None  # that repeat an earlier one
     dev_items: int | None
     dev_items_in_train: int | None
 
@@ -73,14 +59,9 @@ class Predictability:
 def measure(
     text: str, *, order: int = 5, format: str | None = None, seed: int = 42, name: str = "the input"
 ) -> Predictability:
-    """Measures the predictability of `text`, split as for training.
+    """Measures the predictability of `text`, split as for training; the other arguments are those of `build_corpus`.
 
-    Args:
-        text: The data, with newlines as "\\n".
-        order: The longest context k; a short text has fewer in-sample entropies.
-        format: "line" or "text"; None guesses.
-        seed: Random seed of the split.
-        name: What error messages call the data.
+    `order` is the longest context k; a short text has fewer in-sample entropies.
 
     Raises:
         UserError: `order` is below 0 or above MAX_ORDER, or `build_corpus` refuses the text.

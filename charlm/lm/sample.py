@@ -65,7 +65,8 @@ def sample(
         UserError: A character of the prompt is not in the vocabulary, or the samples do not fit into memory.
     """
     tokens = model.generate(**_arguments(vocabulary, options, device))
-    return [vocabulary.decode(_before_stop(row, vocabulary.stop_token)) for row in tokens.tolist()]
+    stop = vocabulary.stop_token
+    return [vocabulary.decode(row[: row.index(stop)] if stop in row else row) for row in tokens.tolist()]
 
 
 def stream(
@@ -102,10 +103,6 @@ def _arguments(vocabulary: Vocabulary, options: SamplingOptions, device: torch.d
         "stop_token": vocabulary.stop_token,
         "generator": torch.Generator().manual_seed(options.seed),
     }
-
-
-def _before_stop(row: list[int], stop_token: int | None) -> list[int]:
-    return row[: row.index(stop_token)] if stop_token in row else row
 
 
 def containing_splits(samples: list[str], corpus: Corpus) -> list[str]:
