@@ -86,7 +86,7 @@ def cross_entropy(p: Weights, q: Weights, *, base: float = math.e, normalize: bo
         1.207519
     """
     p_, q_ = _pair(p, q, normalize)
-    return _returned(-_times_log(p_, q_).sum(-1), base, p, q)
+    return _returned(-torch.xlogy(p_, q_).sum(-1), base, p, q)  # 0 where p = 0, infinite where only q = 0
 
 
 def kl_divergence(p: Weights, q: Weights, *, base: float = math.e, normalize: bool = True) -> Any:
@@ -280,18 +280,13 @@ def _pair(p: Weights, q: Weights, normalize: bool) -> tuple[Tensor, Tensor]:
 # ---- sums, in nats
 
 
-def _times_log(p: Tensor, q: Tensor) -> Tensor:
-    """p log q; 0 where p = 0, -inf where only q = 0."""
-    return torch.special.xlogy(p, q)
-
-
 def _entropy(p: Tensor) -> Tensor:
-    return -_times_log(p, p).sum(-1) + 0.0  # + 0.0: no -0.0
+    return -torch.xlogy(p, p).sum(-1) + 0.0  # + 0.0: no -0.0
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     # The ratio is set to 1 where p is 0, so that 0 log (0 / 0) is 0.
-    return _times_log(p, torch.where(p > 0, p / q, 1.0)).sum(-1)
+    return torch.xlogy(p, torch.where(p > 0, p / q, 1.0)).sum(-1)
 
 
 def _count_log_count(spectrum: ngrams.Spectrum) -> float:

@@ -159,10 +159,7 @@ def count_ngrams(
         position = int(tokens.argmax())
         raise ValueError(f"token {tokens[position]} at position {position} is above 2147483647")
     max_length = _checked_length(max_length)
-    if memory is None:
-        return _count_ngrams(tokens, max_length, starts, boundary, BUFFER_BYTES)
-    _check_memory(memory, tokens)
-    return _count_ngrams(tokens, max_length, starts, boundary, memory, directory or tempfile.gettempdir())
+    return _count_ngrams(tokens, max_length, starts, boundary, *_room(memory, directory, tokens))
 
 
 def count_spectra(
@@ -190,10 +187,7 @@ def count_spectra(
         Spectrum(count=array([1, 2]), ngrams=array([1, 1]))
     """
     tokens, max_length = as_tokens(text), _checked_length(max_length)
-    if memory is None:
-        return _count_spectra(tokens, max_length, BUFFER_BYTES)
-    _check_memory(memory, tokens)
-    return _count_spectra(tokens, max_length, memory, directory or tempfile.gettempdir())
+    return _count_spectra(tokens, max_length, *_room(memory, directory, tokens))
 
 
 def _checked_length(max_length: int) -> int:
@@ -202,7 +196,10 @@ def _checked_length(max_length: int) -> int:
     return max_length
 
 
-def _check_memory(memory: int, tokens: np.ndarray) -> None:
+def _room(memory: int | None, directory: str | Path | None, tokens: np.ndarray) -> tuple[int, str | Path | None]:
+    """The bytes to count in, and the folder of counting on disk; None without `memory`, which counts in memory."""
+    if memory is None:
+        return BUFFER_BYTES, None
     if _ext._C is None:
         raise ValueError("memory cannot be bounded with CHARLM_BACKEND=reference, which counts in memory")
     top = int(tokens.max(initial=0)) if tokens.dtype == np.uint32 else np.iinfo(tokens.dtype).max
@@ -211,6 +208,7 @@ def _check_memory(memory: int, tokens: np.ndarray) -> None:
     least = LEAST_MEMORY + 8 * (top + 1)
     if memory < least:
         raise ValueError(f"memory is {memory} bytes, but must be at least {least} for these tokens")
+    return memory, directory or tempfile.gettempdir()
 
 
 # `directory` selects counting on disk, in `buffer_bytes`.

@@ -244,11 +244,9 @@ class TextCorpus(Corpus):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of items, or of characters of running text, of each split."""
         return {name: len(part if self.format == "line" else part[0]) for name, part in self.parts.items()}
 
     def stream(self, split: str, block_size: int) -> Stream:
-        """The tokens of `split`; in running text also up to `block_size` tokens before it."""
         if self.format == "line":
             return item_stream(self.parts[split], self.vocabulary)
         names = list(self.parts)  # in the order of the text
@@ -259,15 +257,12 @@ class TextCorpus(Corpus):
         return Stream(self.vocabulary.encode(text[before:]), self.vocabulary.pad_token, start - before)
 
     def tokens(self, split: str) -> int:
-        """The number of predictions of `split`."""
         return sum(map(len, self.parts[split])) + (self.sizes[split] if self.format == "line" else 0)
 
     def longest_item(self, split: str) -> int:
-        """The number of characters of the longest item of `split`, or of all of running text."""
         return max(map(len, self.parts[split]))
 
     def known(self, split: str) -> Tensor:
-        """Mask of the predictions of `split` whose character is in the vocabulary: (tokens,) bool."""
         end = "\n" if self.format == "line" else ""
         known = self.vocabulary.known("".join(f"{part}{end}" for part in self.parts[split]))
         if end:  # the end of an item is predicted too, and is always known
@@ -276,14 +271,12 @@ class TextCorpus(Corpus):
         return known
 
     def overlap(self) -> int | None:
-        """The number of dev items that also occur in train; None for running text."""
         if self.format != "line":
             return None
         train = set(self.parts["train"])
         return sum(item in train for item in self.parts["dev"])
 
     def splits_containing(self, items: list[str]) -> list[list[str]]:
-        """The splits that contain each of `items`."""
         known = {split: set(part) for split, part in self.parts.items()}
         return [[split for split in self.parts if item in known[split]] for item in items]
 

@@ -45,14 +45,15 @@ class Vocabulary:
     separator: bool
     escapes: bool = False
     stoi: dict[str, int] = field(init=False, repr=False, compare=False)
-    _table: np.ndarray = field(init=False, repr=False, compare=False)  # (largest code point + 1,) token, or -1
+    # The token of each code point, -1 for one outside the vocabulary: (largest code point + 1,) int32.
+    table: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         first = int(self.separator)
         object.__setattr__(self, "stoi", {char: first + i for i, char in enumerate(self.chars)})
         table = np.full(ord(self.chars[-1]) + 1 if self.chars else 1, -1, dtype=np.int32)
         table[[ord(char) for char in self.chars]] = np.arange(first, first + len(self.chars))
-        object.__setattr__(self, "_table", table)
+        object.__setattr__(self, "table", table)
 
     @classmethod
     def of(cls, text: str, *, separator: bool) -> Vocabulary:
@@ -62,11 +63,6 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.chars) + self.separator
-
-    @property
-    def table(self) -> np.ndarray:
-        """The token of each code point, -1 for one outside the vocabulary: (largest code point + 1,) int32."""
-        return self._table
 
     @property
     def itos(self) -> list[str]:
@@ -146,8 +142,8 @@ class Vocabulary:
     def _lookup(self, text: str) -> np.ndarray:
         """(len(text),) int32 tokens, -1 for an unknown character."""
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        known = points < len(self._table)
-        return np.where(known, self._table[np.where(known, points, 0)], np.int32(-1))
+        known = points < len(self.table)
+        return np.where(known, self.table[np.where(known, points, 0)], np.int32(-1))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; a separator becomes "."."""

@@ -23,9 +23,7 @@ class BoW(SequenceModel):
     """A bag of words: order enters through the position embeddings and the last token alone.
 
     Args:
-        vocab_size: As in `LanguageModel`.
-        block_size: As in `LanguageModel`.
-        pad_token: As in `LanguageModel`.
+        vocab_size, block_size, pad_token: As in `LanguageModel`.
         n_embd: Width D of the embeddings.
         n_hidden: Width of the tanh layer.
         dropout: Dropout probability of the hidden units.

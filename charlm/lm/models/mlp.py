@@ -31,9 +31,7 @@ class MLP(LanguageModel):
     """An MLP over the embedded context window, with one tanh layer.
 
     Args:
-        vocab_size: As in `LanguageModel`.
-        block_size: As in `LanguageModel`.
-        pad_token: As in `LanguageModel`.
+        vocab_size, block_size, pad_token: As in `LanguageModel`.
         n_embd: Width D of an embedding.
         n_hidden: Width H of the tanh layer.
         batch_norm: Batch normalization of the input of the tanh; its bias replaces b.
@@ -69,7 +67,6 @@ class MLP(LanguageModel):
                 nn.init.zeros_(bias)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As `LanguageModel.forward`."""
         logits = self.head(self._hidden(idx))  # (B, T) → (B, H) → (B, V)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 

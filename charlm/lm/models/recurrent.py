@@ -105,7 +105,6 @@ class RNNCell(Cell):
     """The layer of Elman (1990)."""
 
     def step(self, x: Tensor, u: Tensor, state: State) -> State:
-        """As `Cell.step`."""
         return (torch.tanh(x + u),)
 
 
@@ -115,7 +114,6 @@ class GRUCell(Cell):
     gates = 3
 
     def step(self, x: Tensor, u: Tensor, state: State) -> State:
-        """As `Cell.step`."""
         H = x.shape[1] // 3
         r, z = torch.sigmoid(x[:, : 2 * H] + u[:, : 2 * H]).chunk(2, dim=1)
         n = torch.tanh(torch.addcmul(x[:, 2 * H :], r, u[:, 2 * H :]))
@@ -129,7 +127,6 @@ class LSTMCell(Cell):
     states = 2
 
     def step(self, x: Tensor, u: Tensor, state: State) -> State:
-        """As `Cell.step`."""
         a = x + u
         H = a.shape[1] // 4
         i, f, o = torch.sigmoid(a[:, : 3 * H]).chunk(3, dim=1)
@@ -141,9 +138,7 @@ class Recurrent(SequenceModel):
     """A recurrent network of n_layer layers; the subclass says of which.
 
     Args:
-        vocab_size: As in `LanguageModel`.
-        block_size: As in `LanguageModel`.
-        pad_token: As in `LanguageModel`.
+        vocab_size, block_size, pad_token: As in `LanguageModel`.
         n_embd: Width D of an embedding.
         n_hidden: Width H of the state.
         n_layer: Number of layers.

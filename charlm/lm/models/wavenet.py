@@ -28,9 +28,8 @@ class WaveNet(LanguageModel):
     """A binary tree of tanh layers over the context.
 
     Args:
-        vocab_size: As in `LanguageModel`.
+        vocab_size, pad_token: As in `LanguageModel`.
         block_size: Length T of the context, a power of two.
-        pad_token: As in `LanguageModel`.
         n_embd: Width D of an embedding.
         n_hidden: Width H of every layer.
         dropout: Dropout probability of the hidden units of each layer.
@@ -64,7 +63,6 @@ class WaveNet(LanguageModel):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """As `LanguageModel.forward`."""
         logits = self.head(self._hidden(idx))  # (B, T) → (B, H) → (B, V)
         return logits, None if targets is None else F.cross_entropy(logits, targets)
 
