@@ -303,19 +303,24 @@ def build_corpus(
     format = format or guess_format(text)
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}: it must be one of {', '.join(FORMATS)}")
-    if format == "text":
-        return _text_corpus(text, dedup, name)
-    items = split_items(text)
+    is_line = format == "line"
+    if dedup and not is_line:
+        raise UserError(f"{name} is running text, which has no items to deduplicate; --format line reads it as items")
+    items = split_items(text) if is_line else text  # of running text, the characters
     found = len(items)
     if dedup:
         items = list(dict.fromkeys(items))
     if len(items) < len(SPLITS):
-        raise UserError(f"{name} has {plural(len(items), 'item')}, but train, dev and test need one each")
-    vocabulary = Vocabulary.of("".join(items), separator=True)
-    random.Random(seed).shuffle(items)
+        noun = "item" if is_line else "character"
+        raise UserError(f"{name} has {plural(len(items), noun)}, but train, dev and test need one each")
+    if is_line:
+        text = "".join(items)
+        random.Random(seed).shuffle(items)
     train_end, dev_end = split_bounds(len(items))
-    parts = {"train": items[:train_end], "dev": items[train_end:dev_end], "test": items[dev_end:]}
-    return TextCorpus("line", vocabulary, _digest("line", parts), found - len(items), parts)
+    pieces = (items[:train_end], items[train_end:dev_end], items[dev_end:])
+    parts = {split: piece if is_line else [piece] for split, piece in zip(SPLITS, pieces, strict=True)}
+    vocabulary = Vocabulary.of(text, separator=is_line)
+    return TextCorpus(format, vocabulary, _digest(format, parts), found - len(items), parts)
 
 
 def whole_corpus(text: str, vocabulary: Vocabulary, name: str = "the input") -> TextCorpus:
@@ -329,16 +334,6 @@ def whole_corpus(text: str, vocabulary: Vocabulary, name: str = "the input") -> 
     if not any(parts[WHOLE]):
         raise UserError(f"{name} is empty")
     return TextCorpus(format, vocabulary, _digest(format, parts), 0, parts)
-
-
-def _text_corpus(text: str, dedup: bool, name: str) -> TextCorpus:
-    if dedup:
-        raise UserError(f"{name} is running text, which has no items to deduplicate; --format line reads it as items")
-    if len(text) < len(SPLITS):
-        raise UserError(f"{name} has {plural(len(text), 'character')}, but train, dev and test need one each")
-    train_end, dev_end = split_bounds(len(text))
-    parts = {"train": [text[:train_end]], "dev": [text[train_end:dev_end]], "test": [text[dev_end:]]}
-    return TextCorpus("text", Vocabulary.of(text, separator=False), _digest("text", parts), 0, parts)
 
 
 def _digest(format: str, parts: dict[str, list[str]]) -> str:

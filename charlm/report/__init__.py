@@ -52,11 +52,7 @@ def write(
         raise UserError("a report needs the folder of a trained model")
     from charlm.report.data import gather
 
-    found = gather(
-        [Path(directory) for directory in directories],
-        lambda saved: trained_corpus(saved, input_file),
-        usable_device(device),
-        on_progress,
-    )
+    runs = [Path(directory) for directory in directories]
+    found = gather(runs, lambda saved: trained_corpus(saved, input_file), usable_device(device), on_progress)
     write_atomically(path, render(found).encode())
     return path
