@@ -23,7 +23,11 @@ from charlm.lm.train import Trainer
 
 NAMES = "anna\nada\nbea\nbab\nnan\nabba\ndaphne\nhannah\n" * 3 + "zoe\nemma\nmia\nada\nalexandra\n"
 TEXT = "the cat sat on the mat.\nthe dog sat on the log.\n\nthat cat and that dog sat\n" * 3
-CORPORA = {"line": build_corpus(NAMES, format="line"), "text": build_corpus(TEXT, format="text")}
+CORPORA = {
+    "line": build_corpus(NAMES, format="line"),
+    "text": build_corpus(TEXT, format="text"),
+    "text of one line": build_corpus(TEXT.replace("\n", " ") + "\n", format="text"),
+}
 
 
 def sized(order: int) -> int:
