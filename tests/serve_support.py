@@ -6,7 +6,6 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,8 +67,8 @@ class Page:
 def serving(*folders: Path, **options: Any) -> Iterator[Page]:
     """A page about the models in `folders`."""
     models = [Served(folder, torch.device("cpu")) for folder in folders]
-    with listening_on(0) as listener, ThreadPoolExecutor(1) as worker:
-        server = new_server(models, worker, "token", **options)
+    with listening_on(0) as listener:
+        server = new_server(models, "token", **options)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -51,23 +50,22 @@ def serve(
     if not 1 <= len(directories) <= 2:
         raise UserError(f"a page shows one model or two, not {len(directories)}: give one folder or two")
     target = usable_device(device)
-    with listening_on(port) as listener, ThreadPoolExecutor(1) as worker:
+    with listening_on(port) as listener:
         models = [Served(Path(directory), target) for directory in directories]
         token = secrets.token_urlsafe(16)
         on_start(f"http://{HOST}:{listener.getsockname()[1]}/{token}/", models)
         with suppress(KeyboardInterrupt):  # uvicorn stops, and then raises the signal again
-            new_server(models, worker, token).run([listener])
-        worker.shutdown(cancel_futures=True)
+            new_server(models, token).run([listener])
 
 
-def new_server(models: list[Served], worker: ThreadPoolExecutor, token: str, **options: Any) -> uvicorn.Server:
+def new_server(models: list[Served], token: str, **options: Any) -> uvicorn.Server:
     """The server of the page, with the arguments of `app.new_app`."""
     import uvicorn
 
     from charlm.serve.app import new_app
 
     config = uvicorn.Config(
-        new_app(models, worker, token, lambda: server.should_exit, **options),
+        new_app(models, token, lambda: server.should_exit, **options),
         loop="asyncio", http="h11", ws="none", lifespan="off", proxy_headers=False, server_header=False,
         log_config=None, log_level="critical",  # a request that is cut off at the end is no error
         limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=SECONDS_TO_STOP,

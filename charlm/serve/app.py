@@ -1,4 +1,4 @@
-"""The requests of the page. Every model computes in one worker thread, and the event loop stays free for the others.
+"""The requests of the page. One model computes at a time, in a thread, and the event loop stays free for the others.
 
 A request is answered only if it is addressed to this machine by name (against DNS rebinding: a foreign name that
 resolves to 127.0.0.1), comes from no other page (its Origin), and has the token in its path.
@@ -13,14 +13,13 @@ import reprlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
 from importlib.resources import files
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -67,62 +66,55 @@ class Rate:
         return allowed
 
 
-class Guard:
-    """Refuses requests that are not of the page, or too many, and adds HEADERS to the answers."""
+def guarded(app: ASGIApp, token: str, rate: Rate) -> ASGIApp:
+    """`app` with HEADERS in its answers; requests that are not of the page, or too many, are refused."""
 
-    def __init__(self, app: ASGIApp, token: str, rate: Rate) -> None:
-        self.app, self.token, self.rate = app, token, rate
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        answer = self._refusal(Headers(scope=scope), scope["path"]) or self.app
-        await answer(scope, receive, send_guarded)
-
-    def _refusal(self, headers: Headers, path: str) -> Response | None:
+    def refusal(headers: Headers, path: str) -> Response | None:
         host, origin = headers.get("host", ""), headers.get("origin")
         if not LOOPBACK.fullmatch(host):
             return failure(403, "this server is for this machine alone: its address begins with http://127.0.0.1")
         if origin not in (None, f"http://{host}"):
             return failure(403, "this server answers its own page only, not one of another origin")
-        if not secrets.compare_digest("".join(path.split("/")[1:2]).encode(), self.token.encode()):
+        if not secrets.compare_digest("".join(path.split("/")[1:2]).encode(), token.encode()):
             return failure(403, "the address lacks the token: open the whole address that `charlm serve` printed")
-        if not self.rate.allows():
-            return failure(429, f"there are more than {self.rate.per_second:g} requests a second: try again")
+        if not rate.allows():
+            return failure(429, f"there are more than {rate.per_second:g} requests a second: try again")
         return None
 
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
 
-def new_app(
-    models: list[Served], worker: Executor, token: str, is_stopping: Callable[[], bool], rate: Rate | None = None
-) -> Starlette:
+        await (refusal(Headers(scope=scope), scope["path"]) or app)(scope, receive, send_guarded)
+
+    return answer
+
+
+def new_app(models: list[Served], token: str, is_stopping: Callable[[], bool], rate: Rate | None = None) -> ASGIApp:
     """The page's application, which shows `models` below the path `token`.
 
-    They compute in `worker`, which has one thread. Streams end when `is_stopping`. `rate` limits the requests.
+    Streams end when `is_stopping`. `rate` limits the requests.
     """
+    turn = asyncio.Lock()  # one model computes at a time
 
     async def compute(work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(worker, work)
-
-    def refreshed() -> list[Served]:
-        for model in models:
-            model.refresh()
-        return models
+        async with turn:
+            return await run_in_threadpool(work)
 
     async def page(request: Request) -> Response:
         name, media_type = PAGE[request.url.path.rpartition("/")[2]]
         return Response(files("charlm.serve").joinpath(name).read_bytes(), media_type=media_type)
 
     async def describe(request: Request) -> Response:
-        found = await compute(lambda: [model.describe() for model in refreshed()])
+        found = await compute(lambda: [model.describe() for model in models])
         return reply({"models": found, "most": MAX_CHARACTERS})
 
     async def score(request: Request) -> Response:
         values = await read(request)
         text, start = take(values, "text", str), take(values, "start", int)
-        return reply({"models": await compute(lambda: [model.score(text, start) for model in refreshed()])})
+        return reply({"models": await compute(lambda: [model.score(text, start) for model in models])})
 
     async def sample(request: Request) -> Response:
         values = await read(request)
@@ -155,25 +147,23 @@ def new_app(
         return reply(await compute(lambda: coin(p, q)))
 
     posts = {"score": score, "sample": sample, "coin": toss}
-    return Starlette(
+    app = Starlette(
         routes=[
             *(Route(f"/{{token}}/{name}", page) for name in PAGE),
             Route("/{token}/models", describe),
             *(Route(f"/{{token}}/{name}", answer, methods=["POST"]) for name, answer in posts.items()),
         ],
-        middleware=[Middleware(Guard, token=token, rate=rate or Rate(RATE, BURST))],
         exception_handlers={
             UserError: lambda request, error: failure(400, str(error)),
             HTTPException: lambda request, error: failure(error.status_code, error.detail),
             Exception: lambda request, error: failure(500, repr(error)),
         },
     )
+    return guarded(app, token, rate or Rate(RATE, BURST))
 
 
 async def read(request: Request) -> dict[str, Any]:
     """The JSON object of a request, of which no more than MAX_BODY and a block of the network is in memory."""
-    if int(request.headers.get("content-length", 0)) > MAX_BODY:
-        raise HTTPException(413, TOO_LONG)
     body = bytearray()
     async for chunk in request.stream():
         body += chunk

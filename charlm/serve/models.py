@@ -51,16 +51,14 @@ class Served:
         return found
 
     def _load(self) -> None:
-        fingerprint = checkpoint.fingerprint(self.directory)
         saved = checkpoint.load(self.directory)
         self.model = CharacterModel(saved, self.device)
         self.step = saved.step if saved.best_step is None else saved.best_step
-        self._fingerprint = fingerprint
         self.version += 1
 
     def refresh(self) -> None:
         """Loads the model again if its files have changed."""
-        stamp, known = self._files(), self._fingerprint
+        stamp = self._files()
         if stamp == self._stamp:
             return
         self._stamp = stamp
@@ -71,11 +69,11 @@ class Served:
             kept = f"so the page keeps the model of step {self.step:,}"
             self.notice = f"{name} changed at {now} and cannot be loaded, {kept}: {visible(str(error))}"
         else:
-            if self.notice or self._fingerprint != known:
-                self.notice = f"{name} changed: the page shows the model of step {self.step:,}, loaded at {now}."
+            self.notice = f"{name} changed: the page shows the model of step {self.step:,}, loaded at {now}."
 
     def describe(self) -> dict[str, Any]:
         """What the page says about the model."""
+        self.refresh()
         model = self.model
         return {
             "name": visible(str(self.directory)),
@@ -104,6 +102,7 @@ class Served:
         """
         if not 0 <= start <= len(text):
             raise UserError(f"start is {start}, but must be at least 0 and at most {len(text)}, the text's length")
+        self.refresh()
         model, is_line = self.model, self.model.format == "line"
         chars = {*model.vocabulary.chars, *("\n" if is_line else "")}
         unknown = "error" if chars.issuperset(text) else "escape"
@@ -139,11 +138,9 @@ class Served:
         """
         self.refresh()
         model = self.model
-        texts = [
-            stream(model.model, model.vocabulary, replace(options, seed=options.seed + number), model.device)
-            for number in range(ITEMS if model.format == "line" else 1)
-        ]
-        for number, pieces in enumerate(texts):
+        for number in range(ITEMS if model.format == "line" else 1):
+            seeded = replace(options, seed=options.seed + number)
+            pieces = stream(model.model, model.vocabulary, seeded, model.device)
             yield number, visible(options.prompt, keep="\n\t")
             for piece in pieces:
                 yield number, visible(piece, keep="\n\t")

@@ -4,12 +4,13 @@ const $ = (id) => document.getElementById(id);
 const MOST_STEPS = 200; // of gradient descent on the coin
 const SMALL = 1e-6; // bits of KL where it ends
 const POLL = 5000; // milliseconds between two looks at the files
+const UNKNOWN = { className: "cell unknown", title: "not in the model's vocabulary" };
 let models = []; // as the server describes them
 let most = 5000; // characters of a text
 
-function make(tag, text, ...children) {
-  const found = document.createElement(tag);
-  if (text !== null) found.textContent = text;
+// An element with these properties or null; a child that is a string becomes text.
+function make(tag, properties, ...children) {
+  const found = Object.assign(document.createElement(tag), properties);
   found.append(...children);
   return found;
 }
@@ -18,17 +19,33 @@ const shown = (value, digits = 2) => Number(value).toFixed(digits).replace(/^-(?
 const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 const say = (sentence) => ($("error").textContent = sentence);
 
+// Calls of the result run `work` one after the other; those during a run are one. It says an error of `work`.
+function latest(work) {
+  let running = false, again = false;
+  return async () => {
+    again = true;
+    if (running) return;
+    running = true;
+    try {
+      while (again) {
+        again = false;
+        await work();
+      }
+    } catch (error) {
+      say(error.message);
+    } finally {
+      running = false;
+    }
+  };
+}
+
 // The answer of the server; an Error with its sentence if it refuses. Where the rate is limited it waits.
 async function ask(path, values, signal) {
   const options = values && { method: "POST", body: JSON.stringify(values), signal };
   for (;;) {
-    let answer;
-    try {
-      answer = await fetch(path, options);
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      throw new Error("The server does not answer: it may have been stopped.");
-    }
+    const answer = await fetch(path, options).catch((error) => {
+      throw error.name === "AbortError" ? error : new Error("The server does not answer: it may have been stopped.");
+    });
     if (answer.ok) return answer;
     if (answer.status !== 429) throw new Error((await answer.json().catch(() => ({}))).error || `status ${answer.status}`);
     await pause(1000);
@@ -37,7 +54,7 @@ async function ask(path, values, signal) {
 
 // ---- models
 
-async function look() {
+const look = latest(async () => {
   const answer = await (await ask("models")).json();
   const before = models.map((model) => model.version).join();
   models = answer.models;
@@ -46,7 +63,7 @@ async function look() {
     ...models.map((model) => {
       const loss = model.bits === null ? "" : `, ${shown(model.bits, 3)} bits per character on dev`;
       const size = model.parameters ? `${model.parameters.toLocaleString("en")} parameters, ` : "";
-      return make("li", `${model.name}: ${model.label}, ${size}step ${model.step.toLocaleString("en")}${loss}`);
+      return make("li", null, `${model.name}: ${model.label}, ${size}step ${model.step.toLocaleString("en")}${loss}`);
     }),
   );
   const notice = models.map((model) => model.notice).filter((text) => text).join(" ");
@@ -54,8 +71,7 @@ async function look() {
   if (before === models.map((model) => model.version).join()) return;
   const lines = models.some((model) => model.format === "line");
   $("hint").textContent = `${lines ? "For a model of items each line is an item, and a newline is its end. " : ""}At most ${most.toLocaleString("en")} characters; charlm score takes a file of any size.`;
-  const sizes = models.map((model) => model.tokens);
-  $("top-k").max = Math.min(100, Math.max(...sizes));
+  $("top-k").max = Math.min(100, Math.max(...models.map((model) => model.tokens)));
   if (!before) {
     $("top-k").value = $("top-k").max;
     build();
@@ -63,31 +79,23 @@ async function look() {
   outputs();
   done = nothing();
   await update();
-}
+});
 
 // A panel for each model in "Type" and in "Sample".
 function build() {
-  const title = (model) => (models.length > 1 ? [make("h3", model.name)] : []);
+  const title = (model) => (models.length > 1 ? [make("h3", null, model.name)] : []);
   $("scores").replaceChildren(
     ...models.map((model, index) => {
-      const cells = make("div", null);
-      Object.assign(cells, { className: "cells", id: `cells-${index}` });
-      cells.setAttribute("role", "img");
-      const total = make("p", "");
-      total.id = `total-${index}`;
-      const body = make("tbody", null);
-      body.id = `next-${index}`;
-      const table = make("table", null, make("caption", "The next character", make("span", "")), body);
-      table.caption.className = "faint";
-      return make("div", null, ...title(model), cells, total, table);
+      const cells = make("div", { className: "cells", id: `cells-${index}`, role: "img" });
+      const caption = make("caption", { className: "faint" }, "The next character", make("span"));
+      const table = make("table", null, caption, make("tbody", { id: `next-${index}` }));
+      return make("div", null, ...title(model), cells, make("p", { id: `total-${index}` }), table);
     }),
   );
   $("samples").replaceChildren(
-    ...models.map((model, index) => {
-      const list = make("ol", null);
-      Object.assign(list, { id: `samples-${index}`, className: model.format });
-      return make("div", null, ...title(model), list);
-    }),
+    ...models.map((model, index) =>
+      make("div", null, ...title(model), make("ol", { id: `samples-${index}`, className: model.format })),
+    ),
   );
   $("compared").hidden = models.length < 2;
 }
@@ -96,54 +104,44 @@ function build() {
 
 const nothing = () => ({ chars: [], bits: models.map(() => []), bases: "", next: null });
 let done = nothing(); // what has been scored: a beginning of the text
-let busy = false;
 
-async function update() {
-  if (busy || !models.length) return;
-  busy = true;
-  try {
-    for (;;) {
-      const text = $("text").value;
-      const chars = Array.from(text);
-      let start = 0;
-      while (start < done.chars.length && done.chars[start] === chars[start]) start++;
-      if (done.next && start === chars.length && start === done.chars.length) break;
-      if (chars.length > most) throw new Error(tooLong(chars.length));
-      const answer = await (await ask("score", { text, start })).json();
-      const bases = answer.models.map((model) => model.basis).join();
-      if (start && bases !== done.bases) {
-        done = nothing(); // another model, or other codes: the numbers do not fit together
-        continue;
-      }
-      const stop = start + answer.models[0].bits.length;
-      done.chars = chars.slice(0, stop);
-      done.bases = bases;
-      done.next = stop === chars.length;
-      answer.models.forEach((model, index) => {
-        model.bits = model.bits.map(Number);
-        done.bits[index].splice(start, Infinity, ...model.bits);
-        show(index, start, model);
-      });
-      if (models.length > 1) compare(start, answer.models);
-      if ($("error").textContent) say("");
+const update = latest(async () => {
+  while (models.length) {
+    const text = $("text").value;
+    const chars = Array.from(text);
+    let start = 0;
+    while (start < done.chars.length && done.chars[start] === chars[start]) start++;
+    if (done.next && start === chars.length && start === done.chars.length) break;
+    if (chars.length > most) throw new Error(tooLong(chars.length));
+    const answer = await (await ask("score", { text, start })).json();
+    const bases = answer.models.map((model) => model.basis).join();
+    if (start && bases !== done.bases) {
+      done = nothing(); // another model, or other codes: the numbers do not fit together
+      continue;
     }
-    announce();
-  } catch (error) {
-    say(error.message);
-  } finally {
-    busy = false;
+    const stop = start + answer.models[0].bits.length;
+    done.chars = chars.slice(0, stop);
+    done.bases = bases;
+    done.next = stop === chars.length;
+    answer.models.forEach((model, index) => {
+      model.bits = model.bits.map(Number);
+      done.bits[index].splice(start, Infinity, ...model.bits);
+      show(index, start, model);
+    });
+    if (models.length > 1) compare(start, answer.models);
+    if ($("error").textContent) say("");
   }
-}
+  announce();
+});
 
 const sum = (bits) => bits.reduce((total, each) => total + each, 0);
 const tooLong = (length) =>
   `The text has ${length.toLocaleString("en")} characters, and this page takes ${most.toLocaleString("en")}: charlm score DIR -i FILE takes a file of any size.`;
 
-function cell(name, text, colour) {
-  const found = make("span", name, make("small", text));
-  found.className = "cell";
-  found.style.backgroundColor = colour;
-  return name === "↵" ? make("span", null, found, make("br", null)) : found;
+function cell(name, text, colour, properties) {
+  const usual = { className: "cell", style: `background-color: ${colour}` };
+  const found = make("span", { ...usual, ...properties }, name, make("small", null, text));
+  return name === "↵" ? make("span", null, found, make("br")) : found;
 }
 
 // Replaces the cells from `start` on; a child of the parent is a character.
@@ -155,27 +153,21 @@ function replace(parent, start, cells) {
 function show(index, start, model) {
   const full = Math.max(1, Math.log2(models[index].tokens)); // bits that are red: a guess among all tokens
   const hue = (bits) => 120 * (1 - Math.min(1, Math.max(0, (Number.isNaN(bits) ? full : bits) / full)));
-  const cells = model.bits.map((bits, at) => cell(model.names[at], shown(bits, 1), `hsl(${hue(bits)} 83.9% 68.9%)`));
-  for (const at of model.unknown) {
-    const found = cells[at].matches(".cell") ? cells[at] : cells[at].firstChild;
-    found.classList.add("unknown");
-    found.title = "not in the model's vocabulary";
-  }
+  const cells = model.bits.map((bits, at) => {
+    const properties = model.unknown.includes(at) ? UNKNOWN : {};
+    return cell(model.names[at], shown(bits, 1), `hsl(${hue(bits)} 83.9% 68.9%)`, properties);
+  });
   replace($(`cells-${index}`), start, cells);
   const bits = done.bits[index];
   const worst = bits.map((each, at) => `${done.chars[at]} ${shown(each, 1)}`).slice(-40).join(", ");
-  $(`cells-${index}`).setAttribute("aria-label", `Bits of the last characters: ${worst || "none"}`);
+  $(`cells-${index}`).ariaLabel = `Bits of the last characters: ${worst || "none"}`;
   const total = sum(bits);
   $(`total-${index}`).textContent = bits.length ? `${shown(total)} bits, ${shown(total / bits.length, 3)} bits per character` : "";
   if (!model.next) return;
   const rows = model.next.top.map(([name, p]) => {
-    const bar = make("div", null);
-    bar.style.width = `${100 * (Number(p) || 0)}%`;
-    const cellOfBar = make("td", null, bar);
-    cellOfBar.className = "bar";
-    const head = make("th", null, make("bdi", name));
-    head.scope = "row";
-    return make("tr", null, head, make("td", `${shown(100 * p, 1)} %`), cellOfBar);
+    const bar = make("div", { style: `width: ${100 * (Number(p) || 0)}%` });
+    const head = make("th", { scope: "row" }, make("bdi", null, name));
+    return make("tr", null, head, make("td", null, `${shown(100 * p, 1)} %`), make("td", { className: "bar" }, bar));
   });
   $(`next-${index}`).replaceChildren(...rows);
   const others = model.next.others ? `, ${model.next.others.toLocaleString("en")} others not shown` : "";
@@ -193,9 +185,9 @@ function compare(start, answers) {
   replace($("difference"), start, cells);
   const rows = models.map((model, index) => {
     const total = sum(done.bits[index]);
-    const name = make("th", model.name);
-    name.scope = "row";
-    return make("tr", null, name, make("td", shown(total)), make("td", done.chars.length ? shown(total / done.chars.length, 3) : "–"));
+    const mean = done.chars.length ? shown(total / done.chars.length, 3) : "–";
+    const name = make("th", { scope: "row" }, model.name);
+    return make("tr", null, name, make("td", null, shown(total)), make("td", null, mean));
   });
   $("compared").querySelector("tbody").replaceChildren(...rows);
 }
@@ -275,12 +267,12 @@ async function stream(index, values, signal) {
       rest = lines.pop();
       for (const { number, text, error } of lines.map((line) => JSON.parse(line))) {
         if (error) throw new Error(error);
-        while (list.children.length <= number) list.append(make("li", null, make("bdi", "")));
+        while (list.children.length <= number) list.append(make("li", null, make("bdi")));
         list.children[number].firstChild.textContent += text;
       }
     }
   } catch (error) {
-    if (error.name !== "AbortError") list.replaceChildren(make("li", error.message));
+    if (error.name !== "AbortError") list.replaceChildren(make("li", null, error.message));
     return false;
   }
 }
@@ -310,22 +302,7 @@ async function toss() {
   return found;
 }
 
-let tossing = false, again = false;
-async function moved() {
-  again = true;
-  if (tossing) return;
-  tossing = true;
-  try {
-    while (again) {
-      again = false;
-      await toss();
-    }
-  } catch (error) {
-    say(error.message);
-  } finally {
-    tossing = false;
-  }
-}
+const moved = latest(toss);
 for (const id of ["p", "q"])
   $(id).addEventListener("input", () => {
     descent++;
@@ -333,33 +310,30 @@ for (const id of ["p", "q"])
     $("steps").textContent = "";
     moved();
   });
-$("minimise").addEventListener("click", async () => {
-  const own = ++descent;
-  try {
-    for (let step = 0; step <= MOST_STEPS; step++) {
-      const found = await toss();
-      if (own !== descent) return;
-      const end = found.kl < SMALL ? ": done." : step === MOST_STEPS ? ": stopped." : "";
-      $("steps").textContent = `Step ${step}${end}`;
-      if (end) return;
-      await pause(60);
-      if (own !== descent) return;
-      q = found.next;
-      $("q").value = q;
-    }
-  } catch (error) {
-    say(error.message);
+
+const minimise = latest(async () => {
+  const own = descent;
+  for (let step = 0; step <= MOST_STEPS; step++) {
+    const found = await toss();
+    if (own !== descent) return;
+    const end = found.kl < SMALL ? ": done." : step === MOST_STEPS ? ": stopped." : "";
+    $("steps").textContent = `Step ${step}${end}`;
+    if (end) return;
+    await pause(60);
+    if (own !== descent) return;
+    q = found.next;
+    $("q").value = q;
   }
+});
+$("minimise").addEventListener("click", () => {
+  descent++;
+  minimise();
 });
 
 // ---- start
 
 async function poll() {
-  try {
-    if (!document.hidden) await look();
-  } catch (error) {
-    say(error.message);
-  }
+  if (!document.hidden) await look();
   setTimeout(poll, POLL);
 }
 poll().then(() => (document.documentElement.dataset.ready = "true"));
