@@ -36,7 +36,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-folder, work = map(Path, sys.argv[1:])
+folder = Path(sys.argv[1])
+work = folder.parent
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 text = (work / "text").read_bytes().decode()
 ids = tokenizer(text)["input_ids"]
@@ -166,26 +167,24 @@ def _tokenizer(vocabulary: Vocabulary) -> dict[str, bytes]:
 
 
 def _check(source: Source, folder: Path) -> float:
-    """Loads `folder` in a process of its own, without charlm; the largest difference of a logit."""
-    vocabulary = source.vocabulary
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        ids = [vocabulary.pad_token, *vocabulary.encode(vocabulary.chars).tolist()]
-        (work / "text").write_bytes(vocabulary.chars.encode())
-        save_file({"ids": torch.tensor(ids), "tokens": source.tokens}, work / "given")
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")}
-        command = [sys.executable, "-c", CHECK, str(folder), str(work)]
-        result = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            cwd=work,
-            env=environment,
-            check=False,
-        )
-        if result.returncode:
-            reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
-            raise UserError(f"transformers cannot use the export, so it was not kept: {reason}")
-        return source.difference(load_file(work / "found")["logits"][:, source.places])
+    """Loads `folder` in a process of its own, without charlm; the largest difference of a logit.
+
+    What the process reads and writes is in the parent of `folder`.
+    """
+    vocabulary, work = source.vocabulary, folder.parent
+    ids = [vocabulary.pad_token, *vocabulary.encode(vocabulary.chars).tolist()]
+    (work / "text").write_bytes(vocabulary.chars.encode())
+    save_file({"ids": torch.tensor(ids), "tokens": source.tokens}, work / "given")
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK, str(folder)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        errors="replace",
+        cwd=work,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(work / "modules")},
+        check=False,
+    )
+    if result.returncode:
+        reason = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[-1]
+        raise UserError(f"transformers cannot use the export, so it was not kept: {reason}")
+    return source.difference(load_file(work / "found")["logits"][:, source.places])

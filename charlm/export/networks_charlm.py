@@ -10,6 +10,7 @@ wavenet before the text. These two take any t; the others at most T, and `logits
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ WINDOWS = 64  # that `logits_of` computes at once
 
 
 class Network(nn.Module):
-    """What all networks have: block_size, the start token and the embedding."""
+    """What all networks have: the arguments that the others call `shared`, and the embedding."""
 
     any_length = False
 
     def __init__(self, vocab_size: int, block_size: int, start_token: int, n_embd: int) -> None:
         super().__init__()
-        self.block_size, self.start_token = block_size, start_token
+        self.vocab_size, self.block_size, self.start_token = vocab_size, block_size, start_token
         self.embedding = nn.Embedding(vocab_size, n_embd)
 
 
@@ -35,13 +36,11 @@ class MLP(Network):
 
     any_length = True
 
-    def __init__(
-        self, vocab_size: int, block_size: int, start_token: int, n_embd: int, n_hidden: int, batch_norm: bool
-    ) -> None:
-        super().__init__(vocab_size, block_size, start_token, n_embd)
-        self.hidden = nn.Linear(block_size * n_embd, n_hidden, bias=not batch_norm)
+    def __init__(self, n_embd: int, n_hidden: int, batch_norm: bool, **shared: int) -> None:
+        super().__init__(n_embd=n_embd, **shared)
+        self.hidden = nn.Linear(self.block_size * n_embd, n_hidden, bias=not batch_norm)
         self.norm = nn.BatchNorm1d(n_hidden) if batch_norm else nn.Identity()
-        self.head = nn.Linear(n_hidden, vocab_size)
+        self.head = nn.Linear(n_hidden, self.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         B, t = tokens.shape
@@ -57,12 +56,12 @@ class WaveNet(Network):
 
     any_length = True
 
-    def __init__(self, vocab_size: int, block_size: int, start_token: int, n_embd: int, n_hidden: int) -> None:
-        super().__init__(vocab_size, block_size, start_token, n_embd)
-        widths = [n_embd, *[n_hidden] * (block_size.bit_length() - 2)]  # block_size is 2 ** len(widths)
+    def __init__(self, n_embd: int, n_hidden: int, **shared: int) -> None:
+        super().__init__(n_embd=n_embd, **shared)
+        widths = [n_embd, *[n_hidden] * (self.block_size.bit_length() - 2)]  # block_size is 2 ** len(widths)
         self.layers = nn.ModuleList(nn.Linear(2 * width, n_hidden, bias=False) for width in widths)
         self.norms = nn.ModuleList(nn.BatchNorm1d(n_hidden) for _ in widths)
-        self.head = nn.Linear(n_hidden, vocab_size)
+        self.head = nn.Linear(n_hidden, self.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(pad(tokens, (self.block_size - 1, 0), value=self.start_token))  # (B, T - 1 + t, D)
@@ -76,12 +75,12 @@ class WaveNet(Network):
 class BoW(Network):
     """A bag of words: the mean of the embeddings so far, then an MLP, as in makemore."""
 
-    def __init__(self, vocab_size: int, block_size: int, start_token: int, n_embd: int, n_hidden: int) -> None:
-        super().__init__(vocab_size, block_size, start_token, n_embd)
-        self.position = nn.Embedding(block_size, n_embd)
+    def __init__(self, n_embd: int, n_hidden: int, **shared: int) -> None:
+        super().__init__(n_embd=n_embd, **shared)
+        self.position = nn.Embedding(self.block_size, n_embd)
         self.expand = nn.Linear(n_embd, n_hidden)
         self.contract = nn.Linear(n_hidden, n_embd)
-        self.head = nn.Linear(n_embd, vocab_size)
+        self.head = nn.Linear(n_embd, self.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -93,14 +92,12 @@ class BoW(Network):
 class Recurrent(Network):
     """torch's recurrent layers, of type "rnn", "gru" or "lstm", which begin with a learned state."""
 
-    def __init__(
-        self, vocab_size: int, block_size: int, start_token: int, type: str, n_embd: int, n_hidden: int, n_layer: int
-    ) -> None:
-        super().__init__(vocab_size, block_size, start_token, n_embd)
+    def __init__(self, type: str, n_embd: int, n_hidden: int, n_layer: int, **shared: int) -> None:
+        super().__init__(n_embd=n_embd, **shared)
         layers = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[type]
         self.layers = layers(n_embd, n_hidden, n_layer, batch_first=True)
         self.start = nn.Parameter(torch.zeros(2 if type == "lstm" else 1, n_layer, n_hidden))  # h, and c of the lstm
-        self.head = nn.Linear(n_hidden, vocab_size)
+        self.head = nn.Linear(n_hidden, self.vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         B = tokens.shape[0]
@@ -132,11 +129,9 @@ class Block(nn.Module):
 class GPT(Network):
     """A transformer as in nanoGPT, without biases; the head and the embedding share one weight."""
 
-    def __init__(
-        self, vocab_size: int, block_size: int, start_token: int, n_layer: int, n_head: int, n_embd: int
-    ) -> None:
-        super().__init__(vocab_size, block_size, start_token, n_embd)
-        self.position = nn.Embedding(block_size, n_embd)
+    def __init__(self, n_layer: int, n_head: int, n_embd: int, **shared: int) -> None:
+        super().__init__(n_embd=n_embd, **shared)
+        self.position = nn.Embedding(self.block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, bias=False)
 
@@ -147,18 +142,21 @@ class GPT(Network):
         return linear(self.norm(x), self.embedding.weight)
 
 
-def build_network(type: str, **arguments: Any) -> nn.Module:
-    """Builds a network of `type` with new weights; the arguments are those of its class."""
+def build_network(type: str, **arguments: Any) -> Network:
+    """Builds a network of `type` with new weights; the arguments are those of its class and of Network."""
     if type in ("rnn", "gru", "lstm"):
         return Recurrent(type=type, **arguments)
     return {"mlp": MLP, "wavenet": WaveNet, "bow": BoW, "gpt": GPT}[type](**arguments)
 
 
-def logits_of(network: nn.Module, tokens: Tensor) -> Tensor:
-    """The logits of `network` for tokens (B, t) of any t: (B, t, V). Behind block_size each position has its window."""
-    T = network.block_size
+def logits_of(network: Network, tokens: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The logits of `network` for tokens (B, t) of any t: (B, t, V). Behind block_size each position has its window.
+
+    `run` computes in place of the network.
+    """
+    T, run = network.block_size, run or network
     if network.any_length or tokens.shape[1] <= T:
-        return network(tokens)
+        return run(tokens)
     windows = tokens.unfold(1, T, 1)[:, 1:].flatten(0, 1)  # (B * (t - T), T)
-    last = torch.cat([network(part)[:, -1] for part in windows.split(WINDOWS)])  # (B * (t - T), V)
-    return torch.cat([network(tokens[:, :T]), last.view(len(tokens), -1, last.shape[1])], dim=1)
+    last = torch.cat([run(part)[:, -1] for part in windows.split(WINDOWS)])  # (B * (t - T), V)
+    return torch.cat([run(tokens[:, :T]), last.view(len(tokens), -1, last.shape[1])], dim=1)

@@ -12,12 +12,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from charlm._errors import UserError
 from charlm._extras import require_packages
 from charlm.export.checkpoint import Source, check_output
-from charlm.export.networks_charlm import build_network
+from charlm.export.networks_charlm import Network, build_network, logits_of
 from charlm.lm.files import write_atomically
 
 PACKAGES = ("onnx", "onnxruntime")  # the extra `onnx`
@@ -44,13 +44,13 @@ def export_onnx(source: Source, path: Path, overwrite: bool = False) -> float:
     network = build_network(**source.arguments).eval()
     network.load_state_dict(source.weights)
     data = _model(network, source)
-    difference = source.difference(_run(data, source, network.any_length))
+    difference = source.difference(_run(data, source, network))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
     return difference
 
 
-def _model(network: nn.Module, source: Source) -> bytes:
+def _model(network: Network, source: Source) -> bytes:
     """The ONNX file."""
     import onnx
 
@@ -76,8 +76,8 @@ def _model(network: nn.Module, source: Source) -> bytes:
     return model.SerializeToString()
 
 
-def _run(data: bytes, source: Source, any_length: bool) -> Tensor:
-    """The logits at the places of `source` by onnxruntime, (ROWS, n, V); behind block_size window by window."""
+def _run(data: bytes, source: Source, network: Network) -> Tensor:
+    """The logits at the places of `source` by onnxruntime in place of `network`, (ROWS, n, V)."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -87,8 +87,4 @@ def _run(data: bytes, source: Source, any_length: bool) -> Tensor:
     def run(tokens: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"input_ids": tokens.numpy()})[0])
 
-    T, places = source.arguments["block_size"], source.places
-    if any_length:
-        return run(source.tokens)[:, places]
-    windows = [run(source.tokens[:, at + 1 - T : at + 1])[:, -1:] for at in places[places >= T].tolist()]
-    return torch.cat([run(source.tokens[:, :T])[:, places[places < T]], *windows], dim=1)
+    return logits_of(network, source.tokens, run)[:, source.places]
