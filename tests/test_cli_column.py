@@ -34,7 +34,7 @@ def table(path: Path, header: bool = True, **options: str) -> Path:
 
 
 def documents(path: Path, column: str) -> list[str]:
-    return [piece.text for piece in pieces(path, column)]
+    return [piece.decode() for piece, _ in pieces(path, column)]
 
 
 @pytest.mark.parametrize("options", [{}, {"lineterminator": "\n", "quoting": csv.QUOTE_ALL}])

@@ -169,9 +169,10 @@ def test_json_of_any_depth_and_a_separator_that_is_no_text_are_refused(tmp_path)
 @needs_module
 @pytest.mark.parametrize(("name", "package"), [("a.zst", "zstandard"), ("a.parquet", "pyarrow")])
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, name, package):
-    monkeypatch.setattr("charlm.lm.sources.find_spec", lambda package: None)
+    monkeypatch.setattr("charlm._extras.find_spec", lambda package: None)
     (tmp_path / name).write_bytes(b"x")
-    assert f"needs the package {package}: pip install" in fails("prepare", tmp_path / name, "-o", tmp_path / "corpus")
+    error = fails("prepare", tmp_path / name, "-o", tmp_path / "corpus")
+    assert f"{name} needs {package}, which the extra data installs: pip install" in error
 
 
 def test_half_a_character_is_refused_and_newlines_are_plain(tmp_path):

@@ -19,11 +19,11 @@ import json
 import zlib
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 from charlm._errors import UserError
+from charlm._extras import require_packages
 from charlm.lm.data import STDIN, data_name, decode_blocks, opened, plural, utf8_blocks
 
 BLOCK_BYTES = 1 << 20  # read at a time
@@ -35,13 +35,6 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 DOCUMENTS = (".jsonl", ".parquet", *DELIMITERS)  # files of many documents
 MOST_IN_FIELD = 1 << 27  # characters of a field of a .csv file; Python's own limit is 131,072
 SHOWN = 200  # characters of the names of columns in an error
-
-
-class Piece(NamedTuple):
-    """A part of a document."""
-
-    text: str
-    begins: bool  # whether it is the first of its document
 
 
 def find_inputs(patterns: Iterable[str]) -> list[Path]:
@@ -77,7 +70,7 @@ def text_of(paths: Sequence[Path], column: str = DEFAULT_COLUMN, separator: str 
         raise UserError(f"the document separator is not text: {error}") from error
     ends_with = True
     for path in paths:
-        for piece, begins in _encoded_pieces(path, column):
+        for piece, begins in pieces(path, column):
             if begins and not ends_with:
                 yield between
             if piece:
@@ -85,37 +78,27 @@ def text_of(paths: Sequence[Path], column: str = DEFAULT_COLUMN, separator: str 
                 yield piece
 
 
-def _encoded_pieces(path: Path, column: str) -> Iterator[tuple[bytes, bool]]:
-    """`pieces` in UTF-8; that of a text file is not decoded."""
-    if _kind(path) in DOCUMENTS:
-        for piece in pieces(path, column):
-            yield piece.text.encode(), piece.begins
-        return
-    with _blocks(path) as blocks:
-        for number, part in enumerate(utf8_blocks(blocks, data_name(path))):
-            yield part, number == 0
-
-
-def pieces(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[Piece]:
-    """The documents of one file in pieces.
+def pieces(path: Path, column: str = DEFAULT_COLUMN) -> Iterator[tuple[bytes, bool]]:
+    """The documents of one file in pieces of UTF-8, each with whether it is the first of its document.
 
     Raises:
         UserError: The file cannot be read, is not UTF-8 or not of the format that its name says, or has no such column;
             the message names the line of a .jsonl, .csv or .tsv file.
     """
-    name = data_name(path)
-    if _kind(path) == ".parquet":
-        yield from _parquet_pieces(path, column)
-        return
+    name, kind = data_name(path), _kind(path)
     with _blocks(path) as blocks:
-        text = decode_blocks(blocks, name)
-        if _kind(path) == ".jsonl":
-            yield from _json_pieces(text, name, column)
-        elif _kind(path) in DELIMITERS:
-            yield from _csv_pieces(text, name, column, DELIMITERS[_kind(path)])
+        if kind not in DOCUMENTS:
+            for number, part in enumerate(utf8_blocks(blocks, name)):
+                yield part, number == 0
+            return
+        if kind == ".parquet":
+            rows = _parquet_rows(path, column)
+        elif kind == ".jsonl":
+            rows = _json_rows(decode_blocks(blocks, name), name, column)
         else:
-            for number, part in enumerate(text):
-                yield Piece(part, begins=number == 0)
+            rows = _csv_rows(decode_blocks(blocks, name), name, column, DELIMITERS[kind])
+        for row in rows:
+            yield row.encode(), True
 
 
 def reads_as(path: Path) -> list[str]:
@@ -148,7 +131,7 @@ def _blocks(path: Path) -> Iterator[Iterator[bytes]]:
     damage: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
     with opened(path) as file:
         if path.suffix == ".zst":
-            _require("zstandard", path)
+            require_packages(str(path), "data", ["zstandard"])
             import zstandard
 
             damage = (*damage, zstandard.ZstdError)
@@ -181,7 +164,7 @@ def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
     yield b"".join(done)
 
 
-def _json_pieces(text: Iterator[str], name: str, column: str) -> Iterator[Piece]:
+def _json_rows(text: Iterator[str], name: str, column: str) -> Iterator[str]:
     for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
@@ -195,10 +178,10 @@ def _json_pieces(text: Iterator[str], name: str, column: str) -> Iterator[Piece]
             raise UserError(f"{where} has no column {column!r} (it has: {keys}): choose one with --column")
         if not isinstance(row[column], str):
             raise UserError(f"column {column!r} in {where} is {type(row[column]).__name__}, not text")
-        yield Piece(_plain(row[column], where), begins=True)
+        yield _plain(row[column], where)
 
 
-def _csv_pieces(text: Iterator[str], name: str, column: str, delimiter: str) -> Iterator[Piece]:
+def _csv_rows(text: Iterator[str], name: str, column: str, delimiter: str) -> Iterator[str]:
     csv.field_size_limit(max(csv.field_size_limit(), MOST_IN_FIELD))  # it is one number for the whole process
     rows = csv.reader((f"{line}\n" for line in _lines(text)), delimiter=delimiter, strict=True)
     index, width = -1, 0
@@ -219,7 +202,7 @@ def _csv_pieces(text: Iterator[str], name: str, column: str, delimiter: str) -> 
                 where = f"line {rows.line_num} of {name} has {plural(len(row), 'field')}, but the first row {width}"
                 raise UserError(f"{where}: a field that contains a delimiter must be in double quotes")
             if row[index]:  # as a null of a .parquet file
-                yield Piece(_plain(row[index], f"line {rows.line_num} of {name}"), begins=True)
+                yield _plain(row[index], f"line {rows.line_num} of {name}")
     except csv.Error as error:
         raise UserError(f"line {rows.line_num} of {name} is not a row of a table: {error}") from error
 
@@ -245,8 +228,8 @@ def _lines(pieces: Iterator[str]) -> Iterator[str]:
     yield "".join(rest)
 
 
-def _parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
-    _require("pyarrow", path)
+def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+    require_packages(str(path), "data", ["pyarrow"])
     import pyarrow as arrow
     from pyarrow import parquet
 
@@ -260,14 +243,9 @@ def _parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
                     if value is not None and not isinstance(value, str):
                         raise UserError(f"column {column!r} of {path} is {type(value).__name__}, not text")
                     if value is not None:
-                        yield Piece(_plain(value, f"column {column!r} of {path}"), begins=True)
+                        yield _plain(value, f"column {column!r} of {path}")
     except (arrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged or not a .parquet file: {error}") from error
-
-
-def _require(package: str, path: Path) -> None:
-    if find_spec(package) is None:
-        raise UserError(f'{path} needs the package {package}: pip install "charlm-kernels[data]"')
 
 
 class Documents:
@@ -314,13 +292,13 @@ class Documents:
                     yield text
 
 
-def _whole(pieces: Iterator[Piece]) -> Iterator[str]:
+def _whole(pieces: Iterator[tuple[bytes, bool]]) -> Iterator[str]:
     """The documents of which `pieces` are parts."""
-    parts: list[str] = []
-    for piece in pieces:
-        if piece.begins and parts:
-            yield "".join(parts)
+    parts: list[bytes] = []
+    for piece, begins in pieces:
+        if begins and parts:
+            yield b"".join(parts).decode()
             parts = []
-        parts.append(piece.text)
+        parts.append(piece)
     if parts:
-        yield "".join(parts)
+        yield b"".join(parts).decode()
