@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +19,10 @@ def prepare(
         list[str] | None,
         typer.Argument(
             help="Text files, globs, or - for standard input: UTF-8 text, .jsonl, .parquet, .csv or .tsv, also as "
-            ".gz or .zst.",
-            show_default=False,
+            ".gz or .zst."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to create.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to create.")] = None,
     format: Annotated[
         str | None, typer.Option(help="Data format: line (one item per line) or text. Default: guessed.")
     ] = None,
@@ -43,8 +40,7 @@ def prepare(
     ] = "\n",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the corpus in the folder.")] = False,
     check: Annotated[
-        Path | None,
-        typer.Option(help="Only compare the files in this prepared folder with their checksums.", show_default=False),
+        Path | None, typer.Option(help="Only compare the files in this prepared folder with their checksums.")
     ] = None,
     clear_cache: Annotated[
         bool, typer.Option("--clear-cache", help="Only remove the corpora that `charlm train` prepared by itself.")
@@ -60,7 +56,7 @@ def prepare(
     from charlm.lm.display import progress_bar
     from charlm.lm.memory import format_bytes
     from charlm.lm.prepare import Options, prepare, unchanged
-    from charlm.lm.shards import verify
+    from charlm.lm.shards import load, verify
     from charlm.lm.sources import find_inputs, text_of
 
     if check is not None:
@@ -75,10 +71,9 @@ def prepare(
     if not files or output is None:
         raise UserError("give the files to prepare, and the folder to create with -o")
     paths = find_inputs(files)
-    console = new_console()
     with _readable_twice(paths, output) as (readable, sources), progress_bar(output.name) as report:
         files_found = dict(zip(paths, sources, strict=True)) if readable == paths else {}  # a stream has been copied
-        manifest = prepare(
+        prepare(
             lambda: unchanged(text_of(readable, column, document_separator), files_found),
             output,
             Options(format, split_seed, dedup),
@@ -87,22 +82,13 @@ def prepare(
             overwrite=overwrite,
             report=report,
         )
-    _show(console, output, manifest)
-
-
-def _show(console: Any, output: Path, manifest: dict[str, Any]) -> None:
-    line = manifest["format"] == "line"
-    unit = "items" if line else "characters"
-    sizes = {
-        split: part["last_item"] - part["first_item"] if line else part["stop"] - part["start"]
-        for split, part in manifest["splits"].items()
-    }
-    counts = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
-    vocabulary = manifest["vocabulary"]
-    tokens = len(vocabulary["chars"]) + vocabulary["separator"]
-    console.print(
-        f"{output}: {sum(sizes.values()):,} {unit} ({manifest['format']} format); {counts}; {tokens:,} tokens in "
-        f"{manifest['tokens']['dtype']}, {len(manifest['tokens']['shards'])} shards; train with:\n"
+    corpus = load(output)
+    unit = "items" if corpus.format == "line" else "characters"
+    counts = ", ".join(f"{split} {size:,}" for split, size in corpus.sizes.items())
+    tokens = corpus.manifest["tokens"]
+    new_console().print(
+        f"{output}: {sum(corpus.sizes.values()):,} {unit} ({corpus.format} format); {counts}; "
+        f"{len(corpus.vocabulary):,} tokens in {tokens['dtype']}, {len(tokens['shards'])} shards; train with:\n"
         f"charlm train -i {output}",
         soft_wrap=True,
     )
@@ -111,26 +97,21 @@ def _show(console: Any, output: Path, manifest: dict[str, Any]) -> None:
 @contextmanager
 def _readable_twice(paths: list[Path], output: Path) -> Iterator[tuple[list[Path], list[dict[str, Any]]]]:
     """The files, and what the manifest says of them; a stream is copied to a file without a name beside `output`."""
-    from charlm.lm.data import opened
-    from charlm.lm.files import naming
-    from charlm.lm.prepare import identify
+    from charlm.lm.prepare import identify, spooled
 
     if all(path.is_file() for path in paths):
         yield paths, [identify(path) for path in paths]
         return
-    (path,) = paths if len(paths) == 1 else _no_streams(paths)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=output.parent) as spool:
-        with opened(path) as stream, naming(output):
-            content = hashlib.sha256()
-            while block := stream.read(1 << 20):
-                content.update(block)
-                spool.write(block)
-            spool.flush()
-        source = {"path": str(path), "bytes": spool.tell(), "sha256": content.hexdigest()}
-        yield [Path(f"/proc/self/fd/{spool.fileno()}")], [source]
+    path = next(path for path in paths if not path.is_file())
+    if len(paths) > 1:
+        raise UserError(f"{path} is not a file: only a single stream can be prepared")
+    with spooled(_blocks(path), output) as (copy, size, sha256):
+        yield [copy], [{"path": str(path), "bytes": size, "sha256": sha256}]
 
 
-def _no_streams(paths: list[Path]) -> list[Path]:
-    name = next(path for path in paths if not path.is_file())
-    raise UserError(f"{name} is not a file: only a single stream can be prepared")
+def _blocks(path: Path) -> Iterator[bytes]:
+    from charlm.lm.data import opened
+
+    with opened(path) as stream:
+        while block := stream.read(1 << 20):
+            yield block

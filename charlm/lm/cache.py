@@ -6,6 +6,7 @@ files/<key>      the sha256 of a file, found by its path, size and times, so tha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -54,14 +55,8 @@ def cached_corpus(
 ) -> ShardedCorpus:
     """The corpus of a file, prepared once for its content and `options`.
 
-    Of several processes that call it at the same time one prepares the corpus, and the others wait.
-
-    Args:
-        path: The file.
-        options: How it is split.
-        column: That of a file of documents.
-        announce: Called with the folder before it is prepared.
-        report: Called with the progress.
+    `announce` is called with the folder before it is prepared. Of several processes that call it at the same time one
+    prepares the corpus, and the others wait.
 
     Raises:
         UserError: As `prepare`, or the file changed while it was read.
@@ -72,7 +67,7 @@ def cached_corpus(
     content = {"bytes": found["bytes"], "sha256": _content(path, found, report)}
     sources = [{**content, "reads_as": [kind, compression], **of_column}]
     directory = folder() / _key([shards.FORMAT_VERSION, sources, asdict(options)])
-    announced, damaged = False, 0
+    announce, damaged = functools.cache(announce), 0  # it is announced once
     while True:
         if directory.exists():
             try:
@@ -82,9 +77,7 @@ def cached_corpus(
                 damaged += 1
                 if damaged > MOST_REMOVALS:
                     raise UserError(f"{directory} cannot be used or removed ({error}): remove it by hand") from error
-        if not announced:
-            announce(directory)
-        announced = True
+        announce(directory)
         try:
             prepare(
                 lambda: unchanged(text_of([path], column), {path: found}),
@@ -111,15 +104,8 @@ def _content(path: Path, found: dict[str, Any], report: Report) -> str:
     with suppress(OSError):
         if SHA256.fullmatch(text := known.read_bytes()):
             return text.decode()
-    done = 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        report("hashing", done, found["bytes"])
-
     try:
-        content = sha256_of(path, count)
+        content = sha256_of(path, lambda done: report("hashing", done, found["bytes"]))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     if identify(path) != found:

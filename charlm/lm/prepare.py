@@ -20,8 +20,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -64,19 +64,11 @@ def prepare(
     overwrite: bool = False,
     report: Report = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Prepares a corpus.
+    """Prepares a corpus in the new folder `directory`, and returns its manifest.
 
-    Args:
-        text: Returns the text in pieces of UTF-8, each of whole characters, with newlines as "\\n"; it is called twice.
-        directory: The folder to create.
-        options: The split and the format.
-        name: What error messages call the text.
-        sources: What the manifest says of the text. A call with other sources does not continue this one.
-        overwrite: Whether an existing prepared corpus is replaced, at the end.
-        report: Called with the progress.
-
-    Returns:
-        The manifest.
+    `text` is called twice, and returns the text in pieces of UTF-8, each of whole characters, with newlines as "\\n".
+    Errors call it `name`, and the manifest keeps `sources`: a call with others does not continue this one. With
+    `overwrite` an existing prepared corpus is replaced, at the end.
 
     Raises:
         UserError: `build_corpus` would refuse the text, the folder exists or is being written, or the disk is too full.
@@ -97,7 +89,8 @@ def prepare(
             manifest |= {"sources": sources}
             manifest["checksum"] = shards.checksum(manifest)
             write_atomically(folder / shards.MANIFEST, json.dumps(manifest, indent=1).encode())
-            _publish(folder, directory, {entry["file"] for entry in _entries(manifest)})
+            arrays = filter(None, (manifest["tokens"], manifest["ends"]))  # running text has no ends
+            _publish(folder, directory, {shard["file"] for array in arrays for shard in array["shards"]})
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -123,29 +116,34 @@ def encoded(documents: Iterable[str], separator: str) -> Iterator[bytes]:
         end = document[-len(separator) :] if document else end
 
 
+@contextmanager
+def spooled(blocks: Iterable[bytes], target: Path) -> Iterator[tuple[Path, int, str]]:
+    """The path of a copy of `blocks` in a file without a name beside `target`, its size in bytes and its sha256.
+
+    An OSError of the copy names `target`.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=target.parent) as spool:
+        content = hashlib.sha256()
+        for block in blocks:
+            content.update(block)
+            with naming(target):
+                spool.write(block)
+        with naming(target):
+            spool.flush()
+        yield Path(f"/proc/self/fd/{spool.fileno()}"), spool.tell(), content.hexdigest()
+
+
 def prepare_documents(
     documents: Iterable[str], directory: Path, options: Options, *, separator: str = "\n", overwrite: bool = False
 ) -> dict[str, Any]:
     """`prepare` for documents that can be read only once: they are copied to a file without a name first."""
     directory = _own_path(directory)
     _check_target(directory, overwrite)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory.parent) as spool:
-        content = hashlib.sha256()
-        for written in encoded(documents, separator):
-            content.update(written)
-            with naming(directory):
-                spool.write(written)
-        with naming(directory):
-            spool.flush()
-        path = Path(f"/proc/self/fd/{spool.fileno()}")
+    with spooled(encoded(documents, separator), directory) as (path, _, sha256):
+        sources = [{"documents": sha256}]
         return prepare(
-            lambda: text_of([path]),
-            directory,
-            options,
-            name="the data",
-            sources=[{"documents": content.hexdigest()}],
-            overwrite=overwrite,
+            lambda: text_of([path]), directory, options, name="the data", sources=sources, overwrite=overwrite
         )
 
 
@@ -200,11 +198,6 @@ def _publish(folder: Path, directory: Path, files: set[str]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _entries(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for array in ("tokens", "ends"):
-        yield from (manifest[array] or {"shards": []})["shards"]
-
-
 def _prepare(work: Work, text: Text, options: Options, name: str, report: Report) -> dict[str, Any]:
     if work.scan is None:
         work.scan = scan(text, options, name, report)
@@ -218,17 +211,14 @@ def _prepare(work: Work, text: Text, options: Options, name: str, report: Report
         written = write_items(work, text, options, name, vocabulary, dtype, report)
     else:
         written, sizes = _write_text(work, text, name, vocabulary, dtype, report)
-    digest = hashlib.sha256(found.format.encode())
-    for split, part in written["splits"].items():
-        read = partial(work.read, written["tokens"])
-        _digest(digest, split, part, read, sizes.get(split), vocabulary, report)
+    digest = _digest(work, found.format, written, sizes, vocabulary, report)
     overlap = count_dev_items_in_train(work, written) if written["ends"] else None
     return {
         "format_version": shards.FORMAT_VERSION,
         "format": found.format,
         "vocabulary": {"chars": vocabulary.chars, "separator": vocabulary.separator},
         **written,
-        "digest": digest.hexdigest(),
+        "digest": digest,
         "dev_items_in_train": overlap,
         "split_seed": options.seed,
         "dedup": options.dedup,
@@ -345,37 +335,32 @@ def _bytes_of(piece: bytes, count: int, start: int, stop: int) -> int:
 
 
 def _digest(
-    digest: Any,
-    split: str,
-    part: dict[str, Any],
-    read: Callable[[int, int], Iterator[np.ndarray]],
-    size: int | None,
-    vocabulary: Vocabulary,
-    report: Report,
-) -> None:
-    """Adds a split to the digest, as `charlm.lm.data` does: its size in items or strings, in bytes, and its text.
+    work: Work, format: str, written: dict[str, Any], sizes: dict[str, int], vocabulary: Vocabulary, report: Report
+) -> str:
+    """The digest of `charlm.lm.data`: of each split its size in items or strings, its size in bytes, and its text.
 
-    Its size in bytes is `size`, or is found in a pass over its tokens.
+    Where `sizes` lacks that in bytes, it is found in a pass over the tokens.
     """
-    start, stop = part["start"], part["stop"]
-    if vocabulary.separator:
-        count, stop = part["last_item"] - part["first_item"], stop - 1  # without the end of the last item
-    else:
-        count = 1
     encoded = [character.encode() for character in ("\n" if vocabulary.separator else "") + vocabulary.chars]
-    sizes = np.array([len(character) for character in encoded], np.uint8)
+    widths = np.array([len(character) for character in encoded], np.uint8)
     characters = np.array([int.from_bytes(character, "little") for character in encoded], np.uint32)
 
     def decode(block: np.ndarray) -> tuple[np.ndarray, int]:
         text = np.empty(4 * len(block), np.uint8)
-        return text[: _ext._C.decode_tokens(block, characters, sizes, text)], len(block)
+        return text[: _ext._C.decode_tokens(block, characters, widths, text)], len(block)
 
-    if size is None and sizes.max() > 1:
-        size = sum(in_order(lambda block: _ext._C.utf8_size(block, sizes), read(start, stop)))
-    elif size is None:
-        size = stop - start
-    digest.update(f"\n{split} {count} {size}\n".encode())
-    for text, tokens in in_order(decode, read(start, stop)):
-        digest.update(text)
-        start += tokens
-        report("digesting", start, stop)
+    digest = hashlib.sha256(format.encode())
+    for split, part in written["splits"].items():
+        count, done, stop = 1, part["start"], part["stop"]
+        if vocabulary.separator:
+            count, stop = part["last_item"] - part["first_item"], stop - 1  # without the end of the last item
+        read = partial(work.read, written["tokens"], done, stop)
+        size = sizes.get(split, stop - done)
+        if split not in sizes and widths.max() > 1:
+            size = sum(in_order(lambda block: _ext._C.utf8_size(block, widths), read()))
+        digest.update(f"\n{split} {count} {size}\n".encode())
+        for text, tokens in in_order(decode, read()):
+            digest.update(text)
+            done += tokens
+            report("digesting", done, stop)
+    return digest.hexdigest()

@@ -106,8 +106,9 @@ class ShardWriter:
     def __init__(self, work: Work, name: str, dtype: str) -> None:
         self.work, self.name, self.dtype = work, name, dtype
         self.files: list[str] = []
-        self.writing: Future[None] | None = None
-        self.syncing: Future[None] | None = None
+        nothing: Future[None] = Future()  # is written and synced before the first block
+        nothing.set_result(None)
+        self.writing, self.syncing = nothing, nothing
         self._open()
 
     def _open(self) -> None:
@@ -117,18 +118,9 @@ class ShardWriter:
         self.out = None if is_finished else (self.work.directory / f"{self.file}.tmp").open("wb")
 
     def write(self, array: np.ndarray, then: Callable[[], object] = lambda: None) -> None:
-        """Writes `array` in a thread, as soon as the last one is written.
-
-        Args:
-            array: The array; it may not be changed before it is written.
-            then: Called when it is written.
-        """
-        self._wait()
+        """Writes `array` in a thread, behind the last one; it may not be changed until `then` is called."""
+        self.writing.result()
         self.writing = self.work.writing.submit(self._write, array, then)
-
-    def _wait(self) -> None:
-        if self.writing is not None:
-            self.writing.result()
 
     def _write(self, array: np.ndarray, then: Callable[[], object]) -> None:
         data = memoryview(np.ascontiguousarray(array, self.dtype)).cast("B") if len(array) else memoryview(b"")
@@ -146,15 +138,11 @@ class ShardWriter:
         then()
 
     def _finish(self) -> None:
-        self._wait_for_sync()
+        self.syncing.result()
         if self.out is not None:
             self.syncing = self.work.syncing.submit(self._sync, self.out, self.file, self.hash.hexdigest())
             self.out = None
         self.files.append(self.file)
-
-    def _wait_for_sync(self) -> None:
-        if self.syncing is not None:
-            self.syncing.result()
 
     def _sync(self, out: BinaryIO, file: str, sha256: str) -> None:
         """Records a shard as finished when it is on disk under its name."""
@@ -168,7 +156,7 @@ class ShardWriter:
 
     def close(self) -> dict[str, Any]:
         """Finishes the last shard; returns the manifest's entry of the array."""
-        self._wait()
+        self.writing.result()
         return self.work.writing.submit(self._close).result()
 
     def _close(self) -> dict[str, Any]:
@@ -177,15 +165,13 @@ class ShardWriter:
         elif self.out is not None:
             self.out.close()
             (self.work.directory / f"{self.file}.tmp").unlink()
-        self._wait_for_sync()
+        self.syncing.result()
         return {"dtype": self.dtype, "shards": [self.work.finished[file] for file in self.files]}
 
     def discard(self) -> None:
         """Closes the file after an error, when nothing is being written or synced any more."""
-        if self.writing is not None:
-            wait([self.writing])
-        if self.syncing is not None:
-            wait([self.syncing])
+        wait([self.writing])
+        wait([self.syncing])
         if self.out is not None:
             with suppress(OSError):  # it writes its buffer again, which has failed and has been reported
                 self.out.close()

@@ -54,7 +54,6 @@ class ShardedCorpus(Corpus):
         splits: The place of each split, in order.
         all_tokens: (S,) the tokens of all splits, mapped; int16 holds unsigned numbers of 16 bits.
         ends: (n,) the index behind each item, mapped; int32 holds unsigned numbers of 32 bits. None in running text.
-        dev_items_in_train: What `overlap` returns.
         manifest: The manifest.
     """
 
@@ -62,12 +61,10 @@ class ShardedCorpus(Corpus):
     splits: dict[str, Part]
     all_tokens: Tensor
     ends: Tensor | None
-    dev_items_in_train: int | None
     manifest: dict[str, Any]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As `Corpus.sizes`."""
         items = self.format == "line"
         return {
             name: part.last_item - part.first_item if items else part.stop - part.start
@@ -84,7 +81,6 @@ class ShardedCorpus(Corpus):
         return Stream(self.all_tokens[before : part.stop], self.vocabulary.pad_token, part.start - before)
 
     def longest_item(self, split: str) -> int:
-        """As `Corpus.longest_item`."""
         return self.splits[split].longest_item
 
     def known(self, split: str) -> Tensor:
@@ -92,11 +88,9 @@ class ShardedCorpus(Corpus):
         return torch.ones(self.tokens(split), dtype=torch.bool)
 
     def overlap(self) -> int | None:
-        """As `Corpus.overlap`."""
-        return self.dev_items_in_train
+        return self.manifest["dev_items_in_train"]
 
     def splits_containing(self, items: list[str]) -> list[list[str]]:
-        """As `Corpus.splits_containing`."""
         return [[split for split in self.splits if self._contains(split, item)] for item in items]
 
     def _contains(self, split: str, item: str) -> bool:
@@ -137,7 +131,6 @@ def load(directory: Path) -> ShardedCorpus:
         splits={name: Part(**part) for name, part in manifest["splits"].items()},
         all_tokens=tokens,
         ends=ends,
-        dev_items_in_train=manifest["dev_items_in_train"],
         manifest=manifest,
     )
 
@@ -171,10 +164,6 @@ def checksum(manifest: dict[str, Any]) -> str:
 
 def verify(directory: Path, report: Callable[[str, int, int], None] = lambda stage, done, total: None) -> int:
     """Reads all shards of the prepared corpus in `directory` and compares their sha256; returns their bytes.
-
-    Args:
-        directory: The folder.
-        report: Called with the progress, as by `charlm.lm.prepare`.
 
     Raises:
         UserError: As `load`, or a shard was changed or cannot be read; the message names it.
