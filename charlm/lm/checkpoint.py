@@ -26,7 +26,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,8 @@ def foreign_files(directory: Path) -> list[str]:
 def save(directory: Path, checkpoint: Checkpoint, processes: Processes | None = None) -> None:
     """Writes `checkpoint` to `directory`, creating it if needed; the old one stays until the new one is complete.
 
-    Args:
-        directory: The folder; that of all `processes`.
-        checkpoint: The state; its tensors are those of `parallel.parts_to_save`.
-        processes: The processes that write it together, all of which must call this; None is this process alone.
+    All `processes` must call it, with a `directory` that they share; None is this process alone. The tensors of
+    `checkpoint` are those of `parallel.parts_to_save`.
 
     Raises:
         OSError: A file cannot be written; the error names it.
@@ -203,12 +202,8 @@ def load(directory: Path, *, mapped: bool = False) -> Checkpoint:
     """Loads the checkpoint in `directory`.
 
     The manifest is not trusted: it may only name tensor files in its own folder, and safetensors files cannot contain
-    code.
-
-    Args:
-        directory: The folder.
-        mapped: Whether the files are mapped into memory, so that a tensor takes none before it is read. This is for
-            the run that has locked the folder; the disk keeps files that were removed until the checkpoint is freed.
+    code. With `mapped` the files are mapped into memory, so that a tensor takes none before it is read. This is for the
+    run that has locked the folder; the disk keeps files that were removed until the checkpoint is freed.
 
     Raises:
         UserError: There is no checkpoint, a newer charlm wrote it, or one of its files is missing, truncated or
@@ -308,21 +303,12 @@ def _write_tensors(directory: Path, part: str, tensors: Mapping[str, Tensor], ra
     return {"name": name, "bytes": len(data), "sha256": digest}
 
 
-class _Joined(Mapping[str, Tensor]):
+class _Joined(UserDict[str, Any]):
     """The tensors of several files by name; a lookup concatenates the rows of one that is divided among them."""
 
-    def __init__(self, rows: dict[str, list[Tensor]]) -> None:
-        self._rows = rows
-
     def __getitem__(self, name: str) -> Tensor:
-        rows = self._rows[name]
+        rows = self.data[name]
         return torch.cat(rows) if len(rows) > 1 else rows[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
 
 def _read_tensors(

@@ -47,9 +47,7 @@ def compress(data: bytes, report: Report = lambda stage, done, total: None) -> b
 
     Memory is the result, and a table of 128 KiB to 256 MiB, at most 256 bytes for each byte of `data`.
 
-    Args:
-        data: Any bytes.
-        report: Called with what is done, the number of bytes that are done, and that of all.
+    `report` is called with what is done, the number of bytes that are done, and that of all.
 
     Raises:
         UserError: The package constriction is not installed.
@@ -102,9 +100,7 @@ def decompress(data: bytes) -> bytes:
 def decoded(data: bytes, name: str) -> Iterator[bytes]:
     """The original of `data` in pieces of at most CHUNK bytes; memory does not depend on the length that it claims.
 
-    Args:
-        data: What `compress` returned.
-        name: What error messages call it.
+    Errors call the data `name`.
 
     Raises:
         UserError: `data` is damaged. If the sha256 of the original is wrong, this is raised behind the last piece.

@@ -7,8 +7,9 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from charlm._errors import UserError
 
@@ -44,21 +45,13 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes], mode: int | None
         _sync_directory(path.parent)
 
 
-def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda size: None) -> str:
-    """The sha256 of a file in hexadecimal.
-
-    Args:
-        path: The file.
-        on_bytes: Called with the size of each block that is read.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda done: None) -> str:
+    """The sha256 of a file in hexadecimal; `on_bytes` is called with the number of bytes that are read so far."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(HASHED_BYTES):
             digest.update(block)
-            on_bytes(len(block))
+            on_bytes(file.tell())
     return digest.hexdigest()
 
 
@@ -81,11 +74,7 @@ def locked(directory: Path, work: str = "is training in") -> Iterator[None]:
     """Locks `directory` for writing by this process, and creates it if needed. Readers need no lock.
 
     The kernel holds the lock, on a file in the folder, and releases it when the process ends for any reason. Folders
-    that were created are removed again if they are still empty.
-
-    Args:
-        directory: The folder.
-        work: What the error about another process says that it is doing.
+    that were created are removed again if they are still empty. `work` is what another process is doing, in the error.
 
     Raises:
         LockedError: Another process holds the lock; nothing was changed.
@@ -94,45 +83,38 @@ def locked(directory: Path, work: str = "is training in") -> Iterator[None]:
     created = [path for path in (directory, *directory.parents) if not path.exists()]  # the innermost first
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / LOCK
-    descriptor = _acquire(path, work)
+    file = _acquire(path, work)
     try:
         yield
     finally:
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):  # not another process's
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):  # not another process's
             path.unlink()
-        os.close(descriptor)
+        file.close()
         with suppress(OSError):  # raised by the first folder that is not empty
             for folder in created:
                 folder.rmdir()
 
 
-def _acquire(path: Path, work: str) -> int:
-    """Locks the file at `path` and returns its descriptor."""
+def _acquire(path: Path, work: str) -> BinaryIO:
+    """The file at `path`, open and locked."""
     while True:
-        with naming(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            with naming(path):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with naming(path), ExitStack() as stack:
+            file = stack.enter_context(path.open("ab"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LockedError(
+                    f"another charlm {work} {path.parent}: wait until it ends, or choose another folder"
+                ) from None
             # The previous holder may have removed the file between open and flock. Then the lock protects nothing, and
             # the file is created again.
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise LockedError(
-                f"another charlm {work} {path.parent}: wait until it ends, or choose another folder"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                stack.pop_all()
+                return file
 
 
 def _sync_directory(directory: Path) -> None:
     """Syncs the directory's entries to disk; without this a crash may undo a rename."""
-    if os.name != "posix":  # other systems cannot open a directory
-        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

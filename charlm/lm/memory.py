@@ -50,12 +50,8 @@ def estimate_bytes(config: Config, corpus: Corpus, launch: Launch | None = None,
     written; of the activations of one batch, or of one chunk of an evaluation; of the batches of a step; and of the
     examples.
 
-    Args:
-        config: The configuration of the run.
-        corpus: The data.
-        launch: The place of this process. On the CPU all processes of its machine are counted, on a GPU this one. None
-            is a run of one process.
-        parallel: "ddp" or "fsdp".
+    On the CPU all processes of the machine of `launch` are counted, on a GPU this one; None is a run of one process.
+    `parallel` is "ddp" or "fsdp".
     """
     if config.type not in NETWORKS:
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,15 +141,11 @@ class Stream:
     def items_longer_than(self, size: int) -> Tensor:
         """The numbers of the items of more than `size` tokens, separators included: (L,) int64, increasing."""
         found = [torch.empty(0, dtype=torch.int64)]
-        for items in self._item_blocks():
+        for start in range(0, self.n_items, SCANNED_ITEMS):
+            items = torch.arange(start, min(start + SCANNED_ITEMS, self.n_items))
             begin, end = self.items(items)
             found.append(items[end - begin > size])
         return torch.cat(found)
-
-    def _item_blocks(self) -> Iterator[Tensor]:
-        """The numbers of all items, SCANNED_ITEMS at a time."""
-        for start in range(0, self.n_items, SCANNED_ITEMS):
-            yield torch.arange(start, min(start + SCANNED_ITEMS, self.n_items))
 
 
 _NATIVE_DTYPES = {torch.uint8: torch.uint8, torch.int16: torch.int32, torch.int32: torch.int32}

@@ -71,20 +71,19 @@ class ByteModel:
 
     def encode(self, data: np.ndarray, nibbles: np.ndarray, weights: np.ndarray) -> None:
         """The nibbles of `data`, (n,) uint8, into (2n,) int32, and the weights before each into (2n, 16) float32."""
-        for i in range(2 * len(data)):
-            nibbles[i] = int(data[i // 2]) >> 4 if i % 2 == 0 else int(data[i // 2]) & 15
+        nibbles[0::2], nibbles[1::2] = data >> 4, data & 15
+        for i, nibble in enumerate(nibbles.tolist()):
             weights[i] = self.weigh()
-            self.learn(int(nibbles[i]))
+            self.learn(nibble)
 
     def decode(self, size: int, weights: np.ndarray, next_nibble: Callable[[], np.ndarray]) -> bytes:
         """The next `size` bytes; `weights`, (1, 16) float32, is filled before each call of `next_nibble`."""
-        found = bytearray()
-        for i in range(2 * size):
+        nibbles = []
+        for _ in range(2 * size):
             weights[0] = self.weigh()
-            nibble = int(next_nibble()[0])
-            self.learn(nibble)
-            found = found + bytes([nibble << 4]) if i % 2 == 0 else found[:-1] + bytes([found[-1] | nibble])
-        return bytes(found)
+            nibbles.append(int(next_nibble()[0]))
+            self.learn(nibbles[-1])
+        return bytes(high << 4 | low for high, low in zip(nibbles[::2], nibbles[1::2], strict=True))
 
     def _predict(self, node: int) -> tuple[list[int], list[tuple[list[int], int]], list[list[int]], int]:
         """The inputs, their entries in `maps`, the two sets of weights, and the probability of a 1 in 1/65536."""
