@@ -87,17 +87,12 @@ def discard_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-InputFile = Annotated[
-    Path | None,
-    typer.Option("-i", "--input-file", help="UTF-8 text file; - reads standard input.", show_default=False),
-]
+InputFile = Annotated[Path | None, typer.Option("-i", "--input-file", help="UTF-8 text file; - reads standard input.")]
 TrainingData = Annotated[
-    Path | None,
-    typer.Option("-i", "--input-file", help="The training data, if they have moved since the run.", show_default=False),
+    Path | None, typer.Option("-i", "--input-file", help="The training data, if they have moved since the run.")
 ]
 Column = Annotated[
-    str | None,
-    typer.Option(help="Column of a .jsonl, .parquet, .csv or .tsv file. Default: that of the run.", show_default=False),
+    str | None, typer.Option(help="Column of a .jsonl, .parquet, .csv or .tsv file. Default: that of the run.")
 ]
 Device = Annotated[str, typer.Option(help="Device to run on, such as cpu, cuda or cuda:1.")]
 Unknown = Annotated[
@@ -105,6 +100,14 @@ Unknown = Annotated[
     typer.Option(help="Treatment of characters outside the vocabulary: error, or escape, which costs about 32 bits."),
 ]
 Directory = Annotated[Path, typer.Argument(help="Folder of a trained model, written by `charlm train -o`.")]
+
+
+def protocol_option(default: str) -> Any:
+    """The option for the context of predictions, whose help says what it is by default."""
+    return typer.Option(
+        help="Context of a prediction in running text: sliding (the full context before it) or fixed "
+        f"(consecutive windows, as in nanoGPT). Default: {default}."
+    )
 
 
 @contextmanager

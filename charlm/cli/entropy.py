@@ -27,13 +27,11 @@ def entropy(
     ] = None,
     order: Annotated[int, typer.Option(help="Longest context in characters, from 0 to 20.")] = 5,
     format: Annotated[
-        str | None,
-        typer.Option(help="Data format: line (one item per line) or text. Default: guessed.", show_default=False),
+        str | None, typer.Option(help="Data format: line (one item per line) or text. Default: guessed.")
     ] = None,
     split_seed: Annotated[int, typer.Option(help="Random seed of the 80/10/10 split.")] = Config.split_seed,
     column: Annotated[
-        str | None,
-        typer.Option(help="Column of a .jsonl, .parquet, .csv or .tsv file. Default: text.", show_default=False),
+        str | None, typer.Option(help="Column of a .jsonl, .parquet, .csv or .tsv file. Default: text.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only a JSON object, in bits per character.")] = False,
 ) -> None:

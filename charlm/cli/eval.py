@@ -18,6 +18,7 @@ from charlm.cli.common import (
     Unknown,
     check_split,
     new_console,
+    protocol_option,
     unknown_characters_named,
 )
 from charlm.lm.inputs import corpus_of, trained_corpus
@@ -30,19 +31,9 @@ if TYPE_CHECKING:
 def evaluate(
     directory: Directory,
     split: Annotated[
-        str | None,
-        typer.Option(
-            help="Split to evaluate on: train, dev or test. Default: dev, or all of another file.", show_default=False
-        ),
+        str | None, typer.Option(help="Split to evaluate on: train, dev or test. Default: dev, or all of another file.")
     ] = None,
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            help="Context of a prediction in running text: sliding (the full context before it) or fixed "
-            "(consecutive windows, as in nanoGPT). Default: fixed for a gpt, otherwise sliding.",
-            show_default=False,
-        ),
-    ] = None,
+    protocol: Annotated[str | None, protocol_option("fixed for a gpt, otherwise sliding")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only a JSON object.")] = False,
     input_file: Annotated[
         Path | None,
@@ -50,7 +41,6 @@ def evaluate(
             "-i",
             "--input-file",
             help="UTF-8 text file: the training data at a new path, or another text; - reads standard input.",
-            show_default=False,
         ),
     ] = None,
     column: Column = None,
@@ -78,11 +68,8 @@ def evaluate(
         check_column(["column"], input_file)
         saved = replace(saved, config=replace(saved.config, column=column))
     target = usable_device(device)
-    name = None if input_file is None else data_name(input_file)
-    if name is None:
-        corpus, trained_on = trained_corpus(saved, None), True
-    else:
-        corpus, trained_on = _corpus_of(saved, input_file, split, name)
+    name = data_name(input_file)
+    corpus, trained_on = _corpus_of(saved, input_file, split, name)
     split = split or ("dev" if trained_on else WHOLE)
     if split not in corpus.sizes:
         check_split(split)
@@ -103,12 +90,14 @@ def evaluate(
     print_losses(new_console(), title, {**rows, f"this model ({saved.config.label})": result})
 
 
-def _corpus_of(saved: Checkpoint, path: Path, split: str | None, name: str) -> tuple[Corpus, bool]:
+def _corpus_of(saved: Checkpoint, path: Path | None, split: str | None, name: str) -> tuple[Corpus, bool]:
     """The corpus at `path`, and whether `saved` was trained on it. Another text is split only if `split` is given."""
     from charlm.lm.cache import is_worth_it
     from charlm.lm.data import WHOLE, build_corpus, read_text, whole_corpus
     from charlm.lm.shards import load
 
+    if path is None:
+        return trained_corpus(saved, None), True
     if path.is_dir():
         prepared = load(path)
         if prepared.digest != saved.digest:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from charlm._errors import UserError
-from charlm.cli.common import Column, Device, Directory, InputFile, Unknown, new_console, unknown_characters_named
+from charlm.cli.common import (
+    Column,
+    Device,
+    Directory,
+    InputFile,
+    Unknown,
+    new_console,
+    protocol_option,
+    unknown_characters_named,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,18 +29,15 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 1_000_000  # of a longer text only the total is printed, not every character
 SVG_COLUMNS = 80
+EMPTY = "there is nothing to score: the text is empty"
 
 
-@dataclass(frozen=True)
-class Scored:
-    """An item or a text, and the bits of each of its characters and, in line format, of its end."""
+class Scored(NamedTuple):
+    """The bits of all characters and their number; in line format the end of each item is one."""
 
-    text: str
-    bits: list[float]
-
-    @property
-    def total(self) -> float:
-        return math.fsum(self.bits)
+    total: float
+    count: int
+    texts: list[tuple[str, list[float]]] | None  # each item or text with its bits; None for more than MAX_BYTES
 
 
 def score(
@@ -44,14 +49,7 @@ def score(
     input_file: InputFile = None,
     column: Column = None,
     unknown: Unknown = "error",
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            help="Context of a prediction in running text: sliding (the full context before it) or fixed "
-            "(consecutive windows, as in nanoGPT). Default: sliding.",
-            show_default=False,
-        ),
-    ] = None,
+    protocol: Annotated[str | None, protocol_option("sliding")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print only a JSON object, in bits.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Also write the coloured text to this SVG file.")] = None,
     device: Device = "cpu",
@@ -78,116 +76,89 @@ def score(
     options = {"unit": "bits", "unknown": unknown, "protocol": protocol}
     with unknown_characters_named():
         if texts:
-            found: list[Scored] | tuple[float, int] = _score(model, texts, options)
+            scored = _score(model, texts, options)
         else:
-            found = _score_file(model, input_file or Path("-"), column or model.config.column, options)
-    scored = None if isinstance(found, tuple) else found
-    total, count = _sum(scored) if scored else found
-    if not count:
-        raise UserError("there is nothing to score: the text is empty")
+            scored = _score_file(model, input_file or Path("-"), column or model.config.column, options)
     if svg is not None:
-        if scored is None:
+        if scored.texts is None:
             raise UserError(f"--svg draws every character, and takes a text of at most {MAX_BYTES:,} bytes")
         _write_svg(svg, model, scored, protocol)
     if as_json:
-        typer.echo(json.dumps(_to_json(model.format, protocol, total, count, scored), allow_nan=False))
-    elif scored is None:
-        _show_sum(new_console(), total, count, protocol)
+        typer.echo(json.dumps(_to_json(model.format, protocol, scored), allow_nan=False))
     else:
         _show(new_console(), model, scored, protocol)
 
 
-def _score(model: CharacterModel, texts: list[str], options: dict[str, Any]) -> list[Scored]:
-    texts = [part for text in texts for part in _texts(text, model.format)]
-    found = model.surprisals(texts, **options)
-    return [Scored(text, bits.tolist()) for text, bits in zip(texts, found, strict=True)]
+def _score(model: CharacterModel, texts: list[str], options: dict[str, Any]) -> Scored:
+    from charlm.lm.data import split_items
+
+    parts = [split_items(text) if model.format == "line" else [text] for text in texts]
+    if not all(map(any, parts)):
+        raise UserError(EMPTY)
+    texts = list(chain(*parts))
+    bits = [found.tolist() for found in model.surprisals(texts, **options)]
+    return Scored(math.fsum(chain(*bits)), sum(map(len, bits)), list(zip(texts, bits, strict=True)))
 
 
-def _score_file(
-    model: CharacterModel, path: Path, column: str, options: dict[str, Any]
-) -> list[Scored] | tuple[float, int]:
-    """Scores a file; for more than MAX_BYTES, returns only the total in bits and the number of predictions."""
+def _score_file(model: CharacterModel, path: Path, column: str, options: dict[str, Any]) -> Scored:
     from charlm.lm.sources import text_of
 
     blocks, head = text_of([path], column), b""
     for block in blocks:
         head += block
         if len(head) > MAX_BYTES:
-            return model.total_surprisal(map(bytes.decode, chain([head], blocks)), **options)
+            total, count = model.total_surprisal(map(bytes.decode, chain([head], blocks)), **options)
+            if not count:
+                raise UserError(EMPTY)
+            return Scored(total, count, None)
     return _score(model, [head.decode()], options)
 
 
-def _texts(text: str, format: str) -> list[str]:
-    from charlm.lm.data import split_items
-
-    texts = split_items(text) if format == "line" else [text]
-    if not any(texts):
-        raise UserError("there is nothing to score: the text is empty")
-    return texts
-
-
-def _sum(scored: list[Scored]) -> tuple[float, int]:
-    return math.fsum(each.total for each in scored), sum(len(each.bits) for each in scored)
-
-
-def _show(console: Console, model: CharacterModel, scored: list[Scored], protocol: str) -> None:
+def _show(console: Console, model: CharacterModel, scored: Scored, protocol: str) -> None:
     from charlm.lm.display import ITEM_END, legend, print_surprisals
-
-    max_bits = max(1.0, math.log2(len(model.vocabulary)))
-    end = [ITEM_END] if model.format == "line" else []
-    for each in scored:
-        print_surprisals(console, [*each.text, *end], each.bits, max_bits)
-        if len(scored) > 1:
-            console.print(f"{each.total:.2f} bits\n")
-    console.print(legend(max_bits, len(model.vocabulary)), soft_wrap=True)
-    _show_sum(console, *_sum(scored), protocol)
-
-
-def _show_sum(console: Console, total: float, count: int, protocol: str) -> None:
     from charlm.lm.examples import PROTOCOLS
 
+    if scored.texts is not None:
+        max_bits = max(1.0, math.log2(len(model.vocabulary)))
+        end = [ITEM_END] if model.format == "line" else []
+        for text, bits in scored.texts:
+            print_surprisals(console, [*text, *end], bits, max_bits)
+            if len(scored.texts) > 1:
+                console.print(f"{math.fsum(bits):.2f} bits\n")
+        console.print(legend(max_bits, len(model.vocabulary)), soft_wrap=True)
     how = ", with item ends" if protocol == "items" else f" ({PROTOCOLS[protocol]})"
+    mean = scored.total / scored.count
     console.print(
-        f"total {total:.2f} bits for {count:,} characters{how}: {total / count:.4f} bits per character", soft_wrap=True
+        f"total {scored.total:.2f} bits for {scored.count:,} characters{how}: {mean:.4f} bits per character",
+        soft_wrap=True,
     )
 
 
-def _write_svg(path: Path, model: CharacterModel, scored: list[Scored], protocol: str) -> None:
+def _write_svg(path: Path, model: CharacterModel, scored: Scored, protocol: str) -> None:
     import io
 
     from rich.console import Console
 
     from charlm.lm.files import write_atomically
 
-    console = Console(
-        record=True,
-        file=io.StringIO(),
-        width=SVG_COLUMNS,
-        force_terminal=True,
-        color_system="truecolor",
-        no_color=False,
-        highlight=False,
-    )
+    console = Console(record=True, file=io.StringIO(), width=SVG_COLUMNS, highlight=False)
     _show(console, model, scored, protocol)
     write_atomically(path, console.export_svg(title="charlm score").encode())
 
 
-def _to_json(format: str, protocol: str, total: float, count: int, scored: list[Scored] | None) -> dict[str, Any]:
-    """The object of `charlm score --json`, in bits; a number that JSON cannot represent is null.
-
-    "items" is null for a text of more than MAX_BYTES, of which only the total is known.
-    """
-    items = scored and [
-        {"text": each.text, "bits": [_finite(bits) for bits in each.bits], "total_bits": _finite(each.total)}
-        for each in scored
+def _to_json(format: str, protocol: str, scored: Scored) -> dict[str, Any]:
+    """The object of `charlm score --json`, in bits; a number that JSON cannot represent is null."""
+    items = scored.texts and [
+        {"text": text, "bits": [_finite(each) for each in bits], "total_bits": _finite(math.fsum(bits))}
+        for text, bits in scored.texts
     ]
     return {
         "format": format,
         "protocol": protocol,
         "items": items,
-        "characters": count,
-        "total_bits": _finite(total),
-        "bits_per_char": _finite(total / count),
+        "characters": scored.count,
+        "total_bits": _finite(scored.total),
+        "bits_per_char": _finite(scored.total / scored.count),
     }
 
 
