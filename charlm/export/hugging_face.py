@@ -100,14 +100,11 @@ def _contents(source: Source) -> dict[str, bytes]:
     start, stop = vocabulary.pad_token, vocabulary.stop_token
     # In running text no token is padding: transformers would take it for absent where a text has it.
     special = {"bos_token_id": start, "eos_token_id": stop, "pad_token_id": stop}
+    model = "modeling_charlm.CharlmForCausalLM"
     config = {
         "model_type": "charlm",
         "architectures": ["CharlmForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "modeling_charlm.CharlmConfig",
-            "AutoModel": "modeling_charlm.CharlmForCausalLM",
-            "AutoModelForCausalLM": "modeling_charlm.CharlmForCausalLM",
-        },
+        "auto_map": {"AutoConfig": "modeling_charlm.CharlmConfig", "AutoModel": model, "AutoModelForCausalLM": model},
         "dtype": "float32",
         "network": source.arguments,
         **special,

@@ -37,6 +37,8 @@ TOO_LONG = f"the text is too long: the page takes at most {MAX_CHARACTERS:,} cha
 RATE, BURST = 200, 400  # requests of all clients in a second, and at once
 LOOPBACK = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")
 PAGE = {"": ("page.html", "text/html"), "page.js": ("page.js", "text/javascript"), "page.css": ("page.css", "text/css")}
+NUMBER = (float, int)  # of JSON
+SAMPLING = {"prompt": (str,), "temperature": NUMBER, "top_k": (int, None), "top_p": (*NUMBER, None), "seed": (int,)}
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -121,13 +123,7 @@ def new_app(models: list[Served], token: str, is_stopping: Callable[[], bool], r
         number = take(values, "model", int)
         if not 0 <= number < len(models):
             raise UserError(f"model is {number}, but must be at least 0 and below {len(models)}")
-        options = SamplingOptions(
-            prompt=take(values, "prompt", str),
-            temperature=take(values, "temperature", float, int),
-            top_k=take(values, "top_k", int, None),
-            top_p=take(values, "top_p", float, int, None),
-            seed=take(values, "seed", int),
-        )
+        options = SamplingOptions(**{name: take(values, name, *types) for name, types in SAMPLING.items()})
         pieces = models[number].sample(options)
 
         async def lines() -> AsyncIterator[str]:
@@ -143,7 +139,7 @@ def new_app(models: list[Served], token: str, is_stopping: Callable[[], bool], r
 
     async def toss(request: Request) -> Response:
         values = await read(request)
-        p, q = (take(values, name, float, int) for name in "pq")
+        p, q = (take(values, name, *NUMBER) for name in "pq")
         return reply(await compute(lambda: coin(p, q)))
 
     posts = {"score": score, "sample": sample, "coin": toss}
