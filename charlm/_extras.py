@@ -11,26 +11,20 @@ from charlm._errors import UserError
 PACKAGES = ("typer", "rich", "safetensors")
 
 
-class MissingExtraError(ImportError):
-    """A package of the extra `lm` is not installed. The message is one sentence that says what to install."""
+class MissingExtraError(ImportError, UserError):
+    """A package of an extra is not installed. The message is one sentence that says what to install."""
 
 
 def require_lm() -> None:
     """Raises MissingExtraError unless every package of the extra `lm` is installed."""
-    missing = [name for name in PACKAGES if not _is_installed(name)]
-    if missing:
-        raise MissingExtraError(
-            f"charlm's language model and command line need {' and '.join(missing)}, which the extra lm installs: "
-            f"{install_command('lm')}",
-            name=missing[0],
-        )
+    require_packages("charlm's language model and command line", "lm", PACKAGES, verb="need")
 
 
-def require_packages(what: str, extra: str, packages: Sequence[str]) -> None:
-    """Raises UserError unless the `packages` of an extra are installed, which `what` needs."""
+def require_packages(what: str, extra: str, packages: Sequence[str], verb: str = "needs") -> None:
+    """Raises MissingExtraError unless the `packages` of an extra are installed, which `what` needs."""
     if missing := [name for name in packages if not _is_installed(name)]:
-        command = install_command(extra)
-        raise UserError(f"{what} needs {' and '.join(missing)}, which the extra {extra} installs: {command}")
+        sentence = f"{what} {verb} {' and '.join(missing)}, which the extra {extra} installs: {install_command(extra)}"
+        raise MissingExtraError(sentence, name=missing[0])
 
 
 def _is_installed(package: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
 import os
 import random
@@ -176,6 +178,16 @@ def test_a_full_disk_is_found_before_anything_is_written(names, tmp_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
     assert "but only 1 MB are free" in fails("prepare", names, "-o", tmp_path / "corpus")
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
+
+
+def test_a_disk_that_the_copy_of_a_stream_fills_is_not_an_error_of_the_stream(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("charlm.lm.prepare.tempfile.TemporaryFile", lambda dir: Full())
+    error = fails("prepare", "-", "-o", tmp_path / "corpus", input=VERSE)
+    assert f"cannot write {tmp_path / 'corpus'}: No space left on device" in error
 
 
 @pytest.mark.exhaustive

@@ -66,8 +66,6 @@ class Checkpoint:
     """The state of a training run after `step` steps.
 
     Attributes:
-        step: The number of optimizer steps.
-        config: The configuration of the run.
         model: The arguments of `build_model`.
         vocabulary: The characters and their tokens.
         digest: `Corpus.digest` of the data and its split.
