@@ -82,11 +82,10 @@ def evaluate(
         of_text = {} if trained_on else {"input_file": name, "unknown_characters": escaped}
         typer.echo(json.dumps({**result.to_json(), **of_text}, allow_nan=False))
         return
-    protocol = PROTOCOLS[result.protocol]
     rows = baselines(corpus, split, saved.config.add_k) if trained_on else {}
     where = split if trained_on else f"{split} of {name}, which the model was not trained on"
     unknowns = f", {escaped:,} of them unknown characters" if escaped else ""
-    title = f"loss on {where}, {result.tokens:,} tokens{unknowns}, {protocol}"
+    title = f"loss on {where}, {result.tokens:,} tokens{unknowns}, {PROTOCOLS[result.protocol]}"
     print_losses(new_console(), title, {**rows, f"this model ({saved.config.label})": result})
 
 

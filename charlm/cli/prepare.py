@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,7 +58,7 @@ def prepare(
     from charlm.lm.memory import format_bytes
     from charlm.lm.prepare import Options, prepare, unchanged
     from charlm.lm.shards import load, verify
-    from charlm.lm.sources import find_inputs, text_of
+    from charlm.lm.sources import find_inputs
 
     if check is not None:
         with progress_bar(check.name) as report:
@@ -74,7 +75,7 @@ def prepare(
     with _readable_twice(paths, output) as (readable, sources), progress_bar(output.name) as report:
         files_found = dict(zip(paths, sources, strict=True)) if readable == paths else {}  # a stream has been copied
         prepare(
-            lambda: unchanged(text_of(readable, column, document_separator), files_found),
+            partial(unchanged, readable, files_found, column, document_separator),
             output,
             Options(format, split_seed, dedup),
             name=", ".join(files[:3]) + (" …" if len(files) > 3 else ""),

@@ -72,8 +72,7 @@ class Source:
         dropped = ("pad_token", "dropout", "mix_ngram")
         arguments = {name: value for name, value in saved.model.items() if name not in dropped}
         arguments["start_token"] = model.pad_token
-        weights = _weights(kind, model.state_dict())
-        return cls(model, saved.vocabulary, arguments, weights, tokens, places, logits)
+        return cls(model, saved.vocabulary, arguments, _weights(kind, model.state_dict()), tokens, places, logits)
 
     def difference(self, logits: Tensor) -> float:
         """The largest difference between charlm's logits and those of an export, (ROWS, n, V) at `places`.

@@ -26,7 +26,7 @@ from charlm.lm.files import LockedError, sha256_of, write_atomically
 from charlm.lm.prepare import Options, identify, prepare, unchanged
 from charlm.lm.shard_writer import Report, changed
 from charlm.lm.shards import ShardedCorpus
-from charlm.lm.sources import DEFAULT_COLUMN, reads_as, text_of
+from charlm.lm.sources import DEFAULT_COLUMN, reads_as
 
 SHA256 = re.compile(rb"[0-9a-f]{64}")
 MOST_REMOVALS = 3  # of a damaged corpus that comes back
@@ -68,6 +68,7 @@ def cached_corpus(
     sources = [{**content, "reads_as": [kind, compression], **of_column}]
     directory = folder() / _key([shards.FORMAT_VERSION, sources, asdict(options)])
     announce, damaged = functools.cache(announce), 0  # it is announced once
+    text = functools.partial(unchanged, [path], {path: found}, column)
     while True:
         if directory.exists():
             try:
@@ -79,14 +80,7 @@ def cached_corpus(
                     raise UserError(f"{directory} cannot be used or removed ({error}): remove it by hand") from error
         announce(directory)
         try:
-            prepare(
-                lambda: unchanged(text_of([path], column), {path: found}),
-                directory,
-                options,
-                name=str(path),
-                sources=sources,
-                report=report,
-            )
+            prepare(text, directory, options, name=str(path), sources=sources, report=report)
         except LockedError:  # another process prepares it, such as another rank
             time.sleep(SECONDS_BETWEEN_LOOKS)
         except UserError:

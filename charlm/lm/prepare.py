@@ -20,7 +20,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -159,9 +159,11 @@ def identify(path: Path) -> dict[str, Any]:
     }
 
 
-def unchanged(text: Iterator[bytes], found: dict[Path, dict[str, Any]]) -> Iterator[bytes]:
-    """`text`; UserError at its end unless its files are still as `identify` has `found` them."""
-    yield from text
+def unchanged(
+    paths: Sequence[Path], found: dict[Path, dict[str, Any]], column: str, separator: str = "\n"
+) -> Iterator[bytes]:
+    """`text_of` the files; UserError at its end unless those in `found` are still as `identify` found them."""
+    yield from text_of(paths, column, separator)
     for path, before in found.items():
         if identify(path) != before:
             raise changed(str(path))

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -48,8 +48,6 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
-
-T = TypeVar("T")
 
 
 class Rate:
@@ -101,7 +99,7 @@ def new_app(models: list[Served], token: str, is_stopping: Callable[[], bool], r
     """
     turn = asyncio.Lock()  # one model computes at a time
 
-    async def compute(work: Callable[[], T]) -> T:
+    async def compute(work: Callable[[], Any]) -> Any:
         async with turn:
             return await run_in_threadpool(work)
 
