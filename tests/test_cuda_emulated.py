@@ -131,6 +131,7 @@ RUNS = (
     Run("samples_thread_random", "thread", "random", FLOAT_SAMPLES, 7, exhaustive=True),
     Run("rows_of_few_blocks_thread", "thread", "forward", ROWS_OF_A_CLUSTER, exhaustive=True, few_blocks=True),
 )
+ON_DEMAND_LIMIT = 3600  # seconds; 900 were too few for the whole of the ops' tests on a busy machine
 # Mutants that stand for their kind in `make test`; `make test-all` runs all of them.
 FEW_MUTANTS = {"missing_wait_for_a_chunk", "wrong_shuffle_width", "missing_tail", "offset_of_32_bits"}
 
@@ -144,7 +145,7 @@ def run(flavour: str, environment: dict[str, str], arguments: tuple[str, ...]) -
         capture_output=True,
         text=True,
         check=False,
-        timeout=1200,
+        timeout=ON_DEMAND_LIMIT,
     )
 
 
@@ -164,7 +165,7 @@ JOBS: dict[str, Callable[[], subprocess.CompletedProcess[str]]] = {
 def parameters(items: tuple[Run, ...] | tuple[Mutant, ...], exhaustive: set[str], on_demand: set[str]) -> list[object]:
     marks = {
         **{name: [pytest.mark.exhaustive] for name in exhaustive},
-        **{name: [pytest.mark.on_demand] for name in on_demand},
+        **{name: [pytest.mark.on_demand, pytest.mark.timeout(ON_DEMAND_LIMIT)] for name in on_demand},
     }
     return [pytest.param(item, id=item.name, marks=marks.get(item.name, [])) for item in items]
 
