@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,12 @@ class Diagnostics(StepLog):
         began, spent, last = time.perf_counter(), 0.0, 0.0  # seconds: all records, the last one
 
         @contextmanager
-        def record(step: int) -> Iterator[None]:
+        def recording(step: int) -> Iterator[None]:
             nonlocal spent, last
+            is_due = step % interval == 0 or step == 1
+            if not is_due or spent + last > SHARE * (time.perf_counter() - began):
+                yield
+                return
             start = time.perf_counter()
             entry: dict[str, Any] = {"step": step, "activations": activations(network, idx)}
             given = {name: p for name, p in network.named_parameters() if p.grad is not None}
@@ -80,13 +85,7 @@ class Diagnostics(StepLog):
             last += time.perf_counter() - start
             spent += last
 
-        def context(step: int) -> AbstractContextManager[None]:
-            is_due = step % interval == 0 or step == 1
-            if is_due and spent + last <= SHARE * (time.perf_counter() - began):
-                return record(step)
-            return nullcontext()
-
-        return context
+        return recording
 
 
 @torch.no_grad()
@@ -94,13 +93,10 @@ def activations(network: LanguageModel, idx: Tensor) -> dict[str, dict[str, Any]
     """The histograms of the activations of `network` for idx (B, T), by layer."""
     found: dict[str, dict[str, Any]] = {}
 
-    def look(name: str, bound: float | None) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = histogram(inputs[0], bound)
-            if bound is not None:
-                found[name]["saturated"] = finite((inputs[0].abs() > SATURATED).float().mean().item())
-
-        return hook
+    def look(name: str, bound: float | None, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[name] = histogram(inputs[0], bound)
+        if bound is not None:
+            found[name]["saturated"] = finite((inputs[0].abs() > SATURATED).float().mean().item())
 
     watched: list[tuple[str, nn.Module, float | None]]
     if isinstance(network, GPT):
@@ -110,7 +106,7 @@ def activations(network: LanguageModel, idx: Tensor) -> dict[str, dict[str, Any]
         dropouts = [module for module in network.modules() if isinstance(module, Dropout)]
         kind = "state" if isinstance(network, Recurrent) else "tanh"
         watched = [(f"{kind} {number}", module, 1.0) for number, module in enumerate(dropouts, 1)]
-    hooks = [module.register_forward_pre_hook(look(name, bound)) for name, module, bound in watched]
+    hooks = [module.register_forward_pre_hook(partial(look, name, bound)) for name, module, bound in watched]
     was_training = network.training
     try:
         network.eval()(idx)

@@ -16,7 +16,6 @@ import json
 import math
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from charlm.lm.files import naming, write_atomically
@@ -46,7 +45,8 @@ class StepLog:
         self._has_begun = False  # whether the file has the lines of this run
         self._lock = threading.Lock()
         if step:
-            self._pending = "".join(f"{line}\n" for line in _lines(self._path) if _step(line) <= step).encode()
+            kept = [line for line in _lines(self._path) if _entry(line).get("step", math.inf) <= step]
+            self._pending = "".join(f"{line}\n" for line in kept).encode()
             self._begin()
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -74,9 +74,7 @@ class StepLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -109,8 +107,8 @@ class MetricsLog(StepLog):
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The records of DIR/metrics.jsonl that are whole, with "bits" too, and "tokens_per_second" for "tokens/s"."""
-    entries = map(_whole_entry, _lines(directory / METRICS))
-    return [_record(entry) for entry in entries if entry is not None]
+    entries = map(_entry, _lines(directory / METRICS))
+    return [_record(entry) for entry in entries if entry.keys() >= {"split", "nats", "tokens/s"}]
 
 
 def _record(entry: dict[str, Any]) -> dict[str, Any]:
@@ -123,24 +121,14 @@ def _row(record: dict[str, Any]) -> str:
     return ",".join(str(record[column]) for column in COLUMNS)
 
 
-def _whole_entry(line: str) -> dict[str, Any] | None:
-    """The entry in a line; None for a damaged or truncated one."""
+def _entry(line: str) -> dict[str, Any]:
+    """The entry in a line, whose step is a finite number, and its nats too if it has them; {} for a damaged line."""
     try:
         entry = json.loads(line)
-        is_whole = {"split", "tokens/s"} <= entry.keys() and all(math.isfinite(entry[key]) for key in ("step", "nats"))
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        return None
-    return entry if is_whole else None
+        return entry if math.isfinite(entry["step"]) and math.isfinite(entry.get("nats", 0)) else {}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return {}
 
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinity for a damaged or truncated line."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")
-    return step if isinstance(step, int) else float("inf")

@@ -6,7 +6,6 @@ of them, and the gradients are added. What has to be equal is compared once; eve
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
@@ -166,14 +165,10 @@ class Processes:
         Args:
             values: By name, which must be equal everywhere; the names are plural nouns for the message.
         """
-        if self.size == 1:
-            return
-        hashes = torch.tensor([int(hashlib.sha256(value.encode()).hexdigest()[:15], 16) for value in values.values()])
-        found = [torch.empty_like(hashes) for _ in range(self.size)]
-        dist.all_gather(found, hashes, group=self._group)
-        for rank, other in enumerate(found):
-            for name, differs in zip(values, (other != found[0]).tolist(), strict=True):
-                if differs:
+        first, *others = self.results_of_all(lambda: values)
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
                     raise UserError(f"the {name} of rank {rank} differ from those of rank 0")
 
     def first_time(self, name: str, value: str) -> bool:
