@@ -72,22 +72,19 @@ def train(
         >>> run.model.generate("e", num_samples=2)
         >>> run.history[-1]["nats"]
     """
+    from charlm.lm.config import RunOptions
     from charlm.lm.train_run import train_run
 
-    return train_run(
-        data,
-        directory,
-        type=type,
-        separator=separator,
+    given = {**options, **({} if type is None else {"type": type})}
+    others = RunOptions(
         resume=resume,
         overwrite=overwrite,
         force=force,
         no_cache=no_cache,
         no_diagnostics=no_diagnostics,
         tensorboard=tensorboard,
-        threads=threads,
-        memory=memory,
         sample_every=sample_every,
-        progress=progress,
-        options=options,
+        threads=threads,
+        memory=None if memory is None else str(memory),
     )
+    return train_run(data, directory, separator, progress, given, others)

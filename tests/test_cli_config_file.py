@@ -19,6 +19,7 @@ n_embd = 2
 max-steps = 3
 learning_rate = 1
 batch_norm = true
+compile = false
 """
 
 

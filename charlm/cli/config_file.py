@@ -24,7 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-NOT_IN_A_FILE = ("context", "config_file", "return")  # of the arguments of the command
+NOT_IN_A_FILE = ("context", "config_file")  # of the arguments of the command
 
 
 @reports_user_errors

@@ -11,16 +11,10 @@ from typing import Any
 import torch
 
 from charlm._version import __version__
+from charlm.lm.config import SWITCHES
 from charlm.lm.inputs import flag
 
-SWITCHES = (
-    "resume",
-    "overwrite",
-    "force",
-    "no_cache",
-    "no_diagnostics",
-    "tensorboard",
-)  # options of the command that have no --no- form
+ONE_FORM = (*SWITCHES, "no_mix", "compile")  # options of the command that have no --no- form
 
 
 def started_by(command: str) -> dict[str, str]:
@@ -32,7 +26,7 @@ def shell_command(program: str, given: Mapping[str, Any]) -> str:
     """A line for a shell: `program` with the options `given` by name."""
     words = [program]
     for name, value in given.items():
-        if value is False and (name in SWITCHES or name.startswith("no_")):
+        if value is False and name in ONE_FORM:
             continue
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))

@@ -19,17 +19,8 @@ DTYPES = ("float32", "bfloat16")
 
 # Defaults by model type, chosen on makemore's names for two cores. The defaults of `Config` itself are those of the MLP
 # and apply to every type unless they are listed here.
-RECURRENT = {
-    "block_size": 32,
-    "n_embd": 64,
-    "n_hidden": 192,
-    "n_layer": 1,
-    "dropout": 0.3,
-    "max_steps": 3000,
-    "batch_size": 256,
-    "learning_rate": 3e-3,
-    "grad_clip": 1.0,
-}
+SEQUENCES = {"block_size": 32, "n_embd": 64, "max_steps": 3000, "batch_size": 256, "learning_rate": 3e-3}
+RECURRENT = {**SEQUENCES, "n_hidden": 192, "n_layer": 1, "dropout": 0.3, "grad_clip": 1.0}
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "wavenet": {
         "n_embd": 24,
@@ -39,25 +30,9 @@ TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "batch_size": 512,
         "learning_rate": 3e-3,
     },
-    "bow": {
-        "block_size": 32,
-        "n_embd": 64,
-        "max_steps": 3000,
-        "batch_size": 256,
-        "learning_rate": 3e-3,
-    },
-    "rnn": RECURRENT,
-    "gru": RECURRENT,
-    "lstm": RECURRENT,
-    "gpt": {
-        "block_size": 32,
-        "n_embd": 64,
-        "dropout": 0.15,
-        "max_steps": 4000,
-        "batch_size": 256,
-        "learning_rate": 3e-3,
-        "grad_clip": 1.0,
-    },
+    "bow": SEQUENCES,
+    **dict.fromkeys(("rnn", "gru", "lstm"), RECURRENT),
+    "gpt": {**SEQUENCES, "dropout": 0.15, "max_steps": 4000, "grad_clip": 1.0},
 }
 # The constructor arguments of each model beyond those that all models take.
 MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -294,3 +269,21 @@ class Config:
     @classmethod
     def names(cls) -> list[str]:
         return [field.name for field in fields(cls)]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of a run that do not change what it computes: arguments of `charlm.train`, which documents them."""
+
+    resume: bool = False
+    overwrite: bool = False
+    force: bool = False
+    no_cache: bool = False
+    no_diagnostics: bool = False
+    tensorboard: bool = False
+    sample_every: int = 0
+    threads: int | None = None
+    memory: str | None = None
+
+
+SWITCHES = tuple(name for name, value in vars(RunOptions()).items() if value is False)

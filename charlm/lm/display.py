@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
-from types import TracebackType
 
 from rich.cells import cell_len
 from rich.color import Color
@@ -139,9 +138,7 @@ class ProgressReport:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
 
@@ -177,8 +174,9 @@ def print_data(console: Console, config: Config, corpus: Corpus, guessed: str, s
         console.print(f"{overlap:,} of {sizes['dev']:,} dev items ({overlap / sizes['dev']:.1%}) also occur in train")
 
 
-def print_model(console: Console, config: Config, corpus: Corpus, trainer: Trainer, parallel: str) -> None:
+def print_model(console: Console, trainer: Trainer) -> None:
     """Prints what a run trains: its size, steps and memory."""
+    config, corpus, parallel = trainer.config, trainer.corpus, trainer.parallel
     tokens = corpus.tokens("dev")
     if tokens > config.eval_tokens:
         console.print(

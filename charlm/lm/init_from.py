@@ -44,7 +44,7 @@ def options_of(directory: Path, given: Mapping[str, Any]) -> tuple[Checkpoint, d
             raise UserError(
                 f"{flag(name)} {given[name]} contradicts the {value} of the model in {directory}: leave the option out"
             )
-    return saved, {"dropout": dropout, **given, **fixed, "init_from": str(directory.resolve())}
+    return saved, {"dropout": dropout, **given, **fixed}
 
 
 @torch.no_grad()

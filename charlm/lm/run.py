@@ -15,9 +15,9 @@ from charlm.lm.config import Config
 from charlm.lm.corpus import Corpus
 from charlm.lm.diagnostics import DIAGNOSTICS
 from charlm.lm.evaluate import Evaluation
-from charlm.lm.files import locked, write_atomically
+from charlm.lm.files import write_atomically
 from charlm.lm.metrics import CSV, METRICS, read_metrics
-from charlm.lm.start import check_folder
+from charlm.lm.start import claimed
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -91,9 +91,7 @@ class Run:
             UserError: The folder contains something else, or a run and `overwrite` is False.
         """
         target = Path(directory).resolve()
-        check_folder(target, resume=False, overwrite=overwrite)
-        with locked(target):
-            check_folder(target, resume=False, overwrite=overwrite)
+        with claimed(target, resume=False, overwrite=overwrite):
             saved = checkpoint.load(self.directory)
             data = None if saved.config.input_file is None else Path(saved.config.input_file)
             if data is not None and data.is_relative_to(self.directory):
@@ -105,9 +103,7 @@ class Run:
                 shutil.copytree(data, corpus_folder(target))
                 saved = replace(saved, config=replace(saved.config, input_file=str(corpus_folder(target))))
             checkpoint.save(target, saved)
-            for path in target.glob("documents-*.txt"):
-                if str(path) != saved.config.input_file:
-                    path.unlink()
+            remove_other_documents(target, saved.config)
             for name in (METRICS, CSV, DIAGNOSTICS):
                 if (self.directory / name).exists():
                     write_atomically(target / name, (self.directory / name).read_bytes())
@@ -140,3 +136,10 @@ class Run:
 def corpus_folder(directory: Path) -> Path:
     """The folder of the prepared documents of the run in `directory`."""
     return directory.with_name(f"{directory.name}-corpus")
+
+
+def remove_other_documents(directory: Path, config: Config) -> None:
+    """Removes the documents in `directory` that are not the data of its run."""
+    for path in directory.glob("documents-*.txt"):
+        if str(path) != config.input_file:
+            path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class StopRequest:
         """Handles SIGINT, SIGTERM and SIGHUP inside: the first sets `signal`, a second raises KeyboardInterrupt
         unless repeats are ignored.
 
-        It must be entered in the main thread. If SIGHUP is ignored, as under nohup, it stays ignored.
+        Python gives signals to the main thread only: in another one nothing is handled. If SIGHUP is ignored, as under
+        nohup, it stays ignored.
         """
 
         def handle(number: int, frame: FrameType | None) -> None:
@@ -41,6 +43,8 @@ class StopRequest:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []
         before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield self

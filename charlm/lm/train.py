@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from charlm.lm.evaluate import Evaluation, evaluate, predictions, rows_per_pass
 from charlm.lm.examples import Examples, Sequences, sample_rows
 from charlm.lm.init_from import copy_weights
 from charlm.lm.metrics import MetricsLog
-from charlm.lm.models import CountModel, LanguageModel, Mixture, NGram, build_model
+from charlm.lm.models import CountModel, LanguageModel, Mixture, build_model
 from charlm.lm.models.dropout import sample_keys
 from charlm.lm.optimizer import build_optimizer, learning_rate_at
 from charlm.lm.parallel import SharedLoss, check_parallel, distribute, gathered, is_sharded, parts_to_save, scattered
@@ -105,6 +105,7 @@ class Trainer:
         self.corpus = corpus
         self.directory = directory
         self.memory = memory
+        self.parallel = parallel
         self.commands = () if resumed is None else resumed.commands  # what the checkpoints say of the run's start
         self.diagnostics = diagnostics
         self.tensorboard = tensorboard
@@ -112,7 +113,7 @@ class Trainer:
         self.device = usable_device(self.processes.device(config.device))
         vocabulary = corpus.vocabulary
         self.model_config = config.model_config(len(vocabulary), vocabulary.pad_token)
-        with self._own_randomness():
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             self.model = build_model(**self.model_config).to(self.device)
         self.origin: dict[str, str] = {}  # what the checkpoints say of `initial`
@@ -289,8 +290,7 @@ class Trainer:
                     if tensor.shape != shape:
                         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
                     like = {} if key == "step" else {key: parameter}
-                    part = scattered([(key, tensor)], like)
-                    moments.setdefault(int(index), {}).update(part)
+                    moments.setdefault(int(index), {}).update(scattered([(key, tensor)], like))
                 groups = self.optimizer.state_dict()["param_groups"]
                 self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         except (LookupError, ValueError, RuntimeError) as error:
@@ -302,21 +302,15 @@ class Trainer:
         """Trains a count model; this takes one step, which cannot be interrupted and resumed."""
         if self.step < self.config.max_steps:
             rows = self._predictions("train")
-            if isinstance(self.model, NGram) and self.memory is not None:
-                self._count_on_disk(self.model, rows, self.memory)
-            else:
+            if self.memory is None:
                 self.model.fit(rows)
+            else:
+                try:
+                    self.model.fit(rows, memory=self.memory, directory=self.directory)
+                except ValueError as error:  # too little memory
+                    raise UserError(str(error)) from error
             self.step = self.config.max_steps
             self._evaluate_and_save(self._dev(), report, StopRequest())
-
-    def _count_on_disk(self, model: NGram, rows: Examples | Sequences, memory: int) -> None:
-        assert isinstance(rows, Examples)
-        try:
-            model.fit(rows, memory=memory, directory=self.directory)
-        except UserError:  # a ValueError too
-            raise
-        except ValueError as error:  # too little memory
-            raise UserError(str(error)) from error
 
     def _optimize(
         self,
@@ -348,7 +342,7 @@ class Trainer:
         loss = SharedLoss(model, loss_of, self.processes)
         parameters = list(model.parameters())
         model.train()
-        recording: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext()  # noqa: E731
+        recording: Callable[[int], AbstractContextManager[Any]] = nullcontext
         if self.diagnostics and self._diagnostics is not None and not is_sharded(model):
             recording = self._diagnostics.watching(model, train, config)
         is_stopping = False
@@ -492,13 +486,13 @@ class Trainer:
         """
         start = time.perf_counter()
         result = None
-        if is_sharded(self.model):  # the processes exchange weights, so that none may leave the others
-            self._calibrate()
+        # The processes of a sharded model exchange weights, so that none may leave the others.
+        interrupts = StopRequest() if is_sharded(self.model) else stop
+        with suppress(Interrupted), interrupts.interrupting():
+            if isinstance(self.model, Mixture):  # fits its weights to the network
+                self._calibration = self._calibration or Calibration(self.corpus, self.model, self.config.mix_tokens)
+                self._calibration.fit(self.model)
             result = self._evaluate(dev)
-        else:
-            with suppress(Interrupted), stop.interrupting():
-                self._calibrate()
-                result = self._evaluate(dev)
         if self.processes.stopping(stop)() is not None or result is None:
             return False
         result = self._of_all(result)
@@ -515,12 +509,6 @@ class Trainer:
         report("dev", result.nats, result.tokens / seconds)
         self.save()
         return True
-
-    def _calibrate(self) -> None:
-        """Fits the weights of a mixture to its network."""
-        if isinstance(self.model, Mixture):
-            self._calibration = self._calibration or Calibration(self.corpus, self.model, self.config.mix_tokens)
-            self._calibration.fit(self.model)
 
     def _evaluate(
         self, dev: Examples | Sequences, on_progress: Callable[[int, int], None] = lambda done, total: None
@@ -552,12 +540,6 @@ class Trainer:
 
     def _predictions(self, split: str) -> Examples | Sequences:
         return predictions(self.model, self.corpus, split).to(self.device)
-
-    @contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """Restores the caller's state of torch's global generators afterwards."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            yield
 
 
 def usable_device(name: str) -> torch.device:
