@@ -39,11 +39,7 @@ def use_config_file(context: typer.Context, path: Path | None) -> None:
 
 
 def read_options(path: Path, kinds: dict[str, type]) -> dict[str, Any]:
-    """The options in a TOML file.
-
-    Args:
-        path: The file.
-        kinds: The type of each option by name: int, float, bool or str.
+    """The options in a TOML file, whose types by name are `kinds`: int, float, bool or str.
 
     Raises:
         UserError: The file cannot be read, is not TOML, names an option twice or one that does not exist, or a value

@@ -20,8 +20,8 @@ from charlm._errors import UserError
 from charlm.cli.common import discard_stdout, new_console, print_samples
 from charlm.cli.config_file import use_config_file
 from charlm.lm.command import ONE_FORM, shell_command
-from charlm.lm.config import DTYPES, NETWORKS, OPTIMIZERS, SCHEDULES, TYPE_DEFAULTS, Config, RunOptions
-from charlm.lm.defaults import OF_CORPUS, RECURRENT
+from charlm.lm.config import DTYPES, NETWORKS, OPTIMIZERS, RECURRENT, SCHEDULES, TYPE_DEFAULTS, Config, RunOptions
+from charlm.lm.defaults import OF_CORPUS
 from charlm.lm.inputs import STREAM, flag, path_to_save
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _run(console: Console, trainer: Trainer, sample_every: int, program: str) ->
                 )
 
         on_step = None if print_samples_of is None else partial(safely, print_samples_of)
-        finished = trainer.run(partial(safely, report), stop, report.advise, on_step)
+        finished = trainer.run(partial(safely, report), stop, partial(console.print, soft_wrap=True), on_step)
         report.stopped_at(trainer.step)
     if not finished:
         if lost:

@@ -13,12 +13,9 @@ from charlm.lm.models.mixture import weight_terms
 
 
 class Calibration:
-    """The held-out predictions of an n-gram, which stay the same while the network is trained.
+    """The predictions of an n-gram that has counted at most `most` tokens of train, none of them held out.
 
-    Args:
-        corpus: The data.
-        model: The mixture.
-        most: The number of tokens that the n-gram may count.
+    They stay the same while the network of the mixture is trained.
     """
 
     def __init__(self, corpus: Corpus, model: Mixture, most: int) -> None:

@@ -16,11 +16,11 @@ from charlm.ngrams import MAX_LENGTH
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 DTYPES = ("float32", "bfloat16")
+RECURRENT = ("rnn", "gru", "lstm")
 
 # Defaults by model type, chosen on makemore's names for two cores. The defaults of `Config` itself are those of the MLP
 # and apply to every type unless they are listed here.
 SEQUENCES = {"block_size": 32, "n_embd": 64, "max_steps": 3000, "batch_size": 256, "learning_rate": 3e-3}
-RECURRENT = {**SEQUENCES, "n_hidden": 192, "n_layer": 1, "dropout": 0.3, "grad_clip": 1.0}
 TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "wavenet": {
         "n_embd": 24,
@@ -31,7 +31,7 @@ TYPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-3,
     },
     "bow": SEQUENCES,
-    **dict.fromkeys(("rnn", "gru", "lstm"), RECURRENT),
+    **{type: {**SEQUENCES, "n_hidden": 192, "n_layer": 1, "dropout": 0.3, "grad_clip": 1.0} for type in RECURRENT},
     "gpt": {**SEQUENCES, "dropout": 0.15, "max_steps": 4000, "grad_clip": 1.0},
 }
 # The constructor arguments of each model beyond those that all models take.
@@ -39,12 +39,12 @@ MODEL_OPTIONS: dict[str, tuple[str, ...]] = {
     "mlp": ("n_embd", "n_hidden", "batch_norm", "dropout"),
     "wavenet": ("n_embd", "n_hidden", "dropout"),
     "bow": ("n_embd", "n_hidden", "dropout"),
-    **dict.fromkeys(("rnn", "gru", "lstm"), ("n_layer", "n_embd", "n_hidden", "dropout")),
+    **dict.fromkeys(RECURRENT, ("n_layer", "n_embd", "n_hidden", "dropout")),
     "gpt": ("n_layer", "n_head", "n_embd", "dropout"),
     "ngram": ("order", "smoothing", "add_k"),
 }
 COUNT_OPTIONS = ("add_k",)
-NETWORKS = ("mlp", "wavenet", "bow", "rnn", "gru", "lstm", "gpt")
+NETWORKS = ("mlp", "wavenet", "bow", *RECURRENT, "gpt")
 # Options that only networks have. (Every type has add_k, because it also smooths the baselines in the tables.)
 NETWORK_OPTIONS = (
     "init_from",
@@ -185,23 +185,21 @@ class Config:
     def __post_init__(self) -> None:
         check_numbers(vars(self))
         sizes = ("block_size", "n_embd", "n_hidden", "n_layer", "n_head", "batch_size", "gradient_accumulation_steps")
-        for name in (*sizes, "max_steps", "log_interval", "mix_tokens"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in (*sizes, "max_steps", "log_interval", "mix_tokens", "eval_interval", "eval_tokens", "patience"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "grad_clip"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "add_k"):
             self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("eval_interval", "eval_tokens", "patience"):
-            value = getattr(self, name)
-            self._check(name, value is None or value >= 1, "at least 1")
         for name in ("dropout", "token_noise"):
             self._check(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self._check("type", self.type in MODELS, f"one of {', '.join(MODELS)}")
-        self._check("order", 1 <= self.order <= MAX_LENGTH, f"at least 1 and at most {MAX_LENGTH}")
         self._check("smoothing", self.smoothing in SMOOTHINGS, f"one of {', '.join(SMOOTHINGS)}")
         self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._check("order", 1 <= self.order <= MAX_LENGTH, f"at least 1 and at most {MAX_LENGTH}")
         has_batch_norm = self.batch_norm or self.type == "wavenet"
         self._check("batch_size", not has_batch_norm or self.batch_size >= 2, "at least 2 with batch norm")
         if self.type == "wavenet":
@@ -213,8 +211,8 @@ class Config:
             self._check("mix_ngram", self.mix_ngram >= 0, "at least 0")
             most = self.largest_mixed_order
             self._check("mix_ngram", self.mix_ngram <= most, f"at most {most} for a block_size of {self.block_size}")
-        if self.mix_ngram != 0 and issubclass(MODELS[self.type], CountModel):
-            self._check("mix_ngram", False, f"0 for type {self.type}, which counts")
+        is_network = not issubclass(MODELS[self.type], CountModel)
+        self._check("mix_ngram", self.mix_ngram == 0 or is_network, f"0 for type {self.type}, which counts")
         is_recurrent = issubclass(MODELS[self.type], Recurrent)
         loops = f"left out for the {self.type}: torch.compile would unroll its loop over time for every length"
         self._check("compile", not (self.compile and is_recurrent), loops)

@@ -11,13 +11,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from charlm.lm.config import NETWORKS, TYPE_DEFAULTS, Config, check_options, types_with
+from charlm.lm.config import NETWORKS, RECURRENT, TYPE_DEFAULTS, Config, check_options, types_with
 from charlm.lm.corpus import Corpus
 
 FEW_TOKENS = 400_000  # of train, for which the default is an mlp
 LARGE_ALPHABET = 1000  # tokens from which on most of the work is the softmax
 TOKENS_PER_BATCH = 1200  # of items, nearly
-RECURRENT = ("rnn", "gru", "lstm")
 OF_CORPUS = ("block_size", "n_hidden", "dropout", "max_steps", "batch_size", "learning_rate", "eval_tokens")
 
 

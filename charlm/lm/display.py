@@ -118,10 +118,6 @@ class ProgressReport:
         """Sets the bar to the last step of the run, which may lie between two reports."""
         self.bar.update(self.task, completed=step)
 
-    def advise(self, text: str) -> None:
-        """Prints a sentence above the bar."""
-        self.console.print(text, soft_wrap=True)
-
     def losses(self, step: int | None = None) -> str:
         """The latest train and dev losses, with their step if it differs from `step`, and the speed of training."""
         parts = []

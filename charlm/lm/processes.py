@@ -160,11 +160,7 @@ class Processes:
         return result
 
     def check_equal(self, values: Mapping[str, str]) -> None:
-        """Raises UserError unless each of `values` is equal in all processes.
-
-        Args:
-            values: By name, which must be equal everywhere; the names are plural nouns for the message.
-        """
+        """Raises UserError unless all processes have equal `values`; the names of these are plural nouns."""
         first, *others = self.results_of_all(lambda: values)
         for rank, other in enumerate(others, 1):
             for name, value in first.items():
@@ -219,11 +215,7 @@ class Processes:
 
 @contextmanager
 def joined(launch: Launch, timeout: float) -> Iterator[Processes]:
-    """Joins the process group of the run, and leaves it at the end.
-
-    Args:
-        launch: The place of this process.
-        timeout: Seconds after which a process that waits for others gives up.
+    """Joins the process group of the run, and leaves it at the end. A process waits `timeout` seconds for the others.
 
     Raises:
         UserError: Rank 0 cannot be reached, or a process was lost, which the sentence names.

@@ -174,13 +174,8 @@ def converted(name: str, value: Any, kind: type) -> Any:
     Raises:
         UserError: It is of another kind.
     """
-    if kind is bool or isinstance(value, bool):
-        fits = kind is bool and isinstance(value, bool)
-    elif kind is str:
-        fits = isinstance(value, str)
-    else:
-        fits = isinstance(value, numbers.Integral if kind is int else numbers.Real)
-    if not fits:
+    accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
         raise UserError(f"{name} is {value!r}, but must be {KINDS[kind]}")
     try:
         return kind(value)

@@ -398,14 +398,9 @@ class Trainer:
 
     def _advise(self, train: Examples | Sequences, on_advice: Callable[[str], None]) -> None:
         """Times a few steps of a copy of the model; the run itself is not changed."""
-        too_short = self.config.max_steps - self.step < threads.MIN_STEPS
-        if (
-            too_short
-            or self.processes.size > 1
-            or self.device.type != "cpu"
-            or self.config.compile
-            or torch.get_num_threads() == 1
-        ):
+        is_long = self.config.max_steps - self.step >= threads.MIN_STEPS
+        has_threads = self.device.type == "cpu" and torch.get_num_threads() > 1
+        if not (is_long and has_threads) or self.processes.size > 1 or self.config.compile:
             return
         model = copy.deepcopy(self.model).train()
         idx, targets, _ = train.select(torch.arange(self.config.batch_size) % len(train))

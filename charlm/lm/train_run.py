@@ -165,7 +165,7 @@ def _run(console: Console, trainer: Trainer, sample_every: int) -> Run:
         nullcontext() if trainer.optimizer is None else stop.listening(),  # a count model can save only its end
         ProgressReport(console, config.max_steps, trainer.step) as report,
     ):
-        finished = trainer.run(report, stop, lambda text: report.advise(in_python(text)), on_step)
+        finished = trainer.run(report, stop, lambda text: console.print(in_python(text), soft_wrap=True), on_step)
         report.stopped_at(trainer.step)
     if stop.signal not in (None, signal.SIGINT):  # the state is saved: what the program does with the signal
         signal.raise_signal(stop.signal)
