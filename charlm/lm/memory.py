@@ -60,7 +60,8 @@ def estimate_bytes(config: Config, corpus: Corpus, launch: Launch | None = None,
     parameters = count_parameters(config, len(corpus.vocabulary))
     moments = 2 if config.optimizer == "adamw" else 0
     copies = 3 + moments  # weights, gradients, the best weights
-    written = 1 + 2 * (1 + moments)  # the best weights; weights and moments, as tensors and as the bytes of a file
+    # The best weights; weights and moments, as tensors and twice as the bytes of a file, which safetensors copies.
+    written = 1 + 3 * (1 + moments)
     if parallel == "fsdp":  # a process builds the whole model, and keeps and writes its part
         numbers = local * max(parameters, (copies + written) * parameters // launch.size)
     else:  # one process writes
