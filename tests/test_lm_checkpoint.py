@@ -116,6 +116,16 @@ def test_a_damaged_manifest_is_a_user_error(tmp_path, text):
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["block_size", "batch_size", "max_steps", "eval_tokens"])
+def test_a_null_for_a_number_of_the_config_is_a_user_error(tmp_path, name):
+    checkpoint.save(tmp_path, a_checkpoint())
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    manifest["config"][name] = None
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"{MANIFEST} is damaged"):
+        checkpoint.load(tmp_path)
+
+
 def test_a_newer_checkpoint_is_a_user_error(tmp_path):
     checkpoint.save(tmp_path, a_checkpoint())
     manifest = json.loads((tmp_path / MANIFEST).read_text())

@@ -185,7 +185,9 @@ class Config:
     def __post_init__(self) -> None:
         check_numbers(vars(self))
         sizes = ("block_size", "n_embd", "n_hidden", "n_layer", "n_head", "batch_size", "gradient_accumulation_steps")
-        for name in (*sizes, "max_steps", "log_interval", "mix_tokens", "eval_interval", "eval_tokens", "patience"):
+        for name in (*sizes, "max_steps", "log_interval", "mix_tokens", "eval_tokens"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("eval_interval", "patience"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "grad_clip"):
